@@ -1,0 +1,148 @@
+"""Recipes: YAML files read into typed, frozen records; an unknown or repeated key is refused by name."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+
+class Record(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class SceneData(Record):
+    """Scenes composed from the sprites of `scripts/build_dataset.py`."""
+
+    sprites: Path
+    size: int = 128
+    concepts: Path | None = None  # a file of concept names, one a line; None: all
+    latents: int = Field(0, ge=0)  # scenes encoded beforehand and visited again and again (diffusion only)
+
+
+class AutoencoderObjective(Record):
+    """The KL autoencoder: L1 + squared error + image gradients + a small KL to N(0, I)."""
+
+    kind: Literal["autoencoder"]
+    model: dict[str, Any]  # diffusers' AutoencoderKL configuration
+    crop: int | None = Field(None, gt=0)  # pixels a side of the random crops trained on; None: whole pictures
+    squared_weight: float = 2.0
+    gradient_weight: float = 0.5
+    kl_weight: float = 3e-4
+
+
+class ClipObjective(Record):
+    """Text and image towers, trained to find one another."""
+
+    kind: Literal["clip"]
+    vocab_size: int
+    context_length: int
+    text: dict[str, Any]  # transformers' CLIPTextConfig, less the vocabulary
+    vision: dict[str, Any]  # transformers' CLIPVisionConfig
+    projection_dim: int
+
+
+class DiffusionObjective(Record):
+    """The latent U-Net."""
+
+    kind: Literal["diffusion"]
+    vae: Path
+    text: Path
+    unet: dict[str, Any]  # diffusers' UNet2DConditionModel configuration
+    prediction: str = "v"
+    schedule: str = "squaredcos_cap_v2"
+    weighting: str = "uniform"
+    times: str = "stratified"
+    caption_dropout: float = Field(0.1, ge=0, le=1)
+    attention: str = "sdpa"
+
+
+class Recipe(Record):
+    """One training: what is learnt, from which data, and how long; option names are those of diffusers' scripts."""
+
+    objective: Annotated[AutoencoderObjective | ClipObjective | DiffusionObjective, Field(discriminator="kind")]
+    data: SceneData
+    output_dir: Path
+    seed: int = 0
+    max_train_steps: int = Field(gt=0)
+    train_batch_size: int = Field(gt=0)
+    learning_rate: float = Field(gt=0)
+    lr_warmup_steps: int = Field(0, ge=0)
+    lr_decay: float = Field(0.33, ge=0, le=1)  # the share of the steps, at the end, in which the rate falls to zero
+    adam_beta2: float = 0.99
+    adam_weight_decay: float = 0.01
+    max_grad_norm: float = 1.0
+    ema_decay: float = Field(0.999, ge=0, lt=1)
+    mixed_precision: Literal["no", "bf16", "fp16"] = "bf16"
+    dataloader_num_workers: int = Field(1, ge=0)
+    checkpointing_steps: int = Field(500, gt=0)
+    checkpoints_total_limit: int = Field(2, gt=0)
+    logging_steps: int = Field(20, gt=0)
+    validation_steps: int = Field(500, gt=0)
+    validation_prompts: tuple[str, ...] = ()
+    validation_guidance: float = 2.5
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML in which a repeated key is an error and `1e-4` is a number (YAML 1.1 wants `1.0e-4`)."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        seen = set()
+        for key, _ in node.value:
+            if key.value in seen:
+                raise ValueError(f"line {key.start_mark.line + 1}: key {key.value!r} is given twice")
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
+
+
+def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe in a YAML file, with `key.path=value` overrides; ValueError names the file and the key."""
+    try:
+        values = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_Loader)
+    except OSError as error:
+        raise ValueError(f"{path}: {error.strerror}") from None
+    except (yaml.YAMLError, ValueError) as error:
+        raise ValueError(f"{path}: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: expected a mapping of options")
+    for item in overrides:
+        _override(values, item)
+    try:
+        return Recipe.model_validate(values)
+    except ValidationError as error:
+        raise ValueError(f"{path}: {_explain(error)}") from None
+
+
+def _override(values: dict, item: str) -> None:
+    key, equals, text = item.partition("=")
+    if not equals or not key:
+        raise ValueError(f"--set {item}: expected key.path=value")
+    *parents, last = key.split(".")
+    for name in parents:
+        values = values.setdefault(name, {})
+        if not isinstance(values, dict):
+            raise ValueError(f"--set {item}: {name!r} is not a group of options")
+    values[last] = yaml.load(text, Loader=_Loader)
+
+
+def _explain(error: ValidationError) -> str:
+    """The first fault in one line, with the nearest valid name of an unknown key."""
+    fault = error.errors()[0]
+    tags = {"autoencoder", "clip", "diffusion"}
+    place = [str(p) for p in fault["loc"] if p not in tags]
+    if fault["type"] != "extra_forbidden":
+        return f"{'.'.join(place)}: {fault['msg']}"
+    models = (Recipe, SceneData, AutoencoderObjective, ClipObjective, DiffusionObjective)
+    close = difflib.get_close_matches(place[-1], {name for m in models for name in m.model_fields}, 1)
+    hint = f"; did you mean {close[0]!r}?" if close else ""
+    return f"{'.'.join(place)}: unknown option{hint}"

@@ -1,0 +1,103 @@
+"""Latents of a fixed number of scenes, encoded once and kept on disk under the hash of what made them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from ldm.checkpoints.formats import load_vae
+from ldm.data.scenes import Scenes
+from ldm.files import publish
+from ldm.images import from_uint8
+from ldm.nn.vae import Posterior, encode
+
+
+@dataclass(frozen=True)
+class Latents:
+    """Posteriors [N, C, h, w] (float16, memory-mapped) and captions of N scenes."""
+
+    mean: np.ndarray
+    std: np.ndarray
+    captions: Sequence[str]
+
+    def __len__(self) -> int:
+        return len(self.captions)
+
+    def posterior(self, rows: np.ndarray) -> Posterior:
+        """The posteriors of some scenes, float32."""
+        return Posterior(*(torch.from_numpy(a[rows].astype(np.float32)) for a in (self.mean, self.std)))
+
+
+def latents(
+    scenes: Scenes,
+    count: int,
+    vae_folder: Path,
+    cache: Path,
+    device: torch.device,
+    said: Callable[[int], None] = lambda done: None,
+) -> Latents:
+    """The latents of scenes 0 .. count - 1 under the VAE in a folder, from the cache where they are there already.
+
+    `said(done)` hears how many are done. The key covers the VAE's files, the sprites and the scenes' arguments.
+    """
+    folder = cache / f"latents-{fingerprint(scenes, count, vae_folder)}"
+    if not folder.is_dir():
+        with publish(folder) as draft, torch.no_grad():
+            draft.mkdir()
+            _encode(scenes, count, vae_folder, draft, device, said)
+    mean, std = (np.load(folder / f"{name}.npy", mmap_mode="r") for name in Posterior._fields)
+    return Latents(mean, std, json.loads((folder / "captions.json").read_text(encoding="utf-8")))
+
+
+def fingerprint(scenes: Scenes, count: int, vae_folder: Path) -> str:
+    """Sixteen hex digits of SHA-256 over everything that the latents depend on."""
+    digest = hashlib.sha256(json.dumps([scenes.key(), count]).encode())
+    for file in sorted(vae_folder.iterdir()):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+class _Drawn(Dataset):
+    def __init__(self, scenes: Scenes, count: int) -> None:
+        self.scenes, self.count = scenes, count
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, k: int) -> tuple[np.ndarray, str]:
+        return self.scenes[k].image, self.scenes[k].caption
+
+
+def _columns(rows: Sequence[tuple[np.ndarray, str]]) -> tuple[tuple[np.ndarray, ...], tuple[str, ...]]:
+    images, captions = zip(*rows, strict=True)
+    return images, captions
+
+
+def _encode(
+    scenes: Scenes,
+    count: int,
+    vae_folder: Path,
+    folder: Path,
+    device: torch.device,
+    said: Callable[[int], None],
+) -> None:
+    vae = load_vae(vae_folder).to(device, torch.bfloat16, memory_format=torch.channels_last).eval()
+    drawn = DataLoader(_Drawn(scenes, count), batch_size=64, num_workers=1, collate_fn=_columns)
+    parts: list[Sequence[Tensor]] = []
+    captions: list[str] = []
+    for images, texts in drawn:
+        posterior = encode(vae, from_uint8(np.stack(images)).to(device))
+        parts.append([a.half().cpu() for a in posterior])
+        captions += texts
+        said(len(captions))
+    for name, rows in zip(Posterior._fields, zip(*parts, strict=True), strict=True):
+        np.save(folder / f"{name}.npy", torch.cat(rows).numpy())
+    (folder / "captions.json").write_text(json.dumps(captions), encoding="utf-8")

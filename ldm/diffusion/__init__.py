@@ -1,0 +1,1 @@
+"""The mathematics: one variance-preserving SDE, its denoiser, its samplers and its training objective."""

@@ -1,0 +1,51 @@
+"""Denoiser: network + SDE + prediction -> E[x_0 | x], the one question that samplers ask."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ldm.conditioning import Conditioning
+from ldm.diffusion.prediction import Prediction
+from ldm.diffusion.sde import VPSDE, Point, per_image
+
+Levels = Point | Sequence[Point]  # one for all rows, or one per row
+Denoise = Callable[[Tensor, Levels], Tensor]  # (x, levels) -> E[x_0 | x], float32
+Network = Callable[[Tensor, Tensor, Conditioning], Tensor]  # (x, timesteps [B] float32, cond) -> output
+
+
+def points(levels: Levels) -> Sequence[Point]:
+    """Levels as a list: of one point for all rows, or of one per row."""
+    return [levels] if isinstance(levels, Point) else levels
+
+
+@dataclass(frozen=True)
+class Denoiser:
+    """E[x_0 | x] from a network that runs in `dtype` and outputs `prediction` at the times of `sde`."""
+
+    network: Network
+    sde: VPSDE
+    prediction: Prediction
+    dtype: torch.dtype = torch.float32
+
+    def __call__(self, x: Tensor, levels: Levels, cond: Conditioning) -> Tensor:
+        """E[x_0 | x] [B, ...], float32. Raises ValueError where the output leaves it open: eps, SNR 0."""
+        t, alpha, sigma = torch.tensor(points(levels), dtype=torch.float64).unbind(1)
+        if not self.prediction.jacobian(alpha, sigma).isfinite().all():
+            raise ValueError("a network that predicts eps cannot start at zero SNR: choose spacing karras or log_snr")
+        x, output = x.float(), self.output(x, t, cond)
+        return self.prediction.to_x0(output, x, per_image(alpha, x), per_image(sigma, x))
+
+    def output(self, x: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
+        """The network's own output, float32; x [B, ...], t [B] or [1] on the host."""
+        timesteps = self.sde.timestep(t).float().to(x.device, non_blocking=True)
+        return self.network(x.to(self.dtype), timesteps.expand(len(x)), cond).float()
+
+    def score(self, x: Tensor, levels: Levels, cond: Conditioning) -> Tensor:
+        """grad log p_t(x) = (alpha E[x_0 | x] - x) / sigma^2: Tweedie's formula (Efron 2011, eq. 1.4)."""
+        _, alpha, sigma = torch.tensor(points(levels), dtype=torch.float64).unbind(1)
+        x0 = self(x, levels, cond)
+        return (per_image(alpha, x0) * x0 - x) / per_image(sigma, x0) ** 2

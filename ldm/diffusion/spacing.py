@@ -1,0 +1,99 @@
+"""Time grids: at which noise levels a sampler asks the network; each is one function that lists times."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from ldm.diffusion.sde import CLEAN, VPSDE, Point
+
+Grid = tuple[Point, ...]  # descending noise; the last point is CLEAN
+Spacing = Callable[..., Grid]  # (sde, n) -> n + 1 points, n questions to the network
+Value = TypeVar("Value")
+
+# Where log-SNR(1) is lower (zero terminal SNR: -inf), karras and log_snr start here, a little before t = 1:
+# sigma/alpha = 148, as much noise as the linear schedule of Song et al. ends with.
+LOWEST_LOG_SNR = -10.0
+
+
+def choose(table: Mapping[str, Value], name: str, what: str) -> Value:
+    """table[name], or a ValueError that lists the choices."""
+    if name not in table:
+        raise ValueError(f"{what} {name!r}: choose from {', '.join(table)}")
+    return table[name]
+
+
+def spacing(times: Callable[..., Tensor]) -> Spacing:
+    """Make a grid that ends in CLEAN of `times(sde, n)`: t [n], falling within (0, 1].
+
+    The grid raises ValueError for n < 1, and for more steps than its times can tell apart.
+    """
+
+    @functools.wraps(times)
+    def grid(sde: VPSDE, n: int, **options: int) -> Grid:
+        if n < 1:
+            raise ValueError(f"{n} steps: at least 1 is needed")
+        t = times(sde, n, **options)
+        if not (t[0] <= 1 and t[-1] > 0 and (t.diff() < 0).all()):
+            raise ValueError(f"{n} steps: {times.__name__!r} spacing does not have that many of {sde.steps}")
+        return (*map(sde.at, t.tolist()), CLEAN)
+
+    return grid
+
+
+@spacing
+def linspace(sde: VPSDE, n: int) -> Tensor:
+    """Timesteps equally spaced from the last to 0, fractions kept, as in diffusers' Euler and Heun."""
+    return (torch.linspace(sde.steps - 1, 0, n, dtype=torch.float64) + 1) / sde.steps
+
+
+@spacing
+def leading(sde: VPSDE, n: int, offset: int = 1) -> Tensor:
+    """Every (steps // n)-th index from `offset` on (Song et al. 2021 (DDIM), appendix D.2)."""
+    return (torch.arange(n, dtype=torch.float64).flip(0) * (sde.steps // n) + offset + 1) / sde.steps
+
+
+@spacing
+def trailing(sde: VPSDE, n: int) -> Tensor:
+    """Indices steps (1 - i/n) - 1, rounded: the last one first (Lin et al. 2024, table 2)."""
+    stride = (sde.steps - sde.steps / n) - sde.steps  # numpy.arange's: halves round as in diffusers
+    return torch.tensor([round(sde.steps + i * stride) for i in range(n)]).double() / sde.steps
+
+
+@spacing
+def karras(sde: VPSDE, n: int) -> Tensor:
+    """(sigma/alpha)^(1/7) equally spaced, t = 1 to 1/steps: Karras et al. 2022, eq. 5 with rho = 7."""
+    start, end = torch.exp(-_log_snr_range(sde) / 2 / 7).tolist()
+    return sde.time(-2 * 7 * torch.linspace(start, end, n, dtype=torch.float64).log())
+
+
+@spacing
+def log_snr(sde: VPSDE, n: int) -> Tensor:
+    """log-SNR equally spaced, t = 1 to 1/steps: Lu et al. 2022 (DPM-Solver)."""
+    start, end = _log_snr_range(sde).tolist()
+    return sde.time(torch.linspace(start, end, n, dtype=torch.float64))
+
+
+def _log_snr_range(sde: VPSDE) -> Tensor:
+    return sde.log_snr(torch.tensor([1, 1 / sde.steps], dtype=torch.float64)).clamp(min=LOWEST_LOG_SNR)
+
+
+def cut(grid: Grid, strength: float) -> Grid:
+    """The last int(strength n) of n steps, for image-to-image (Meng et al. 2022); 0 leaves CLEAN alone."""
+    if not 0 <= strength <= 1:
+        raise ValueError(f"strength {strength}: between 0 and 1 is needed")
+    steps = len(grid) - 1
+    return grid[steps - int(steps * strength) :]
+
+
+SPACINGS: dict[str, Spacing] = {
+    "linspace": linspace,
+    "leading": leading,
+    "trailing": trailing,
+    "karras": karras,
+    "log_snr": log_snr,
+}

@@ -1,0 +1,53 @@
+"""Publishing files: whoever reads a name sees the whole old file or the whole new one, never a piece."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def publish(path: Path) -> Iterator[Path]:
+    """A path beside `path` to write to (a file, or a folder made by the caller); renamed to `path` on success.
+
+    Write aside, fsync, chmod 0644, rename, fsync the folder. On an exception the draft is removed, `path` stays.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.parent / f".{path.name}.{os.getpid()}.part"
+    remove(draft)
+    try:
+        yield draft
+        for file in [draft, *draft.rglob("*")] if draft.is_dir() else [draft]:
+            file.chmod(0o755 if file.is_dir() else 0o644)
+            sync(file)
+        if draft.is_dir() and path.exists():  # a folder cannot be renamed over a full one
+            old = path.parent / f".{path.name}.{os.getpid()}.old"
+            path.rename(old)
+            draft.rename(path)
+            remove(old)
+        else:
+            draft.replace(path)
+        sync(path.parent)
+    finally:
+        remove(draft)
+
+
+def sync(path: Path) -> None:
+    """Flush a file or a folder to the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def remove(path: Path) -> None:
+    """Remove a file or a folder, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

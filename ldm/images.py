@@ -1,0 +1,90 @@
+"""Pictures as people hold them (PIL, uint8) and as networks see them ([B, 3, H, W] in [-1, 1])."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+from torch import Tensor
+
+from ldm.files import publish
+
+# Our names in the words of AUTOMATIC1111's web UI; what it has no word for keeps our name.
+A1111_SAMPLERS = {"ddpm": "DDPM", "ddim": "DDIM", "euler": "Euler", "heun": "Heun", "dpmpp_2m": "DPM++ 2M"}
+A1111_SPACINGS = {"karras": "Karras", "linspace": "Normal", "trailing": "SGM Uniform", "leading": "DDIM"}
+
+
+def from_uint8(pixels: np.ndarray | Tensor) -> Tensor:
+    """uint8 [B, H, W, 3] to float32 [B, 3, H, W] in [-1, 1], channels_last."""
+    return (torch.as_tensor(pixels).float() / 127.5 - 1).permute(0, 3, 1, 2)
+
+
+def to_uint8(images: Tensor) -> np.ndarray:
+    """[B, 3, H, W] in [-1, 1] to uint8 [B, H, W, 3], rounded to nearest; what lies outside is clipped."""
+    levels = (images.float().clamp(-1, 1) * 127.5 + 127.5).round()
+    return levels.to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+
+
+def to_pil(images: Tensor) -> list[Image.Image]:
+    """[B, 3, H, W] in [-1, 1] to PIL, one picture a row."""
+    return [Image.fromarray(pixels) for pixels in to_uint8(images)]
+
+
+def grid(pictures: list[Image.Image], columns: int, gap: int = 2) -> Image.Image:
+    """Pictures of one size in rows of `columns`, on white."""
+    width, height = pictures[0].size
+    rows = -(-len(pictures) // columns)
+    sheet = Image.new("RGB", (columns * (width + gap) - gap, rows * (height + gap) - gap), "white")
+    for k, picture in enumerate(pictures):
+        sheet.paste(picture, (k % columns * (width + gap), k // columns * (height + gap)))
+    return sheet
+
+
+def parameters(settings: Mapping[str, Any], model: str, model_hash: str, version: str) -> str:
+    """The text that AUTOMATIC1111's web UI writes into its PNGs and other tools read, from a request's record."""
+    lines = [settings["prompt"]]
+    if settings["negative_prompt"]:
+        lines.append(f"Negative prompt: {settings['negative_prompt']}")
+    fields = {
+        "Steps": settings["num_inference_steps"],
+        "Sampler": A1111_SAMPLERS.get(settings["sampler"], settings["sampler"]),
+        "Schedule type": A1111_SPACINGS.get(settings["spacing"], settings["spacing"]),
+        "CFG scale": f"{settings['guidance_scale']:g}",
+        "Seed": settings["seed"],
+        "Size": f"{settings['width']}x{settings['height']}",
+        "Model hash": model_hash[:10],
+        "Model": model,
+        "RNG": "CPU",
+        "Version": f"ldm {version}",
+    }
+    return "\n".join([*lines, ", ".join(f"{name}: {quoted(str(value))}" for name, value in fields.items())])
+
+
+def quoted(value: str) -> str:
+    """A value as the web UI writes it: JSON-quoted where a comma, colon or newline would end it early."""
+    return json.dumps(value, ensure_ascii=False) if any(c in value for c in ",:\n") else value
+
+
+def save_png(picture: Image.Image, path: Path, texts: Mapping[str, str]) -> None:
+    """Publish a PNG with texts in it (iTXt, UTF-8); the same picture and texts give the same bytes."""
+    info = PngInfo()
+    for key, value in texts.items():
+        info.add_itxt(key, value)
+    with publish(path) as draft:
+        picture.save(draft, "PNG", pnginfo=info)
+
+
+def read_texts(path: Path) -> dict[str, str]:
+    """The texts in a PNG; ValueError where the file is not one."""
+    try:
+        with Image.open(path) as picture:
+            picture.load()
+            return dict(getattr(picture, "text", {}))
+    except (OSError, SyntaxError) as error:
+        raise ValueError(f"{path}: {getattr(error, 'strerror', None) or 'not a picture'}") from None

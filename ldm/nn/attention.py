@@ -1,0 +1,66 @@
+"""Multi-head attention by several back ends: softmax(q k^T / sqrt(D)) v for each of H heads of width D.
+
+Vaswani et al. 2017 (arXiv:1706.03762), eq. 1. The heads lie side by side in a token, q [B, N, H D], k and v
+[B, T, H D] -> [B, N, H D], so that a channels_last picture is its tokens without a copy.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Attend = Callable[[Tensor, Tensor, Tensor, int], Tensor]
+
+
+def split(x: Tensor, heads: int) -> Tensor:
+    """[B, N, H D] -> [B, N, H, D] without a copy."""
+    return x.unflatten(-1, (heads, -1))
+
+
+def sdpa(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
+    """torch's fused kernels; logits are float32 inside, whatever the input."""
+    q, k, v = (split(a, heads).transpose(1, 2) for a in (q, k, v))  # [B, H, N, D]
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+
+
+def math(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
+    """Two batched products around a softmax: on a CPU the fastest to train, up to some 64 tokens."""
+    if q.dtype == torch.float16:  # the logits of SD 2.1 exceed its range
+        return math(q.float(), k.float(), v.float(), heads).half()
+    q, k, v = (split(a, heads).transpose(1, 2) for a in (q, k, v))  # [B, H, N, D]
+    weights = torch.softmax((q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2), dim=-1)
+    return (weights @ v).transpose(1, 2).flatten(2)
+
+
+def xformers(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
+    """xformers' memory-efficient kernel (Rabe & Staats 2021, arXiv:2112.05682), on a CUDA device."""
+    from xformers.ops import memory_efficient_attention
+
+    return memory_efficient_attention(split(q, heads), split(k, heads), split(v, heads)).flatten(2)
+
+
+ATTENTION: dict[str, Attend] = {"sdpa": sdpa, "math": math, "xformers": xformers}
+
+
+def available() -> dict[str, str | None]:
+    """Every back end by name: None where it can be used here, else the reason why not."""
+    reasons: dict[str, str | None] = dict.fromkeys(ATTENTION)
+    if importlib.util.find_spec("xformers") is None:
+        reasons["xformers"] = "xformers is not installed (pip install 'ldm[xformers]')"
+    elif not torch.cuda.is_available():
+        reasons["xformers"] = "xformers' kernels need a CUDA device, and none is visible"
+    return reasons
+
+
+def backend(name: str) -> Attend:
+    """The back end of that name; ValueError where it is unknown or cannot be used here."""
+    reasons = available()
+    if name not in reasons:
+        raise ValueError(f"attention {name!r}: choose from {', '.join(ATTENTION)}")
+    if reasons[name]:
+        raise ValueError(f"attention {name!r}: {reasons[name]}")
+    return ATTENTION[name]

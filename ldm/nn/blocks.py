@@ -1,0 +1,251 @@
+"""What a conditional U-Net is made of; attributes are named as in diffusers, so that its state dicts load."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn.grad import conv2d_input
+
+from ldm.nn.attention import Attend, sdpa
+
+KeyValue = tuple[Tensor, Tensor]
+
+
+class Positional(nn.Module):
+    """Timesteps as waves: t -> (cos w_i t, sin w_i t), w_i = 10000^(-i / (n - shift)), i < n = width / 2.
+
+    Vaswani et al. 2017, sec. 3.5; Ho et al. 2020, app. B. t [B] -> [B, width], float32.
+    """
+
+    def __init__(self, width: int, flip_sin_to_cos: bool = True, freq_shift: float = 0) -> None:
+        super().__init__()
+        self.width, self.flip, self.shift = width, flip_sin_to_cos, freq_shift
+
+    def forward(self, t: Tensor) -> Tensor:
+        n = self.width // 2
+        i = torch.arange(n, dtype=torch.float32, device=t.device)
+        return sincos(t.float()[:, None] * torch.exp(-math.log(10_000) * i / (n - self.shift)), self.flip)
+
+
+class Fourier(nn.Module):
+    """Timesteps as random Fourier features: t -> (cos 2 pi w_i t, sin 2 pi w_i t), Gaussian w_i.
+
+    Tancik et al. 2020 (arXiv:2006.10739), sec. 3; Song et al. 2021 (arXiv:2011.13456), app. G.
+    t [B] -> [B, width], float32; w is never trained.
+    """
+
+    def __init__(self, width: int, flip_sin_to_cos: bool = True) -> None:
+        super().__init__()
+        self.width, self.flip = width, flip_sin_to_cos
+        self.weight = nn.Parameter(torch.empty(width // 2), requires_grad=False)
+        nn.init.normal_(self.weight, std=16 / 1000)  # Song et al.: 16, for times that end at 1
+
+    def _apply(self, fn, recurse: bool = True):
+        # Move, but stay float32: at t = 999 a bfloat16 frequency would turn the phase by radians.
+        return super()._apply(lambda a: a.to(fn(a).device), recurse)
+
+    def forward(self, t: Tensor) -> Tensor:
+        return sincos(t.float()[:, None] * self.weight * 2 * math.pi, self.flip)
+
+
+def sincos(phase: Tensor, flip: bool) -> Tensor:
+    return torch.cat([phase.cos(), phase.sin()] if flip else [phase.sin(), phase.cos()], dim=-1)
+
+
+class TimestepEmbedding(nn.Module):
+    """A two-layer perceptron, [B, width] -> [B, out]."""
+
+    def __init__(self, width: int, out: int) -> None:
+        super().__init__()
+        self.linear_1 = nn.Linear(width, out)
+        self.linear_2 = nn.Linear(out, out)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear_2(F.silu(self.linear_1(x)))
+
+
+class SmallConv(torch.autograd.Function):
+    """A 3x3 convolution whose weight gradient is one matrix product, dw = g^T windows(x).
+
+    oneDNN's own takes four times as long on pictures of 4x4 (bfloat16, AMX): a tenth of a small U-Net's step.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return F.conv2d(x, weight, bias, padding=1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        x, weight = ctx.saved_tensors
+        rows = tokens(g).flatten(0, 1)  # [B H W, out]
+        padded = F.pad(x.permute(0, 2, 3, 1), (0, 0, 1, 1, 1, 1))
+        windows = padded.unfold(1, 3, 1).unfold(2, 3, 1).permute(0, 1, 2, 4, 5, 3).flatten(3).flatten(0, 2)
+        dw = (rows.t() @ windows).unflatten(1, (3, 3, -1)).permute(0, 3, 1, 2)
+        return conv2d_input(x.shape, weight, g, padding=1), dw, rows.sum(0)
+
+
+class Conv3x3(nn.Conv2d):
+    """A 3x3 convolution that keeps the size; trains small pictures on a CPU by `SmallConv`."""
+
+    bias: Tensor
+
+    def __init__(self, dim: int, out: int) -> None:
+        super().__init__(dim, out, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not (self.training and x.device.type == "cpu" and x.shape[-2] * x.shape[-1] <= 16):
+            return super().forward(x)
+        dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
+        return SmallConv.apply(x.to(dtype), self.weight.to(dtype), self.bias.to(dtype))
+
+
+class ResnetBlock(nn.Module):
+    """shortcut(x) + conv(silu(norm(h))), h = conv(silu(norm(x))) + proj(emb); emb [B, E] has had its silu.
+
+    Ho et al. 2020 (arXiv:2006.11239), app. B. With `scale_shift` norm(h) becomes norm(h) (1 + a) + b, (a, b) =
+    proj(emb), and h is the convolution alone: Dhariwal & Nichol 2021 (arXiv:2105.05233), sec. 3.1.
+    """
+
+    def __init__(self, dim: int, out: int, emb: int, *, groups: int, eps: float, scale_shift: bool = False) -> None:
+        super().__init__()
+        self.scale_shift = scale_shift
+        self.norm1 = nn.GroupNorm(groups, dim, eps)
+        self.conv1 = Conv3x3(dim, out)
+        self.time_emb_proj = nn.Linear(emb, 2 * out if scale_shift else out)
+        self.norm2 = nn.GroupNorm(groups, out, eps)
+        self.conv2 = Conv3x3(out, out)
+        self.conv_shortcut = nn.Conv2d(dim, out, 1) if dim != out else nn.Identity()
+
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        h = self.conv1(F.silu(self.norm1(x)))
+        emb = self.time_emb_proj(emb)[..., None, None]
+        if self.scale_shift:
+            scale, shift = emb.chunk(2, dim=1)
+            h = self.norm2(h) * (1 + scale) + shift
+        else:
+            h = self.norm2(h + emb)
+        return self.conv_shortcut(x) + self.conv2(F.silu(h))
+
+
+class Downsample(nn.Module):
+    """Half the size, rounded up, by a strided convolution."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(dim, dim, 3, stride=2, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x)
+
+
+class Upsample(nn.Module):
+    """Nearest neighbours to a given size, then a convolution."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.conv = Conv3x3(dim, dim)
+
+    def forward(self, x: Tensor, size: Sequence[int]) -> Tensor:
+        return self.conv(F.interpolate(x, size=tuple(size), mode="nearest"))
+
+
+class Attention(nn.Module):
+    """Multi-head attention of tokens [B, N, C] to the keys and values of a context [B, T, K]."""
+
+    def __init__(self, dim: int, context: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.attend: Attend = sdpa
+        self.to_q = nn.Linear(dim, dim, bias=False)
+        self.to_k = nn.Linear(context, dim, bias=False)
+        self.to_v = nn.Linear(context, dim, bias=False)
+        self.to_out = nn.Sequential(nn.Linear(dim, dim))
+
+    def project(self, context: Tensor) -> KeyValue:
+        return self.to_k(context), self.to_v(context)
+
+    def forward(self, x: Tensor, kv: KeyValue) -> Tensor:
+        return self.to_out(self.attend(self.to_q(x), *kv, self.heads))
+
+
+class GEGLU(nn.Module):
+    """a gelu(b), (a, b) = proj(x): Shazeer 2020 (arXiv:2002.05202), eq. 6."""
+
+    def __init__(self, dim: int, out: int) -> None:
+        super().__init__()
+        self.proj = nn.Linear(dim, 2 * out)
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b = self.proj(x).chunk(2, dim=-1)
+        return a * F.gelu(b.contiguous())  # on a CPU a strided gelu and its gradient take twice as long
+
+
+class FeedForward(nn.Module):
+    """GEGLU to four times the width and back."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.net = nn.Sequential(GEGLU(dim, 4 * dim), nn.Identity(), nn.Linear(4 * dim, dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+
+class TransformerBlock(nn.Module):
+    """Self-attention, cross-attention and feed-forward, each x + f(norm(x)), on tokens [B, N, C]."""
+
+    def __init__(self, dim: int, context: int, heads: int) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim)
+        self.attn1 = Attention(dim, dim, heads)
+        self.norm2 = nn.LayerNorm(dim)
+        self.attn2 = Attention(dim, context, heads)
+        self.norm3 = nn.LayerNorm(dim)
+        self.ff = FeedForward(dim)
+
+    def forward(self, x: Tensor, text: KeyValue) -> Tensor:
+        h = self.norm1(x)
+        x = x + self.attn1(h, self.attn1.project(h))
+        x = x + self.attn2(self.norm2(x), text)
+        return x + self.ff(self.norm3(x))
+
+
+class Transformer(nn.Module):
+    """x + transformer(norm(x)) over the pixels of [B, C, H, W]: Rombach et al. 2022 (arXiv:2112.10752), app. E.2.1.
+
+    The maps in and out are 1x1 convolutions (SD 1) or `linear` on tokens (SD 2): one function, two weight shapes.
+    """
+
+    def __init__(self, dim: int, context: int, heads: int, depth: int, *, groups: int, linear: bool) -> None:
+        super().__init__()
+        self.linear = linear
+        self.norm = nn.GroupNorm(groups, dim, eps=1e-6)
+        self.proj_in: nn.Module = nn.Linear(dim, dim) if linear else nn.Conv2d(dim, dim, 1)
+        self.transformer_blocks = nn.ModuleList(TransformerBlock(dim, context, heads) for _ in range(depth))
+        self.proj_out: nn.Module = nn.Linear(dim, dim) if linear else nn.Conv2d(dim, dim, 1)
+
+    def forward(self, x: Tensor, pairs: Iterator[KeyValue]) -> Tensor:
+        size = x.shape[-2:]
+        h = self.norm(x)
+        h = self.proj_in(tokens(h)) if self.linear else tokens(self.proj_in(h))
+        for block in self.transformer_blocks:
+            h = block(h, next(pairs))
+        h = pixels(self.proj_out(h), size) if self.linear else self.proj_out(pixels(h, size))
+        return x + h
+
+
+def tokens(x: Tensor) -> Tensor:
+    """[B, C, H, W] -> [B, H W, C]; contiguous without a copy where x is channels_last."""
+    return x.flatten(2).transpose(1, 2)
+
+
+def pixels(x: Tensor, size: Sequence[int]) -> Tensor:
+    """[B, H W, C] -> [B, C, H, W], channels_last without a copy."""
+    return x.transpose(1, 2).unflatten(2, tuple(size))

@@ -1,0 +1,300 @@
+"""The conditional U-Net of latent diffusion: Rombach et al. 2022 (arXiv:2112.10752), sec. 3.3.
+
+Parameter names and configuration fields are those of diffusers' UNet2DConditionModel, so that its files, Stable
+Diffusion 1.x and 2.x among them, load with strict=True.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, fields
+from itertools import zip_longest
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ldm.conditioning import Conditioning
+from ldm.nn.attention import backend
+from ldm.nn.blocks import (
+    Attention,
+    Conv3x3,
+    Downsample,
+    Fourier,
+    KeyValue,
+    Positional,
+    ResnetBlock,
+    TimestepEmbedding,
+    Transformer,
+    TransformerBlock,
+    Upsample,
+)
+
+CLASS_NAME = "UNet2DConditionModel"
+
+DOWN_BLOCKS = {"CrossAttnDownBlock2D": True, "DownBlock2D": False}  # has it transformers?
+UP_BLOCKS = {"CrossAttnUpBlock2D": True, "UpBlock2D": False}
+MID_BLOCKS = {
+    "UNetMidBlock2DCrossAttn": (2, 1),
+    "UNetMidBlock2D": (1, 0),
+    None: (0, 0),
+}  # resnets, transformers
+TIME_SCALE_SHIFTS = {"default": False, "scale_shift": True}
+TIME_EMBEDDINGS = {"positional": 4, "fourier": 2}  # width of the embedding over block_out_channels[0]
+CHOICES: dict[str, Mapping[Any, Any]] = {
+    "down_block_types": DOWN_BLOCKS,
+    "up_block_types": UP_BLOCKS,
+    "mid_block_type": MID_BLOCKS,
+    "resnet_time_scale_shift": TIME_SCALE_SHIFTS,
+    "time_embedding_type": TIME_EMBEDDINGS,
+}
+PER_LEVEL = (
+    "down_block_types",
+    "up_block_types",
+    "layers_per_block",
+    "attention_head_dim",
+    "transformer_layers_per_block",
+)
+
+# diffusers' fields that are not implemented, with the only value that is understood.
+NEUTRAL: dict[str, Any] = {
+    "act_fn": "silu",
+    "addition_embed_type": None,
+    "addition_embed_type_num_heads": 64,
+    "addition_time_embed_dim": None,
+    "attention_type": "default",
+    "class_embed_type": None,
+    "class_embeddings_concat": False,
+    "conv_in_kernel": 3,
+    "conv_out_kernel": 3,
+    "cross_attention_norm": None,
+    "downsample_padding": 1,
+    "dropout": 0,
+    "dual_cross_attention": False,
+    "encoder_hid_dim": None,
+    "encoder_hid_dim_type": None,
+    "mid_block_only_cross_attention": None,
+    "mid_block_scale_factor": 1,
+    "num_attention_heads": None,
+    "num_class_embeds": None,
+    "only_cross_attention": False,
+    "projection_class_embeddings_input_dim": None,
+    "resnet_out_scale_factor": 1,
+    "resnet_skip_time_act": False,
+    "reverse_transformer_layers_per_block": None,
+    "time_cond_proj_dim": None,
+    "time_embedding_act_fn": None,
+    "time_embedding_dim": None,
+    "timestep_post_act": None,
+}
+
+
+@dataclass(frozen=True)
+class UNetConfig:
+    """The shape of a U-Net in diffusers' words (config.json), one entry per resolution, the finest first.
+
+    `attention_head_dim` is a misnomer that every published file keeps: it is the NUMBER of heads, each of width
+    channels / heads. `upcast_attention` asks for float32 logits where float16 overflows, which every back end has
+    anyway; it is kept for other readers of the file. What may differ between resolutions is one value, or one for
+    each. ValueError names a field that cannot be.
+    """
+
+    sample_size: int | tuple[int, ...] | None = None
+    in_channels: int = 4
+    out_channels: int = 4
+    center_input_sample: bool = False
+    flip_sin_to_cos: bool = True
+    freq_shift: float = 0
+    time_embedding_type: str = "positional"
+    down_block_types: tuple[str, ...] = (*3 * ("CrossAttnDownBlock2D",), "DownBlock2D")
+    mid_block_type: str | None = "UNetMidBlock2DCrossAttn"
+    up_block_types: tuple[str, ...] = ("UpBlock2D", *3 * ("CrossAttnUpBlock2D",))
+    block_out_channels: tuple[int, ...] = (320, 640, 1280, 1280)
+    layers_per_block: int | tuple[int, ...] = 2
+    norm_num_groups: int = 32
+    norm_eps: float = 1e-5
+    cross_attention_dim: int = 1280
+    attention_head_dim: int | tuple[int, ...] = 8
+    transformer_layers_per_block: int | tuple[int, ...] = 1
+    use_linear_projection: bool = False
+    upcast_attention: bool = False
+    resnet_time_scale_shift: str = "default"
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, list):  # JSON has no tuples
+                object.__setattr__(self, field.name, tuple(value))
+        for name, table in CHOICES.items():
+            value = getattr(self, name)
+            for choice in value if isinstance(value, tuple) else (value,):
+                if choice not in table:
+                    raise ValueError(f"U-Net {name} {choice!r}: choose from {', '.join(map(str, table))}")
+        for name in PER_LEVEL:
+            self.per_level(name)
+        for width, heads in zip(self.block_out_channels, self.per_level("attention_head_dim"), strict=True):
+            for name, divisor in (("norm_num_groups", self.norm_num_groups), ("attention_head_dim", heads)):
+                if width % divisor:
+                    raise ValueError(f"U-Net block_out_channels {width}: not a multiple of {name} {divisor}")
+
+    def per_level(self, name: str) -> tuple[Any, ...]:
+        """The field of that name, once for each resolution."""
+        value, levels = getattr(self, name), len(self.block_out_channels)
+        values = value if isinstance(value, tuple) else (value,) * levels
+        if len(values) != levels:
+            raise ValueError(f"U-Net {name} {value!r}: {levels} needed, one for each of block_out_channels")
+        return values
+
+    @classmethod
+    def from_dict(cls, config: Mapping[str, Any]) -> UNetConfig:
+        """The content of a diffusers config.json; ValueError names the first field that would go unheeded."""
+        ours = {field.name for field in fields(cls)}
+        for name, value in config.items():
+            if name == "_class_name" and value != CLASS_NAME:
+                raise ValueError(f"U-Net config: _class_name is {value!r}, not {CLASS_NAME!r}")
+            if name in NEUTRAL and value != NEUTRAL[name]:
+                raise ValueError(f"U-Net config: {name} = {value!r} is not supported, only {NEUTRAL[name]!r}")
+            if not (name in ours or name in NEUTRAL or name.startswith("_")):
+                raise ValueError(f"U-Net config: unknown field {name} = {value!r}")
+        return cls(**{name: value for name, value in config.items() if name in ours})
+
+    def to_dict(self) -> dict[str, Any]:
+        """What diffusers' `UNet2DConditionModel.from_config` reads; JSON types only."""
+        values = {name: list(v) if isinstance(v, tuple) else v for name, v in asdict(self).items()}
+        return {"_class_name": CLASS_NAME, **values}
+
+
+class Stage(nn.Module):
+    """One resolution: residual blocks, each followed by a transformer while there are any, then a change of size."""
+
+    def __init__(
+        self,
+        resnets: Iterable[nn.Module],
+        attentions: Iterable[nn.Module],
+        downsamplers: Iterable[nn.Module] = (),
+        upsamplers: Iterable[nn.Module] = (),
+    ) -> None:
+        super().__init__()
+        self.resnets = nn.ModuleList(resnets)
+        self.attentions = nn.ModuleList(attentions)
+        self.downsamplers = nn.ModuleList(downsamplers)
+        self.upsamplers = nn.ModuleList(upsamplers)
+
+    def layers(self) -> Iterator[Layer]:
+        return zip_longest(self.resnets, self.attentions)
+
+
+Layer = tuple[nn.Module, nn.Module | None]  # a residual block and its transformer
+
+
+def apply(layer: Layer, x: Tensor, emb: Tensor, pairs: Iterator[KeyValue]) -> Tensor:
+    resnet, transformer = layer
+    x = resnet(x, emb)
+    return x if transformer is None else transformer(x, pairs)
+
+
+def stage(config: UNetConfig, level: int, inputs: list[int], attentions: int, **resample: Any) -> Stage:
+    """A stage with a residual block for each of the input widths and as many transformers as said."""
+    width, groups, eps = config.block_out_channels[level], config.norm_num_groups, config.norm_eps
+    emb = TIME_EMBEDDINGS[config.time_embedding_type] * config.block_out_channels[0]
+    shift = TIME_SCALE_SHIFTS[config.resnet_time_scale_shift]
+    heads = config.per_level("attention_head_dim")[level]
+    depth = config.per_level("transformer_layers_per_block")[level]
+    text, linear = config.cross_attention_dim, config.use_linear_projection
+    return Stage(
+        [ResnetBlock(dim, width, emb, groups=groups, eps=eps, scale_shift=shift) for dim in inputs],
+        [Transformer(width, text, heads, depth, groups=groups, linear=linear) for _ in range(attentions)],
+        **resample,
+    )
+
+
+class UNet(nn.Module):
+    """The network of a `Denoiser`: (x [B, C, H, W], t [B], text) -> [B, C', H, W] in the dtype of its weights.
+
+    H and W are free, odd sizes included; t counts 0 to 999 and may be fractional. `attention` names a row of
+    `ATTENTION`; ValueError where that back end cannot be used here.
+    """
+
+    def __init__(self, config: UNetConfig, attention: str = "sdpa") -> None:
+        super().__init__()
+        self.config = config
+        widths, layers = config.block_out_channels, config.per_level("layers_per_block")
+        emb = TIME_EMBEDDINGS[config.time_embedding_type] * widths[0]
+        self.conv_in = Conv3x3(config.in_channels, widths[0])
+        self.time_proj = (
+            Fourier(emb, config.flip_sin_to_cos)
+            if config.time_embedding_type == "fourier"
+            else Positional(widths[0], config.flip_sin_to_cos, config.freq_shift)
+        )
+        self.time_embedding = TimestepEmbedding(self.time_proj.width, emb)
+
+        dim, skips = widths[0], [widths[0]]
+        self.down_blocks = nn.ModuleList()
+        for i, kind in enumerate(config.down_block_types):
+            inputs = [dim] + [widths[i]] * (layers[i] - 1)
+            half = [Downsample(widths[i])] if i < len(widths) - 1 else []
+            self.down_blocks.append(stage(config, i, inputs, layers[i] * DOWN_BLOCKS[kind], downsamplers=half))
+            skips += [widths[i]] * (layers[i] + len(half))
+            dim = widths[i]
+
+        resnets, attentions = MID_BLOCKS[config.mid_block_type]
+        self.mid_block = stage(config, len(widths) - 1, [dim] * resnets, attentions)
+
+        self.up_blocks = nn.ModuleList()
+        for i, kind in zip(reversed(range(len(widths))), config.up_block_types, strict=True):
+            inputs = [n + skips.pop() for n in [dim] + [widths[i]] * layers[i]]
+            twice = [Upsample(widths[i])] if i > 0 else []
+            self.up_blocks.append(stage(config, i, inputs, len(inputs) * UP_BLOCKS[kind], upsamplers=twice))
+            dim = widths[i]
+
+        self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, dim, config.norm_eps)
+        self.conv_out = Conv3x3(dim, config.out_channels)
+        self.attention = attention
+
+    @property
+    def attention(self) -> str:
+        """The attention back end by name; may be set at any time."""
+        return self._attention
+
+    @attention.setter
+    def attention(self, name: str) -> None:
+        attend = backend(name)
+        self._attention = name
+        for module in self.modules():
+            if isinstance(module, Attention):
+                module.attend = attend
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.conv_in.weight.dtype
+
+    def project(self, cond: Conditioning) -> Conditioning:
+        """The same text with every cross-attention's keys and values, so that no step computes them again."""
+        if cond.keys_values is not None:
+            return cond
+        context = cond.context.to(self.dtype)
+        crosses = [block.attn2 for block in self.modules() if isinstance(block, TransformerBlock)]
+        return Conditioning(cond.context, tuple(cross.project(context) for cross in crosses))
+
+    def forward(self, x: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
+        pairs = iter(self.project(cond).keys_values or ())
+        emb = F.silu(self.time_embedding(self.time_proj(t).to(self.dtype)))
+        x = x.to(self.dtype)
+        x = self.conv_in(2 * x - 1 if self.config.center_input_sample else x)
+        skips = [x]
+        for down in cast(Iterable[Stage], self.down_blocks):
+            for layer in down.layers():
+                x = apply(layer, x, emb, pairs)
+                skips.append(x)
+            for downsample in down.downsamplers:
+                x = downsample(x)
+                skips.append(x)
+        for layer in self.mid_block.layers():
+            x = apply(layer, x, emb, pairs)
+        for up in cast(Iterable[Stage], self.up_blocks):
+            for layer in up.layers():
+                x = apply(layer, torch.cat([x, skips.pop()], dim=1), emb, pairs)
+            for upsample in up.upsamplers:
+                x = upsample(x, skips[-1].shape[-2:])
+        return self.conv_out(F.silu(self.conv_norm_out(x)))

@@ -1,0 +1,64 @@
+"""The autoencoder, diffusers' AutoencoderKL: pictures [B, 3, H, W] in [-1, 1] and scaled latents [B, C, h, w]."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+import ldm.nn._torchvision  # noqa: F401  must come before diffusers
+
+from diffusers import AutoencoderKL  # isort: skip
+
+
+class Posterior(NamedTuple):
+    """q(z | x): a diagonal Gaussian of scaled latents, [B, C, h, w] each."""
+
+    mean: Tensor
+    std: Tensor
+
+    def sample(self, noise: Tensor) -> Tensor:
+        """z = mean + std * noise (Kingma & Welling 2014, section 2.4)."""
+        return self.mean + self.std * noise
+
+
+def autoencoder(config: Mapping[str, Any]) -> AutoencoderKL:
+    """An AutoencoderKL with random weights, from diffusers' configuration fields."""
+    return AutoencoderKL.from_config(dict(config))
+
+
+def config_of(vae: AutoencoderKL) -> dict[str, Any]:
+    """The fields of a `vae/config.json`."""
+    return {k: v for k, v in vae.config.items() if not k.startswith("_") or k == "_class_name"}
+
+
+def downscale(vae: AutoencoderKL) -> int:
+    """Pixels a side for each latent: 8 for Stable Diffusion."""
+    return 2 ** (len(vae.config["block_out_channels"]) - 1)
+
+
+def moments(vae: AutoencoderKL, images: Tensor) -> Posterior:
+    """The unscaled posterior; log-variance is clipped to [-30, 20] as Stable Diffusion's is."""
+    hidden = vae.encoder(images)
+    mean, log_var = (vae.quant_conv(hidden) if vae.quant_conv is not None else hidden).chunk(2, dim=1)
+    return Posterior(mean, torch.exp(0.5 * log_var.clamp(-30, 20)))
+
+
+def reconstruct(vae: AutoencoderKL, z: Tensor) -> Tensor:
+    """Pictures from unscaled latents."""
+    return vae.decoder(vae.post_quant_conv(z) if vae.post_quant_conv is not None else z)
+
+
+def encode(vae: AutoencoderKL, images: Tensor) -> Posterior:
+    """q(z | x) of scaled latents, float32: variance about 1, as the U-Net sees them."""
+    scale = vae.config["scaling_factor"]
+    mean, std = moments(vae, images.to(vae.dtype, memory_format=torch.channels_last))
+    return Posterior(mean.float() * scale, std.float() * scale)
+
+
+def decode(vae: AutoencoderKL, latents: Tensor) -> Tensor:
+    """Pictures [B, 3, H, W], about [-1, 1], float32, from scaled latents."""
+    z = (latents / vae.config["scaling_factor"]).to(vae.dtype, memory_format=torch.channels_last)
+    return reconstruct(vae, z).float()

@@ -1,0 +1,299 @@
+"""Text to picture: requests in, pictures out, each a function of its own request alone."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ldm.checkpoints.formats import Checkpoint, load_directory
+from ldm.conditioning import Conditioning
+from ldm.diffusion.denoiser import Denoise, Denoiser
+from ldm.diffusion.guidance import guide
+from ldm.diffusion.samplers import SAMPLERS
+from ldm.diffusion.spacing import SPACINGS, Grid, choose
+from ldm.images import to_pil
+from ldm.nn.text import embed, tokens
+from ldm.nn.vae import decode, downscale
+from ldm.rng import Noise, noise_from, stream
+
+PICTO = Path(__file__).resolve().parent.parent / "weights" / "picto"
+MAX_SIDE = 8192  # pixels
+MAX_STEPS = 10_000
+TEXTS_KEPT = 256  # prompts whose keys and values stay at hand
+
+
+@dataclass(frozen=True)
+class Request:
+    """Everything that one picture depends on, beside the model. Sizes are pixels; None is the model's own value."""
+
+    prompt: str
+    negative_prompt: str = ""
+    seed: int = 0
+    height: int | None = None
+    width: int | None = None
+    num_inference_steps: int | None = None
+    guidance_scale: float | None = None
+    sampler: str = "dpmpp_2m"
+    spacing: str = "trailing"
+    eta: float = 0.0
+    latents: Tensor | None = field(default=None, compare=False, repr=False)
+
+    def record(self) -> dict[str, Any]:
+        """The request as JSON values; `Request(**record)` is the same request, less latents given from outside."""
+        return {name: value for name, value in asdict(self).items() if name != "latents"}
+
+
+@dataclass(frozen=True)
+class Output:
+    """Pictures and their seeds, in the order of the requests."""
+
+    images: list[Image.Image]
+    seeds: list[int]
+
+
+class Group:
+    """Rows that march in step: requests of one shape, sampler and grid, driven by one coroutine."""
+
+    def __init__(self, members: Sequence[tuple[int, Request]], x: Tensor, grid: Grid, noise: Noise) -> None:
+        self.members = members
+        first = members[0][1]
+        sampler = SAMPLERS[first.sampler].function
+        self.steps = (partial(sampler, eta=first.eta) if first.eta else sampler)(x, grid, noise)
+        self.x, self.point = next(self.steps)
+        self.grid = grid
+        self.progress = 0.0
+
+    def __len__(self) -> int:
+        return len(self.members)
+
+    def answer(self, x0: Tensor) -> float:
+        """Give E[x_0 | x]: the group asks on, or holds its latents in `x`. Returns how far it came."""
+        before = self.progress
+        try:
+            self.x, self.point = self.steps.send(x0)
+            self.progress = self.grid.index(self.point) / (len(self.grid) - 1)
+        except StopIteration as end:
+            self.x, self.progress = end.value, 1.0
+        return self.progress - before
+
+    @property
+    def done(self) -> bool:
+        return self.progress == 1
+
+
+class Pipeline:
+    """A text-to-image model that draws requests of any mixture of prompts, seeds, sizes, steps, samplers and guidance.
+
+    Its scheduler joins the questions of all running groups into one call of the network for each latent shape, retires
+    what is finished and admits what waits: continuous batching.
+    """
+
+    def __init__(self, model: Checkpoint, batch_size: int = 8) -> None:
+        self.model = model
+        self.batch_size = batch_size
+        self.denoiser = Denoiser(model.unet, model.sde, model.prediction, model.unet.dtype)
+        self._texts: dict[str, Conditioning] = {}
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | Path = PICTO,
+        *,
+        device: str = "auto",
+        dtype: str | torch.dtype = "auto",
+        batch_size: int = 8,
+    ) -> Pipeline:
+        """The model in a folder of diffusers' layout; ValueError names the file that is missing or at fault.
+
+        device "auto" is CUDA where there is one; dtype "auto" is bfloat16 on CUDA and float32 on a CPU.
+        """
+        where = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+        return cls(load_directory(Path(path), where, choose_dtype(dtype, where)), batch_size)
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.unet.conv_in.weight.device
+
+    def to(self, device: str | torch.device) -> Pipeline:
+        """Move the networks; returns the pipeline itself."""
+        for network in (self.model.unet, self.model.vae, self.model.text):
+            network.to(device)
+        self._texts.clear()
+        return self
+
+    def __call__(
+        self,
+        prompt: str | Sequence[str],
+        negative_prompt: str = "",
+        num_images_per_prompt: int = 1,
+        seed: int | Sequence[int] = 0,
+        latents: Tensor | None = None,
+        **settings: Any,
+    ) -> Output:
+        """Draw each prompt `num_images_per_prompt` times, picture k of a prompt with seed + k; names as in diffusers.
+
+        `seed` may be one per prompt; `latents` [B, C, h, w] (N(0, I), prompt by prompt) replaces the initial noise;
+        `settings` are the other fields of `Request`. ValueError for what cannot be drawn.
+        """
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        seeds = [seed] * len(prompts) if isinstance(seed, int) else list(seed)
+        if len(seeds) != len(prompts):
+            raise ValueError(f"seed: {len(seeds)} given for {len(prompts)} prompts")
+        count = len(prompts) * num_images_per_prompt
+        if latents is not None and len(latents) != count:
+            raise ValueError(f"latents: {len(latents)} given for {count} pictures")
+        requests = [
+            Request(
+                text,
+                negative_prompt,
+                first + k,
+                latents=None if latents is None else latents[row * num_images_per_prompt + k],
+                **settings,
+            )
+            for row, (text, first) in enumerate(zip(prompts, seeds, strict=True))
+            for k in range(num_images_per_prompt)
+        ]
+        return Output(self.generate(requests), [request.seed for request in requests])
+
+    def generate(
+        self, requests: Sequence[Request], said: Callable[[float], None] = lambda share: None
+    ) -> list[Image.Image]:
+        """The pictures of any mixture of requests, in their order."""
+        pictures = dict(self.stream(requests, said))
+        return [pictures[k] for k in range(len(requests))]
+
+    def stream(
+        self, requests: Sequence[Request], said: Callable[[float], None] = lambda share: None
+    ) -> Iterator[tuple[int, Image.Image]]:
+        """(index, picture) as they are finished; `said(share)` hears of that much more of a picture, 1 in all for each.
+
+        All requests are checked before the first is drawn.
+        """
+        waiting = deque(enumerate(self.resolve(request) for request in requests))
+        return self._run(waiting, said)
+
+    @torch.inference_mode()
+    def _run(
+        self, waiting: deque[tuple[int, Request]], said: Callable[[float], None]
+    ) -> Iterator[tuple[int, Image.Image]]:
+        running: list[Group] = []
+        asked: list[tuple[list[Group], Denoise]] = []
+        while waiting or running:
+            free = self.batch_size - sum(map(len, running))
+            if waiting and free > 0:
+                running += self._admit([waiting.popleft() for _ in range(min(free, len(waiting)))])
+                asked = self._join(running)
+            for groups, denoise in asked:
+                x0 = denoise(torch.cat([g.x for g in groups]), [g.point for g in groups for _ in range(len(g))])
+                for group, part in zip(groups, x0.split([len(g) for g in groups]), strict=True):
+                    said(group.answer(part) * len(group))
+            finished = [group for group in running if group.done]
+            if finished:
+                running = [group for group in running if not group.done]
+                asked = self._join(running)
+            for group in finished:
+                pictures = to_pil(decode(self.model.vae, group.x))
+                yield from ((k, picture) for (k, _), picture in zip(group.members, pictures, strict=True))
+
+    def _admit(self, arrivals: Sequence[tuple[int, Request]]) -> list[Group]:
+        """Groups of consecutive requests that can march in step."""
+
+        def march(item: tuple[int, Request]) -> tuple:
+            r = item[1]
+            return r.height, r.width, r.sampler, r.spacing, r.num_inference_steps, r.eta
+
+        return [self._start(list(members)) for _, members in groupby(arrivals, march)]
+
+    def _start(self, members: list[tuple[int, Request]]) -> Group:
+        first = members[0][1]
+        noise = noise_from([stream(request.seed) for _, request in members])
+        x = noise(torch.empty(len(members), *self.latent_shape(first), device=self.device))
+        for row, (_, request) in enumerate(members):
+            if request.latents is not None:
+                x[row] = request.latents.to(x)
+        grid = SPACINGS[first.spacing](self.model.sde, first.num_inference_steps)
+        return Group(members, x, grid, noise)
+
+    def _join(self, groups: Sequence[Group]) -> list[tuple[list[Group], Denoise]]:
+        """For each latent shape the groups that share a call of the network, and the guided denoiser of their rows."""
+        shapes: dict[torch.Size, list[Group]] = {}
+        for group in groups:
+            shapes.setdefault(group.x.shape[1:], []).append(group)
+        return [(some, self._guided([r for g in some for _, r in g.members])) for some in shapes.values()]
+
+    def _guided(self, requests: Sequence[Request]) -> Denoise:
+        cond, uncond = (
+            Conditioning.cat([self.text(text) for text in texts])
+            for texts in ([r.prompt for r in requests], [r.negative_prompt for r in requests])
+        )
+        return guide(self.denoiser, cond, uncond, torch.tensor([r.guidance_scale for r in requests]))
+
+    def text(self, prompt: str) -> Conditioning:
+        """A prompt [1, T, C] with every cross-attention's keys and values, computed once."""
+        if prompt not in self._texts:
+            if len(self._texts) >= TEXTS_KEPT:
+                self._texts.pop(next(iter(self._texts)))
+            context = embed(self.model.text, tokens(self.model.tokenizer, [prompt]))
+            self._texts[prompt] = self.model.unet.project(Conditioning(context))
+        return self._texts[prompt]
+
+    def latent_shape(self, request: Request) -> tuple[int, int, int]:
+        """[C, h, w] of a request whose size is known."""
+        f = downscale(self.model.vae)
+        return self.model.unet.config.in_channels, (request.height or 0) // f, (request.width or 0) // f
+
+    def resolve(self, request: Request) -> Request:
+        """The request with the model's defaults filled in; ValueError in the user's words for what cannot be drawn."""
+        f, native = downscale(self.model.vae), self.model.unet.config.sample_size
+        rows, columns = native if isinstance(native, tuple) else (native or 64,) * 2
+        filled = Request(
+            **{
+                **{name: getattr(request, name) for name in request.__dataclass_fields__},
+                "height": rows * f if request.height is None else request.height,
+                "width": columns * f if request.width is None else request.width,
+                **{
+                    name: value if getattr(request, name) is None else getattr(request, name)
+                    for name, value in self.model.defaults.items()
+                },
+            }
+        )
+        check(filled, f)
+        if filled.latents is not None and tuple(filled.latents.shape) != self.latent_shape(filled):
+            raise ValueError(f"latents: shape {list(filled.latents.shape)}, expected {list(self.latent_shape(filled))}")
+        return filled
+
+
+def check(request: Request, multiple: int) -> None:
+    """ValueError for a value that no picture can have."""
+    for name in ("height", "width"):
+        side = getattr(request, name)
+        if not (multiple <= side <= MAX_SIDE and side % multiple == 0):
+            raise ValueError(f"{name} {side}: must be a multiple of {multiple} from {multiple} to {MAX_SIDE}")
+    steps, scale = request.num_inference_steps, request.guidance_scale
+    if steps is None or not 1 <= steps <= MAX_STEPS:
+        raise ValueError(f"steps {steps}: must be from 1 to {MAX_STEPS}")
+    if scale is None or not 0 <= scale <= 1000:  # also refuses NaN
+        raise ValueError(f"guidance {scale}: must be from 0 to 1000")
+    if not 0 <= request.seed < 2**63:
+        raise ValueError(f"seed {request.seed}: must be from 0 to 2**63 - 1")
+    choose(SAMPLERS, request.sampler, "sampler")
+    choose(SPACINGS, request.spacing, "spacing")
+    if not 0 <= request.eta <= 1 or (request.eta and request.sampler != "ddim"):
+        raise ValueError(f"eta {request.eta}: must be from 0 to 1, and 0 for samplers other than ddim")
+
+
+def choose_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
+    """A torch dtype from its name."""
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    names = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    return choose({**names, "auto": torch.float32 if device.type == "cpu" else torch.bfloat16}, dtype, "dtype")

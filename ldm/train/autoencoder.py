@@ -1,0 +1,104 @@
+"""The autoencoder's training: pictures to a small Gaussian latent and back."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ldm.checkpoints.files import save_module
+from ldm.config import AutoencoderObjective, Recipe
+from ldm.data.scenes import Scenes
+from ldm.images import from_uint8
+from ldm.nn import vae
+from ldm.train.task import Batch
+
+
+class Reconstruction(nn.Module):
+    """Pictures and noise to (reconstruction, posterior mean and std): the forward pass that a parallel wrapper sees."""
+
+    def __init__(self, autoencoder: vae.AutoencoderKL) -> None:
+        super().__init__()
+        self.vae = autoencoder
+
+    def forward(self, images: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        posterior = vae.moments(self.vae, images)
+        return vae.reconstruct(self.vae, posterior.sample(noise)), *posterior
+
+
+class AutoencoderTask:
+    """L1 + w2 squared error + wg L1 of image gradients + wk KL(q(z|x) || N(0, I)) (Rombach et al. 2022, 3.1)."""
+
+    def __init__(self, recipe: Recipe, objective: AutoencoderObjective, held_out: int = 256) -> None:
+        self.recipe, self.objective = recipe, objective
+        torch.manual_seed(recipe.seed)  # the initial weights
+        self.model = Reconstruction(vae.autoencoder(objective.model))
+        data = recipe.data
+        self.scenes = Scenes(data.sprites, size=data.size, seed=recipe.seed)
+        others = Scenes(data.sprites, size=data.size, seed=recipe.seed, split="held-out")
+        self.held_out = np.stack([others[k].image for k in range(held_out)])
+
+    def batch(self, k: int) -> Batch:
+        size = self.recipe.train_batch_size
+        return {"images": np.stack([self._crop(i, self.scenes[i].image) for i in range(k * size, (k + 1) * size)])}
+
+    def _crop(self, i: int, image: np.ndarray) -> np.ndarray:
+        side = self.objective.crop
+        if side is None:
+            return image
+        rng = np.random.Generator(np.random.Philox(key=np.array([self.recipe.seed, i], np.uint64)))
+        y, x = rng.integers(0, np.array(image.shape[:2]) - side + 1)
+        return image[y : y + side, x : x + side]
+
+    def loss(self, model: nn.Module, batch: Batch, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
+        device = next(model.parameters()).device
+        images = from_uint8(batch["images"]).to(device)
+        shape = latent_shape(self.model.vae, images)
+        output, mean, std = model(images, torch.randn(shape, generator=generator).to(device))
+        w, error = self.objective, (output.float() - images) / 2  # of pictures in [0, 1]
+        squared = error.square().mean()
+        kl = 0.5 * (mean.float() ** 2 + std.float() ** 2 - 1 - 2 * std.float().clamp(min=1e-9).log()).mean()
+        loss = error.abs().mean() + w.squared_weight * squared + w.gradient_weight * edges(error) + w.kl_weight * kl
+        return loss, {"mse": squared.detach(), "kl": kl.detach()}
+
+    @torch.no_grad()
+    def validate(self, model: nn.Module) -> dict[str, float]:
+        """Mean PSNR in dB over held-out pictures, from the posterior's mean, and the deviation of the latents."""
+        ratios, latents = [], []
+        device = next(model.parameters()).device
+        for pixels in np.array_split(self.held_out, len(self.held_out) // 16):
+            images = from_uint8(pixels).to(device).contiguous(memory_format=torch.channels_last)
+            with torch.autocast(device.type, torch.bfloat16):
+                mean, _ = vae.moments(model.vae, images)
+                output = vae.reconstruct(model.vae, mean).float().clamp(-1, 1)
+            mse = ((output - images) / 2).square().flatten(1).mean(1)
+            ratios.append(-10 * mse.log10())
+            latents.append(mean.float())
+        return {"psnr": torch.cat(ratios).mean().item(), "latent_std": torch.cat(latents).std().item()}
+
+    def export(self, model: nn.Module, folder: Path) -> None:
+        """A `vae/` folder whose scaling_factor gives the latents unit variance (Rombach et al. 2022, appendix G)."""
+        std = self.validate(model)["latent_std"]
+        config = {**vae.config_of(model.vae), "scaling_factor": round(1 / std, 5)}
+        save_module(model.vae, config, folder)
+
+
+def latent_shape(autoencoder: vae.AutoencoderKL, images: Tensor) -> tuple[int, ...]:
+    """The shape of the latents of `images` [B, 3, H, W]."""
+    f = vae.downscale(autoencoder)
+    return (len(images), autoencoder.config["latent_channels"], images.shape[2] // f, images.shape[3] // f)
+
+
+def edges(error: Tensor, scales: int = 2) -> Tensor:
+    """L1 of the differences between neighbouring pixels of `error` [B, C, H, W], at full, half, ... size.
+
+    It stands in for a perceptual loss without a pretrained network: blurred outlines cost what they look like.
+    """
+    total = error.new_zeros(())
+    for _ in range(scales):
+        total = total + error.diff(dim=2).abs().mean() + error.diff(dim=3).abs().mean()
+        error = F.avg_pool2d(error, 2)
+    return total / scales

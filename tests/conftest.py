@@ -1,0 +1,59 @@
+"""A tiny random model in the directory layout, and a pipeline on it: what most tests draw with."""
+
+import pytest
+import torch
+
+from ldm.checkpoints.files import save_module, write_json
+from ldm.checkpoints.formats import MODEL_INDEX
+from ldm.checkpoints.schedule import schedule_config
+from ldm.nn import text, vae
+from ldm.nn.unet import UNet, UNetConfig
+from ldm.pipeline import Pipeline
+
+CAPTIONS = ["a red apple on a blue background", "two stars", "a cat to the left of a dog"]
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    """A model folder: latents of 4 channels, a quarter of the picture's side; v-prediction; native size 32."""
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    torch.manual_seed(0)
+    tokenizer = text.learn_vocabulary(CAPTIONS * 10, 600, 16)
+    text.save_tokenizer(tokenizer, folder / "tokenizer")
+    tower = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    clip = text.clip_towers(tower, {**tower, "image_size": 32, "patch_size": 8}, 16, tokenizer)
+    text_encoder = text.towers(clip)["text_encoder"]
+    save_module(text_encoder, text_encoder.config.to_diff_dict(), folder / "text_encoder", "model.safetensors")
+    config = UNetConfig(
+        sample_size=8,
+        block_out_channels=(32, 64),
+        down_block_types=("CrossAttnDownBlock2D",) * 2,
+        up_block_types=("CrossAttnUpBlock2D",) * 2,
+        layers_per_block=1,
+        attention_head_dim=2,
+        cross_attention_dim=32,
+        norm_num_groups=8,
+    )
+    save_module(UNet(config), config.to_dict(), folder / "unet")
+    autoencoder = vae.autoencoder(
+        {
+            "down_block_types": ["DownEncoderBlock2D"] * 3,
+            "up_block_types": ["UpDecoderBlock2D"] * 3,
+            "block_out_channels": [8, 16, 16],
+            "layers_per_block": 1,
+            "norm_num_groups": 4,
+            "latent_channels": 4,
+            "scaling_factor": 0.5,
+        }
+    )
+    save_module(autoencoder, vae.config_of(autoencoder), folder / "vae")
+    (folder / "scheduler").mkdir()
+    write_json(schedule_config("squaredcos_cap_v2", "v"), folder / "scheduler" / "scheduler_config.json")
+    write_json({"num_inference_steps": 6, "guidance_scale": 3.0}, folder / "generation_config.json")
+    write_json(MODEL_INDEX, folder / "model_index.json")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def pipe(tiny):
+    return Pipeline.from_pretrained(tiny, device="cpu", dtype="float32")

@@ -1,0 +1,123 @@
+"""The SDE's closed forms, its inverse, and its agreement with diffusers' tables."""
+
+import math
+
+import pytest
+import torch
+from diffusers import DDIMScheduler
+
+import ldm.nn._torchvision  # noqa: F401
+from ldm.diffusion.sde import CLEAN, SCHEDULES, VPSDE, scaled_linear_table, zero_terminal_snr
+
+TABLES = {name: table(0.00085, 0.012, 1000) for name, table in SCHEDULES.items()}
+SDES = {
+    "linear": VPSDE.linear(),
+    "cosine": VPSDE.cosine(),
+    "scaled_linear": VPSDE.scaled_linear(),
+    **{f"table {name}": VPSDE.tabulated(table) for name, table in TABLES.items()},
+    "table zero SNR": VPSDE.tabulated(zero_terminal_snr(TABLES["scaled_linear"])),
+}
+every_sde = pytest.mark.parametrize("sde", SDES.values(), ids=SDES.keys())
+TIMES = torch.linspace(0, 1, 4001, dtype=torch.float64)
+
+
+@every_sde
+def test_variance_is_preserved_from_the_clean_picture_on(sde):
+    alpha, sigma = sde.marginal(TIMES)
+    torch.testing.assert_close(alpha**2 + sigma**2, torch.ones_like(alpha), rtol=0, atol=1e-15)
+    assert (alpha.diff() < 0).all()
+    assert sde.at(0.0) == CLEAN and math.copysign(1, sde.at(0.0).sigma) == 1
+
+
+@every_sde
+def test_time_inverts_log_snr(sde):
+    t = TIMES[1:]
+    torch.testing.assert_close(sde.time(sde.log_snr(t)), t, rtol=1e-9, atol=0)
+    beyond = sde.time(torch.tensor([math.inf, -math.inf], dtype=torch.float64))
+    torch.testing.assert_close(beyond, torch.tensor([0.0, 1.0], dtype=torch.float64))
+
+
+@every_sde
+def test_beta_is_the_slope_that_log_alpha_integrates(sde):
+    t = torch.linspace(0, 0.99, 20001, dtype=torch.float64)
+    with torch.inference_mode():
+        integral = torch.trapezoid(sde.beta(t), t)
+        torch.testing.assert_close(integral, -2 * sde.log_alpha(t[-1]), rtol=1e-5, atol=0)
+
+
+def test_linear_beta_is_linear_and_scaled_linear_has_the_table_s_rate():
+    torch.testing.assert_close(VPSDE.linear(0.1, 20).beta(TIMES), 0.1 + 19.9 * TIMES)
+    root = math.sqrt(0.00085) + TIMES * (math.sqrt(0.012) - math.sqrt(0.00085))
+    torch.testing.assert_close(VPSDE.scaled_linear().beta(TIMES), 1000 * root**2)
+
+
+def test_cosine_is_nichol_and_dhariwal_s_and_ends_in_pure_noise():
+    f = torch.cos((TIMES + 0.008) / 1.008 * math.pi / 2)
+    alpha, _ = VPSDE.cosine().marginal(TIMES)
+    torch.testing.assert_close(alpha, f / f[0], rtol=1e-12, atol=1e-15)
+    assert VPSDE.cosine().at(1.0) == (1.0, 0.0, 1.0)
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize(("start", "end"), [(0.0001, 0.02), (0.00085, 0.012)])
+def test_tables_are_diffusers_tables(name, start, end):
+    theirs = DDIMScheduler(beta_start=start, beta_end=end, beta_schedule=name).alphas_cumprod
+    torch.testing.assert_close(SCHEDULES[name](start, end, 1000).float(), theirs, rtol=2e-5, atol=1e-9)
+
+
+def test_zero_terminal_snr_is_diffusers_rescaling():
+    scheduler = DDIMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", rescale_betas_zero_snr=True
+    )
+    ours = zero_terminal_snr(scaled_linear_table(0.00085, 0.012, 1000))
+    torch.testing.assert_close(ours.float(), scheduler.alphas_cumprod, rtol=1e-4, atol=1e-8)
+    assert ours[-1] == 0
+
+
+@pytest.mark.parametrize("table", [*TABLES.values(), zero_terminal_snr(TABLES["scaled_linear"])])
+def test_tabulated_passes_through_every_value_and_falls_between(table):
+    sde = VPSDE.tabulated(table)
+    alpha, _ = sde.marginal((torch.arange(1000) + 1).double() / 1000)
+    torch.testing.assert_close(alpha**2, table, rtol=1e-9, atol=0)
+    log_alpha = sde.log_alpha(torch.linspace(0, 1, 20001, dtype=torch.float64))
+    assert (log_alpha.diff() < 0).all()
+
+
+def test_a_rough_table_stays_monotone_and_smooth():
+    steps = torch.rand(50, generator=torch.Generator().manual_seed(0), dtype=torch.float64) ** 6
+    sde = VPSDE.tabulated(torch.exp(-steps.cumsum(0)))
+    t = torch.linspace(0, 1, 50 * 400 + 1, dtype=torch.float64)
+    beta = sde.beta(t)
+    assert (beta > -1e-12).all()
+    knots = torch.arange(1, 50, dtype=torch.float64) / 50
+    torch.testing.assert_close(sde.beta(knots - 1e-9), sde.beta(knots + 1e-9), rtol=1e-4, atol=1e-4)
+
+
+def test_tabulated_recovers_a_smooth_schedule_between_its_values():
+    exact = VPSDE.scaled_linear()
+    alpha, _ = exact.marginal((torch.arange(1000) + 1).double() / 1000)
+    sde, t = VPSDE.tabulated(alpha**2), TIMES[1:]
+    torch.testing.assert_close(sde.log_alpha(t), exact.log_alpha(t), rtol=1e-5, atol=0)
+    torch.testing.assert_close(sde.beta(t), exact.beta(t), rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("table", [[0.9, 0.9, 0.5], [1.0, 0.5, 0.2], [0.9, 0.5, -0.1], [0.9, 0.5]])
+def test_a_table_that_is_no_schedule_is_refused(table):
+    with pytest.raises(ValueError, match="alphas_cumprod"):
+        VPSDE.tabulated(torch.tensor(table))
+
+
+def test_timesteps_and_steps_are_each_other_s_inverse():
+    sde = SDES["table scaled_linear"]
+    for k in [0, 1, 37.25, 999]:
+        assert sde.timestep(sde.step(k).t) == pytest.approx(k, abs=1e-9)
+    assert sde.step(0).alpha ** 2 == pytest.approx(1 - 0.00085, rel=1e-12)
+
+
+def test_perturb_adds_each_row_s_own_noise():
+    sde, x0 = VPSDE.linear(), torch.randn(3, 2, 4, 4, generator=torch.Generator().manual_seed(0))
+    t, noise = torch.tensor([0.1, 0.5, 1.0], dtype=torch.float64), x0.flip(0)
+    x = sde.perturb(x0, noise, t)
+    for i, row in enumerate(x):
+        point = sde.at(t[i].item())
+        torch.testing.assert_close(row, point.alpha * x0[i] + point.sigma * noise[i])

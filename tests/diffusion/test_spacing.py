@@ -1,0 +1,89 @@
+"""Grids equal diffusers' timesteps, and descend from noise to the clean picture."""
+
+import math
+
+import pytest
+import torch
+from diffusers import DDIMScheduler, EulerDiscreteScheduler
+
+import ldm.nn._torchvision  # noqa: F401
+from ldm.diffusion.sde import CLEAN, VPSDE, scaled_linear_table
+from ldm.diffusion.spacing import LOWEST_LOG_SNR, SPACINGS, choose, cut
+
+SD = VPSDE.tabulated(scaled_linear_table(0.00085, 0.012, 1000))
+BETAS = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+
+
+def timesteps(grid):
+    return torch.tensor([SD.timestep(point.t) for point in grid[:-1]])
+
+
+@pytest.mark.parametrize("name", ["linspace", "leading", "trailing"])
+def test_discrete_grids_are_diffusers_timesteps(name):
+    options = {"offset": 1} if name == "leading" else {}
+    scheduler = EulerDiscreteScheduler(**BETAS, timestep_spacing=name, steps_offset=1 if options else 0)
+    for n in [*range(2, 64), 96, 100, 144, 192, 333, 500, 999]:
+        scheduler.set_timesteps(n)
+        theirs = scheduler.timesteps[:n]  # trailing rounds itself one more, timestep -1, at n = 61
+        torch.testing.assert_close(timesteps(SPACINGS[name](SD, n, **options)), theirs, rtol=1e-6, atol=1e-4)
+
+
+def test_offset_shifts_leading():
+    scheduler = DDIMScheduler(**BETAS, timestep_spacing="leading", steps_offset=0)
+    scheduler.set_timesteps(30)
+    ours = timesteps(SPACINGS["leading"](SD, 30, offset=0))
+    torch.testing.assert_close(ours, scheduler.timesteps.float(), rtol=0, atol=1e-4)
+
+
+def test_karras_is_diffusers_karras():
+    scheduler = EulerDiscreteScheduler(**BETAS, use_karras_sigmas=True)
+    scheduler.set_timesteps(25)
+    ours = torch.tensor([point.sigma / point.alpha for point in SPACINGS["karras"](SD, 25)])
+    torch.testing.assert_close(ours, scheduler.sigmas, rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("sde", [SD, VPSDE.linear(), VPSDE.cosine()], ids=["table", "linear", "cosine"])
+def test_log_snr_is_uniform_and_starts_at_the_last_time_or_at_the_floor(sde):
+    grid = SPACINGS["log_snr"](sde, 9)
+    log_snr = torch.tensor([2 * math.log(p.alpha / p.sigma) for p in grid[:-1]])
+    torch.testing.assert_close(log_snr.diff(), log_snr.diff().mean().expand(8), rtol=1e-4, atol=0)
+    start = sde.log_snr(torch.tensor(1.0)).item()
+    assert log_snr[0].item() == pytest.approx(max(start, LOWEST_LOG_SNR), rel=1e-6)
+    assert grid[-2].t == pytest.approx(1 / sde.steps)
+
+
+@pytest.mark.parametrize("name", SPACINGS)
+@pytest.mark.parametrize("sde", [SD, VPSDE.cosine()], ids=["table", "cosine"])
+@pytest.mark.parametrize("n", [1, 2, 7, 50])
+def test_every_grid_descends_from_noise_to_the_clean_picture(name, sde, n):
+    grid = SPACINGS[name](sde, n)
+    sigma = torch.tensor([point.sigma for point in grid], dtype=torch.float64)
+    assert len(grid) == n + 1 and grid[-1] == CLEAN
+    assert (sigma.diff() < 0).all()
+    assert all(point == sde.at(point.t) for point in grid)
+
+
+@pytest.mark.parametrize("name", SPACINGS)
+def test_less_than_one_step_is_refused(name):
+    with pytest.raises(ValueError, match="at least 1"):
+        SPACINGS[name](SD, 0)
+
+
+@pytest.mark.parametrize("name", ["leading", "trailing"])
+def test_more_steps_than_the_table_has_are_refused(name):
+    with pytest.raises(ValueError, match="does not have that many of 1000"):
+        SPACINGS[name](SD, 1001)
+
+
+def test_cut_keeps_the_last_part_of_the_grid():
+    grid = SPACINGS["leading"](SD, 50)
+    assert cut(grid, 1) == grid
+    assert cut(grid, 0) == (CLEAN,)
+    assert cut(grid, 0.6) == grid[20:]
+    with pytest.raises(ValueError, match="between 0 and 1"):
+        cut(grid, 1.5)
+
+
+def test_an_unknown_name_lists_the_choices():
+    with pytest.raises(ValueError, match="spacing 'exponential': choose from linspace, leading, trailing"):
+        choose(SPACINGS, "exponential", "spacing")

@@ -1,0 +1,111 @@
+"""The laws of the pipeline: a picture is a function of its request, and equals diffusers' on the same weights."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+
+import ldm.nn._torchvision  # noqa: F401  must come before diffusers
+from ldm.pipeline import PICTO, Pipeline, Request
+
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, StableDiffusionPipeline  # isort: skip
+
+MIXED = [
+    Request("a red apple", seed=1),
+    Request("two stars", "a dog", seed=2, guidance_scale=1.0),
+    Request("a cat", seed=3, sampler="heun", num_inference_steps=4),
+    Request("a cat", seed=4, sampler="ddpm", spacing="log_snr", height=48),
+    Request("a dog on a blue background", seed=5, guidance_scale=7.5),
+    Request("", seed=6, sampler="ddim", eta=0.5, num_inference_steps=9),
+    Request("a red apple", seed=7),
+]
+
+
+def difference(a, b):
+    return np.abs(np.asarray(a, dtype=int) - np.asarray(b, dtype=int)).max()
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 8])
+def test_a_picture_is_the_same_in_any_batch_and_any_order(tiny, pipe, batch_size):
+    alone = [pipe.generate([request])[0] for request in MIXED]
+    other = Pipeline(pipe.model, batch_size)
+    for order in (range(len(MIXED)), [5, 2, 6, 0, 3, 1, 4]):
+        pictures = other.generate([MIXED[k] for k in order])
+        assert max(difference(alone[k], picture) for k, picture in zip(order, pictures, strict=True)) <= 1
+
+
+def test_image_k_of_a_prompt_is_the_image_of_its_own_seed(pipe):
+    output = pipe(["a cat", "a dog"], num_images_per_prompt=3, seed=[10, 20])
+    assert output.seeds == [10, 11, 12, 20, 21, 22]
+    assert difference(output.images[4], pipe("a dog", seed=21).images[0]) <= 1
+    assert difference(output.images[4], output.images[3]) > 1
+
+
+def test_guidance_scale_one_is_no_guidance(pipe):
+    plain, negative = (pipe("a cat", text, guidance_scale=1.0).images[0] for text in ("", "a dog"))
+    guided, other = (pipe("a cat", text, guidance_scale=4.0).images[0] for text in ("", "a dog"))
+    assert difference(plain, negative) == 0
+    assert difference(guided, other) > 0 and difference(plain, guided) > 0
+
+
+def test_latents_replace_the_initial_noise(pipe):
+    noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(5))
+    assert difference(pipe("a cat", latents=noise).images[0], pipe("a cat", seed=5).images[0]) == 0
+
+
+def test_a_record_is_the_request(pipe):
+    request = pipe.resolve(MIXED[5])
+    assert Request(**request.record()) == request
+
+
+def diffusers_picture(folder, scheduler, prompt, steps, guidance, noise, **options):
+    theirs = StableDiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32, local_files_only=True)
+    theirs.scheduler = scheduler.from_config(theirs.scheduler.config, **options)
+    theirs.set_progress_bar_config(disable=True)
+    side = theirs.unet.config.sample_size * theirs.vae_scale_factor
+    call = {"height": side, "width": side, "num_inference_steps": steps, "guidance_scale": guidance}
+    return theirs(prompt, negative_prompt="a dog", latents=noise, **call).images[0]
+
+
+@pytest.mark.parametrize("model", ["tiny", "picto"])
+@pytest.mark.parametrize(
+    "sampler, scheduler, options",
+    [
+        ("ddim", DDIMScheduler, {}),
+        ("dpmpp_2m", DPMSolverMultistepScheduler, {"algorithm_type": "dpmsolver++", "final_sigmas_type": "zero"}),
+    ],
+)
+def test_diffusers_loads_our_files_and_draws_the_same_picture(model, sampler, scheduler, options, tiny, pipe):
+    folder = tiny if model == "tiny" else PICTO
+    ours = pipe if model == "tiny" else Pipeline.from_pretrained(PICTO, device="cpu", dtype="float32")
+    config = ours.model.unet.config
+    shape = 1, config.in_channels, config.sample_size, config.sample_size
+    noise = torch.randn(shape, generator=torch.Generator().manual_seed(3))
+    prompt = "a red apple on a blue background"
+    picture = ours(prompt, "a dog", latents=noise, sampler=sampler, num_inference_steps=12, guidance_scale=3.0).images[
+        0
+    ]
+    assert difference(picture, diffusers_picture(folder, scheduler, prompt, 12, 3.0, noise, **options)) <= 2
+
+
+@pytest.mark.parametrize(
+    "change, word",
+    [
+        ({"height": 30}, "height 30: must be a multiple of 4"),
+        ({"width": 10**9}, "width 1000000000"),
+        ({"width": 0}, "width 0"),
+        ({"num_inference_steps": 0}, "steps 0"),
+        ({"num_inference_steps": 1001, "spacing": "trailing"}, "1001 steps"),
+        ({"guidance_scale": float("nan")}, "guidance nan"),
+        ({"seed": -1}, "seed -1"),
+        ({"sampler": "dpm"}, "sampler 'dpm': choose from ddpm"),
+        ({"spacing": "even"}, "spacing 'even': choose from linspace"),
+        ({"eta": 0.5}, "eta 0.5"),
+        ({"latents": torch.zeros(4, 8, 9)}, "latents: shape"),
+    ],
+)
+def test_what_cannot_be_drawn_is_refused_before_anything_is(pipe, change, word):
+    good, bad = Request("a cat"), dataclasses.replace(Request("a cat"), **change)
+    with pytest.raises(ValueError, match=word):
+        pipe.stream([good, bad])
