@@ -66,6 +66,8 @@ def generate(
         for k in range(count)
     ]
     files = draw(pipe, (model or PICTO).name, requests, out)
+    for file in files if not as_json else ():
+        print(file)
     if as_json:
         records = [{"file": str(file), **r.record()} for file, r in zip(files, requests, strict=True)]
         print(json.dumps({"images": records}))
@@ -138,10 +140,12 @@ def info() -> None:
 
     import torch
 
+    from ldm import __version__
     from ldm.nn.attention import available
     from ldm.pipeline import PICTO
 
-    rows = {name: metadata.version(name) for name in ("ldm", "torch", "diffusers", "transformers", "accelerate")}
+    libraries = ("torch", "diffusers", "transformers", "accelerate")
+    rows = {"ldm": __version__, **{name: metadata.version(name) for name in libraries}}
     rows["python"] = sys.version.split()[0]
     rows["cpu"] = f"{torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
     cuda = [torch.cuda.get_device_name(k) for k in range(torch.cuda.device_count())]
@@ -172,3 +176,7 @@ def main() -> None:
 def fail(message: str) -> int:
     print("error:", " ".join(message.split()), file=sys.stderr)
     return 2
+
+
+if __name__ == "__main__":
+    main()

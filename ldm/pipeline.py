@@ -18,7 +18,7 @@ from ldm.checkpoints.formats import Checkpoint, load_directory
 from ldm.conditioning import Conditioning
 from ldm.diffusion.denoiser import Denoise, Denoiser
 from ldm.diffusion.guidance import guide
-from ldm.diffusion.samplers import SAMPLERS
+from ldm.diffusion.samplers import SAMPLERS, ddim
 from ldm.diffusion.spacing import SPACINGS, Grid, choose
 from ldm.images import to_pil
 from ldm.nn.text import embed, tokens
@@ -66,8 +66,8 @@ class Group:
     def __init__(self, members: Sequence[tuple[int, Request]], x: Tensor, grid: Grid, noise: Noise) -> None:
         self.members = members
         first = members[0][1]
-        sampler = SAMPLERS[first.sampler].function
-        self.steps = (partial(sampler, eta=first.eta) if first.eta else sampler)(x, grid, noise)
+        sampler = partial(ddim, eta=first.eta) if first.eta else SAMPLERS[first.sampler].function
+        self.steps = sampler(x, grid, noise)
         self.x, self.point = next(self.steps)
         self.grid = grid
         self.progress = 0.0
@@ -116,7 +116,7 @@ class Pipeline:
 
         device "auto" is CUDA where there is one; dtype "auto" is bfloat16 on CUDA and float32 on a CPU.
         """
-        where = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+        where = choose_device(device)
         return cls(load_directory(Path(path), where, choose_dtype(dtype, where)), batch_size)
 
     @property
@@ -289,6 +289,17 @@ def check(request: Request, multiple: int) -> None:
     choose(SPACINGS, request.spacing, "spacing")
     if not 0 <= request.eta <= 1 or (request.eta and request.sampler != "ddim"):
         raise ValueError(f"eta {request.eta}: must be from 0 to 1, and 0 for samplers other than ddim")
+
+
+def choose_device(name: str) -> torch.device:
+    """A device from its name; "auto" is CUDA where there is one."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device {name!r}: {str(error).splitlines()[0]}") from None
+    return torch.device(name)
 
 
 def choose_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:

@@ -58,6 +58,12 @@ def fill(module: Any, path: Path, prefix: str = "") -> Any:
     return module
 
 
+def place(module: Any, device: torch.device, dtype: torch.dtype | None = None) -> Any:
+    """The module on its device and in its dtype, with convolutions in channels_last memory."""
+    # not module.to: diffusers' own warns of dtypes that it then does not keep
+    return nn.Module.to(module, device=device, dtype=dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+
 def sha256(path: Path) -> str:
     """The SHA-256 of a file, in hex."""
     with path.open("rb") as file:

@@ -9,12 +9,27 @@ from typing import Any
 
 import torch
 
-from ldm.checkpoints.files import DIFFUSERS, TRANSFORMERS, fill, read_json, sha256
+from ldm.checkpoints.files import DIFFUSERS, TRANSFORMERS, fill, place, read_json, sha256
 from ldm.checkpoints.schedule import load_schedule
 from ldm.diffusion.prediction import Prediction
 from ldm.diffusion.sde import VPSDE
 from ldm.nn import text, vae
 from ldm.nn.unet import UNet, UNetConfig
+
+DEFAULTS = {"num_inference_steps": 50, "guidance_scale": 7.5}  # diffusers' StableDiffusionPipeline
+MODEL_INDEX = {  # what makes a folder a diffusers.StableDiffusionPipeline
+    "_class_name": "StableDiffusionPipeline",
+    "feature_extractor": [None, None],
+    "image_encoder": [None, None],
+    "requires_safety_checker": False,
+    "safety_checker": [None, None],
+    "scheduler": ["diffusers", "DDIMScheduler"],
+    "text_encoder": ["transformers", "CLIPTextModel"],
+    "tokenizer": ["transformers", "CLIPTokenizer"],
+    "unet": ["diffusers", "UNet2DConditionModel"],
+    "vae": ["diffusers", "AutoencoderKL"],
+}
+NETWORKS = {"unet": DIFFUSERS, "vae": DIFFUSERS, "text_encoder": TRANSFORMERS}  # folder: file of weights
 
 
 @dataclass(frozen=True)
@@ -34,22 +49,6 @@ class Checkpoint:
     hashes: Mapping[str, str] = field(default_factory=dict)
 
 
-DEFAULTS = {"num_inference_steps": 50, "guidance_scale": 7.5}  # diffusers' StableDiffusionPipeline
-MODEL_INDEX = {  # what makes a folder a diffusers.StableDiffusionPipeline
-    "_class_name": "StableDiffusionPipeline",
-    "feature_extractor": [None, None],
-    "image_encoder": [None, None],
-    "requires_safety_checker": False,
-    "safety_checker": [None, None],
-    "scheduler": ["diffusers", "DDIMScheduler"],
-    "text_encoder": ["transformers", "CLIPTextModel"],
-    "tokenizer": ["transformers", "CLIPTokenizer"],
-    "unet": ["diffusers", "UNet2DConditionModel"],
-    "vae": ["diffusers", "AutoencoderKL"],
-}
-NETWORKS = {"unet": DIFFUSERS, "vae": DIFFUSERS, "text_encoder": TRANSFORMERS}  # folder: file of weights
-
-
 def load_directory(folder: Path, device: torch.device, dtype: torch.dtype) -> Checkpoint:
     """A model in diffusers' directory layout; every tensor is accounted for.
 
@@ -60,7 +59,7 @@ def load_directory(folder: Path, device: torch.device, dtype: torch.dtype) -> Ch
     sde, prediction = load_schedule(folder / "scheduler" / "scheduler_config.json")
     unet, vae, text = load_unet(folder / "unet"), load_vae(folder / "vae"), load_text(folder / "text_encoder")
     for network in (unet, vae, text):
-        network.to(device, dtype).to(memory_format=torch.channels_last).eval().requires_grad_(False)
+        place(network, device, dtype).eval().requires_grad_(False)
     recommended = folder / "generation_config.json"
     return Checkpoint(
         unet,

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from ldm.checkpoints.files import place
 from ldm.checkpoints.formats import load_vae
 from ldm.data.scenes import Scenes
 from ldm.files import publish
@@ -89,7 +90,7 @@ def _encode(
     device: torch.device,
     said: Callable[[int], None],
 ) -> None:
-    vae = load_vae(vae_folder).to(device, torch.bfloat16, memory_format=torch.channels_last).eval()
+    vae = place(load_vae(vae_folder), device, torch.bfloat16).eval()
     drawn = DataLoader(_Drawn(scenes, count), batch_size=64, num_workers=1, collate_fn=_columns)
     parts: list[Sequence[Tensor]] = []
     captions: list[str] = []

@@ -91,16 +91,13 @@ class SmallConv(torch.autograd.Function):
         return conv2d_input(x.shape, weight, g, padding=1), dw, rows.sum(0)
 
 
-class Conv3x3(nn.Conv2d):
-    """A 3x3 convolution that keeps the size; trains small pictures on a CPU by `SmallConv`."""
-
-    bias: Tensor
-
-    def __init__(self, dim: int, out: int) -> None:
-        super().__init__(dim, out, 3, padding=1)
+class Conv2d(nn.Conv2d):
+    """nn.Conv2d, constructor and all (peft makes adapters of the same class); on a CPU it trains by `SmallConv`."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if not (self.training and x.device.type == "cpu" and x.shape[-2] * x.shape[-1] <= 16):
+        small = self.training and x.device.type == "cpu" and x.shape[-2] * x.shape[-1] <= 16
+        same = (self.kernel_size, self.stride, self.padding) == ((3, 3), (1, 1), (1, 1))
+        if not (small and same) or self.bias is None:
             return super().forward(x)
         dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
         return SmallConv.apply(x.to(dtype), self.weight.to(dtype), self.bias.to(dtype))
@@ -117,10 +114,10 @@ class ResnetBlock(nn.Module):
         super().__init__()
         self.scale_shift = scale_shift
         self.norm1 = nn.GroupNorm(groups, dim, eps)
-        self.conv1 = Conv3x3(dim, out)
+        self.conv1 = Conv2d(dim, out, 3, padding=1)
         self.time_emb_proj = nn.Linear(emb, 2 * out if scale_shift else out)
         self.norm2 = nn.GroupNorm(groups, out, eps)
-        self.conv2 = Conv3x3(out, out)
+        self.conv2 = Conv2d(out, out, 3, padding=1)
         self.conv_shortcut = nn.Conv2d(dim, out, 1) if dim != out else nn.Identity()
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
@@ -150,7 +147,7 @@ class Upsample(nn.Module):
 
     def __init__(self, dim: int) -> None:
         super().__init__()
-        self.conv = Conv3x3(dim, dim)
+        self.conv = Conv2d(dim, dim, 3, padding=1)
 
     def forward(self, x: Tensor, size: Sequence[int]) -> Tensor:
         return self.conv(F.interpolate(x, size=tuple(size), mode="nearest"))

@@ -19,7 +19,7 @@ from ldm.conditioning import Conditioning
 from ldm.nn.attention import backend
 from ldm.nn.blocks import (
     Attention,
-    Conv3x3,
+    Conv2d,
     Downsample,
     Fourier,
     KeyValue,
@@ -165,6 +165,9 @@ class UNetConfig:
         return {"_class_name": CLASS_NAME, **values}
 
 
+Layer = tuple[nn.Module, nn.Module | None]  # a residual block and its transformer
+
+
 class Stage(nn.Module):
     """One resolution: residual blocks, each followed by a transformer while there are any, then a change of size."""
 
@@ -183,9 +186,6 @@ class Stage(nn.Module):
 
     def layers(self) -> Iterator[Layer]:
         return zip_longest(self.resnets, self.attentions)
-
-
-Layer = tuple[nn.Module, nn.Module | None]  # a residual block and its transformer
 
 
 def apply(layer: Layer, x: Tensor, emb: Tensor, pairs: Iterator[KeyValue]) -> Tensor:
@@ -221,7 +221,7 @@ class UNet(nn.Module):
         self.config = config
         widths, layers = config.block_out_channels, config.per_level("layers_per_block")
         emb = TIME_EMBEDDINGS[config.time_embedding_type] * widths[0]
-        self.conv_in = Conv3x3(config.in_channels, widths[0])
+        self.conv_in = Conv2d(config.in_channels, widths[0], 3, padding=1)
         self.time_proj = (
             Fourier(emb, config.flip_sin_to_cos)
             if config.time_embedding_type == "fourier"
@@ -249,7 +249,7 @@ class UNet(nn.Module):
             dim = widths[i]
 
         self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, dim, config.norm_eps)
-        self.conv_out = Conv3x3(dim, config.out_channels)
+        self.conv_out = Conv2d(dim, config.out_channels, 3, padding=1)
         self.attention = attention
 
     @property

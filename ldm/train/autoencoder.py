@@ -14,7 +14,7 @@ from ldm.config import AutoencoderObjective, Recipe
 from ldm.data.scenes import Scenes
 from ldm.images import from_uint8
 from ldm.nn import vae
-from ldm.train.task import Batch
+from ldm.train.task import Batch, Figures
 
 
 class Reconstruction(nn.Module):
@@ -53,7 +53,7 @@ class AutoencoderTask:
         y, x = rng.integers(0, np.array(image.shape[:2]) - side + 1)
         return image[y : y + side, x : x + side]
 
-    def loss(self, model: nn.Module, batch: Batch, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
+    def loss(self, model: nn.Module, batch: Batch, generator: torch.Generator) -> tuple[Tensor, Figures]:
         device = next(model.parameters()).device
         images = from_uint8(batch["images"]).to(device)
         shape = latent_shape(self.model.vae, images)
@@ -65,7 +65,7 @@ class AutoencoderTask:
         return loss, {"mse": squared.detach(), "kl": kl.detach()}
 
     @torch.no_grad()
-    def validate(self, model: nn.Module) -> dict[str, float]:
+    def validate(self, model: Reconstruction) -> dict[str, float]:
         """Mean PSNR in dB over held-out pictures, from the posterior's mean, and the deviation of the latents."""
         ratios, latents = [], []
         device = next(model.parameters()).device
@@ -79,7 +79,7 @@ class AutoencoderTask:
             latents.append(mean.float())
         return {"psnr": torch.cat(ratios).mean().item(), "latent_std": torch.cat(latents).std().item()}
 
-    def export(self, model: nn.Module, folder: Path) -> None:
+    def export(self, model: Reconstruction, folder: Path) -> None:
         """A `vae/` folder whose scaling_factor gives the latents unit variance (Rombach et al. 2022, appendix G)."""
         std = self.validate(model)["latent_std"]
         config = {**vae.config_of(model.vae), "scaling_factor": round(1 / std, 5)}

@@ -16,7 +16,7 @@ from ldm.config import ClipObjective, Recipe
 from ldm.data.scenes import Scenes
 from ldm.images import from_uint8
 from ldm.nn import text
-from ldm.train.task import Batch
+from ldm.train.task import Batch, Figures
 
 MAX_SCALE = 4.6052  # ln 100, the cap on the temperature of Radford et al. 2021, section 2.5
 
@@ -66,7 +66,7 @@ class ClipTask:
         images = F.avg_pool2d(from_uint8(batch["images"]).to(device), self.pool)
         return model(images, batch["ids"].to(device))
 
-    def loss(self, model: nn.Module, batch: Batch, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
+    def loss(self, model: nn.Module, batch: Batch, generator: torch.Generator) -> tuple[Tensor, Figures]:
         pictures, captions, scale = self._see(model, batch)
         logits = scale.clamp(max=MAX_SCALE).exp() * pictures.float() @ captions.float().T
         same = positives(batch).to(logits)
@@ -74,7 +74,7 @@ class ClipTask:
         return loss, {"scale": scale.detach().exp()}
 
     @torch.no_grad()
-    def validate(self, model: nn.Module) -> dict[str, float]:
+    def validate(self, model: Towers) -> dict[str, float]:
         """How many of the held-out pictures find their own caption among those of all the others, first or in five."""
         with torch.autocast(next(model.parameters()).device.type, torch.bfloat16):
             pictures, captions, _ = self._see(model, self.held_out)
@@ -82,7 +82,7 @@ class ClipTask:
         hits = positives(self.held_out).gather(1, ranked)
         return {f"top{k}": (hits[:, :k] > 0).any(1).float().mean().item() for k in (1, 5)}
 
-    def export(self, model: nn.Module, folder: Path) -> None:
+    def export(self, model: Towers, folder: Path) -> None:
         """`tokenizer/`, `text_encoder/` (CLIPTextModel), `image_encoder/` (CLIPVisionModelWithProjection).
 
         The text's projection, which diffusion does not use, lies beside the image tower: `text_projection.safetensors`.

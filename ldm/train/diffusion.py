@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
@@ -10,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ldm.checkpoints.files import save_module, write_json
-from ldm.checkpoints.formats import load_text, load_tokenizer, load_vae
+from ldm.checkpoints.files import place, save_module, write_json
+from ldm.checkpoints.formats import MODEL_INDEX, load_text, load_tokenizer, load_vae
 from ldm.checkpoints.schedule import schedule_config
 from ldm.conditioning import Conditioning
 from ldm.config import DiffusionObjective, Recipe
@@ -29,7 +30,7 @@ from ldm.nn.text import embed, tokens
 from ldm.nn.unet import UNet, UNetConfig
 from ldm.nn.vae import decode
 from ldm.rng import noise_for
-from ldm.train.task import Batch
+from ldm.train.task import Batch, Figures
 
 HELD_OUT = 512
 LEVELS = 8  # the noise levels of the validation loss
@@ -43,7 +44,7 @@ class DiffusionTask:
         self.recipe, self.objective = recipe, objective
         self.tokenizer = load_tokenizer(objective.text / "tokenizer")
         self.text = load_text(objective.text / "text_encoder").to(device, torch.bfloat16).eval()
-        self.vae = load_vae(objective.vae).to(device, torch.bfloat16, memory_format=torch.channels_last).eval()
+        self.vae = place(load_vae(objective.vae), device, torch.bfloat16).eval()
         torch.manual_seed(recipe.seed)  # the initial weights
         self.model = UNet(UNetConfig.from_dict(objective.unet), attention=objective.attention)
         self.sde = VPSDE.tabulated(choose(SCHEDULES, objective.schedule, "schedule")(0, 0, 1000))
@@ -70,7 +71,7 @@ class DiffusionTask:
     def _denoiser(self, model: nn.Module) -> Denoiser:
         return Denoiser(model, self.sde, self.prediction)
 
-    def loss(self, model: nn.Module, batch: Batch, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
+    def loss(self, model: nn.Module, batch: Batch, generator: torch.Generator) -> tuple[Tensor, Figures]:
         device = next(model.parameters()).device
         mean, std = batch["posterior"]
         z, noise = (torch.randn(mean.shape, generator=generator) for _ in range(2))
@@ -83,7 +84,7 @@ class DiffusionTask:
         return losses.mean(), {}
 
     @torch.no_grad()
-    def validate(self, model: nn.Module) -> dict[str, float]:
+    def validate(self, model: UNet) -> dict[str, float]:
         """The unweighted loss on held-out pictures at fixed noise: over all, and in the middle of each eighth."""
         losses = torch.zeros(LEVELS)
         device = next(model.parameters()).device
@@ -116,12 +117,18 @@ class DiffusionTask:
             x = sample(dpmpp_2m, denoise, x, trailing(self.sde, 20), noise)
             grid(to_pil(decode(self.vae, x)), 10).save(self.recipe.output_dir / "samples.png")
 
-    def export(self, model: nn.Module, folder: Path) -> None:
-        """`unet/` and `scheduler/`: with the VAE's and the text's folders they make a model directory."""
+    def export(self, model: UNet, folder: Path) -> None:
+        """The whole model in diffusers' directory layout."""
+        objective = self.objective
+        shutil.copytree(objective.text, folder)
+        shutil.copytree(objective.vae, folder / "vae")
         save_module(model, self.model.config.to_dict(), folder / "unet")
         (folder / "scheduler").mkdir()
-        config = schedule_config(self.objective.schedule, self.objective.prediction)
+        config = schedule_config(objective.schedule, objective.prediction)
         write_json(config, folder / "scheduler" / "scheduler_config.json")
+        recommended = {"num_inference_steps": 30, "guidance_scale": self.recipe.validation_guidance}
+        write_json(recommended, folder / "generation_config.json")
+        write_json(MODEL_INDEX, folder / "model_index.json")
 
 
 def visited(count: int, seed: int, start: int, size: int) -> np.ndarray:

@@ -14,6 +14,7 @@ import torch
 from accelerate import Accelerator
 from torch.utils.data import DataLoader, Dataset
 
+from ldm.checkpoints.files import place
 from ldm.config import Recipe
 from ldm.files import publish
 from ldm.train import state
@@ -31,7 +32,7 @@ def train(recipe: Recipe, task: Task) -> Path:
     folder = recipe.output_dir
     folder.mkdir(parents=True, exist_ok=True)
     accelerator = Accelerator(mixed_precision=recipe.mixed_precision)
-    task.model.to(accelerator.device, memory_format=torch.channels_last).train()
+    place(task.model, accelerator.device).train()
     ema = EMA(task.model, recipe.ema_decay)
     optimizer = torch.optim.AdamW(
         task.model.parameters(),

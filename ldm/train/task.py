@@ -10,25 +10,29 @@ import torch
 from torch import Tensor, nn
 
 Batch = Mapping[str, Any]
+Figures = Mapping[str, float | Tensor]
 
 
 class Task(Protocol):
     """A model, its data and its loss. `batch(k)` is a pure function of k: the data's order is computed, not stored."""
 
-    model: nn.Module
+    @property
+    def model(self) -> nn.Module:
+        """What learns."""
+        ...
 
     def batch(self, k: int) -> Batch:
         """Batch k, made in a worker process: arrays and strings on the host."""
         ...
 
-    def loss(self, model: nn.Module, batch: Batch, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
+    def loss(self, model: nn.Module, batch: Batch, generator: torch.Generator) -> tuple[Tensor, Figures]:
         """The loss to descend, and figures for the log; `model` is `self.model` or a parallel wrapper of it."""
         ...
 
-    def validate(self, model: nn.Module) -> dict[str, float]:
+    def validate(self, model: Any) -> dict[str, float]:
         """Figures on held-out data, with the averaged weights."""
         ...
 
-    def export(self, model: nn.Module, folder: Path) -> None:
+    def export(self, model: Any, folder: Path) -> None:
         """Write the averaged weights to a new folder, as `weights/` holds them."""
         ...

@@ -7,9 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import UNet2DConditionModel
 
-import ldm.nn._torchvision  # noqa: F401 (before diffusers)
+import ldm.nn._torchvision  # noqa: F401
+
+# isort: split
+from diffusers import UNet2DConditionModel  # after the repair of torchvision
+from peft import LoraConfig, inject_adapter_in_model
+
 from ldm.conditioning import Conditioning
 from ldm.nn.unet import NEUTRAL, UNet, UNetConfig
 
@@ -180,6 +184,21 @@ def test_half_precision_training_has_the_gradients_of_float32():
 
     exact = gradients(False)
     assert (gradients(True) - exact).norm() < 0.05 * exact.norm()
+
+
+def test_adapters_fit_every_kind_of_layer():
+    """peft's LoRA on linear maps and convolutions starts as the identity, and every adapter is trained."""
+    config = CONFIGS["SD 1"]
+    unet = twin(oracle(config), config)
+    x, t, cond = inputs(config)
+    expected = unet(x, t, cond)
+    inject_adapter_in_model(LoraConfig(r=2, target_modules=["to_k", "to_out.0", "proj_in", "conv1", "conv"]), unet)
+    y = unet(x, t, cond)
+    torch.testing.assert_close(y, expected)
+    y.square().mean().backward()
+    adapters = {name: p.grad for name, p in unet.named_parameters() if "lora_B" in name}
+    assert len(adapters) > 20
+    assert all(grad is not None and grad.norm() > 0 for grad in adapters.values())
 
 
 @pytest.mark.parametrize("name", CONFIGS)

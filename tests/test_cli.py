@@ -1,0 +1,130 @@
+"""The command line: what it draws, what it refuses, and how it says so."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from PIL import Image
+
+import ldm.cli
+from ldm.images import read_texts
+from ldm.pipeline import Request
+
+
+def run(*words, monkeypatch, capsys):
+    """(exit status, stdout, stderr) of `ldm WORDS...`, in this process."""
+    monkeypatch.setattr(sys, "argv", ["ldm", *map(str, words)])
+    with pytest.raises(SystemExit) as end:
+        ldm.cli.main()
+    return end.value.code, *capsys.readouterr()
+
+
+@pytest.fixture
+def ldm_(monkeypatch, capsys):
+    return lambda *words: run(*words, monkeypatch=monkeypatch, capsys=capsys)
+
+
+def test_generate_writes_a_png_for_each_prompt_and_seed_and_the_same_bytes_again(ldm_, tiny, tmp_path):
+    words = ["generate", "a cat", "two stars", "a/../b: é", "--model", tiny, "--seed", 7, "--count", 2]
+    status, out, _ = ldm_(*words, "--out", tmp_path / "a")
+    files = out.split("\n")[:-1]
+    assert status == 0 and files == [str(f) for f in sorted((tmp_path / "a").iterdir())] and len(files) == 6
+    assert ldm_(*words, "--out", tmp_path / "b", "--batch-size", 8)[0] == 0
+    for name in os.listdir(tmp_path / "a"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+
+def test_a_file_s_metadata_reproduces_it(ldm_, tiny, pipe, tmp_path):
+    prompt = "a cat, on a: \n \"blue\" 'background' é 雪"
+    words = [prompt, "--negative", "a dog", "--sampler", "heun", "--width", 48, "--seed", 3, "--guidance", 2.5]
+    _, out, _ = ldm_("generate", *words, "--model", tiny, "--out", tmp_path, "--json")
+    (image,) = json.loads(out)["images"]
+    texts = read_texts(image["file"])
+    record = json.loads(texts["ldm"])
+    with Image.open(image["file"]) as drawn:
+        assert pipe.generate([Request(**record["request"])])[0].tobytes() == drawn.tobytes()
+    assert set(record["weights"]) == {"unet", "vae", "text_encoder"}
+    first, negative, settings = texts["parameters"].removeprefix(prompt).split("\n")
+    assert (first, negative) == ("", "Negative prompt: a dog")
+    pairs = dict(pair.split(": ", 1) for pair in settings.split(", "))
+    wanted = {"Steps": "6", "Sampler": "Heun", "CFG scale": "2.5", "Seed": "3", "Size": "48x32", "Model": "tiny"}
+    assert wanted.items() <= pairs.items() and record["weights"]["unet"].startswith(pairs["Model hash"])
+
+
+def truncated(tiny, tmp_path):
+    import shutil
+
+    folder = tmp_path / "torn"
+    shutil.copytree(tiny, folder)
+    weights = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    return folder
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        ([], "PROMPT"),
+        (["  "], "PROMPT"),
+        (["a cat", "--steps", "0"], "steps 0"),
+        (["a cat", "--steps", "many"], "'--steps': Input should be a valid integer"),
+        (["a cat", "--steps", "2000"], "2000 steps"),
+        (["a cat", "--sampler", "dpm"], "sampler 'dpm': choose from ddpm, ddim"),
+        (["a cat", "--spacing", "even"], "spacing 'even': choose from linspace"),
+        (["a cat", "--guidance", "nan"], "guidance nan"),
+        (["a cat", "--guidance", "-1"], "guidance -1"),
+        (["a cat", "--seed", "-1"], "seed -1"),
+        (["a cat", "--count", "0"], "--count 0"),
+        (["a cat", "--batch-size", "0"], "--batch-size 0"),
+        (["a cat", "--width", "30"], "width 30: must be a multiple of 4"),
+        (["a cat", "--height", "99999999999"], "height 99999999999"),
+        (["a cat", "--eta", "2"], "eta 2"),
+        (["a cat", "--dtype", "int8"], "dtype 'int8': choose from"),
+        (["a cat", "--device", "gpu"], "gpu"),
+        (["a cat", "--colour", "red"], "--colour"),
+        (["a cat", "--model", "no/such/folder"], "no/such/folder"),
+        (["a cat", "--model", "TORN"], "diffusion_pytorch_model.safetensors"),
+        (["a cat", "--out", "FILE/pictures"], "--out"),
+    ],
+)
+def test_wrong_input_is_one_error_line_status_2_and_nothing_written(ldm_, tiny, tmp_path, words, said):
+    (tmp_path / "file").write_text("")
+    if "--model" not in words:
+        words = [*words, "--model", str(tiny)]
+    if "--out" not in words:
+        words = [*words, "--out", str(tmp_path / "out")]
+    places = {"TORN": lambda: str(truncated(tiny, tmp_path)), "FILE/pictures": lambda: str(tmp_path / "file" / "x")}
+    status, out, err = ldm_("generate", *[places[w]() if w in places else w for w in words])
+    assert status == 2 and out == ""
+    assert err.startswith("error: ") and err.count("\n") == 1 and said in err
+    assert not list(tmp_path.rglob("*.png"))
+
+
+@pytest.mark.parametrize("words", [["paint"], ["train"], ["train", "no.yaml"], ["--colour"]])
+def test_an_unknown_command_or_file_is_one_error_line(ldm_, words):
+    status, _, err = ldm_(*words)
+    assert status == 2 and err.startswith("error: ") and err.count("\n") == 1
+
+
+def test_help_names_every_command(ldm_):
+    status, out, _ = ldm_("--help")
+    assert status == 0 and all(name in out for name in ("generate", "train", "info"))
+
+
+def test_info_lists_versions_and_back_ends(ldm_):
+    status, out, _ = ldm_("info")
+    assert status == 0 and "torch" in out and "attention sdpa" in out and "xformers" in out
+
+
+def test_ctrl_c_leaves_whole_files_only_and_status_130(tiny, tmp_path):
+    words = ["generate", "a cat", "--count", "5000", "--batch-size", "1", "--model", str(tiny), "--out", str(tmp_path)]
+    process = subprocess.Popen([sys.executable, "-m", "ldm.cli", *words], stderr=subprocess.PIPE, text=True)
+    while not list(tmp_path.glob("*.png")) and process.poll() is None:
+        pass
+    process.send_signal(2)
+    _, err = process.communicate()
+    assert process.returncode == 130 and "Traceback" not in err
+    for file in tmp_path.iterdir():
+        assert file.suffix == ".png" and Image.open(file).load()
