@@ -220,8 +220,7 @@ class Pipeline:
         for row, (_, request) in enumerate(members):
             if request.latents is not None:
                 x[row] = request.latents.to(x)
-        grid = SPACINGS[first.spacing](self.model.sde, first.num_inference_steps)
-        return Group(members, x, grid, noise)
+        return Group(members, x, self.grid(first), noise)
 
     def _join(self, groups: Sequence[Group]) -> list[tuple[list[Group], Denoise]]:
         """For each latent shape the groups that share a call of the network, and the guided denoiser of their rows."""
@@ -246,6 +245,10 @@ class Pipeline:
             self._texts[prompt] = self.model.unet.project(Conditioning(context))
         return self._texts[prompt]
 
+    def grid(self, request: Request) -> Grid:
+        """The noise levels of a request whose number of steps is known."""
+        return SPACINGS[request.spacing](self.model.sde, request.num_inference_steps)
+
     def latent_shape(self, request: Request) -> tuple[int, int, int]:
         """[C, h, w] of a request whose size is known."""
         f = downscale(self.model.vae)
@@ -267,6 +270,7 @@ class Pipeline:
             }
         )
         check(filled, f)
+        self.grid(filled)  # refuses more steps than it can tell apart
         if filled.latents is not None and tuple(filled.latents.shape) != self.latent_shape(filled):
             raise ValueError(f"latents: shape {list(filled.latents.shape)}, expected {list(self.latent_shape(filled))}")
         return filled

@@ -120,7 +120,9 @@ class DiffusionTask:
     def export(self, model: UNet, folder: Path) -> None:
         """The whole model in diffusers' directory layout."""
         objective = self.objective
-        shutil.copytree(objective.text, folder)
+        for name in ("tokenizer", "text_encoder", "image_encoder"):
+            if (objective.text / name).is_dir():
+                shutil.copytree(objective.text / name, folder / name)
         shutil.copytree(objective.vae, folder / "vae")
         save_module(model, self.model.config.to_dict(), folder / "unet")
         (folder / "scheduler").mkdir()

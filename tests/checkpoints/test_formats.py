@@ -61,7 +61,10 @@ FAULTS = {
         lambda f: edit_json(f / "scheduler" / "scheduler_config.json", beta_schedule="step"),
         "beta_schedule 'step': choose from linear",
     ),
-    "unheeded field": (lambda f: edit_json(f / "unet" / "config.json", class_embed_type="timestep"), "class_embed_type"),
+    "unheeded field": (
+        lambda f: edit_json(f / "unet" / "config.json", class_embed_type="timestep"),
+        "class_embed_type",
+    ),
 }
 
 
