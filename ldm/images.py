@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import textwrap
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
@@ -36,13 +37,18 @@ def to_pil(images: Tensor) -> list[Image.Image]:
     return [Image.fromarray(pixels) for pixels in to_uint8(images)]
 
 
-def grid(pictures: list[Image.Image], columns: int, gap: int = 2) -> Image.Image:
-    """Pictures of one size in rows of `columns`, on white."""
+def contact_sheet(pictures: Sequence[Image.Image], captions: Sequence[str], columns: int) -> Image.Image:
+    """Pictures of one size in rows of `columns`, each over its caption."""
     width, height = pictures[0].size
-    rows = -(-len(pictures) // columns)
-    sheet = Image.new("RGB", (columns * (width + gap) - gap, rows * (height + gap) - gap), "white")
-    for k, picture in enumerate(pictures):
-        sheet.paste(picture, (k % columns * (width + gap), k // columns * (height + gap)))
+    wrapped = [textwrap.wrap(caption, width // 5) for caption in captions]
+    cell = width + 8, height + 10 + 12 * max(map(len, wrapped))
+    sheet = Image.new("RGB", (columns * cell[0], -(-len(pictures) // columns) * cell[1]), "white")
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=10)
+    for k, (picture, lines) in enumerate(zip(pictures, wrapped, strict=True)):
+        x, y = k % columns * cell[0] + 4, k // columns * cell[1] + 4
+        sheet.paste(picture, (x, y))
+        draw.rectangle((x - 1, y - 1, x + width, y + height), outline="lightgray")
+        draw.text((x, y + height + 2), "\n".join(lines), "black", font)
     return sheet
 
 

@@ -22,8 +22,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ldm.data.scenes import Scenes, Sprite, contact_sheet, write_sprites
+from ldm.data.scenes import Scenes, Sprite, write_sprites
 from ldm.files import publish
+from ldm.images import contact_sheet
 
 LAYOUT = 1  # raise it when the same inputs give other files
 
@@ -495,7 +496,9 @@ def build(out: Path, size: int = 128, workers: int | None = None) -> bool:
             pixels = pool.map(render, files, [size] * len(files), chunksize=64)
             write_sprites(made, sprites, pixels, size)
         (made / "NOTICE").write_text(notice(), encoding="utf-8")
-        contact_sheet(Scenes(made, size=size), rows=10, columns=10).save(made / "contact.png")
+        scenes = Scenes(made, size=size)
+        images, captions = zip(*(scenes[k] for k in range(100)), strict=True)
+        contact_sheet([Image.fromarray(image) for image in images], captions, 10).save(made / "contact.png")
         (made / "build.json").write_text(json.dumps({"inputs": inputs, "size": size, "sprites": len(sprites)}))
     return True
 

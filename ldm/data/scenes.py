@@ -6,7 +6,6 @@ import colorsys
 import hashlib
 import json
 import re
-import textwrap
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from fnmatch import fnmatchcase
@@ -14,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
 from ldm.config import SceneData
 
@@ -504,17 +503,3 @@ ARRANGE: dict[str, Callable[[Scenes, Rng], tuple[list[Item], str]]] = {
     "pair": pair,
     "count": count,
 }
-
-
-def contact_sheet(scenes: Scenes, rows: int, columns: int) -> Image.Image:
-    """The first scenes with their captions, for the eye."""
-    cell, lines = scenes.size + 8, 48
-    sheet = Image.new("RGB", (columns * cell, rows * (cell + lines)), "white")
-    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=10)
-    for k in range(rows * columns):
-        image, caption = scenes[k]
-        x, y = k % columns * cell, k // columns * (cell + lines)
-        sheet.paste(Image.fromarray(image), (x + 4, y + 4))
-        draw.rectangle((x + 3, y + 3, x + cell - 4, y + cell - 4), outline="lightgray")
-        draw.text((x + 4, y + cell), "\n".join(textwrap.wrap(caption, cell // 5)), "black", font)
-    return sheet

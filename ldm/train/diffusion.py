@@ -25,7 +25,7 @@ from ldm.diffusion.prediction import PREDICTIONS
 from ldm.diffusion.samplers import dpmpp_2m, sample
 from ldm.diffusion.sde import SCHEDULES, VPSDE
 from ldm.diffusion.spacing import choose, trailing
-from ldm.images import grid, to_pil
+from ldm.images import contact_sheet, to_pil
 from ldm.nn.text import embed, tokens
 from ldm.nn.unet import UNet, UNetConfig
 from ldm.nn.vae import decode
@@ -115,7 +115,8 @@ class DiffusionTask:
             noise = noise_for(range(len(prompts)))
             x = noise(torch.zeros(len(prompts), *self.latents.mean.shape[1:])).to(device)
             x = sample(dpmpp_2m, denoise, x, trailing(self.sde, 20), noise)
-            grid(to_pil(decode(self.vae, x)), 10).save(self.recipe.output_dir / "samples.png")
+            sheet = contact_sheet(to_pil(decode(self.vae, x)), prompts, 10)
+            sheet.save(self.recipe.output_dir / "samples.png")
 
     def export(self, model: UNet, folder: Path) -> None:
         """The whole model in diffusers' directory layout."""

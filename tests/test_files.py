@@ -1,0 +1,44 @@
+"""Publishing: the old file or the new one, never a piece."""
+
+import stat
+
+import pytest
+
+from ldm.files import publish
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_a_file_appears_whole_and_readable_by_all(tmp_path):
+    with publish(tmp_path / "deep" / "a.txt") as draft:
+        draft.write_text("new")
+        assert not (tmp_path / "deep" / "a.txt").exists()
+    path = tmp_path / "deep" / "a.txt"
+    assert path.read_text() == "new" and stat.S_IMODE(path.stat().st_mode) == 0o644
+    assert names(path.parent) == ["a.txt"]
+
+
+@pytest.mark.parametrize("folder", [False, True])
+def test_an_exception_leaves_what_was_there(tmp_path, folder):
+    path = tmp_path / "a"
+    for text in ("old", "new"):
+        try:
+            with publish(path) as draft:
+                if folder:
+                    draft.mkdir()
+                (draft / "x" if folder else draft).write_text(text)
+                if text == "new":
+                    raise KeyboardInterrupt
+        except KeyboardInterrupt:
+            pass
+    assert (path / "x" if folder else path).read_text() == "old" and names(tmp_path) == ["a"]
+
+
+def test_a_folder_replaces_a_folder(tmp_path):
+    for name in ("x", "y"):
+        with publish(tmp_path / "a") as draft:
+            draft.mkdir()
+            (draft / name).write_text(name)
+    assert names(tmp_path) == ["a"] and names(tmp_path / "a") == ["y"]

@@ -1,0 +1,78 @@
+"""Pictures survive the way to tensors, to files and back; their texts are what other tools read."""
+
+import re
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from ldm.images import contact_sheet, from_uint8, parameters, quoted, read_texts, save_png, to_pil, to_uint8
+
+RECORD = {
+    "prompt": "a red apple",
+    "negative_prompt": "",
+    "num_inference_steps": 20,
+    "sampler": "dpmpp_2m",
+    "spacing": "karras",
+    "guidance_scale": 3.0,
+    "seed": 7,
+    "width": 64,
+    "height": 32,
+}
+
+
+def test_every_level_survives_the_way_to_a_tensor_and_back():
+    pixels = np.arange(256, dtype=np.uint8).reshape(1, 16, 16, 1).repeat(3, 3)
+    images = from_uint8(pixels)
+    assert images.min() == -1 and images.max() == 1 and images.shape == (1, 3, 16, 16)
+    assert np.array_equal(to_uint8(images), pixels)
+    assert np.array_equal(np.asarray(to_pil(images)[0]), pixels[0])
+
+
+def test_rounding_is_to_nearest_and_what_lies_outside_is_clipped():
+    levels = torch.tensor([-3.0, 3.0, 0.0, 1 / 127.5 * 0.6]).reshape(1, 1, 2, 2).expand(1, 3, 2, 2)
+    assert to_uint8(levels)[0, :, :, 0].tolist() == [[0, 255], [128, 128]]
+
+
+def test_the_web_ui_s_own_pattern_reads_our_parameters():
+    text = parameters({**RECORD, "negative_prompt": "a dog"}, "my, model", "0123456789abcdef", "1.0")
+    prompt, negative, last = text.split("\n")
+    pairs = dict(re.findall(r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)', last))
+    assert (prompt, negative) == ("a red apple", "Negative prompt: a dog")
+    assert pairs["Sampler"] == "DPM++ 2M" and pairs["Schedule type"] == "Karras" and pairs["CFG scale"] == "3"
+    assert pairs["Size"] == "64x32" and pairs["Model"] == '"my, model"' and pairs["Model hash"] == "0123456789"
+    assert "Negative" not in parameters(RECORD, "m", "h", "1")
+
+
+@pytest.mark.parametrize("value, wanted", [("a", "a"), ("a,b", '"a,b"'), ("a:b", '"a:b"'), ('a\n"', '"a\\n\\""')])
+def test_a_value_that_would_end_early_is_quoted(value, wanted):
+    assert quoted(value) == wanted
+
+
+def test_a_png_keeps_pixels_and_texts_and_its_bytes_are_a_function_of_them(tmp_path):
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 255, (8, 8, 3), dtype=np.uint8))
+    texts = {"parameters": "é 雪\nsecond line", "ldm": "{}"}
+    for name in ("a.png", "b.png"):
+        save_png(picture, tmp_path / name, texts)
+    assert read_texts(tmp_path / "a.png") == texts
+    assert Image.open(tmp_path / "a.png").tobytes() == picture.tobytes()
+    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.png", "b.png"]
+
+
+def test_what_is_no_picture_is_refused_by_name(tmp_path):
+    (tmp_path / "x.png").write_text("no")
+    for name in ("x.png", "absent.png"):
+        with pytest.raises(ValueError, match=name):
+            read_texts(tmp_path / name)
+
+
+def test_a_contact_sheet_shows_every_picture_over_its_caption():
+    colours = [(255, 0, 0), (0, 255, 0), (0, 0, 255)]
+    tiles = [Image.new("RGB", (40, 30), colour) for colour in colours]
+    sheet = np.asarray(contact_sheet(tiles, ["a", "", "b"], columns=2)).astype(int)
+    cells = [sheet[: len(sheet) // 2, :48], sheet[: len(sheet) // 2, 48:], sheet[len(sheet) // 2 :, :48]]
+    for cell, colour, written in zip(cells, colours, (True, False, True), strict=True):
+        assert (np.abs(cell - colour).sum(-1) == 0).sum() == 40 * 30
+        assert (cell[36:].max(-1) < 100).any() == written
