@@ -25,8 +25,23 @@ class Posterior(NamedTuple):
 
 
 def autoencoder(config: Mapping[str, Any]) -> AutoencoderKL:
-    """An AutoencoderKL with random weights, from diffusers' configuration fields."""
+    """An AutoencoderKL with torch's default initial weights, from diffusers' configuration fields."""
     return AutoencoderKL.from_config(dict(config))
+
+
+def start_linear(vae: AutoencoderKL) -> None:
+    """Initial weights for training: a linear map that keeps variance, from pixels to latents and back.
+
+    Residual branches start at zero (Goyal et al. 2017, section 5.1), and the convolutions between them are orthogonal
+    (Saxe et al. 2014). With torch's defaults each of the latter shrinks the signal, and the branches bury it.
+    """
+    for module in vae.modules():
+        if isinstance(module, torch.nn.Conv2d):
+            torch.nn.init.orthogonal_(module.weight)
+            torch.nn.init.zeros_(module.bias)
+    for name, module in vae.named_modules():
+        if name.endswith("conv2"):
+            torch.nn.init.zeros_(module.weight)
 
 
 def config_of(vae: AutoencoderKL) -> dict[str, Any]:

@@ -36,6 +36,7 @@ class AutoencoderTask:
         self.recipe, self.objective = recipe, objective
         torch.manual_seed(recipe.seed)  # the initial weights
         self.model = Reconstruction(vae.autoencoder(objective.model))
+        vae.start_linear(self.model.vae)
         data = recipe.data
         self.scenes = Scenes(data.sprites, size=data.size, seed=recipe.seed)
         others = Scenes(data.sprites, size=data.size, seed=recipe.seed, split="held-out")
