@@ -35,13 +35,11 @@ def start_linear(vae: AutoencoderKL) -> None:
     Residual branches start at zero (Goyal et al. 2017, section 5.1), and the convolutions between them are orthogonal
     (Saxe et al. 2014). With torch's defaults each of the latter shrinks the signal, and the branches bury it.
     """
-    for module in vae.modules():
-        if isinstance(module, torch.nn.Conv2d):
-            torch.nn.init.orthogonal_(module.weight)
-            torch.nn.init.zeros_(module.bias)
-    for name, module in vae.named_modules():
-        if name.endswith("conv2"):
-            torch.nn.init.zeros_(module.weight)
+    for name, parameter in vae.named_parameters():
+        if name.endswith(("conv2.weight", "to_out.0.weight", "bias")):  # the ends of branches
+            torch.nn.init.zeros_(parameter)
+        elif parameter.ndim == 4:
+            torch.nn.init.orthogonal_(parameter)
 
 
 def config_of(vae: AutoencoderKL) -> dict[str, Any]:
