@@ -22,7 +22,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ldm.data.scenes import Scenes, Sprite, write_sprites
+from ldm.data.scenes import Scenes
+from ldm.data.sprites import Sprite, write_sprites
 from ldm.files import publish
 from ldm.images import contact_sheet
 

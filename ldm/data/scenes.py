@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import colorsys
 import hashlib
-import json
-import re
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 from PIL import Image
 
 from ldm.config import SceneData
+from ldm.data.sprites import HUE_WINDOW, Colour, Sprite, apart, read_sprites
+from ldm.data.words import countable, indefinite, plural, uncoloured
 
 Rng = np.random.Generator
-Colour = tuple[int, int, int]
 
 LENGTH = 2**40
 MIXTURE = 1  # raise it when the same sprites and seed give other scenes
@@ -53,155 +51,6 @@ BACKGROUNDS: dict[str, Colour] = {
 }
 JITTER = 8
 CONTRAST = 80  # least distance, in RGB, of an object's mean colour from its background
-COLOUR_WORDS = {*PAINTS, *BACKGROUNDS, "gold", "golden", "silver", "bronze", "grey"}
-
-
-@dataclass(frozen=True)
-class Sprite:
-    """One drawing of one concept. `names` are what it is called, `tags` what it may also be called.
-
-    `mean` is its average colour (RGB, 0 to 255), `paint` the hue, saturation and value (0 to 255) of its one
-    dominant colour, None where it has none; `write_sprites` fills in both.
-    """
-
-    concept: str
-    code: str
-    style: str
-    names: tuple[str, ...]
-    tags: tuple[str, ...] = ()
-    group: str = ""
-    subgroup: str = ""
-    mean: Colour = (0, 0, 0)
-    paint: Colour | None = None
-
-
-def write_sprites(folder: Path, sprites: Sequence[Sprite], pixels: Iterable[np.ndarray], size: int = 128) -> None:
-    """Write `sprites.npy`, uint8 [N, size, size, 4] RGBA of straight alpha, and `sprites.jsonl`."""
-    shape = (len(sprites), size, size, 4)
-    array = np.lib.format.open_memmap(folder / "sprites.npy", mode="w+", dtype=np.uint8, shape=shape)
-    records = []
-    for row, sprite, rgba in zip(array, sprites, pixels, strict=True):
-        row[:] = rgba
-        mean, paint = colours(rgba)
-        records.append(json.dumps(asdict(replace(sprite, mean=mean, paint=paint))))
-    array.flush()
-    (folder / "sprites.jsonl").write_text("\n".join(records) + "\n")
-
-
-def read_sprites(folder: Path) -> tuple[list[Sprite], np.ndarray]:
-    """The records, and the pixels as a memory map."""
-    lines = (folder / "sprites.jsonl").read_text().splitlines()
-    return [from_json(line) for line in lines], np.load(folder / "sprites.npy", mmap_mode="r")
-
-
-def from_json(line: str) -> Sprite:
-    fields: dict[str, Any] = json.loads(line)
-    return Sprite(**fields | {key: tuple(value) for key, value in fields.items() if isinstance(value, list)})
-
-
-HUE_WINDOW = 16  # of 256: what counts as one hue, to either side
-
-
-def colours(rgba: np.ndarray) -> tuple[Colour, Colour | None]:
-    """A sprite's mean colour, and its dominant (hue, saturation, value) where one hue covers it clearly.
-
-    Clearly: four fifths of its saturated pixels, and two fifths of all, lie within HUE_WINDOW of that hue.
-    """
-    pixels = rgba[rgba[..., 3] > 200]
-    if len(pixels) == 0:
-        return (0, 0, 0), None
-    red, green, blue = (int(c) for c in pixels[:, :3].mean(0))
-    hsv = np.asarray(Image.fromarray(pixels[None, :, :3]).convert("HSV"))[0]
-    vivid = hsv[(hsv[:, 1] > 90) & (hsv[:, 2] > 70)]
-    counts = np.bincount(vivid[:, 0], minlength=256)
-    window = sum(np.roll(counts, shift) for shift in range(-HUE_WINDOW, HUE_WINDOW + 1))
-    hue = int(np.argmax(window))
-    near = vivid[apart(vivid[:, 0], hue) <= HUE_WINDOW]
-    if len(near) < max(0.8 * len(vivid), 0.4 * len(pixels), 1):
-        return (red, green, blue), None
-    centre = hue + np.median((near[:, 0].astype(int) - hue + 128) % 256 - 128)
-    return (red, green, blue), (int(centre) % 256, int(np.median(near[:, 1])), int(np.median(near[:, 2])))
-
-
-def apart(hue: np.ndarray, other: int) -> np.ndarray:
-    """Distance on the colour circle of 256 hues."""
-    return np.abs((hue.astype(np.int16) - other + 128) % 256 - 128)
-
-
-# --- words ---
-
-PLURAL_PAIRS = """
-mouse mice goose geese tooth teeth foot feet ox oxen child children man men woman women person people die dice
-fish fish blowfish blowfish jellyfish jellyfish sheep sheep deer deer moose moose bison bison squid squid
-shrimp shrimp knife knives leaf leaves sheaf sheaves wolf wolves scarf scarves loaf loaves potato potatoes
-tomato tomatoes mango mangoes volcano volcanoes tornado tornadoes mosquito mosquitoes buffalo buffaloes
-"""
-PLURALS = dict(zip(PLURAL_PAIRS.split()[::2], PLURAL_PAIRS.split()[1::2], strict=True))
-
-# Said without an article and never counted: stuff, games, proper names.
-MASS_NOUNS = """
-bread rice spaghetti sushi broccoli garlic butter bacon popcorn salt sake milk ice fire water fog rain snow
-soap money paper yarn corn wood lightning pasta meat cheese curry chocolate coffee tea beer wine champagne
-ramen candy oden paella coral luggage dna badminton lacrosse hockey tennis cutlery treasure lettuce cabbage
-zzz hundred fuji claus santa saturn earth leo virgo libra capricorn aquarius cancer gemini scorpio taurus
-aries pisces ophiuchus sagittarius
-"""
-MASS = set(MASS_NOUNS.split())
-PEOPLE = {"face", "head", "person", "man", "woman", "people", "men", "women"}
-AFTER = ("with", "of", "in", "on", "at", "without", "behind", "to", "over", "not", "done", "tilted")
-AFTER_HEAD = {*AFTER, "showing", "facing", "fluttering"}
-SINGULAR_IN_S = ("ss", "us", "rhinoceros", "lens", "canvas")
-
-
-def head(name: str) -> tuple[list[str], str, list[str]]:
-    """The words before the noun that the name is built on, the noun, and the words after it."""
-    words = name.split(" ")
-    if words[0] in PEOPLE:
-        return [], words[0], words[1:]
-    end = next((i for i, word in enumerate(words) if i and word in AFTER_HEAD), len(words))
-    return words[: end - 1], words[end - 1], words[end:]
-
-
-def countable(name: str) -> bool:
-    """Is it one thing of which there can be two? Not so for `scissors`, `fork and knife`, `bread`."""
-    before, noun, _ = head(name)
-    many = noun in PLURALS.values() - PLURALS.keys() or (noun.endswith("s") and not noun.endswith(SINGULAR_IN_S))
-    return not (many or noun in MASS or "and" in before)
-
-
-def indefinite(name: str) -> str:
-    """The name with its indefinite article, by sound; without one for plurals and stuff."""
-    before, noun, _ = head(name)
-    if not countable(" ".join([w for w in before if w != "and"] + [noun])):
-        return name
-    vowel = re.match(r"[aeiou]|hour|x-|sos", name) and not re.match(r"uni|u[kfs][aeo]|eu|one\b|once", name)
-    return f"{'an' if vowel else 'a'} {name}"
-
-
-def plural(name: str) -> str:
-    """`star` to `stars`, `glass of milk` to `glasses of milk`, `snowman` to `snowmen`."""
-    before, noun, after = head(name)
-    return " ".join([*before, plural_noun(noun), *after])
-
-
-def plural_noun(noun: str) -> str:
-    if noun in PLURALS:
-        return PLURALS[noun]
-    if noun.endswith("man") and noun not in ("human", "talisman"):
-        return noun[:-3] + "men"
-    if re.search(r"(s|x|z|ch|sh)$", noun):
-        return noun + "es"
-    return re.sub(r"(?<![aeiou])y$", "ie", noun) + "s"
-
-
-def uncoloured(name: str) -> str | None:
-    """The name without a leading colour word; None where nothing is left, or another colour word is."""
-    words = name.split(" ")
-    words = words[1:] if words[0] in COLOUR_WORDS else words
-    return None if not words or COLOUR_WORDS & set(words) else " ".join(words)
-
-
-# --- held-out pairs ---
 
 
 def one_in(n: int, *key: str) -> bool:
@@ -217,9 +66,6 @@ def held_out_style(sprite: Sprite) -> bool:
 def held_out_colour(colour: str, concept: str) -> bool:
     """Is this (colour, concept) pair kept from training? One in 14; red and green apples are one concept."""
     return one_in(14, colour, uncoloured(concept) or concept)
-
-
-# --- composition ---
 
 
 class Scene(NamedTuple):

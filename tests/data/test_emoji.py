@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from ldm.data import emoji
-from ldm.data.scenes import read_sprites
+from ldm.data.sprites import read_sprites
 
 ROOT = Path(__file__).parents[2]
 THINGS = {

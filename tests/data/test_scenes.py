@@ -8,7 +8,10 @@ import pytest
 from scipy import ndimage
 
 from ldm.data import scenes as module
-from ldm.data.scenes import BACKGROUNDS, JITTER, PAINTS, Scenes, Sprite
+from ldm.data import sprites as drawn
+from ldm.data import words
+from ldm.data.scenes import BACKGROUNDS, JITTER, PAINTS, Scenes
+from ldm.data.sprites import Sprite
 
 STEMS = ("bal", "bol", "dis", "gam", "kar", "lin", "mov", "tel")
 SHAPES = [stem + end for stem in STEMS for end in ("ko", "min", "ra")]
@@ -34,7 +37,7 @@ def folder(tmp_path_factory):
     rows = [(concept, style) for style in STYLES for concept in SHAPES]
     sprites = [Sprite(c, c, s, (c,), (f"{c} thing",), "objects") for c, s in rows]
     paints = [[round(v * STYLES[s]) for v in colorsys.hsv_to_rgb(hue(c), 0.9, 1)] for c, s in rows]
-    module.write_sprites(folder, sprites, map(disc, paints))
+    drawn.write_sprites(folder, sprites, map(disc, paints))
     return folder
 
 
@@ -126,7 +129,7 @@ def test_recoloured_object_has_the_colour_that_is_named(train):
 
 
 def test_edges_have_no_fringe_of_the_transparent_colour(tmp_path):
-    module.write_sprites(tmp_path, [Sprite("dot", "1", "plain", ("dot",))], [disc((255, 255, 0))])
+    drawn.write_sprites(tmp_path, [Sprite("dot", "1", "plain", ("dot",))], [disc((255, 255, 0))])
     scenes = Scenes(tmp_path, concepts=["dot"])
     white = [scene.image for scene, _ in captions(scenes, "a dot", 60)]
     assert white and min(image[..., :2].min() for image in white) > 240  # from yellow to white these two stay
@@ -206,12 +209,12 @@ def test_only_chosen_concepts_are_drawn(folder):
     ],
 )
 def test_one_and_many(name, said, many):
-    assert module.indefinite(name) == said and module.countable(name) and module.plural(name) == many
+    assert words.indefinite(name) == said and words.countable(name) and words.plural(name) == many
 
 
 @pytest.mark.parametrize("name", ["scissors", "french fries", "bread", "cooked rice", "glasses", "santa claus", "mice"])
 def test_plurals_and_stuff_have_no_article_and_no_number(name):
-    assert module.indefinite(name) == name and not module.countable(name)
+    assert words.indefinite(name) == name and not words.countable(name)
 
 
 @pytest.mark.parametrize(
@@ -225,12 +228,12 @@ def test_plurals_and_stuff_have_no_article_and_no_number(name):
     ],
 )
 def test_colour_words_leave_a_name_before_another_colour_enters(name, bare):
-    assert module.uncoloured(name) == bare
+    assert words.uncoloured(name) == bare
 
 
 def test_dominant_colour_is_found_only_where_there_is_one():
     half = disc((220, 20, 20))
     half[:, 64:] = disc((20, 20, 220))[:, 64:]
-    mean, paint = module.colours(disc((200, 20, 20)))
+    mean, paint = drawn.colours(disc((200, 20, 20)))
     assert mean == (200, 20, 20) and paint == (0, 229, 200)
-    assert module.colours(half)[1] is None and module.colours(disc((120, 120, 120)))[1] is None
+    assert drawn.colours(half)[1] is None and drawn.colours(disc((120, 120, 120)))[1] is None

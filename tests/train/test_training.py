@@ -14,7 +14,7 @@ import yaml
 from safetensors.torch import load_file
 
 from ldm.config import load_recipe
-from ldm.data.scenes import Sprite, write_sprites
+from ldm.data.sprites import Sprite, write_sprites
 from ldm.pipeline import Pipeline
 from ldm.train import state
 from ldm.train.autoencoder import edges

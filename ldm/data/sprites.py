@@ -1,0 +1,84 @@
+"""Sprites: drawings on transparent ground with their names, as `sprites.npy` and `sprites.jsonl`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+Colour = tuple[int, int, int]
+HUE_WINDOW = 16  # of 256: what counts as one hue, to either side
+
+
+@dataclass(frozen=True)
+class Sprite:
+    """One drawing of one concept. `names` are what it is called, `tags` what it may also be called.
+
+    `mean` is its average colour (RGB, 0 to 255), `paint` the hue, saturation and value (0 to 255) of its one
+    dominant colour, None where it has none; `write_sprites` fills in both.
+    """
+
+    concept: str
+    code: str
+    style: str
+    names: tuple[str, ...]
+    tags: tuple[str, ...] = ()
+    group: str = ""
+    subgroup: str = ""
+    mean: Colour = (0, 0, 0)
+    paint: Colour | None = None
+
+
+def write_sprites(folder: Path, sprites: Sequence[Sprite], pixels: Iterable[np.ndarray], size: int = 128) -> None:
+    """Write `sprites.npy`, uint8 [N, size, size, 4] RGBA of straight alpha, and `sprites.jsonl`."""
+    shape = (len(sprites), size, size, 4)
+    array = np.lib.format.open_memmap(folder / "sprites.npy", mode="w+", dtype=np.uint8, shape=shape)
+    records = []
+    for row, sprite, rgba in zip(array, sprites, pixels, strict=True):
+        row[:] = rgba
+        mean, paint = colours(rgba)
+        records.append(json.dumps(asdict(replace(sprite, mean=mean, paint=paint))))
+    array.flush()
+    (folder / "sprites.jsonl").write_text("\n".join(records) + "\n")
+
+
+def read_sprites(folder: Path) -> tuple[list[Sprite], np.ndarray]:
+    """The records, and the pixels as a memory map."""
+    lines = (folder / "sprites.jsonl").read_text().splitlines()
+    return [from_json(line) for line in lines], np.load(folder / "sprites.npy", mmap_mode="r")
+
+
+def from_json(line: str) -> Sprite:
+    fields: dict[str, Any] = json.loads(line)
+    return Sprite(**fields | {key: tuple(value) for key, value in fields.items() if isinstance(value, list)})
+
+
+def colours(rgba: np.ndarray) -> tuple[Colour, Colour | None]:
+    """A sprite's mean colour, and its dominant (hue, saturation, value) where one hue covers it clearly.
+
+    Clearly: four fifths of its saturated pixels, and two fifths of all, lie within HUE_WINDOW of that hue.
+    """
+    pixels = rgba[rgba[..., 3] > 200]
+    if len(pixels) == 0:
+        return (0, 0, 0), None
+    red, green, blue = (int(c) for c in pixels[:, :3].mean(0))
+    hsv = np.asarray(Image.fromarray(pixels[None, :, :3]).convert("HSV"))[0]
+    vivid = hsv[(hsv[:, 1] > 90) & (hsv[:, 2] > 70)]
+    counts = np.bincount(vivid[:, 0], minlength=256)
+    window = sum(np.roll(counts, shift) for shift in range(-HUE_WINDOW, HUE_WINDOW + 1))
+    hue = int(np.argmax(window))
+    near = vivid[apart(vivid[:, 0], hue) <= HUE_WINDOW]
+    if len(near) < max(0.8 * len(vivid), 0.4 * len(pixels), 1):
+        return (red, green, blue), None
+    centre = hue + np.median((near[:, 0].astype(int) - hue + 128) % 256 - 128)
+    return (red, green, blue), (int(centre) % 256, int(np.median(near[:, 1])), int(np.median(near[:, 2])))
+
+
+def apart(hue: np.ndarray, other: int) -> np.ndarray:
+    """Distance on the colour circle of 256 hues."""
+    return np.abs((hue.astype(np.int16) - other + 128) % 256 - 128)
