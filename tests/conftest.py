@@ -10,7 +10,22 @@ from ldm.nn import text, vae
 from ldm.nn.unet import UNet, UNetConfig
 from ldm.pipeline import Pipeline
 
+VAE = {
+    "down_block_types": ["DownEncoderBlock2D"] * 3,
+    "up_block_types": ["UpDecoderBlock2D"] * 3,
+    "block_out_channels": [8, 16, 16],
+    "layers_per_block": 1,
+    "norm_num_groups": 4,
+    "latent_channels": 4,
+    "mid_block_add_attention": False,
+    "scaling_factor": 0.5,
+}
 CAPTIONS = ["a red apple on a blue background", "two stars", "a cat to the left of a dog"]
+
+
+@pytest.fixture
+def vae_config():
+    return VAE
 
 
 @pytest.fixture(scope="session")
@@ -35,17 +50,7 @@ def tiny(tmp_path_factory):
         norm_num_groups=8,
     )
     save_module(UNet(config), config.to_dict(), folder / "unet")
-    autoencoder = vae.autoencoder(
-        {
-            "down_block_types": ["DownEncoderBlock2D"] * 3,
-            "up_block_types": ["UpDecoderBlock2D"] * 3,
-            "block_out_channels": [8, 16, 16],
-            "layers_per_block": 1,
-            "norm_num_groups": 4,
-            "latent_channels": 4,
-            "scaling_factor": 0.5,
-        }
-    )
+    autoencoder = vae.autoencoder(VAE)
     save_module(autoencoder, vae.config_of(autoencoder), folder / "vae")
     (folder / "scheduler").mkdir()
     write_json(schedule_config("squaredcos_cap_v2", "v"), folder / "scheduler" / "scheduler_config.json")

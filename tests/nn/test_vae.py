@@ -5,21 +5,11 @@ import torch
 
 from ldm.nn import vae
 
-CONFIG = {
-    "down_block_types": ["DownEncoderBlock2D"] * 3,
-    "up_block_types": ["UpDecoderBlock2D"] * 3,
-    "block_out_channels": [8, 16, 16],
-    "layers_per_block": 1,
-    "norm_num_groups": 4,
-    "latent_channels": 4,
-    "scaling_factor": 0.5,
-}
-
 
 @pytest.fixture
-def model():
+def model(vae_config):
     torch.manual_seed(0)
-    return vae.autoencoder(CONFIG).eval()
+    return vae.autoencoder(vae_config).eval()
 
 
 def test_encode_and_decode_are_diffusers_with_the_scaling_factor(model):
