@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import partial
+from functools import lru_cache, partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from ldm.conditioning import Conditioning
 from ldm.diffusion.denoiser import Denoise, Denoiser
 from ldm.diffusion.guidance import guide
 from ldm.diffusion.samplers import SAMPLERS, ddim
+from ldm.diffusion.sde import VPSDE
 from ldm.diffusion.spacing import SPACINGS, Grid, choose
 from ldm.images import to_pil
 from ldm.nn.text import embed, tokens
@@ -247,7 +248,7 @@ class Pipeline:
 
     def grid(self, request: Request) -> Grid:
         """The noise levels of a request whose number of steps is known."""
-        return SPACINGS[request.spacing](self.model.sde, request.num_inference_steps)
+        return spaced(self.model.sde, request.spacing, request.num_inference_steps or 0)
 
     def latent_shape(self, request: Request) -> tuple[int, int, int]:
         """[C, h, w] of a request whose size is known."""
@@ -274,6 +275,12 @@ class Pipeline:
         if filled.latents is not None and tuple(filled.latents.shape) != self.latent_shape(filled):
             raise ValueError(f"latents: shape {list(filled.latents.shape)}, expected {list(self.latent_shape(filled))}")
         return filled
+
+
+@lru_cache(maxsize=256)
+def spaced(sde: VPSDE, spacing: str, steps: int) -> Grid:
+    """A time grid by the name of its spacing."""
+    return SPACINGS[spacing](sde, steps)
 
 
 def check(request: Request, multiple: int) -> None:

@@ -15,7 +15,7 @@ import torch
 from _bench import alternate, clock, report
 
 import ldm.nn._torchvision  # noqa: F401  must come before diffusers
-from ldm import Pipeline
+from ldm import Pipeline, Request
 from ldm.pipeline import PICTO
 
 from diffusers import DDIMScheduler, StableDiffusionPipeline  # isort: skip
@@ -53,17 +53,17 @@ def main() -> None:
     dtype = getattr(torch, args.dtype)
     prompts = (PROMPTS * args.batch)[: args.batch]
     ours = Pipeline.from_pretrained(PICTO, device="cpu", dtype=dtype, batch_size=args.batch)
-    config = ours.model.unet.config
-    size = args.batch, config.in_channels, config.sample_size, config.sample_size
-    noise = torch.randn(size, generator=torch.Generator().manual_seed(0))
+    native = ours.resolve(Request(prompts[0]))
+    shape = args.batch, *ours.latent_shape(native)
+    noise = torch.randn(shape, generator=torch.Generator().manual_seed(0))
 
     def draw(pipe: Pipeline) -> list:
         settings = {"num_inference_steps": args.steps, "guidance_scale": GUIDANCE, "sampler": "ddim"}
         return pipe(prompts, latents=noise, **settings).images
 
     def draw_theirs(pipe: StableDiffusionPipeline) -> list:
-        side = config.sample_size * pipe.vae_scale_factor
-        settings = {"num_inference_steps": args.steps, "guidance_scale": GUIDANCE, "height": side, "width": side}
+        size = {"height": native.height, "width": native.width}
+        settings = {"num_inference_steps": args.steps, "guidance_scale": GUIDANCE, **size}
         return pipe(prompts, latents=noise.to(dtype), **settings).images
 
     plain, tuned = diffusers_pipeline(dtype, False), diffusers_pipeline(dtype, True)
