@@ -26,7 +26,7 @@ GUIDANCE = 3.0
 
 def diffusers_pipeline(dtype: torch.dtype, channels_last: bool) -> StableDiffusionPipeline:
     """Their pipeline as its documentation makes it; channels_last is the documented tuning for CPUs."""
-    pipe = StableDiffusionPipeline.from_pretrained(PICTO, torch_dtype=dtype, local_files_only=True)
+    pipe = StableDiffusionPipeline.from_pretrained(PICTO, dtype=dtype, local_files_only=True)
     pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
     pipe.set_progress_bar_config(disable=True)
     if channels_last:

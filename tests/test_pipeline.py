@@ -60,7 +60,7 @@ def test_a_record_is_the_request(pipe):
 
 
 def diffusers_picture(folder, scheduler, prompt, steps, guidance, noise, **options):
-    theirs = StableDiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32, local_files_only=True)
+    theirs = StableDiffusionPipeline.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
     theirs.scheduler = scheduler.from_config(theirs.scheduler.config, **options)
     theirs.set_progress_bar_config(disable=True)
     side = theirs.unet.config.sample_size * theirs.vae_scale_factor

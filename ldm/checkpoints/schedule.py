@@ -53,6 +53,6 @@ def schedule_config(schedule: str, prediction: str) -> dict[str, Any]:
         "num_train_timesteps": 1000,
         "prediction_type": choose(kinds, prediction, "prediction"),
         "set_alpha_to_one": True,
-        "steps_offset": 0,
+        "steps_offset": 1,
         "timestep_spacing": "trailing",
     }
