@@ -10,6 +10,8 @@ from ldm.nn import text, vae
 from ldm.nn.unet import UNet, UNetConfig
 from ldm.pipeline import Pipeline
 
+torch.set_num_threads(1)  # the tests' tensors are small: a second thread costs more in barriers than it gains
+
 VAE = {
     "down_block_types": ["DownEncoderBlock2D"] * 3,
     "up_block_types": ["UpDecoderBlock2D"] * 3,
