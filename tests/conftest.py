@@ -1,5 +1,9 @@
 """A tiny random model in the directory layout, and a pipeline on it: what most tests draw with."""
 
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # small tensors: a second thread costs more in barriers than it gains
+
 import pytest
 import torch
 
@@ -9,8 +13,6 @@ from ldm.checkpoints.schedule import schedule_config
 from ldm.nn import text, vae
 from ldm.nn.unet import UNet, UNetConfig
 from ldm.pipeline import Pipeline
-
-torch.set_num_threads(1)  # the tests' tensors are small: a second thread costs more in barriers than it gains
 
 VAE = {
     "down_block_types": ["DownEncoderBlock2D"] * 3,
