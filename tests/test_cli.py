@@ -2,8 +2,10 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 from PIL import Image
@@ -118,12 +120,19 @@ def test_info_lists_versions_and_back_ends(ldm_):
     assert status == 0 and "torch" in out and "attention sdpa" in out and "xformers" in out
 
 
-def test_ctrl_c_leaves_whole_files_only_and_status_130(tiny, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_leaves_whole_files_only_and_status_130(tiny, tmp_path, number):
     words = ["generate", "a cat", "--count", "1000", "--batch-size", "1", "--model", str(tiny), "--out", str(tmp_path)]
-    process = subprocess.Popen([sys.executable, "-m", "ldm.cli", *words], stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "ldm.cli", *words],
+        stderr=subprocess.PIPE,
+        text=True,
+        # a shell's background job ignores Ctrl-C, and its children inherit that
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     while not list(tmp_path.glob("*.png")) and process.poll() is None:
-        pass
-    process.send_signal(2)
+        time.sleep(0.01)
+    process.send_signal(number)
     _, err = process.communicate()
     assert process.returncode == 130 and "Traceback" not in err
     for file in tmp_path.iterdir():
