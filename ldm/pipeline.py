@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache, partial
 from itertools import groupby
 from pathlib import Path
@@ -259,17 +259,10 @@ class Pipeline:
         """The request with the model's defaults filled in; ValueError in the user's words for what cannot be drawn."""
         f, native = downscale(self.model.vae), self.model.unet.config.sample_size
         rows, columns = native if isinstance(native, tuple) else (native or 64,) * 2
-        filled = Request(
-            **{
-                **{name: getattr(request, name) for name in request.__dataclass_fields__},
-                "height": rows * f if request.height is None else request.height,
-                "width": columns * f if request.width is None else request.width,
-                **{
-                    name: value if getattr(request, name) is None else getattr(request, name)
-                    for name, value in self.model.defaults.items()
-                },
-            }
-        )
+        missing = {name: value for name, value in self.model.defaults.items() if getattr(request, name) is None}
+        height = rows * f if request.height is None else request.height
+        width = columns * f if request.width is None else request.width
+        filled = replace(request, height=height, width=width, **missing)
         check(filled, f)
         self.grid(filled)  # refuses more steps than it can tell apart
         if filled.latents is not None and tuple(filled.latents.shape) != self.latent_shape(filled):

@@ -60,7 +60,8 @@ def load_directory(folder: Path, device: torch.device, dtype: torch.dtype) -> Ch
     unet, vae, text = load_unet(folder / "unet"), load_vae(folder / "vae"), load_text(folder / "text_encoder")
     for network in (unet, vae, text):
         place(network, device, dtype).eval().requires_grad_(False)
-    recommended = folder / "generation_config.json"
+    advice = folder / "generation_config.json"
+    recommended = read_json(advice) if advice.is_file() else {}
     return Checkpoint(
         unet,
         vae,
@@ -68,7 +69,7 @@ def load_directory(folder: Path, device: torch.device, dtype: torch.dtype) -> Ch
         load_tokenizer(folder / "tokenizer"),
         sde,
         prediction,
-        {**DEFAULTS, **(read_json(recommended) if recommended.is_file() else {})},
+        {name: recommended.get(name, value) for name, value in DEFAULTS.items()},
         {name: sha256(folder / name / file) for name, file in NETWORKS.items()},
     )
 
