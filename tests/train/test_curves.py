@@ -1,0 +1,28 @@
+"""Curves of a log: every point at its place between the axes."""
+
+import json
+import re
+from xml.etree import ElementTree
+
+import pytest
+
+from ldm.train.curves import HEIGHT, MARGIN, WIDTH, figure, panel, read_curve
+
+
+@pytest.mark.parametrize("log_scale, middle", [(False, (100 - 10) / 99), (True, 0.5)])
+def test_points_lie_where_their_values_say(tmp_path, log_scale, middle):
+    lines = [{"step": 0, "loss": 100.0}, {"step": 5, "val": 1}, {"step": 10, "loss": 10.0}, {"step": 20, "loss": 1.0}]
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    curve = read_curve(tmp_path / "log.jsonl", "loss")
+    assert curve == [(0, 100), (10, 10), (20, 1)]
+    svg = figure([panel("a", {"loss": curve}, log_scale=log_scale), panel("b", {"loss": curve}, WIDTH)])
+    first, second = (
+        [tuple(map(float, point.split(","))) for point in re.split(" ", line.attrib["points"])]
+        for line in ElementTree.fromstring(svg).iter("{http://www.w3.org/2000/svg}polyline")
+    )
+    down = MARGIN + middle * (HEIGHT - 2 * MARGIN)
+    for point, wanted in zip(
+        first, [(MARGIN, MARGIN), (WIDTH / 2, down), (WIDTH - MARGIN, HEIGHT - MARGIN)], strict=True
+    ):
+        assert point == pytest.approx(wanted, abs=0.06)
+    assert second[0] == (WIDTH + MARGIN, MARGIN)
