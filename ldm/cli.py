@@ -56,7 +56,6 @@ def generate(
     for name, value in (("--count", count), ("--batch-size", batch_size)):
         if not 1 <= value <= 100_000:
             raise InputError(f"{name} {value}: must be from 1 to 100000")
-    writable(out)
     from ldm.pipeline import PICTO, Pipeline, Request
 
     pipe = Pipeline.from_pretrained(model or PICTO, device=device, dtype=dtype, batch_size=batch_size)
@@ -65,6 +64,7 @@ def generate(
         for text in texts
         for k in range(count)
     ]
+    writable(out)
     files = draw(pipe, (model or PICTO).name, requests, out)
     for file in files if not as_json else ():
         print(file)
