@@ -24,7 +24,7 @@ from ldm.diffusion.spacing import SPACINGS, Grid, choose
 from ldm.images import to_pil
 from ldm.nn.text import embed, tokens
 from ldm.nn.vae import decode, downscale
-from ldm.rng import Noise, noise_from, stream
+from ldm.rng import Noise
 
 PICTO = Path(__file__).resolve().parent.parent / "weights" / "picto"
 MAX_SIDE = 8192  # pixels
@@ -216,7 +216,7 @@ class Pipeline:
 
     def _start(self, members: list[tuple[int, Request]]) -> Group:
         first = members[0][1]
-        noise = noise_from([stream(request.seed) for _, request in members])
+        noise = Noise([request.seed for _, request in members])
         x = noise(torch.empty(len(members), *self.latent_shape(first), device=self.device))
         for row, (_, request) in enumerate(members):
             if request.latents is not None:

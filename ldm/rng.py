@@ -1,38 +1,87 @@
-"""Noise: one generator per image, so that a picture depends on its own seed and on nothing else."""
+"""Noise: one seed per image, so that a picture depends on its own seed and on nothing else."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
-Noise = Callable[[Tensor], Tensor]  # like randn_like; row i is drawn from image i's own generator
+RESOLUTION = 18  # levels of the Brownian tree beyond the distance to the nearer end
+DEEPEST = 44
 
 
-def stream(seed: int) -> torch.Generator:
-    """The randomness of one image, on the CPU: the same numbers for every device."""
-    return torch.Generator().manual_seed(seed)
+class Noise:
+    """N(0, I) for a batch of pictures; row i comes from seed i alone, whatever the batch.
 
-
-def noise_from(streams: Sequence[torch.Generator]) -> Noise:
-    """Noise whose row i continues `streams[i]`: pictures join and leave a batch with their own stream.
-
-    Drawn as float32 on the CPU, then moved to the device and dtype of the argument [B, ...].
-    Raises ValueError where the number of rows is not the number of streams.
+    `noise(like)` draws afresh; `noise.between(like, sigma, to_sigma)` reads one fixed Brownian path per picture. Drawn in
+    float32 on the CPU, then moved to the device and dtype of the argument [B, ...], which has one row per seed.
     """
 
-    def noise(like: Tensor) -> Tensor:
-        if len(like) != len(streams):
-            raise ValueError(f"{len(like)} images, but {len(streams)} noise streams")
-        return torch.stack([torch.randn(like.shape[1:], generator=g) for g in streams]).to(like)
+    def __init__(self, seeds: Sequence[int]) -> None:
+        self.streams = [torch.Generator().manual_seed(seed) for seed in seeds]
+        self.paths = [BrownianPath(seed) for seed in seeds]
 
-    return noise
+    def __call__(self, like: Tensor) -> Tensor:
+        """Fresh noise. Row i of the first draw is diffusers' latent of seed i.
+
+        That is `torch.randn([1, C, h, w], generator=torch.Generator().manual_seed(seed))`.
+        """
+        self._check(like)
+        return torch.stack([torch.randn(like.shape[1:], generator=g) for g in self.streams]).to(like)
+
+    def between(self, like: Tensor, sigma: float, to_sigma: float) -> Tensor:
+        """The unit-variance increment of the pictures' Brownian paths from noise scale sigma to to_sigma.
+
+        A finer grid refines the same path. 1 >= sigma > to_sigma > 0.
+        """
+        self._check(like)
+        shape = like.shape[1:]
+        gain = 1 / to_sigma**2 - 1 / sigma**2  # of SNR
+        steps = [path.at(to_sigma, shape) - path.at(sigma, shape) for path in self.paths]
+        return (torch.stack(steps) / math.sqrt(gain)).to(like)
+
+    def _check(self, like: Tensor) -> None:
+        if len(like) != len(self.streams):
+            raise ValueError(f"{len(like)} images, but {len(self.streams)} noise streams")
 
 
-def noise_for(seeds: Sequence[int]) -> Noise:
-    """Noise of fresh streams: row i of the first draw is diffusers' latent of seed i.
+class BrownianPath:
+    """A Brownian motion B in the clock SNR = alpha^2 / sigma^2, a pure function of (seed, shape).
 
-    That is `torch.randn([1, C, h, w], generator=torch.Generator().manual_seed(seed))`.
+    SNR is the clock in which the noise of the reverse SDE is Brownian: for x_0 held fixed, x alpha / sigma^2 gains
+    B(SNR') - B(SNR). By Doob's transform B = b(sigma^2) / sigma^2 with b a Brownian bridge on [0, 1], which a dyadic
+    tree of midpoints gives (Levy's construction; Li et al. 2020, algorithm 3, a virtual Brownian tree).
     """
-    return noise_from([stream(seed) for seed in seeds])
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+        self._known: dict[tuple[float, torch.Size], Tensor] = {}
+
+    def at(self, sigma: float, shape: torch.Size) -> Tensor:
+        """B at the noise scale sigma in (0, 1], float32."""
+        key = sigma, shape
+        if key not in self._known:
+            if len(self._known) > 1:  # a sampler asks for the ends of its step: the first is the last one's second
+                self._known.pop(next(iter(self._known)))
+            self._known[key] = torch.from_numpy(self._bridge(sigma**2, tuple(shape)) / np.float32(sigma**2))
+        return self._known[key]
+
+    def _bridge(self, u: float, shape: tuple[int, ...]) -> np.ndarray:
+        low, high, node = 0.0, 1.0, 1
+        left = right = np.zeros(shape, np.float32)
+        nearer = min(u, 1 - u)
+        depth = min(DEEPEST, RESOLUTION - math.floor(math.log2(nearer))) if nearer > 0 else 0
+        for _ in range(depth):
+            middle = (low + high) / 2
+            rng = np.random.Generator(np.random.Philox(key=np.array([self.seed, node], np.uint64)))
+            spread = np.float32(math.sqrt(high - low) / 2)
+            value = (left + right) / 2 + spread * rng.standard_normal(shape, np.float32)
+            if u < middle:
+                high, right, node = middle, value, 2 * node
+            else:
+                low, left, node = middle, value, 2 * node + 1
+        share = np.float32((u - low) / (high - low))
+        return (1 - share) * left + share * right

@@ -3,38 +3,56 @@
 import pytest
 import torch
 
-from ldm.rng import noise_for, noise_from, stream
+from ldm.rng import BrownianPath, Noise
+
+SHAPE = torch.Size([40_000])
 
 
 def test_first_draw_is_the_latent_that_a_cpu_generator_of_that_seed_gives():
-    drawn = noise_for([3, 2**40, 7])(torch.empty(3, 4, 8, 8))
+    drawn = Noise([3, 2**40, 7])(torch.empty(3, 4, 8, 8))
     for row, seed in zip(drawn, [3, 2**40, 7], strict=True):
         assert torch.equal(row[None], torch.randn([1, 4, 8, 8], generator=torch.Generator().manual_seed(seed)))
 
 
 def test_rows_are_pure_in_any_batch_and_order():
     like = torch.empty(1, 4, 8, 8)
-    together, alone = noise_for([5, 9]), noise_for([9])
-    for _ in range(3):
+    together, alone = Noise([5, 9]), Noise([9])
+    for sigma in (0.9, 0.5, 0.1):
         assert torch.equal(together(like.expand(2, -1, -1, -1))[1:], alone(like))
-
-
-def test_streams_retire_and_join_without_disturbing_the_others():
-    like = torch.empty(1, 3, 5)
-    a, b, c = map(stream, [1, 2, 3])
-    noise_from([a, b])(like.expand(2, -1, -1))
-    second = noise_from([c, b])(like.expand(2, -1, -1))  # a has retired, c has joined
-    alone = noise_for([2])
-    alone(like)
-    assert torch.equal(second[1:], alone(like))
-    assert torch.equal(second[:1], noise_for([3])(like))
+        both = together.between(like.expand(2, -1, -1, -1), sigma, sigma / 2)
+        assert torch.equal(both[1:], Noise([9]).between(like, sigma, sigma / 2))
+        assert not torch.equal(both[0], both[1])
 
 
 def test_a_float64_picture_gets_the_same_numbers():
     like = torch.empty(1, 4, 8, 8)
-    assert torch.equal(noise_for([4])(like.double()), noise_for([4])(like).double())
+    assert torch.equal(Noise([4])(like.double()), Noise([4])(like).double())
 
 
 def test_a_missing_stream_is_refused():
     with pytest.raises(ValueError, match="2 images, but 1 noise"):
-        noise_for([0])(torch.empty(2, 4))
+        Noise([0])(torch.empty(2, 4))
+    with pytest.raises(ValueError, match="2 images, but 1 noise"):
+        Noise([0]).between(torch.empty(2, 4), 1.0, 0.5)
+
+
+def test_path_is_a_brownian_motion_in_the_signal_to_noise_ratio():
+    """Increments have the variance of their SNR and do not correlate, from SNR 0 to 1e6."""
+    sigmas = [1.0, 1 - 1e-6, 0.99, 0.8, 0.8 - 1e-4, 0.3, 0.1, 0.1 - 1e-5, 0.01, 0.001]
+    path = [BrownianPath(11).at(sigma, SHAPE).double() for sigma in sigmas]
+    clock = torch.tensor([1 / s**2 - 1 for s in sigmas], dtype=torch.float64)
+    steps = torch.stack([b - a for a, b in zip(path, path[1:], strict=False)]) / clock.diff().sqrt()[:, None]
+    assert torch.equal(path[0], torch.zeros(SHAPE, dtype=torch.float64))
+    cov = steps @ steps.T / SHAPE[0]
+    assert (cov - torch.eye(len(cov))).abs().max() < 4 * (2 / SHAPE[0]) ** 0.5
+    kurtosis = (steps**4).mean(1)
+    assert (kurtosis - 3).abs().max() < 4 * (96 / SHAPE[0]) ** 0.5
+
+
+def test_finer_steps_refine_the_same_path():
+    like = torch.empty(1, 1000)
+    snr = lambda s: 1 / s**2 - 1
+    whole = Noise([3]).between(like, 0.9, 0.2) * (snr(0.2) - snr(0.9)) ** 0.5
+    noise = Noise([3])
+    parts = [noise.between(like, a, b) * (snr(b) - snr(a)) ** 0.5 for a, b in [(0.9, 0.7), (0.7, 0.25), (0.25, 0.2)]]
+    torch.testing.assert_close(sum(parts), whole, rtol=1e-4, atol=1e-4)

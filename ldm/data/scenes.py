@@ -19,8 +19,8 @@ from ldm.data.words import countable, indefinite, plural, uncoloured
 Rng = np.random.Generator
 
 LENGTH = 2**40
-MIXTURE = 1  # raise it when the same sprites and seed give other scenes
-KINDS = {"single": 0.58, "recoloured": 0.17, "pair": 0.17, "count": 0.08}
+MIXTURE = 2  # raise it when the same sprites and seed give other scenes
+KINDS = {"single": 0.66, "recoloured": 0.16, "pair": 0.12, "count": 0.06}
 WEIGHTS = {"animals-nature": 1.6, "food-drink": 1.6, "people-body": 0.35, "symbols": 0.5}  # else 1
 ON_COLOUR, BY_TAG, STYLED = 0.4, 0.2, 0.5  # shares of scenes, names and captions
 
@@ -49,6 +49,7 @@ BACKGROUNDS: dict[str, Colour] = {
     "black": (18, 18, 18),
     "white": (246, 246, 246),
 }
+SIDE = (0.65, 0.92)  # of a lone object, over the picture's
 JITTER = 8
 CONTRAST = 80  # least distance, in RGB, of an object's mean colour from its background
 
@@ -277,7 +278,7 @@ def recolour(sprite: Image.Image, old: Colour, new: Colour) -> Image.Image:
 Box = tuple[float, float, float, float]  # left, top, right, bottom
 
 
-def within(rng: Rng, row: int, side: float, box: Box, colour: str | None = None, reach: float = 0.08) -> Item:
+def within(rng: Rng, row: int, side: float, box: Box, colour: str | None = None, reach: float = 0.05) -> Item:
     """An item near the middle of a box, never over its edge."""
     left, top, right, bottom = box
     slack_x, slack_y = (max(0.0, min(reach, (room - side) / 2)) for room in (right - left, bottom - top))
@@ -307,7 +308,7 @@ LAYOUTS: dict[str, list[list[Box]]] = {
 
 def single(scenes: Scenes, rng: Rng) -> tuple[list[Item], str]:
     row = scenes.pools["single"].draw(rng)
-    return [within(rng, row, rng.uniform(0.55, 0.9), WHOLE)], indefinite(scenes.call(row, rng))
+    return [within(rng, row, rng.uniform(*SIDE), WHOLE)], indefinite(scenes.call(row, rng))
 
 
 def recoloured(scenes: Scenes, rng: Rng) -> tuple[list[Item], str]:
@@ -315,7 +316,7 @@ def recoloured(scenes: Scenes, rng: Rng) -> tuple[list[Item], str]:
     colour = choose(rng, scenes.paints[row])
     name = uncoloured(scenes.call(row, rng)) or choose(rng, plain(scenes.sprites[row]))
     phrase = indefinite(f"{colour} {name}")
-    return [within(rng, row, rng.uniform(0.55, 0.9), WHOLE, colour)], phrase
+    return [within(rng, row, rng.uniform(*SIDE), WHOLE, colour)], phrase
 
 
 def pair(scenes: Scenes, rng: Rng) -> tuple[list[Item], str]:

@@ -22,6 +22,18 @@ def points(levels: Levels) -> Sequence[Point]:
     return [levels] if isinstance(levels, Point) else levels
 
 
+@dataclass
+class Counted:
+    """A denoiser that counts its `evaluations`."""
+
+    denoise: Denoise
+    evaluations: int = 0
+
+    def __call__(self, x: Tensor, levels: Levels) -> Tensor:
+        self.evaluations += 1
+        return self.denoise(x, levels)
+
+
 @dataclass(frozen=True)
 class Denoiser:
     """E[x_0 | x] from a network that runs in `dtype` and outputs `prediction` at the times of `sde`."""

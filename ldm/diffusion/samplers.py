@@ -62,7 +62,7 @@ def ddim(x: Tensor, grid: Grid, noise: Noise, eta: float = 0.0) -> Steps:
         kept = math.sqrt(1 - fresh**2) * to.sigma / now.sigma
         x = kept * x + (to.alpha - kept * now.alpha) * x0
         if fresh * to.sigma > 0:
-            x = x + fresh * to.sigma * noise(x)
+            x = x + fresh * to.sigma * noise.between(x, now.sigma, to.sigma)
     return x
 
 

@@ -80,6 +80,12 @@ class VPSDE:
             low, high = torch.where(later, middle, low), torch.where(later, high, middle)
         return high
 
+    def between(self, starts: Sequence[Point], ends: Sequence[Point], share: float = 0.5) -> list[Point]:
+        """For each pair the level whose log-SNR lies `share` of the way from start to end."""
+        ends_t = torch.tensor([[p.t for p in starts], [p.t for p in ends]], dtype=torch.float64)
+        start, end = self.log_snr(ends_t)
+        return [self.at(t) for t in self.time(torch.lerp(start, end, share)).tolist()]
+
     def beta(self, t: Tensor) -> Tensor:
         """beta(t) = -2 d log alpha / dt per unit of time, float64, of the shape of t."""
         with torch.inference_mode(False):  # this also turns gradients on

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TypeVar
 
 import torch
@@ -11,13 +11,25 @@ from torch import Tensor
 
 from ldm.diffusion.sde import CLEAN, VPSDE, Point
 
-Grid = tuple[Point, ...]  # descending noise; the last point is CLEAN
-Spacing = Callable[..., Grid]  # (sde, n) -> n + 1 points, n questions to the network
 Value = TypeVar("Value")
 
 # Where log-SNR(1) is lower (zero terminal SNR: -inf), karras and log_snr start here, a little before t = 1:
 # sigma/alpha = 148, as much noise as the linear schedule of Song et al. ends with.
 LOWEST_LOG_SNR = -10.0
+
+
+class Grid(tuple[Point, ...]):
+    """Noise levels of one SDE in descending noise; the last is CLEAN."""
+
+    sde: VPSDE
+
+    def __new__(cls, sde: VPSDE, points: Iterable[Point]) -> Grid:
+        self = super().__new__(cls, points)
+        self.sde = sde
+        return self
+
+
+Spacing = Callable[..., Grid]  # (sde, n) -> n + 1 points, n questions to the network
 
 
 def choose(table: Mapping[str, Value], name: str, what: str) -> Value:
@@ -40,7 +52,7 @@ def spacing(times: Callable[..., Tensor]) -> Spacing:
         t = times(sde, n, **options)
         if not (t[0] <= 1 and t[-1] > 0 and (t.diff() < 0).all()):
             raise ValueError(f"{n} steps: {times.__name__!r} spacing does not have that many of {sde.steps}")
-        return (*map(sde.at, t.tolist()), CLEAN)
+        return Grid(sde, (*map(sde.at, t.tolist()), CLEAN))
 
     return grid
 
@@ -87,7 +99,7 @@ def cut(grid: Grid, strength: float) -> Grid:
     if not 0 <= strength <= 1:
         raise ValueError(f"strength {strength}: between 0 and 1 is needed")
     steps = len(grid) - 1
-    return grid[steps - int(steps * strength) :]
+    return Grid(grid.sde, grid[steps - int(steps * strength) :])
 
 
 SPACINGS: dict[str, Spacing] = {

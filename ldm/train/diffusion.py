@@ -29,7 +29,7 @@ from ldm.images import contact_sheet, to_pil
 from ldm.nn.text import embed, tokens
 from ldm.nn.unet import UNet, UNetConfig, start_linear
 from ldm.nn.vae import decode
-from ldm.rng import noise_for
+from ldm.rng import Noise
 from ldm.train.task import Batch, Figures
 
 HELD_OUT = 512
@@ -93,7 +93,7 @@ class DiffusionTask:
             for rows in np.array_split(np.arange(HELD_OUT), HELD_OUT // 64):
                 batch = self._collate(self.held_out, rows)
                 x0 = batch["posterior"].mean.to(device)
-                noise = noise_for(rows.tolist())(x0)
+                noise = Noise(rows.tolist())(x0)
                 t = (torch.arange(len(rows)) % LEVELS + 0.5) / LEVELS
                 loss = diffusion_loss(self._denoiser(model), x0, self._text(batch["ids"]), t, noise).cpu()
                 losses += torch.stack([loss[i::LEVELS].mean() for i in range(LEVELS)]) / (HELD_OUT // 64)
@@ -113,7 +113,7 @@ class DiffusionTask:
         with torch.autocast(device.type, torch.bfloat16):
             cond, uncond = (self._text(tokens(self.tokenizer, p)) for p in (prompts, [""] * len(prompts)))
             denoise = guide(self._denoiser(model), cond, uncond, self.recipe.validation_guidance)
-            noise = noise_for(range(len(prompts)))
+            noise = Noise(range(len(prompts)))
             x = noise(torch.zeros(len(prompts), *self.latents.mean.shape[1:])).to(device)
             x = sample(dpmpp_2m, denoise, x, trailing(self.sde, 20), noise)
             sheet = contact_sheet(to_pil(decode(self.vae, x)), prompts, 10)

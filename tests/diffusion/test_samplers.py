@@ -18,8 +18,8 @@ from ldm.diffusion.denoiser import Denoiser
 from ldm.diffusion.prediction import PREDICTIONS
 from ldm.diffusion.samplers import SAMPLERS, ddim, ddpm, dpmpp_2m, euler, heun, sample
 from ldm.diffusion.sde import CLEAN, VPSDE, scaled_linear_table, zero_terminal_snr
-from ldm.diffusion.spacing import SPACINGS
-from ldm.rng import noise_for
+from ldm.diffusion.spacing import SPACINGS, Grid
+from ldm.rng import Noise
 
 TABLE = scaled_linear_table(0.00085, 0.012, 1000)
 SD = VPSDE.tabulated(TABLE)
@@ -30,12 +30,25 @@ def nothing(*_):
     raise AssertionError("a deterministic sampler drew noise, or an empty grid asked a question")
 
 
+class White:
+    """Noise that does not refine: every draw is new, in the order of one generator (diffusers' SDE)."""
+
+    def __init__(self, seed):
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def __call__(self, like):
+        return torch.randn(like.shape, generator=self.generator, dtype=like.dtype)
+
+    def between(self, like, sigma, to_sigma):
+        return self(like)
+
+
 def uniform_in_t(sde, n):
-    return tuple(sde.at(1 - 0.9 * i / n) for i in range(n + 1))
+    return Grid(sde, (sde.at(1 - 0.9 * i / n) for i in range(n + 1)))
 
 
 def in_log_snr(sde, n):
-    return SPACINGS["log_snr"](sde, n + 1)[:-1]  # to t = 1/1000: the step into the clean picture is no refinement
+    return Grid(sde, SPACINGS["log_snr"](sde, n + 1)[:-1])  # to t = 1/1000: the step into the clean picture is no refinement
 
 
 @pytest.mark.parametrize("name", DETERMINISTIC)
@@ -63,9 +76,7 @@ def test_order_of_convergence(name, sde, make_grid):
 def test_ancestral_sampling_gives_the_data_s_mean_and_covariance(eta):
     grid, count = SPACINGS["log_snr"](SD, 400), 20000
     x = torch.randn(count, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    generator = torch.Generator().manual_seed(1)
-    noise = lambda x: torch.randn(x.shape, generator=generator, dtype=x.dtype)
-    end = sample(partial(ddim, eta=eta), GAUSSIAN.denoise, x, grid, noise)
+    end = sample(partial(ddim, eta=eta), GAUSSIAN.denoise, x, grid, White(1))
     error_of_mean = (S.diag() / count).sqrt()
     error_of_cov = ((S**2 + torch.outer(S.diag(), S.diag())) / count).sqrt()
     assert ((end.mean(0) - MU).abs() < 4 * error_of_mean).all()
@@ -79,18 +90,20 @@ def test_ddpm_is_the_posterior_of_ho_et_al():
     mean = to.alpha * (1 - step_alpha) / now.sigma**2 * x0 + step_alpha**0.5 * to.sigma**2 / now.sigma**2 * x
     spread = ((1 - step_alpha) * to.sigma**2 / now.sigma**2) ** 0.5
     z = torch.arange(4, dtype=torch.float64)
-    end = sample(ddpm, lambda x, point: x0, x, (now, to), lambda x: z)
+    white = White(0)
+    white.between = lambda *_: z
+    end = sample(ddpm, lambda x, point: x0, x, Grid(SD, (now, to)), white)
     torch.testing.assert_close(end, mean + spread * z)
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
 @pytest.mark.parametrize("sde", [VPSDE.cosine(), VPSDE.tabulated(zero_terminal_snr(TABLE))], ids=["cosine", "table"])
 def test_from_zero_snr_the_first_step_is_the_exact_one_for_a_fixed_x0(name, sde):
-    grid = (sde.at(1.0), sde.at(0.9))
+    grid = Grid(sde, (sde.at(1.0), sde.at(0.9)))
     x, x0 = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    noise = noise_for([0, 1, 2])
+    noise = Noise([0, 1, 2])
     end = sample(SAMPLERS[name].function, lambda x, point: x0, x, grid, noise)
-    kept = noise_for([0, 1, 2])(x) if SAMPLERS[name].stochastic else x
+    kept = Noise([0, 1, 2]).between(x, grid[0].sigma, grid[1].sigma) if SAMPLERS[name].stochastic else x
     torch.testing.assert_close(end, grid[1].alpha * x0 + grid[1].sigma * kept)
 
 
@@ -100,8 +113,8 @@ def test_a_known_picture_is_reached_exactly(name, n):
     """The last step ends in the denoiser's answer, whatever the grid; zero terminal SNR included."""
     target = torch.randn(2, 4, generator=torch.Generator().manual_seed(1))
     grid = SPACINGS["trailing"](VPSDE.cosine(), n)
-    x = noise_for([0, 1])(target)
-    end = sample(SAMPLERS[name].function, lambda x, point: target, x, grid, noise_for([2, 3]))
+    x = Noise([0, 1])(target)
+    end = sample(SAMPLERS[name].function, lambda x, point: target, x, grid, Noise([2, 3]))
     torch.testing.assert_close(end, target, rtol=0, atol=1e-6)
 
 
@@ -119,10 +132,10 @@ def test_rows_do_not_know_each_other(name):
         return torch.tanh(x * point.alpha)
 
     grid, like = SPACINGS["karras"](SD, 7), torch.empty(3, 4, 8, 8)
-    noise = noise_for([4, 5, 6])
+    noise = Noise([4, 5, 6])
     batch = sample(SAMPLERS[name].function, denoise, noise(like), grid, noise)
     for i, seed in enumerate([4, 5, 6]):
-        noise = noise_for([seed])
+        noise = Noise([seed])
         alone = sample(SAMPLERS[name].function, denoise, noise(like[:1]), grid, noise)
         assert torch.equal(alone, batch[i : i + 1])
 
@@ -190,5 +203,5 @@ def test_ddpm_steps_are_diffusers_ddpm_steps():
     for t in scheduler.timesteps:
         output = smooth_network(x, t.float().expand(1), NOTHING)
         x = scheduler.step(output, t, x, generator=generator).prev_sample
-    ours = sample(ddpm, lambda x, point: denoiser(x, point, NOTHING), start, grid, noise_for([8]))
+    ours = sample(ddpm, lambda x, point: denoiser(x, point, NOTHING), start, grid, White(8))
     torch.testing.assert_close(ours, x, rtol=1e-4, atol=1e-4)
