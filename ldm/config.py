@@ -74,6 +74,7 @@ class Recipe(Record):
     learning_rate: float = Field(gt=0)
     lr_warmup_steps: int = Field(0, ge=0)
     lr_decay: float = Field(0.33, ge=0, le=1)  # the share of the steps, at the end, in which the rate falls to zero
+    optimizer: Literal["adamw", "muon"] = "adamw"
     adam_beta2: float = 0.99
     adam_weight_decay: float = 0.01
     max_grad_norm: float = 1.0

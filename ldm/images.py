@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
@@ -84,6 +84,15 @@ def save_png(picture: Image.Image, path: Path, texts: Mapping[str, str]) -> None
         info.add_itxt(key, value)
     with publish(path) as draft:
         picture.save(draft, "PNG", pnginfo=info)
+
+
+def read_picture(path: Path) -> Image.Image:
+    """A picture file as RGB, upright (EXIF); ValueError where it is not one."""
+    try:
+        with Image.open(path) as picture:
+            return ImageOps.exif_transpose(picture).convert("RGB")
+    except (OSError, SyntaxError) as error:
+        raise ValueError(f"{path}: {getattr(error, 'strerror', None) or 'not a picture'}") from None
 
 
 def read_texts(path: Path) -> dict[str, str]:

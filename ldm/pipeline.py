@@ -10,6 +10,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -21,9 +22,9 @@ from ldm.diffusion.guidance import guide
 from ldm.diffusion.samplers import SAMPLERS, ddim
 from ldm.diffusion.sde import VPSDE
 from ldm.diffusion.spacing import SPACINGS, Grid, choose
-from ldm.images import to_pil
+from ldm.images import from_uint8, to_pil
 from ldm.nn.text import embed, tokens
-from ldm.nn.vae import decode, downscale
+from ldm.nn.vae import Posterior, decode, downscale, encode
 from ldm.rng import Noise
 
 PICTO = Path(__file__).resolve().parent.parent / "weights" / "picto"
@@ -81,7 +82,7 @@ class Group:
         before = self.progress
         try:
             self.x, self.point = self.steps.send(x0)
-            self.progress = self.grid.index(self.point) / (len(self.grid) - 1)
+            self.progress = max(self.progress, sum(p.t > self.point.t for p in self.grid) / len(self.grid))
         except StopIteration as end:
             self.x, self.progress = end.value, 1.0
         return self.progress - before
@@ -231,11 +232,25 @@ class Pipeline:
         return [(some, self._guided([r for g in some for _, r in g.members])) for some in shapes.values()]
 
     def _guided(self, requests: Sequence[Request]) -> Denoise:
-        cond, uncond = (
-            Conditioning.cat([self.text(text) for text in texts])
-            for texts in ([r.prompt for r in requests], [r.negative_prompt for r in requests])
-        )
-        return guide(self.denoiser, cond, uncond, torch.tensor([r.guidance_scale for r in requests]))
+        prompts, negatives = [r.prompt for r in requests], [r.negative_prompt for r in requests]
+        return self.guided(prompts, negatives, torch.tensor([r.guidance_scale for r in requests]))
+
+    def guided(self, prompts: Sequence[str], negatives: Sequence[str], scale: float | Tensor = 1.0) -> Denoise:
+        """The denoiser of one row per prompt; scale 1 is the conditional model."""
+        cond, uncond = (Conditioning.cat([self.text(text) for text in texts]) for texts in (prompts, negatives))
+        return guide(self.denoiser, cond, uncond, scale)
+
+    @torch.inference_mode()
+    def encode(self, pictures: Sequence[Image.Image]) -> Posterior:
+        """q(z | x) of pictures of one size, each side a multiple of the VAE's factor; ValueError otherwise."""
+        f = downscale(self.model.vae)
+        for picture in pictures:
+            if picture.size != pictures[0].size or picture.width % f or picture.height % f:
+                raise ValueError(
+                    f"picture of {picture.width}x{picture.height}: one size, in multiples of {f}, is needed"
+                )
+        pixels = np.stack([np.asarray(picture.convert("RGB")) for picture in pictures])
+        return encode(self.model.vae, from_uint8(pixels).to(self.device))
 
     def text(self, prompt: str) -> Conditioning:
         """A prompt [1, T, C] with every cross-attention's keys and values, computed once."""

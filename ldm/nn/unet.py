@@ -298,18 +298,3 @@ class UNet(nn.Module):
             for upsample in up.upsamplers:
                 x = upsample(x, skips[-1].shape[-2:])
         return self.conv_out(F.silu(self.conv_norm_out(x)))
-
-
-def start_linear(unet: UNet) -> None:
-    """Initial weights for training: a linear map that keeps variance, with an output of zero.
-
-    Residual branches start at zero (Dhariwal & Nichol 2021, whose `zero_module` it is; Goyal et al. 2017, section 5.1),
-    and so does the output; the convolutions that join the resolutions are orthogonal (Saxe et al. 2014).
-    """
-    ends = ("conv2.weight", "conv2.bias", "proj_out.weight", "proj_out.bias", "conv_out.weight", "conv_out.bias")
-    joints = ("conv_in.weight", "conv_shortcut.weight", "samplers.0.conv.weight")
-    for name, parameter in unet.named_parameters():
-        if name.endswith(ends):
-            torch.nn.init.zeros_(parameter)
-        elif name.endswith(joints):
-            torch.nn.init.orthogonal_(parameter)

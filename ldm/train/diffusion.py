@@ -27,7 +27,7 @@ from ldm.diffusion.sde import SCHEDULES, VPSDE
 from ldm.diffusion.spacing import choose, trailing
 from ldm.images import contact_sheet, to_pil
 from ldm.nn.text import embed, tokens
-from ldm.nn.unet import UNet, UNetConfig, start_linear
+from ldm.nn.unet import UNet, UNetConfig
 from ldm.nn.vae import decode
 from ldm.rng import Noise
 from ldm.train.task import Batch, Figures
@@ -47,7 +47,6 @@ class DiffusionTask:
         self.vae = place(load_vae(objective.vae), device, torch.bfloat16).eval()
         torch.manual_seed(recipe.seed)  # the initial weights
         self.model = UNet(UNetConfig.from_dict(objective.unet), attention=objective.attention)
-        start_linear(self.model)
         self.sde = VPSDE.tabulated(choose(SCHEDULES, objective.schedule, "schedule")(0, 0, 1000))
         self.prediction = choose(PREDICTIONS, objective.prediction, "prediction")
         self.weight = choose(WEIGHTS, objective.weighting, "weighting")

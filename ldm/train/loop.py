@@ -19,6 +19,7 @@ from ldm.config import Recipe
 from ldm.files import publish
 from ldm.train import state
 from ldm.train.ema import EMA
+from ldm.train.optimizers import OPTIMIZERS
 from ldm.train.progress import Progress
 from ldm.train.task import Batch, Task
 
@@ -34,13 +35,7 @@ def train(recipe: Recipe, task: Task) -> Path:
     accelerator = Accelerator(mixed_precision=recipe.mixed_precision)
     place(task.model, accelerator.device).train()
     ema = EMA(task.model, recipe.ema_decay)
-    optimizer = torch.optim.AdamW(
-        task.model.parameters(),
-        lr=recipe.learning_rate,
-        betas=(0.9, recipe.adam_beta2),
-        weight_decay=recipe.adam_weight_decay,
-        fused=True,
-    )
+    optimizer = OPTIMIZERS[recipe.optimizer](task.model, recipe)
     step = state.resume(folder, task.model, ema, optimizer)
     model, optimizer = accelerator.prepare(task.model, optimizer)
     record_recipe(recipe)

@@ -48,7 +48,9 @@ def uniform_in_t(sde, n):
 
 
 def in_log_snr(sde, n):
-    return Grid(sde, SPACINGS["log_snr"](sde, n + 1)[:-1])  # to t = 1/1000: the step into the clean picture is no refinement
+    return Grid(
+        sde, SPACINGS["log_snr"](sde, n + 1)[:-1]
+    )  # to t = 1/1000: the step into the clean picture is no refinement
 
 
 @pytest.mark.parametrize("name", DETERMINISTIC)

@@ -15,7 +15,7 @@ from diffusers import UNet2DConditionModel  # after the repair of torchvision
 from peft import LoraConfig, inject_adapter_in_model
 
 from ldm.conditioning import Conditioning
-from ldm.nn.unet import NEUTRAL, UNet, UNetConfig, start_linear
+from ldm.nn.unet import NEUTRAL, UNet, UNetConfig
 
 TINY = UNetConfig(
     block_out_channels=(16, 32),
@@ -239,18 +239,3 @@ def test_every_field_of_diffusers_is_ours_or_refused_unless_neutral():
 def test_what_cannot_be_honoured_is_refused(fields, message):
     with pytest.raises(ValueError, match=message):
         UNetConfig.from_dict(fields)
-
-
-def test_training_starts_with_an_output_of_zero_and_branches_that_pass_their_input_on():
-    unet = UNet(TINY)
-    start_linear(unet)
-    x, t, cond = inputs(unet.config)
-    emb = torch.randn(len(x), unet.time_embedding.linear_2.out_features)
-    stage = unet.mid_block
-    features = torch.randn(len(x), unet.config.block_out_channels[-1], 4, 4)
-    with torch.no_grad():
-        assert (unet(x, t, cond) == 0).all()
-        assert torch.equal(stage.resnets[0](features, emb), features)
-        joint = unet.conv_in.weight.flatten(1)
-        gram = joint @ joint.T if joint.shape[0] <= joint.shape[1] else joint.T @ joint
-    torch.testing.assert_close(gram, torch.eye(len(gram)), rtol=0, atol=1e-5)

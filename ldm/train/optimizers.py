@@ -1,0 +1,87 @@
+"""Optimizers: one function each, from a model and a recipe."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor, nn
+
+from ldm.config import Recipe
+
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # a quintic whose iterates drive every singular value to about 1
+
+
+def adamw(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
+    """AdamW (Loshchilov & Hutter 2019), fused."""
+    return _adamw(model.parameters(), recipe)
+
+
+def _adamw(parameters: Iterable[Tensor], recipe: Recipe) -> torch.optim.AdamW:
+    return torch.optim.AdamW(
+        parameters,
+        lr=recipe.learning_rate,
+        betas=(0.9, recipe.adam_beta2),
+        weight_decay=recipe.adam_weight_decay,
+        fused=True,
+    )
+
+
+class Muon(torch.optim.Optimizer):
+    """Orthogonalised momentum for matrices, AdamW for everything else (Jordan et al. 2024).
+
+    M <- m M + (1 - m) G;  W <- (1 - lr d) W - lr .2 sqrt(max(rows, columns)) polar((1 - m) G + m M), m = .95, with the
+    scale that gives Adam's usual size of step, so that one learning rate serves both (Liu et al. 2025, eq. 4). A
+    convolution's weight is the matrix [out, in k k]. The first and the last layer, named `edges`, are AdamW's. torch's own
+    Muon takes matrices alone.
+    """
+
+    def __init__(self, model: nn.Module, recipe: Recipe, edges: tuple[str, ...] = ("conv_in", "conv_out")) -> None:
+        inner = {n: p for n, p in model.named_parameters() if p.dim() > 1 and not n.startswith(edges)}
+        others = [p for n, p in model.named_parameters() if n not in inner]
+        defaults = {"lr": recipe.learning_rate, "weight_decay": recipe.adam_weight_decay}
+        super().__init__([{"params": list(inner.values())}, {"params": others}], defaults)
+        self.adamw = _adamw(others, recipe)
+        for parameter in others:  # one state, so that a checkpoint holds all of it
+            self.state[parameter] = self.adamw.state[parameter]
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        inner, others = self.param_groups
+        for parameter in inner["params"]:
+            if parameter.grad is None:
+                continue
+            state = self.state[parameter]
+            if "momentum" not in state:
+                state["momentum"] = torch.zeros_like(parameter)
+            momentum = state["momentum"].lerp_(parameter.grad, 0.05)
+            matrix = rows(parameter)
+            size = 0.2 * max(matrix.shape) ** 0.5
+            matrix.mul_(1 - inner["lr"] * inner["weight_decay"])
+            matrix.sub_(polar(rows(parameter.grad.lerp(momentum, 0.95))), alpha=inner["lr"] * size)
+        for parameter in others["params"]:
+            self.adamw.state[parameter] = self.state[parameter]
+        self.adamw.param_groups[0]["lr"] = others["lr"]
+        self.adamw.step()
+        for parameter in others["params"]:
+            self.state[parameter] = self.adamw.state[parameter]
+
+
+def rows(weight: Tensor) -> Tensor:
+    """A weight as a matrix [out, rest]: a view, also of a convolution in channels_last; the columns' order is free."""
+    return (weight.permute(0, *range(2, weight.dim()), 1) if weight.dim() > 2 else weight).flatten(1)
+
+
+def polar(matrix: Tensor, iterations: int = 5) -> Tensor:
+    """The orthogonal factor U V^T of U S V^T, nearly, by Newton and Schulz's iteration in bfloat16."""
+    a, b, c = NEWTON_SCHULZ
+    tall = matrix.shape[0] > matrix.shape[1]
+    x = (matrix.T if tall else matrix).bfloat16()
+    x = x / (x.norm() + 1e-7)
+    for _ in range(iterations):
+        gram = x @ x.T
+        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return (x.T if tall else x).to(matrix.dtype)
+
+
+OPTIMIZERS: dict[str, Callable[[nn.Module, Recipe], torch.optim.Optimizer]] = {"adamw": adamw, "muon": Muon}
