@@ -16,8 +16,8 @@ DEEPEST = 44
 class Noise:
     """N(0, I) for a batch of pictures; row i comes from seed i alone, whatever the batch.
 
-    `noise(like)` draws afresh; `noise.between(like, sigma, to_sigma)` reads one fixed Brownian path per picture. Drawn in
-    float32 on the CPU, then moved to the device and dtype of the argument [B, ...], which has one row per seed.
+    `noise(like)` draws afresh; `noise.between(like, sigma, to_sigma)` reads one fixed Brownian path per picture. Drawn
+    in float32 on the CPU, then moved to the device and dtype of the argument [B, ...], which has one row per seed.
     """
 
     def __init__(self, seeds: Sequence[int]) -> None:

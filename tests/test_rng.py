@@ -1,5 +1,7 @@
 """Noise depends on an image's own seed and on how often it was drawn, never on its neighbours."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 
@@ -41,7 +43,7 @@ def test_path_is_a_brownian_motion_in_the_signal_to_noise_ratio():
     sigmas = [1.0, 1 - 1e-6, 0.99, 0.8, 0.8 - 1e-4, 0.3, 0.1, 0.1 - 1e-5, 0.01, 0.001]
     path = [BrownianPath(11).at(sigma, SHAPE).double() for sigma in sigmas]
     clock = torch.tensor([1 / s**2 - 1 for s in sigmas], dtype=torch.float64)
-    steps = torch.stack([b - a for a, b in zip(path, path[1:], strict=False)]) / clock.diff().sqrt()[:, None]
+    steps = torch.stack([b - a for a, b in pairwise(path)]) / clock.diff().sqrt()[:, None]
     assert torch.equal(path[0], torch.zeros(SHAPE, dtype=torch.float64))
     cov = steps @ steps.T / SHAPE[0]
     assert (cov - torch.eye(len(cov))).abs().max() < 4 * (2 / SHAPE[0]) ** 0.5

@@ -32,39 +32,32 @@ class Muon(torch.optim.Optimizer):
 
     M <- m M + (1 - m) G;  W <- (1 - lr d) W - lr .2 sqrt(max(rows, columns)) polar((1 - m) G + m M), m = .95, with the
     scale that gives Adam's usual size of step, so that one learning rate serves both (Liu et al. 2025, eq. 4). A
-    convolution's weight is the matrix [out, in k k]. The first and the last layer, named `edges`, are AdamW's. torch's own
-    Muon takes matrices alone.
+    convolution's weight is the matrix [out, in k k]. The first and the last layer, named `edges`, are AdamW's.
+    torch's own Muon takes matrices alone.
     """
 
     def __init__(self, model: nn.Module, recipe: Recipe, edges: tuple[str, ...] = ("conv_in", "conv_out")) -> None:
         inner = {n: p for n, p in model.named_parameters() if p.dim() > 1 and not n.startswith(edges)}
-        others = [p for n, p in model.named_parameters() if n not in inner]
-        defaults = {"lr": recipe.learning_rate, "weight_decay": recipe.adam_weight_decay}
-        super().__init__([{"params": list(inner.values())}, {"params": others}], defaults)
-        self.adamw = _adamw(others, recipe)
-        for parameter in others:  # one state, so that a checkpoint holds all of it
-            self.state[parameter] = self.adamw.state[parameter]
+        self.adamw = _adamw([p for n, p in model.named_parameters() if n not in inner], recipe)
+        super().__init__(inner.values(), {"lr": recipe.learning_rate, "weight_decay": recipe.adam_weight_decay})
+        self.param_groups += self.adamw.param_groups
+        self.adamw.state = self.state  # one state and one list of groups: a checkpoint and a schedule see all of it
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
-        inner, others = self.param_groups
+        inner = self.param_groups[0]
         for parameter in inner["params"]:
             if parameter.grad is None:
                 continue
             state = self.state[parameter]
-            if "momentum" not in state:
+            if not state:
                 state["momentum"] = torch.zeros_like(parameter)
             momentum = state["momentum"].lerp_(parameter.grad, 0.05)
             matrix = rows(parameter)
             size = 0.2 * max(matrix.shape) ** 0.5
             matrix.mul_(1 - inner["lr"] * inner["weight_decay"])
             matrix.sub_(polar(rows(parameter.grad.lerp(momentum, 0.95))), alpha=inner["lr"] * size)
-        for parameter in others["params"]:
-            self.adamw.state[parameter] = self.state[parameter]
-        self.adamw.param_groups[0]["lr"] = others["lr"]
         self.adamw.step()
-        for parameter in others["params"]:
-            self.state[parameter] = self.adamw.state[parameter]
 
 
 def rows(weight: Tensor) -> Tensor:

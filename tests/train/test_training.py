@@ -100,10 +100,14 @@ def final(folder):
     return tensors, [{k: v for k, v in line.items() if k != "images_per_second"} for line in lines]
 
 
-@pytest.mark.parametrize("kind", ["autoencoder", "clip", "diffusion"])
-def test_a_run_that_was_interrupted_ends_with_the_bits_of_one_that_was_not(kind, recipe_file, tmp_path, monkeypatch):
-    go(recipe_file(kind, "whole"))
-    broken = load_recipe(recipe_file(kind, "broken"))
+@pytest.mark.parametrize(
+    "kind, optimizer", [("autoencoder", "adamw"), ("clip", "adamw"), ("diffusion", "adamw"), ("diffusion", "muon")]
+)
+def test_a_run_that_was_interrupted_ends_with_the_bits_of_one_that_was_not(
+    kind, optimizer, recipe_file, tmp_path, monkeypatch
+):
+    go(recipe_file(kind, "whole", optimizer=optimizer))
+    broken = load_recipe(recipe_file(kind, "broken", optimizer=optimizer))
     task = task_for(broken)
     loss, calls = task.loss, []
 
@@ -116,7 +120,7 @@ def test_a_run_that_was_interrupted_ends_with_the_bits_of_one_that_was_not(kind,
     monkeypatch.setattr(task, "loss", dies)
     with pytest.raises(RuntimeError, match="killed"):
         train(broken, task)
-    go(recipe_file(kind, "broken"))
+    go(recipe_file(kind, "broken", optimizer=optimizer))
     (a, log_a), (b, log_b) = final(tmp_path / "whole"), final(tmp_path / "broken")
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
     assert log_a == log_b and log_a[-1]["step"] == 6
