@@ -41,7 +41,6 @@ class Muon(torch.optim.Optimizer):
         self.adamw = _adamw([p for n, p in model.named_parameters() if n not in inner], recipe)
         super().__init__(inner.values(), {"lr": recipe.learning_rate, "weight_decay": recipe.adam_weight_decay})
         self.param_groups += self.adamw.param_groups
-        self.adamw.state = self.state  # one state and one list of groups: a checkpoint and a schedule see all of it
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
@@ -57,6 +56,8 @@ class Muon(torch.optim.Optimizer):
             size = 0.2 * max(matrix.shape) ** 0.5
             matrix.mul_(1 - inner["lr"] * inner["weight_decay"])
             matrix.sub_(polar(rows(parameter.grad.lerp(momentum, 0.95))), alpha=inner["lr"] * size)
+        # one state and one list of groups, also after load_state_dict has replaced them: checkpoints and schedules see all
+        self.adamw.state, self.adamw.param_groups = self.state, self.param_groups[1:]
         self.adamw.step()
 
 
@@ -69,7 +70,7 @@ def polar(matrix: Tensor, iterations: int = 5) -> Tensor:
     """The orthogonal factor U V^T of U S V^T, nearly, by Newton and Schulz's iteration in bfloat16."""
     a, b, c = NEWTON_SCHULZ
     tall = matrix.shape[0] > matrix.shape[1]
-    x = (matrix.T if tall else matrix).bfloat16()
+    x = (matrix.T if tall else matrix).bfloat16().contiguous()  # one layout, one result: strides of 1 x 1 vary
     x = x / (x.norm() + 1e-7)
     for _ in range(iterations):
         gram = x @ x.T
