@@ -56,7 +56,7 @@ class Muon(torch.optim.Optimizer):
             size = 0.2 * max(matrix.shape) ** 0.5
             matrix.mul_(1 - inner["lr"] * inner["weight_decay"])
             matrix.sub_(polar(rows(parameter.grad.lerp(momentum, 0.95))), alpha=inner["lr"] * size)
-        # one state and one list of groups, also after load_state_dict has replaced them: checkpoints and schedules see all
+        # one state and one list of groups, also after load_state_dict has replaced them
         self.adamw.state, self.adamw.param_groups = self.state, self.param_groups[1:]
         self.adamw.step()
 
