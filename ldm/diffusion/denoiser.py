@@ -47,7 +47,7 @@ class Denoiser:
         """E[x_0 | x] [B, ...], float32. Raises ValueError where the output leaves it open: eps, SNR 0."""
         t, alpha, sigma = torch.tensor(points(levels), dtype=torch.float64).unbind(1)
         if not self.prediction.jacobian(alpha, sigma).isfinite().all():
-            raise ValueError("a network that predicts eps cannot start at zero SNR: choose spacing karras or log_snr")
+            raise ValueError("a network of eps or score cannot start at zero SNR: choose spacing karras or log_snr")
         x, output = x.float(), self.output(x, t, cond)
         return self.prediction.to_x0(output, x, per_image(alpha, x), per_image(sigma, x))
 

@@ -1,34 +1,108 @@
-"""Guidance: a denoiser that wraps a denoiser."""
+"""Guidance: a denoiser that wraps denoisers."""
 
 from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from ldm.conditioning import Conditioning
 from ldm.diffusion.denoiser import Denoise, Denoiser, Levels, points
-from ldm.diffusion.sde import per_image
+from ldm.diffusion.prediction import Prediction
+from ldm.diffusion.sde import Point, per_image
+
+EVERYWHERE = (0.0, math.inf)  # the interval that leaves no noise level out
 
 
-def guide(denoiser: Denoiser, cond: Conditioning, uncond: Conditioning, scale: float | Tensor) -> Denoise:
+def guide(
+    denoiser: Denoiser,
+    cond: Conditioning,
+    uncond: Conditioning,
+    scale: float | Tensor,
+    rescale: float | Tensor = 0.0,
+    interval: tuple[float, float] | Tensor = EVERYWHERE,
+) -> Denoise:
     """Classifier-free guidance: x0 = u + scale (c - u), without and with text (Ho & Salimans 2022, eq. 6).
 
     Guiding x0 is guiding eps, v or the score by the same scale: each is affine in x0 with coefficients of
-    (x, t) alone, and the weights scale and 1 - scale sum to 1. `scale` is one number or one per row [B], on
-    the host. Rows with scale 1 are conditional only: nothing unconditional is evaluated for them. All else
-    shares one call of the network.
+    (x, t) alone, and the weights scale and 1 - scale sum to 1. `rescale` is `rescaled`'s share; `interval` (low, high)
+    guides only while low < sigma/alpha <= high (Kynkaanniemi et al. 2024). Each is one value or one per
+    row ([B], [B], [B, 2]), on the host. A row with scale 1 or outside its interval is conditional only: nothing
+    unconditional is evaluated for it. All else shares one call of the network. ValueError for a share outside
+    [0, 1] and an interval that is not 0 <= low < high.
     """
-    scales = torch.as_tensor(scale, dtype=torch.float32).expand(len(cond))
-    rows = (scales != 1).nonzero().flatten().tolist()
-    if not rows:
-        return lambda x, levels: denoiser(x, levels, cond)
-    extra = torch.tensor(rows, device=cond.context.device)
-    both = Conditioning.cat([cond, uncond[extra]])
+    scales, shares = (torch.as_tensor(value, dtype=torch.float32).expand(len(cond)) for value in (scale, rescale))
+    bounds = torch.as_tensor(interval, dtype=torch.float64).expand(len(cond), 2).tolist()
+    _check(shares.tolist(), bounds)
+    eligible = (scales != 1).nonzero().flatten().tolist()
+
+    @lru_cache(maxsize=4)
+    def joined(rows: tuple[int, ...]) -> tuple[Tensor, Conditioning]:
+        with torch.inference_mode(False):  # kept for later calls, which may want gradients
+            extra = torch.tensor(rows).to(cond.context.device, non_blocking=True)
+            return extra, Conditioning.cat([cond, uncond[extra]])
 
     def denoise(x: Tensor, levels: Levels) -> Tensor:
         level = points(levels)
-        doubled = level if len(level) == 1 else [*level, *(level[i] for i in rows)]
+        of_row = level if len(level) > 1 else [level[0]] * len(x)
+        rows = [i for i in eligible if bounds[i][0] < _ratio(of_row[i]) <= bounds[i][1]]
+        if not rows:
+            return denoiser(x, levels, cond)
+        extra, both = joined(tuple(rows))
+        asked = [of_row[i] for i in rows]
+        doubled = level if len(level) == 1 else [*level, *asked]
         c, u = denoiser(torch.cat([x, x[extra]]), doubled, both).split([len(x), len(rows)])
-        return c.index_copy(0, extra, u + per_image(scales[rows], u) * (c[extra] - u))
+        guided = u + per_image(scales[rows], u) * (c[extra] - u)
+        if shares[rows].any():
+            guided = rescaled(guided, c[extra], x[extra], asked, denoiser.prediction, shares[rows])
+        return c.index_copy(0, extra, guided)
 
     return denoise
+
+
+def rescaled(x0: Tensor, cond: Tensor, x: Tensor, levels: Levels, prediction: Prediction, share: Tensor) -> Tensor:
+    """Guided output o scaled towards the deviation of the conditional c: share std(c)/std(o) o + (1 - share) o.
+
+    Lin et al. 2024 (arXiv 2305.08891), eqs. 15 and 16, on the network's own output, each image's deviation its own.
+    The output is (x0 - base) / jacobian, base the x0 of output 0, so that scaling it is scaling x0 - base. Guided x0,
+    conditional x0 and x [B, ...]; share [B] on the host.
+    """
+    _, alpha, sigma = torch.tensor(points(levels), dtype=torch.float64).unbind(1)
+    base = prediction.to_x0(torch.zeros_like(x0), x.to(x0), per_image(alpha, x0), per_image(sigma, x0))
+    ratio = (cond - base).flatten(1).std(1) / (x0 - base).flatten(1).std(1)
+    factor = torch.lerp(torch.ones_like(ratio), ratio, per_image(share, ratio))
+    return torch.lerp(base, x0, factor.reshape(-1, *[1] * (x0.ndim - 1)))  # factor 1 leaves x0 bit for bit
+
+
+def autoguide(good: Denoise, bad: Denoise, scale: float | Tensor) -> Denoise:
+    """Autoguidance by a worse model of the same data: x0 = bad + scale (good - bad) (Karras et al. 2024, eq. 3).
+
+    `scale` is one number or one per row [B], on the host; where it is 1 the answer is the good model's, bit for bit,
+    and where all of it is, the bad one is never asked.
+    """
+    scales = torch.as_tensor(scale, dtype=torch.float32).reshape(-1)
+    if (scales == 1).all():
+        return good
+
+    def denoise(x: Tensor, levels: Levels) -> Tensor:
+        x0 = good(x, levels)
+        return torch.lerp(bad(x, levels), x0, per_image(scales, x0))
+
+    return denoise
+
+
+def _check(shares: Sequence[float], bounds: Sequence[Sequence[float]]) -> None:
+    for share in shares:
+        if not 0 <= share <= 1:
+            raise ValueError(f"guidance rescale {share:g}: between 0 and 1 is needed")
+    for low, high in bounds:
+        if not 0 <= low < high:
+            raise ValueError(f"guidance interval ({low:g}, {high:g}): 0 <= low < high is needed, in sigma/alpha")
+
+
+def _ratio(level: Point) -> float:
+    """sigma / alpha, infinite at zero SNR."""
+    return level.sigma / level.alpha if level.alpha > 0 else math.inf

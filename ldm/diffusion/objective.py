@@ -1,4 +1,10 @@
-"""The training objective: denoising score matching as a weighted regression on the network's own target."""
+"""The training objective: denoising score matching as a weighted regression on the network's own target.
+
+    int_0^1 lambda(t) E |score' - score|^2 dt = int_0^1 w(t) E |x0' - x0|^2 dt,      w = lambda alpha^2 / sigma^4
+
+(Song et al. 2021, eq. 7). A weighting is told once, on x0, and means the same whatever the network predicts; only
+`uniform` is of the network's own target.
+"""
 
 from __future__ import annotations
 
@@ -9,32 +15,71 @@ from torch import Tensor
 
 from ldm.conditioning import Conditioning
 from ldm.diffusion.denoiser import Denoiser
-from ldm.diffusion.prediction import Prediction
-from ldm.diffusion.sde import per_image
+from ldm.diffusion.prediction import PREDICTIONS, Prediction
+from ldm.diffusion.sde import VPSDE, per_image
+from ldm.diffusion.spacing import log_snr_range
 
-Weight = Callable[[Prediction, Tensor, Tensor], Tensor]  # (prediction, alpha, sigma [B]) -> weight [B]
-Times = Callable[[Tensor], Tensor]  # u [B] uniform in [0, 1) -> t [B] in (0, 1], float64
+Weight = Callable[[Prediction, VPSDE, Tensor], Tensor]  # (prediction, sde, t [B]) -> weight [B]
+Times = Callable[[VPSDE, Tensor], tuple[Tensor, Tensor]]  # (sde, u [B] in [0, 1)) -> t [B] in (0, 1], weight [B]
 
 
-def uniform(prediction: Prediction, alpha: Tensor, sigma: Tensor) -> Tensor:
+def uniform(prediction: Prediction, sde: VPSDE, t: Tensor) -> Tensor:
     """1 on the network's own target."""
-    return torch.ones_like(alpha)
+    return torch.ones_like(t, dtype=torch.float64)
 
 
 def on_x0(weight: Callable[[Tensor], Tensor]) -> Weight:
     """The weight of |output - target|^2 that is w(SNR) on |x0' - x0|^2: w(SNR) (d x0 / d output)^2."""
 
-    def on_target(prediction: Prediction, alpha: Tensor, sigma: Tensor) -> Tensor:
+    def on_target(prediction: Prediction, sde: VPSDE, t: Tensor) -> Tensor:
+        alpha, sigma = sde.marginal(t)
         alpha = alpha.clamp(min=1e-8)  # zero terminal SNR: eps has a limit there, but 0 * inf has none
         return weight((alpha / sigma) ** 2) * prediction.jacobian(alpha, sigma) ** 2
 
     return on_target
 
 
+def likelihood(prediction: Prediction, sde: VPSDE, t: Tensor) -> Tensor:
+    """lambda = beta(t), on x0 -dSNR/dt = SNR beta / sigma^2: maximum likelihood (Song et al. 2021b, theorem 1).
+
+    Half the loss, times the numbers of an image, is the continuous ELBO's (Kingma et al. 2021, eq. 15). The rate on
+    eps has a pole at either end: ask for times that keep away from it. ValueError at zero SNR, where it is infinite.
+    """
+    weight = WEIGHTS["snr"](prediction, sde, t) * sde.beta(t) / sde.marginal(t)[1] ** 2
+    if not weight.isfinite().all():
+        raise ValueError("weighting 'likelihood' is infinite at zero SNR: choose times truncated or importance")
+    return weight
+
+
+def min_snr(gamma: float) -> Weight:
+    """min(SNR, gamma): Hang et al. 2023 (min-SNR)."""
+    return on_x0(lambda snr: snr.clamp(max=gamma))
+
+
+def soft_min_snr(gamma: float) -> Weight:
+    """1 / (1/SNR + 1/gamma), min-SNR without its corner: Crowson et al. 2024 (HDiT)."""
+    return on_x0(lambda snr: snr * gamma / (snr + gamma))
+
+
+def p2(gamma: float, k: float = 1.0) -> Weight:
+    """1 / (k + SNR)^gamma on eps: Choi et al. 2022 (P2)."""
+    return on_x0(lambda snr: snr / (k + snr) ** gamma)
+
+
+def edm(sigma_data: float) -> Weight:
+    """SNR + 1 / sigma_data^2, which is 1 on the target of EDM's preconditioning: Karras et al. 2022, table 1."""
+    return on_x0(lambda snr: snr + 1 / sigma_data**2)
+
+
 WEIGHTS: dict[str, Weight] = {
     "uniform": uniform,
-    "snr": on_x0(lambda snr: snr),  # uniform on eps, whatever the network predicts: Ho et al. 2020, eq. 14
-    "min_snr": on_x0(lambda snr: snr.clamp(max=5)),  # Hang et al. 2023 (min-SNR), gamma = 5
+    "snr": on_x0(lambda snr: snr),  # lambda = sigma^2, uniform on eps, whatever is predicted: Ho et al. 2020, eq. 14
+    "likelihood": likelihood,
+    "min_snr": min_snr(5),
+    "soft_min_snr": soft_min_snr(4),
+    "p2": p2(1),
+    "debiased": on_x0(torch.sqrt),  # 1 / sqrt(SNR) on eps: Yu et al. 2023
+    "edm": edm(1),  # the deviation of scaled latents
 }
 
 
@@ -54,27 +99,68 @@ def diffusion_loss(
     target = denoiser.prediction.target(x0, noise, per_image(alpha, x0), per_image(sigma, x0))
     output = denoiser.output(denoiser.sde.perturb(x0, noise, t), t, cond)
     error = (output - target.float()).square().flatten(1).mean(1)
-    return error * per_image(weight(denoiser.prediction, alpha, sigma), error)
+    return error * per_image(weight(denoiser.prediction, denoiser.sde, t), error)
 
 
-def stratified(u: Tensor) -> Tensor:
+def plain(times: Callable[[VPSDE, Tensor], Tensor]) -> Times:
+    """Times that weigh 1 each: how often they are drawn is part of the objective."""
+    return lambda sde, u: (times(sde, u), torch.ones_like(u, dtype=torch.float64))
+
+
+@plain
+def stratified(sde: VPSDE, u: Tensor) -> Tensor:
     """Uniform, row i within its own stratum (i, i + 1] / B: a batch covers all times evenly."""
     return (torch.arange(len(u)) + 1 - u.double()) / len(u)
 
 
-def log_normal(u: Tensor) -> Tensor:
+@plain
+def log_normal(sde: VPSDE, u: Tensor) -> Tensor:
     """logit t ~ N(0, 1), by the inverse distribution function (Esser et al. 2024, section 3.1)."""
     return torch.special.ndtri(1 - u.double()).sigmoid()
 
 
-def discrete(u: Tensor, steps: int = 1000) -> Tensor:
+@plain
+def discrete(sde: VPSDE, u: Tensor) -> Tensor:
     """(k + 1) / steps, k uniform in 0..steps-1: the times of a table, as DDPM trains."""
-    return ((u.double() * steps).floor() + 1) / steps
+    return ((u.double() * sde.steps).floor() + 1) / sde.steps
+
+
+def truncated(sde: VPSDE, u: Tensor) -> tuple[Tensor, Tensor]:
+    """Uniform between the ends of `log_snr_range`, away from the poles of the likelihood weighting.
+
+    The weight 1 / p(t), the length of that range, makes the expectation the integral over it.
+    """
+    start, end = sde.time(log_snr_range(sde))
+    return torch.lerp(start, end, u.double()), (start - end).expand(len(u))
+
+
+def importance(sde: VPSDE, u: Tensor) -> tuple[Tensor, Tensor]:
+    """Uniform in log-SNR: p(t) = (beta / sigma^2) / D, D the range of log-SNR (Song et al. 2021b).
+
+    The weight 1 / p(t) keeps the expectation of `truncated`; with the likelihood weighting it is D on eps, always.
+    """
+    start, end = log_snr_range(sde)
+    t = sde.time(torch.lerp(start, end, u.double()))
+    return t, sde.marginal(t)[1] ** 2 / sde.beta(t) * (end - start)
 
 
 TIMES: dict[str, Times] = {
-    "uniform": lambda u: 1 - u.double(),
+    "uniform": plain(lambda sde, u: 1 - u.double()),
     "stratified": stratified,
     "log_normal": log_normal,
     "discrete": discrete,
+    "truncated": truncated,
+    "importance": importance,
 }
+
+
+def draw_moments(
+    times: Times, weight: Weight, sde: VPSDE, error: Callable[[Tensor], Tensor], n: int = 1 << 16
+) -> tuple[float, float]:
+    """Mean and variance of one draw of the loss over its time alone, exactly: the midpoint rule in u.
+
+    `error(t)` is the mean of |eps' - eps|^2 at t.
+    """
+    t, share = times(sde, (torch.arange(n, dtype=torch.float64) + 0.5) / n)
+    drawn = share * weight(PREDICTIONS["eps"], sde, t) * error(t)
+    return drawn.mean().item(), drawn.var(correction=0).item()

@@ -8,6 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ldm.diffusion.sde import per_image
+from ldm.diffusion.spacing import choose
+
 
 @dataclass(frozen=True)
 class Prediction:
@@ -17,12 +20,18 @@ class Prediction:
         target(x0, noise, alpha, sigma) -> output
         jacobian(alpha, sigma) -> d x0 / d output
 
-    alpha and sigma broadcast against x. |x0' - x0|^2 is jacobian^2 |output - target|^2.
+    alpha and sigma broadcast against x. |x0' - x0|^2 is jacobian^2 |output - target|^2. Where the jacobian is infinite
+    (eps and score at alpha = 0) the output says nothing about x0; where it is 0 (all but x0 at sigma = 0), x0 is x and
+    says nothing about the output.
     """
 
     to_x0: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
     target: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
     jacobian: Callable[[Tensor, Tensor], Tensor]
+
+    def to_output(self, x0: Tensor, x: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+        """The inverse of `to_x0`: the target for the noise (x - alpha x0) / sigma that makes x of x0."""
+        return self.target(x0, (x - alpha * x0) / sigma, alpha, sigma)
 
 
 PREDICTIONS: dict[str, Prediction] = {
@@ -41,4 +50,23 @@ PREDICTIONS: dict[str, Prediction] = {
         target=lambda x0, noise, alpha, sigma: x0,
         jacobian=lambda alpha, sigma: torch.ones_like(alpha),
     ),
+    "score": Prediction(  # Song et al. 2021, eq. 7; Tweedie's formula, and grad log p(x | x0) = -noise / sigma
+        to_x0=lambda score, x, alpha, sigma: (x + sigma**2 * score) / alpha,
+        target=lambda x0, noise, alpha, sigma: -noise / sigma,
+        jacobian=lambda alpha, sigma: sigma**2 / alpha,
+    ),
 }
+
+
+def convert(output: Tensor, x: Tensor, alpha: Tensor, sigma: Tensor, source: str, to: str) -> Tensor:
+    """What a network that predicts `to` would output for the x0 that this `source` output means.
+
+    output and x [B, ...]; alpha and sigma [B] or [1], on the host. ValueError where either says nothing of the other.
+    """
+    have, want = choose(PREDICTIONS, source, "prediction"), choose(PREDICTIONS, to, "prediction")
+    if not have.jacobian(alpha, sigma).isfinite().all():
+        raise ValueError(f"prediction {source!r} says nothing about x0 at zero SNR (alpha = 0)")
+    if not want.jacobian(alpha, sigma).all():
+        raise ValueError(f"prediction {to!r} does not follow from x0 in a clean picture (sigma = 0)")
+    alpha, sigma = per_image(alpha, x), per_image(sigma, x)
+    return want.to_output(have.to_x0(output, x, alpha, sigma), x, alpha, sigma)

@@ -10,7 +10,7 @@ Times and levels are float64 and live on the host.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, TypeVar
 
@@ -183,6 +183,24 @@ def zero_terminal_snr(alphas_cumprod: Tensor) -> Tensor:
     """The table with alpha shifted and scaled to end in 0 (Lin et al. 2024, algorithm 1)."""
     alpha = alphas_cumprod.double().sqrt()
     return ((alpha - alpha[-1]) * alpha[0] / (alpha[0] - alpha[-1])) ** 2
+
+
+def betas(alphas_cumprod: Tensor) -> Tensor:
+    """beta_i = 1 - alpha_i^2 / alpha_{i-1}^2 [n], float64: what the chain of a table adds at each step."""
+    table = torch.cat([torch.ones(1, dtype=torch.float64), alphas_cumprod.double().cpu()])
+    return 1 - table[1:] / table[:-1]
+
+
+def chain(x0: Tensor, alphas_cumprod: Tensor, noise: Callable[[Tensor], Tensor]) -> Iterator[Tensor]:
+    """x_1, ..., x_n of the Markov chain x_i = sqrt(1 - beta_i) x_{i-1} + sqrt(beta_i) z_i.
+
+    Ho et al. 2020, eq. 2. With beta_i = beta(i/n) / n it is the SDE as n grows (Song et al. 2021, appendix B), and at
+    each i its law is that of `VPSDE.tabulated(alphas_cumprod)` at t = i/n exactly. x0 [B, ...]; `noise` as randn_like.
+    """
+    x = x0
+    for beta in betas(alphas_cumprod).tolist():
+        x = math.sqrt(1 - beta) * x + math.sqrt(beta) * noise(x)
+        yield x
 
 
 Table = Callable[[float, float, int], Tensor]  # (beta_start, beta_end, n) -> alphas_cumprod [n], float64

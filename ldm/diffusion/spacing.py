@@ -6,7 +6,9 @@ import functools
 from collections.abc import Callable, Iterable, Mapping
 from typing import TypeVar
 
+import numpy as np
 import torch
+from scipy.special import betaincinv
 from torch import Tensor
 
 from ldm.diffusion.sde import CLEAN, VPSDE, Point
@@ -79,18 +81,38 @@ def trailing(sde: VPSDE, n: int) -> Tensor:
 @spacing
 def karras(sde: VPSDE, n: int) -> Tensor:
     """(sigma/alpha)^(1/7) equally spaced, t = 1 to 1/steps: Karras et al. 2022, eq. 5 with rho = 7."""
-    start, end = torch.exp(-_log_snr_range(sde) / 2 / 7).tolist()
+    start, end = torch.exp(-log_snr_range(sde) / 2 / 7).tolist()
     return sde.time(-2 * 7 * torch.linspace(start, end, n, dtype=torch.float64).log())
 
 
 @spacing
 def log_snr(sde: VPSDE, n: int) -> Tensor:
-    """log-SNR equally spaced, t = 1 to 1/steps: Lu et al. 2022 (DPM-Solver)."""
-    start, end = _log_snr_range(sde).tolist()
+    """log-SNR equally spaced, t = 1 to 1/steps: Lu et al. 2022 (DPM-Solver).
+
+    log-SNR = -2 log(sigma/alpha): this is also k-diffusion's `exponential`, sigma/alpha in geometric progression.
+    """
+    start, end = log_snr_range(sde).tolist()
     return sde.time(torch.linspace(start, end, n, dtype=torch.float64))
 
 
-def _log_snr_range(sde: VPSDE) -> Tensor:
+@spacing
+def beta(sde: VPSDE, n: int) -> Tensor:
+    """Indices 0 to steps - 1 by the quantiles of Beta(.6, .6), dense at both ends: Lee et al. 2024 (Beta Sampling).
+
+    Quantiles 1, 1 - 1/n, ..., 1/n as in ComfyUI; fractions of an index are kept.
+    """
+    quantile = torch.from_numpy(betaincinv(0.6, 0.6, 1 - np.arange(n) / n))
+    return (quantile * (sde.steps - 1) + 1) / sde.steps
+
+
+@spacing
+def uniform(sde: VPSDE, n: int) -> Tensor:
+    """t = 1 - i/n: equal steps of time down to the clean picture, as the chain takes them (Ho et al. 2020)."""
+    return 1 - torch.arange(n, dtype=torch.float64) / n
+
+
+def log_snr_range(sde: VPSDE) -> Tensor:
+    """log-SNR [2] at t = 1, or `LOWEST_LOG_SNR`, and at 1/steps, the lowest level that a network knows."""
     return sde.log_snr(torch.tensor([1, 1 / sde.steps], dtype=torch.float64)).clamp(min=LOWEST_LOG_SNR)
 
 
@@ -108,4 +130,7 @@ SPACINGS: dict[str, Spacing] = {
     "trailing": trailing,
     "karras": karras,
     "log_snr": log_snr,
+    "exponential": log_snr,
+    "beta": beta,
+    "uniform": uniform,
 }

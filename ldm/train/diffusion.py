@@ -23,7 +23,7 @@ from ldm.diffusion.guidance import guide
 from ldm.diffusion.objective import TIMES, WEIGHTS, diffusion_loss
 from ldm.diffusion.prediction import PREDICTIONS
 from ldm.diffusion.samplers import dpmpp_2m, sample
-from ldm.diffusion.sde import SCHEDULES, VPSDE
+from ldm.diffusion.sde import SCHEDULES, VPSDE, per_image
 from ldm.diffusion.spacing import choose, trailing
 from ldm.images import contact_sheet, to_pil
 from ldm.nn.text import embed, tokens
@@ -49,6 +49,7 @@ class DiffusionTask:
         self.model = UNet(UNetConfig.from_dict(objective.unet), attention=objective.attention)
         self.sde = VPSDE.tabulated(choose(SCHEDULES, objective.schedule, "schedule")(0, 0, 1000))
         self.prediction = choose(PREDICTIONS, objective.prediction, "prediction")
+        self.schedule = schedule_config(objective.schedule, objective.prediction)  # refused now, if not exportable
         self.weight = choose(WEIGHTS, objective.weighting, "weighting")
         self.times = choose(TIMES, objective.times, "times")
         cache = recipe.output_dir.parent / "cache"
@@ -77,11 +78,11 @@ class DiffusionTask:
         z, noise = (torch.randn(mean.shape, generator=generator) for _ in range(2))
         dropped = torch.rand(len(mean), generator=generator) < self.objective.caption_dropout
         ids = torch.where(dropped[:, None], tokens(self.tokenizer, [""]), batch["ids"])
-        t = self.times(torch.rand(len(mean), generator=generator, dtype=torch.float64))
+        t, importance = self.times(self.sde, torch.rand(len(mean), generator=generator, dtype=torch.float64))
         x0 = (mean + std * z).to(device, memory_format=torch.channels_last)
         noise = noise.to(device, memory_format=torch.channels_last)
         losses = diffusion_loss(self._denoiser(model), x0, self._text(ids), t, noise, self.weight)
-        return losses.mean(), {}
+        return (losses * per_image(importance, losses)).mean(), {}
 
     @torch.no_grad()
     def validate(self, model: UNet) -> dict[str, float]:
@@ -127,8 +128,7 @@ class DiffusionTask:
         shutil.copytree(objective.vae, folder / "vae")
         save_module(model, self.model.config.to_dict(), folder / "unet")
         (folder / "scheduler").mkdir()
-        config = schedule_config(objective.schedule, objective.prediction)
-        write_json(config, folder / "scheduler" / "scheduler_config.json")
+        write_json(self.schedule, folder / "scheduler" / "scheduler_config.json")
         recommended = {"num_inference_steps": 30, "guidance_scale": self.recipe.validation_guidance}
         write_json(recommended, folder / "generation_config.json")
         write_json(MODEL_INDEX, folder / "model_index.json")

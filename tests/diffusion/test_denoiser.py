@@ -1,15 +1,13 @@
-"""Predictions change variables, Tweedie's score is exact, guidance is affine and absent at scale 1."""
+"""Predictions change variables and back, and Tweedie's score is exact."""
 
-from dataclasses import dataclass, field
+from itertools import product
 
 import pytest
 import torch
 from gaussian import GAUSSIAN, NOTHING
 
-from ldm.conditioning import Conditioning
 from ldm.diffusion.denoiser import Denoiser
-from ldm.diffusion.guidance import guide
-from ldm.diffusion.prediction import PREDICTIONS
+from ldm.diffusion.prediction import PREDICTIONS, convert
 from ldm.diffusion.sde import VPSDE
 
 SDE = VPSDE.linear()
@@ -30,6 +28,69 @@ def test_target_and_to_x0_are_inverses_and_jacobian_is_the_slope(prediction, t):
     torch.testing.assert_close(prediction.to_x0(target, x, alpha, sigma), x0)
     moved = prediction.to_x0(target + 1, x, alpha, sigma) - x0
     torch.testing.assert_close(moved, prediction.jacobian(alpha, sigma).expand(5))
+
+
+PAIRS = list(product(PREDICTIONS, PREDICTIONS))
+ENDS = {  # where alpha or sigma is 0: which predictions say what x0 is, and which follow from it
+    "alpha": (VPSDE.cosine().at(1.0), {"v", "x0"}, set(PREDICTIONS)),
+    "sigma": (VPSDE.cosine().at(0.0), set(PREDICTIONS), {"x0"}),
+}
+
+
+def scales(point):
+    return (torch.tensor([value], dtype=torch.float64) for value in point[1:])
+
+
+@pytest.mark.parametrize("source, to", PAIRS)
+def test_conversions_are_the_targets_of_the_same_noise_and_invert_exactly(source, to):
+    x0, noise = randn(5, 4, seed=1).double(), randn(5, 4, seed=2).double()
+    alpha, sigma = SDE.marginal(torch.tensor([0.05, 0.2, 0.4, 0.6, 0.8], dtype=torch.float64))
+    column = alpha[:, None], sigma[:, None]
+    x = column[0] * x0 + column[1] * noise
+    output, expected = (PREDICTIONS[name].target(x0, noise, *column) for name in (source, to))
+    there = convert(output, x, alpha, sigma, source, to)
+    torch.testing.assert_close(there, expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(convert(there, x, alpha, sigma, to, source), output, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("small", [1e-2, 1e-5])
+@pytest.mark.parametrize("end", ENDS)
+@pytest.mark.parametrize("source, to", PAIRS)
+def test_near_the_ends_conversions_lose_no_more_digits_than_the_question_has(source, to, end, small):
+    """x / alpha and the like round x0 by 1e-16 / alpha, which is 1 / jacobian times as much of the output."""
+    small, large = torch.tensor([small], dtype=torch.float64), torch.tensor([1 - small**2], dtype=torch.float64).sqrt()
+    alpha, sigma = (small, large) if end == "alpha" else (large, small)
+    x0, noise = randn(1, 64, seed=1).double(), randn(1, 64, seed=2).double()
+    x = alpha * x0 + sigma * noise
+    output = PREDICTIONS[source].target(x0, noise, alpha, sigma)
+    back = convert(convert(output, x, alpha, sigma, source, to), x, alpha, sigma, to, source)
+    rounding = 1e-15 / (alpha * PREDICTIONS[source].jacobian(alpha, sigma).abs()).item()
+    torch.testing.assert_close(back, output, rtol=1e-12, atol=max(1e-12, rounding))
+
+
+@pytest.mark.parametrize("end", ENDS)
+@pytest.mark.parametrize("source, to", PAIRS)
+def test_at_the_ends_conversions_are_exact_or_say_that_there_is_none(source, to, end):
+    point, telling, following = ENDS[end]
+    alpha, sigma = scales(point)
+    x0, noise = randn(1, 4, seed=1).double(), randn(1, 4, seed=2).double()
+    x = alpha * x0 + sigma * noise
+    if source in telling and to in following:
+        output, expected = (
+            x0 if name == "x0" else PREDICTIONS[name].target(x0, noise, alpha, sigma) for name in (source, to)
+        )
+        if end == "sigma" and source == "score":
+            output = -noise  # the target is infinite in a clean picture, where x0 is x whatever the score
+        torch.testing.assert_close(convert(output, x, alpha, sigma, source, to), expected, rtol=1e-12, atol=1e-12)
+    else:
+        with pytest.raises(ValueError, match=f"prediction '{source if source not in telling else to}'"):
+            convert(x, x, alpha, sigma, source, to)
+
+
+def test_an_unknown_prediction_lists_the_choices():
+    alpha, sigma = scales(SDE.at(0.5))
+    with pytest.raises(ValueError, match="prediction 'epsilon': choose from eps, v, x0, score"):
+        convert(NOTHING.context, NOTHING.context, alpha, sigma, "epsilon", "v")
 
 
 def exact_network(prediction):
@@ -69,60 +130,17 @@ def test_network_runs_in_its_dtype_and_the_answer_is_float32():
     assert seen == [(torch.bfloat16, torch.float32)] and answer.dtype == torch.float32
 
 
-def test_eps_at_zero_snr_is_refused_and_v_is_not():
+def test_eps_and_score_at_zero_snr_are_refused_and_v_is_not():
     cosine, x = VPSDE.cosine(), randn(1, 4)
-    with pytest.raises(ValueError, match="eps"):
-        Denoiser(lambda x, t, cond: x, cosine, PREDICTIONS["eps"])(x, cosine.at(1.0), NOTHING)
+    for name in ("eps", "score"):
+        with pytest.raises(ValueError, match="cannot start at zero SNR"):
+            Denoiser(lambda x, t, cond: x, cosine, PREDICTIONS[name])(x, cosine.at(1.0), NOTHING)
     torch.testing.assert_close(Denoiser(lambda x, t, cond: x, cosine, PREDICTIONS["v"])(x, cosine.at(1.0), NOTHING), -x)
 
 
-@dataclass
-class Recorder:
-    """A network whose output is x scaled by the text, and which notes the texts that it was asked about."""
-
-    texts: list = field(default_factory=list)
-
-    def __call__(self, x, timesteps, cond):
-        text = cond.context[:, 0, 0]
-        self.texts.append(text.tolist())
-        return x * text[:, None] + timesteps[:, None] / 1000
-
-
-COND, UNCOND = (
-    Conditioning(torch.tensor([1.0, 2, 3]).view(3, 1, 1)),
-    Conditioning(torch.full((3, 1, 1), -1.0)),
-)
-
-
-def test_scale_one_never_evaluates_the_unconditional_and_is_the_conditional():
-    x, point = randn(3, 5), SDE.at(0.4)
-    for scale in (1.0, torch.ones(3)):
-        network = Recorder()
-        denoiser = Denoiser(network, SDE, PREDICTIONS["eps"])
-        assert torch.equal(guide(denoiser, COND, UNCOND, scale)(x, point), denoiser(x, point, COND))
-        assert network.texts == [[1, 2, 3]] * 2
-
-
-def test_only_guided_rows_are_asked_twice_and_in_one_call():
-    network, scale = Recorder(), torch.tensor([2.0, 1.0, 5.0])
-    denoiser = Denoiser(network, SDE, PREDICTIONS["v"])
-    x, levels = randn(3, 5), [SDE.at(t) for t in (0.2, 0.5, 0.9)]
-    guided = guide(denoiser, COND, UNCOND, scale)(x, levels)
-    assert network.texts == [[1, 2, 3, -1, -1]]
-    c, u = denoiser(x, levels, COND), denoiser(x, levels, UNCOND)
-    torch.testing.assert_close(guided, u + scale[:, None] * (c - u))
-    assert torch.equal(guided[1], c[1])
-
-
-@every_prediction
-def test_guiding_x0_is_guiding_the_network_s_own_output(prediction):
-    network, scale = Recorder(), 3.5
-    x, point = randn(3, 5), SDE.at(0.3)
-
-    def guided_output(x, timesteps, cond):
-        c, u = network(x, timesteps, COND), network(x, timesteps, UNCOND)
-        return u + scale * (c - u)
-
-    expected = Denoiser(guided_output, SDE, prediction)(x, point, NOTHING)
-    answer = guide(Denoiser(network, SDE, prediction), COND, UNCOND, scale)(x, point)
-    torch.testing.assert_close(answer, expected, rtol=1e-4, atol=1e-4)
+def test_a_network_that_predicts_the_score_gives_it_back():
+    """Denoiser.score undoes PREDICTIONS["score"].to_x0: Tweedie's formula told twice."""
+    x, levels = randn(3, 2), [SDE.at(t) for t in (0.3, 0.5, 0.8)]
+    output = randn(3, 2, seed=1)
+    score = Denoiser(lambda x, t, cond: output, SDE, PREDICTIONS["score"]).score(x, levels, NOTHING)
+    torch.testing.assert_close(score, output, rtol=1e-4, atol=1e-4)

@@ -1,13 +1,16 @@
 """One loss: the same gradient for every prediction, the published weights, times that cover (0, 1]."""
 
+import math
+
 import pytest
 import torch
 
 from ldm.conditioning import Conditioning
 from ldm.diffusion.denoiser import Denoiser
-from ldm.diffusion.objective import TIMES, WEIGHTS, diffusion_loss
+from ldm.diffusion.objective import TIMES, WEIGHTS, diffusion_loss, draw_moments, edm, min_snr, p2, soft_min_snr
 from ldm.diffusion.prediction import PREDICTIONS
-from ldm.diffusion.sde import VPSDE, per_image
+from ldm.diffusion.sde import VPSDE, cosine_table, zero_terminal_snr
+from ldm.diffusion.spacing import log_snr_range
 
 SDE = VPSDE.scaled_linear()
 COND = Conditioning(torch.zeros(6, 1, 1))
@@ -24,27 +27,26 @@ X0, NOISE = randn(6, 3, 2, seed=1), randn(6, 3, 2, seed=2)
 
 
 def loss_and_gradient(name, weight):
-    """The loss of one and the same model of x_0, linear in theta, told as an eps-, v- or x0-network."""
+    """The loss of one and the same model of x_0, linear in theta, told as the network of any prediction."""
     theta = torch.tensor([0.3, -0.2], dtype=torch.float64, requires_grad=True)
     prediction = PREDICTIONS[name]
+    alpha, sigma = ALPHA.view(-1, 1, 1), SIGMA.view(-1, 1, 1)
 
     def network(x, timesteps, cond):
-        alpha, sigma = (per_image(a, theta) for a in SDE.marginal((timesteps.double() + 1) / 1000))
-        alpha, sigma, x = alpha.view(-1, 1, 1), sigma.view(-1, 1, 1), x.double()
         x0 = theta[0] * x + theta[1] * torch.tanh(x)
-        return prediction.target(x0, (x - alpha * x0) / sigma, alpha, sigma)
+        return prediction.to_output(x0, x, alpha, sigma)
 
-    loss = diffusion_loss(Denoiser(network, SDE, prediction), X0, COND, T, NOISE, weight)
+    loss = diffusion_loss(Denoiser(network, SDE, prediction), X0.double(), COND, T, NOISE.double(), weight)
     return loss, torch.autograd.grad(loss.sum(), theta)[0]
 
 
-@pytest.mark.parametrize("weight", ["snr", "min_snr"])
-@pytest.mark.parametrize("name", ["v", "x0"])
+@pytest.mark.parametrize("weight", [name for name in WEIGHTS if name != "uniform"])
+@pytest.mark.parametrize("name", ["v", "x0", "score"])
 def test_loss_and_gradient_do_not_depend_on_what_is_predicted(name, weight):
     loss, gradient = loss_and_gradient(name, WEIGHTS[weight])
     expected_loss, expected_gradient = loss_and_gradient("eps", WEIGHTS[weight])
-    torch.testing.assert_close(loss, expected_loss, rtol=1e-3, atol=1e-5)
-    torch.testing.assert_close(gradient, expected_gradient, rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(loss, expected_loss, rtol=1e-5, atol=0)
+    torch.testing.assert_close(gradient, expected_gradient, rtol=1e-5, atol=0)
 
 
 def test_uniform_is_the_mean_squared_error_of_each_image_s_own_target():
@@ -65,21 +67,57 @@ def test_network_sees_the_perturbed_picture_and_the_table_s_timestep():
     diffusion_loss(Denoiser(network, SDE, PREDICTIONS["v"]), X0, COND, T, NOISE)
 
 
-def test_min_snr_is_hang_et_al_for_every_prediction():
-    clipped = SNR.clamp(max=5)
-    formulas = {"eps": clipped / SNR, "v": clipped / (SNR + 1), "x0": clipped}
-    for name, expected in formulas.items():
-        torch.testing.assert_close(WEIGHTS["min_snr"](PREDICTIONS[name], ALPHA, SIGMA), expected)
+BETA = SDE.beta(T)
+CLIPPED, SOFT = SNR.clamp(max=5), SNR * 4 / (SNR + 4)
+EDM = (1 / SNR + 1) / (1 / SNR)  # lambda of Karras et al. 2022, table 1, for sigma = 1 / sqrt(SNR), sigma_data = 1
 
 
-def test_snr_is_uniform_on_eps():
-    torch.testing.assert_close(WEIGHTS["snr"](PREDICTIONS["eps"], ALPHA, SIGMA), torch.ones_like(ALPHA))
+@pytest.mark.parametrize(
+    "name, prediction, expected",
+    [
+        ("snr", "eps", torch.ones_like(SNR)),
+        ("snr", "score", SIGMA**2),
+        ("likelihood", "score", BETA),
+        ("likelihood", "eps", BETA / SIGMA**2),
+        ("likelihood", "x0", BETA * ALPHA**2 / SIGMA**4),
+        ("min_snr", "eps", CLIPPED / SNR),
+        ("min_snr", "v", CLIPPED / (SNR + 1)),
+        ("min_snr", "x0", CLIPPED),
+        ("soft_min_snr", "eps", SOFT / SNR),
+        ("soft_min_snr", "v", SOFT / (SNR + 1)),
+        ("p2", "eps", 1 / (1 + SNR)),
+        ("debiased", "eps", 1 / SNR.sqrt()),
+        ("edm", "x0", EDM),
+        ("edm", "v", torch.ones_like(SNR)),
+    ],
+)
+def test_weights_are_the_papers(name, prediction, expected):
+    torch.testing.assert_close(WEIGHTS[name](PREDICTIONS[prediction], SDE, T), expected, rtol=1e-9, atol=0)
+
+
+def test_the_likelihood_weight_is_the_rate_at_which_snr_falls():
+    h = 1e-6
+    snr_rate = (SDE.log_snr(T - h).exp() - SDE.log_snr(T + h).exp()) / (2 * h)
+    torch.testing.assert_close(WEIGHTS["likelihood"](PREDICTIONS["x0"], SDE, T), snr_rate, rtol=1e-6, atol=0)
+
+
+def test_families_of_weights_take_their_parameters():
+    x0, eps = PREDICTIONS["x0"], PREDICTIONS["eps"]
+    torch.testing.assert_close(min_snr(1)(x0, SDE, T), SNR.clamp(max=1))
+    torch.testing.assert_close(soft_min_snr(2)(x0, SDE, T), 1 / (1 / SNR + 1 / 2))
+    torch.testing.assert_close(p2(0.5, 2.0)(eps, SDE, T), (2 + SNR) ** -0.5)
+    sigma = SNR**-0.5
+    torch.testing.assert_close(edm(0.5)(x0, SDE, T), (sigma**2 + 0.25) / (sigma * 0.5) ** 2)
 
 
 def test_weights_have_their_limits_at_zero_snr():
-    alpha, sigma = torch.zeros(1, dtype=torch.float64), torch.ones(1, dtype=torch.float64)
-    for name, limit in {"eps": 1.0, "v": 0.0, "x0": 0.0}.items():
-        assert WEIGHTS["min_snr"](PREDICTIONS[name], alpha, sigma).item() == pytest.approx(limit, abs=1e-12)
+    cosine, t = VPSDE.cosine(), torch.ones(1, dtype=torch.float64)
+    for name, limit in {"eps": 1.0, "v": 0.0, "x0": 0.0, "score": 1.0}.items():
+        assert WEIGHTS["min_snr"](PREDICTIONS[name], cosine, t).item() == pytest.approx(limit, abs=1e-12)
+    with pytest.raises(
+        ValueError, match="weighting 'likelihood' is infinite at zero SNR: choose times truncated or importance"
+    ):
+        WEIGHTS["likelihood"](PREDICTIONS["v"], cosine, t)
 
 
 U = torch.rand(4096, generator=torch.Generator().manual_seed(0))
@@ -87,27 +125,105 @@ U = torch.rand(4096, generator=torch.Generator().manual_seed(0))
 
 @pytest.mark.parametrize("name", ["uniform", "stratified", "discrete"])
 def test_uniform_times_are_uniform_on_the_half_open_interval(name):
-    t = TIMES[name](U)
-    edges = TIMES[name](torch.tensor([0.0, 1 - 2**-24]))
+    t, weight = TIMES[name](SDE, U)
+    edges, _ = TIMES[name](SDE, torch.tensor([0.0, 1 - 2**-24]))
+    assert (weight == 1).all()
     assert t.min() > 0 and t.max() <= 1 and edges.min() > 0 and edges.max() <= 1
     distance = (t.sort().values - torch.arange(1, 4097) / 4096).abs().max()  # Kolmogorov and Smirnov's
     assert distance < 1.63 / 64  # 1 %
 
 
 def test_stratified_puts_one_time_in_each_stratum():
-    t = TIMES["stratified"](U)
+    t, _ = TIMES["stratified"](SDE, U)
     assert torch.equal((t * 4096).ceil().long(), torch.arange(1, 4097))
 
 
 def test_discrete_times_are_the_table_s():
-    k = TIMES["discrete"](U) * 1000 - 1
+    k = TIMES["discrete"](SDE, U)[0] * 1000 - 1
     torch.testing.assert_close(k, k.round(), rtol=0, atol=1e-9)
     assert k.min() >= 0 and k.max() <= 999 + 1e-9 and len(k.round().unique()) > 950
 
 
 def test_log_normal_has_a_standard_normal_logit():
-    logit = TIMES["log_normal"](U).logit().sort().values
+    t, weight = TIMES["log_normal"](SDE, U)
+    assert (weight == 1).all()
+    logit = t.logit().sort().values
     normal = torch.special.ndtr(logit)
     assert (normal - torch.arange(1, 4097) / 4096).abs().max() < 1.63 / 64
-    edges = TIMES["log_normal"](torch.tensor([0.0, 1 - 2**-24]))
+    edges, _ = TIMES["log_normal"](SDE, torch.tensor([0.0, 1 - 2**-24]))
     assert edges.min() > 0 and edges.max() <= 1
+
+
+SDES = {
+    "linear": VPSDE.linear(),
+    "scaled_linear": SDE,
+    "cosine": VPSDE.cosine(),
+    "table": VPSDE.tabulated(cosine_table(0, 0, 1000)),
+    "table zero SNR": VPSDE.tabulated(zero_terminal_snr(cosine_table(0, 0, 1000))),
+}
+every_sde = pytest.mark.parametrize("sde", SDES.values(), ids=SDES.keys())
+
+
+@every_sde
+def test_importance_times_are_uniform_in_log_snr_and_weigh_one_over_their_density(sde):
+    u = torch.linspace(0, 1, 8001, dtype=torch.float64)
+    t, weight = TIMES["importance"](sde, u)
+    start, end = log_snr_range(sde)
+    torch.testing.assert_close(sde.log_snr(t), start + u * (end - start), rtol=1e-9, atol=1e-9)
+    assert (t > 0).all() and (t <= 1).all()
+    slope = -(t[2:] - t[:-2]) / (u[2:] - u[:-2])  # dt/du = 1/p, but for the corners of a table
+    assert ((slope / weight[1:-1] - 1).abs() < 0.01).double().mean() > 0.99
+
+
+def polynomial(t):
+    return 1 - 2 * t + 3 * t**2
+
+
+@every_sde
+@pytest.mark.parametrize("name", ["truncated", "importance"])
+def test_importance_sampling_is_unbiased(sde, name):
+    """Its expectation, by quadrature in u, is the integral over t, in closed form."""
+    t, weight = TIMES[name](sde, (torch.arange(1 << 17, dtype=torch.float64) + 0.5) / (1 << 17))
+    low, high = sde.time(log_snr_range(sde)).flip(0).tolist()
+    integral = (high - high**2 + high**3) - (low - low**2 + low**3)
+    assert (weight * polynomial(t)).mean().item() == pytest.approx(integral, rel=1e-4)
+
+
+def test_importance_makes_the_likelihood_weight_constant_on_eps():
+    for sde in SDES.values():
+        t, importance = TIMES["importance"](sde, U.double())
+        weight = importance * WEIGHTS["likelihood"](PREDICTIONS["eps"], sde, t)
+        start, end = log_snr_range(sde)
+        torch.testing.assert_close(weight, (end - start).expand_as(weight), rtol=1e-9, atol=0)
+
+
+def error_of_the_exact_model(sde):
+    """E|eps - E[eps | x]|^2 = alpha^2 of each number, for data N(0, I)."""
+    return lambda t: sde.marginal(t)[0] ** 2
+
+
+@every_sde
+def test_importance_keeps_the_mean_of_the_likelihood_loss_and_lowers_its_variance(sde):
+    error, weight = error_of_the_exact_model(sde), WEIGHTS["likelihood"]
+    mean, variance = draw_moments(TIMES["truncated"], weight, sde, error)
+    mean_by_importance, variance_by_importance = draw_moments(TIMES["importance"], weight, sde, error)
+    assert mean_by_importance == pytest.approx(mean, rel=2e-3)
+    assert variance_by_importance < variance / 4
+
+
+def test_the_likelihood_loss_of_the_exact_model_is_its_closed_form():
+    """int alpha^2 dlog-SNR = log (sigma_1^2 / sigma_0^2): with S = alpha^2, dlog-SNR = dS / (S (1 - S))."""
+    for sde in SDES.values():
+        start, end = (sde.at(t) for t in sde.time(log_snr_range(sde)).tolist())
+        mean, _ = draw_moments(TIMES["importance"], WEIGHTS["likelihood"], sde, error_of_the_exact_model(sde))
+        assert mean == pytest.approx(2 * math.log(start.sigma / end.sigma), rel=1e-6)
+
+
+def test_diffusion_loss_with_importance_times_estimates_that_closed_form():
+    """The whole path, network to mean loss: 4,096 draws on N(0, I), within four of their standard errors."""
+    x0, noise = randn(4096, 16, seed=3), randn(4096, 16, seed=4)
+    exact = Denoiser(lambda x, k, cond: SDE.marginal((k.double() + 1) / 1000)[1][:, None] * x, SDE, PREDICTIONS["eps"])
+    t, share = TIMES["importance"](SDE, U)
+    drawn = diffusion_loss(exact, x0, COND, t, noise, WEIGHTS["likelihood"]).double() * share
+    expected, _ = draw_moments(TIMES["importance"], WEIGHTS["likelihood"], SDE, error_of_the_exact_model(SDE))
+    assert abs(drawn.mean().item() - expected) < 4 * drawn.std().item() / 64

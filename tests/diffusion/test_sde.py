@@ -7,7 +7,17 @@ import torch
 from diffusers import DDIMScheduler
 
 import ldm.nn._torchvision  # noqa: F401
-from ldm.diffusion.sde import CLEAN, SCHEDULES, VPSDE, scaled_linear_table, zero_terminal_snr
+from ldm.diffusion.sde import (
+    CLEAN,
+    SCHEDULES,
+    VPSDE,
+    betas,
+    chain,
+    cosine_table,
+    linear_table,
+    scaled_linear_table,
+    zero_terminal_snr,
+)
 
 TABLES = {name: table(0.00085, 0.012, 1000) for name, table in SCHEDULES.items()}
 SDES = {
@@ -15,6 +25,7 @@ SDES = {
     "cosine": VPSDE.cosine(),
     "scaled_linear": VPSDE.scaled_linear(),
     **{f"table {name}": VPSDE.tabulated(table) for name, table in TABLES.items()},
+    "table ddpm": VPSDE.tabulated(linear_table(1e-4, 0.02, 1000)),
     "table zero SNR": VPSDE.tabulated(zero_terminal_snr(TABLES["scaled_linear"])),
 }
 every_sde = pytest.mark.parametrize("sde", SDES.values(), ids=SDES.keys())
@@ -105,6 +116,76 @@ def test_tabulated_recovers_a_smooth_schedule_between_its_values():
 def test_a_table_that_is_no_schedule_is_refused(table):
     with pytest.raises(ValueError, match="alphas_cumprod"):
         VPSDE.tabulated(torch.tensor(table))
+
+
+@pytest.mark.parametrize("name", [name for name in SDES if name.startswith("table")])
+def test_tabulated_is_monotone_and_smooth_in_log_snr_with_beta_its_derivative(name):
+    sde, h = SDES[name], 1e-8
+    assert (sde.log_snr(torch.linspace(0, 1, 20001, dtype=torch.float64)[1:]).diff() < 0).all()
+    knots = torch.arange(1, 999, dtype=torch.float64) / 1000  # the tail of a zero-SNR table has a corner at the last
+    for t in (knots, knots + 0.0003):
+        slope = (sde.log_snr(t + h) - sde.log_snr(t - h)) / (2 * h)
+        torch.testing.assert_close(slope, -sde.beta(t) / sde.marginal(t)[1] ** 2, rtol=1e-4, atol=0)
+    torch.testing.assert_close(sde.beta(knots - 1e-10), sde.beta(knots + 1e-10), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("table", [*TABLES.values(), zero_terminal_snr(TABLES["scaled_linear"])])
+def test_tabulated_passes_through_every_value_in_log_snr(table):
+    ours = VPSDE.tabulated(table).log_snr((torch.arange(1000) + 1).double() / 1000)
+    torch.testing.assert_close(ours, torch.log(table / (1 - table)), rtol=1e-8, atol=1e-10)
+
+
+def test_cosine_table_is_the_closed_form_but_for_the_step_that_is_clipped():
+    alpha, _ = VPSDE.cosine().marginal((torch.arange(1000) + 1).double() / 1000)
+    table = cosine_table(0, 0, 1000)
+    torch.testing.assert_close(table[:-1], alpha[:-1] ** 2, rtol=1e-9, atol=0)
+    torch.testing.assert_close(table[-1] / table[-2], torch.tensor(0.001, dtype=torch.float64), rtol=1e-9, atol=0)
+
+
+def test_betas_are_what_the_tables_accumulate():
+    expected = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)
+    torch.testing.assert_close(betas(linear_table(1e-4, 0.02, 1000)), expected, rtol=1e-10, atol=0)
+    assert betas(zero_terminal_snr(TABLES["linear"]))[-1] == 1
+
+
+@pytest.mark.parametrize("table", [linear_table(1e-3, 0.2, 64), zero_terminal_snr(scaled_linear_table(1e-3, 0.2, 64))])
+def test_the_chain_has_the_marginals_of_its_table_at_every_step(table):
+    """The chain is linear in x_0 and each z: row 0 gets x_0 = 1 and no noise, row i + 1 the i-th z = 1 alone."""
+    unit = iter(torch.eye(65, dtype=torch.float64)[1:])
+    sde = VPSDE.tabulated(table)
+    for i, x in enumerate(chain(torch.eye(65, dtype=torch.float64)[0], table, lambda like: next(unit)), 1):
+        point = sde.at(i / 64)
+        assert x[0].item() == pytest.approx(point.alpha, rel=1e-12, abs=1e-15)
+        assert x[1:].square().sum().item() == pytest.approx(point.sigma**2, rel=1e-10)
+    assert i == 64
+
+
+@pytest.mark.parametrize("name", ["linear", "cosine", "scaled_linear"])
+def test_the_chain_converges_to_the_sde_at_first_order(name):
+    """beta_i = beta(i/n) / n: the law of the chain at t = 3/4, both moments, halves its error as n doubles."""
+    sde, errors = SDES[name], []
+    for n in (128, 256, 512, 1024, 2048, 4096):
+        steps = torch.arange(1, 3 * n // 4 + 1, dtype=torch.float64) / n
+        alpha_squared = torch.cumprod(1 - sde.beta(steps) / n, 0)[-1].item()
+        point = sde.at(0.75)
+        errors.append([abs(alpha_squared**0.5 - point.alpha), abs((1 - alpha_squared) - point.sigma**2)])
+    slopes = -torch.tensor(errors, dtype=torch.float64).log2().diff(dim=0)
+    torch.testing.assert_close(slopes[-1], torch.ones(2, dtype=torch.float64), rtol=0, atol=0.05)
+
+
+def test_the_discrete_schedules_converge_to_their_closed_forms():
+    cases = {
+        "linear": [(linear_table(0.1 / n, 20 / n, n), n) for n in (500, 1000, 2000)],
+        "scaled_linear": [(scaled_linear_table(0.85 / n, 12 / n, n), n) for n in (500, 1000, 2000)],
+    }
+    for name, tables in cases.items():
+        errors = []
+        for table, n in tables:
+            alpha, _ = SDES[name].marginal((torch.arange(n) + 1).double() / n)
+            errors.append((table.sqrt() - alpha).abs().max())
+        assert errors[1] < 0.002
+        slopes = -torch.stack(errors).log2().diff()
+        torch.testing.assert_close(slopes, torch.ones(2, dtype=torch.float64), rtol=0, atol=0.05)
 
 
 def test_timesteps_and_steps_are_each_other_s_inverse():

@@ -2,11 +2,15 @@
 
 import math
 
+import numpy as np
 import pytest
+import scipy.stats
 import torch
-from diffusers import DDIMScheduler, EulerDiscreteScheduler
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler
+from gaussian import GAUSSIAN
 
 import ldm.nn._torchvision  # noqa: F401
+from ldm.diffusion.samplers import SAMPLERS, sample
 from ldm.diffusion.sde import CLEAN, VPSDE, scaled_linear_table
 from ldm.diffusion.spacing import LOWEST_LOG_SNR, SPACINGS, choose, cut
 
@@ -28,11 +32,53 @@ def test_discrete_grids_are_diffusers_timesteps(name):
         torch.testing.assert_close(timesteps(SPACINGS[name](SD, n, **options)), theirs, rtol=1e-6, atol=1e-4)
 
 
-def test_offset_shifts_leading():
-    scheduler = DDIMScheduler(**BETAS, timestep_spacing="leading", steps_offset=0)
-    scheduler.set_timesteps(30)
-    ours = timesteps(SPACINGS["leading"](SD, 30, offset=0))
-    torch.testing.assert_close(ours, scheduler.timesteps.float(), rtol=0, atol=1e-4)
+@pytest.mark.parametrize("scheduler", [DDIMScheduler, EulerDiscreteScheduler])
+@pytest.mark.parametrize("offset", [0, 1, 7])
+def test_offset_shifts_leading(scheduler, offset):
+    scheduler = scheduler(**BETAS, timestep_spacing="leading", steps_offset=offset)
+    for n in (7, 30, 50, 96):
+        scheduler.set_timesteps(n)
+        ours = timesteps(SPACINGS["leading"](SD, n, offset=offset))
+        torch.testing.assert_close(ours, scheduler.timesteps.float(), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["linspace", "trailing"])
+def test_ddim_rounds_the_same_timesteps(name):
+    scheduler = DDIMScheduler(**BETAS, timestep_spacing=name)
+    for n in (2, 7, 20, 50, 64, 333):
+        scheduler.set_timesteps(n)
+        assert torch.equal(timesteps(SPACINGS[name](SD, n)).round().long(), scheduler.timesteps)
+
+
+@pytest.mark.parametrize("name, offset", [("linspace", 0), ("leading", 0), ("leading", 1), ("trailing", 0)])
+def test_dpm_solver_takes_the_first_n_of_n_plus_1_save_for_trailing(name, offset):
+    scheduler = DPMSolverMultistepScheduler(**BETAS, timestep_spacing=name, steps_offset=offset)
+    for n in (2, 7, 20, 50, 64, 333):
+        scheduler.set_timesteps(n)
+        options = {"offset": offset} if name == "leading" else {}
+        ours = timesteps(SPACINGS[name](SD, n if name == "trailing" else n + 1, **options))[:n]
+        assert torch.equal(ours.round().long(), scheduler.timesteps)
+
+
+def test_exponential_is_diffusers_and_is_log_snr():
+    scheduler = EulerDiscreteScheduler(**BETAS, use_exponential_sigmas=True)
+    scheduler.set_timesteps(25)
+    ours = torch.tensor([point.sigma / point.alpha for point in SPACINGS["exponential"](SD, 25)])
+    torch.testing.assert_close(ours, scheduler.sigmas, rtol=1e-4, atol=0)
+    assert SPACINGS["exponential"](SD, 25) == SPACINGS["log_snr"](SD, 25)
+
+
+def test_beta_indices_are_quantiles_of_the_beta_distribution():
+    for n in (1, 10, 50):
+        quantiles = scipy.stats.beta.ppf(1 - np.linspace(0, 1, n, endpoint=False), 0.6, 0.6)
+        torch.testing.assert_close(timesteps(SPACINGS["beta"](SD, n)), torch.tensor(999 * quantiles).float())
+
+
+def test_uniform_is_trailing_where_the_steps_divide():
+    for n in (1, 8, 50, 1000):
+        for ours, theirs in zip(SPACINGS["uniform"](SD, n), SPACINGS["trailing"](SD, n), strict=True):
+            assert ours == pytest.approx(theirs, abs=1e-12)
+    assert [point.t for point in SPACINGS["uniform"](SD, 7)] == pytest.approx([1 - i / 7 for i in range(8)])
 
 
 def test_karras_is_diffusers_karras():
@@ -82,8 +128,31 @@ def test_cut_keeps_the_last_part_of_the_grid():
     assert cut(grid, 0.6) == grid[20:]
     with pytest.raises(ValueError, match="between 0 and 1"):
         cut(grid, 1.5)
+    with pytest.raises(ValueError, match="between 0 and 1"):
+        cut(grid, math.nan)
+
+
+@pytest.mark.parametrize("name", SPACINGS)
+def test_cut_takes_the_steps_of_diffusers_image_to_image(name):
+    for n in (1, 7, 50):
+        grid = SPACINGS[name](SD, n)
+        for strength in (0.0, 0.15, 0.3, 0.5, 0.8, 1.0):
+            begin = max(n - min(int(n * strength), n), 0)  # get_timesteps of its StableDiffusionImg2ImgPipeline
+            part = cut(grid, strength)
+            assert part == grid[begin:] and part.sde is grid.sde
+
+
+@pytest.mark.parametrize("strength", [1.0, 0.5])
+@pytest.mark.parametrize("name", SPACINGS)
+def test_every_ode_solver_follows_the_flow_on_every_grid_and_on_what_is_cut_from_it(name, strength):
+    x = torch.tensor([[0.3, -1.1], [1.4, 0.2]], dtype=torch.float64)
+    for solver in SAMPLERS.values():
+        if not solver.stochastic:
+            grid = cut(SPACINGS[name](SD, 200), strength)
+            end = sample(solver.function, GAUSSIAN.denoise, x, grid, None)
+            torch.testing.assert_close(end, GAUSSIAN.flow(x, grid[0], CLEAN), rtol=0, atol=0.02)
 
 
 def test_an_unknown_name_lists_the_choices():
-    with pytest.raises(ValueError, match="spacing 'exponential': choose from linspace, leading, trailing"):
-        choose(SPACINGS, "exponential", "spacing")
+    with pytest.raises(ValueError, match="spacing 'sigmoid': choose from linspace, leading, trailing"):
+        choose(SPACINGS, "sigmoid", "spacing")
