@@ -4,18 +4,23 @@ The deterministic ones move x to the next noise level as the probability-flow OD
 
     x' = sigma'/sigma x + alpha' (1 - rho) x0,      rho = (sigma'/alpha') / (sigma/alpha) = exp(-h),
 
-where h is half the gain of log-SNR, and differ in the estimate of x0 that they put there. rho is 0, and all
-formulas are finite, both from zero SNR (alpha = 0) and into the clean picture (sigma' = 0). Coefficients
-are host floats, and x keeps its dtype.
+where h is half the gain of log-SNR, and differ in the estimate of x0 that they put there. Exact would be the mean of
+x0 over the step: at s = log(alpha/sigma) past its start with the weight e^s, or e^(2 s) on the way of the reverse SDE
+(Lu et al. 2022 (DPM-Solver++), proposition 4.1 and, for SDEs, section 5). rho is 0, and all formulas are finite, both
+from zero SNR (alpha = 0) and into the clean picture (sigma' = 0); such steps take x0 as it is. Coefficients are host
+floats, and x keeps its dtype.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
+from functools import partial
 from itertools import pairwise
 from typing import NamedTuple
 
+import numpy as np
+import torch
 from torch import Tensor
 
 from ldm.diffusion.denoiser import Denoise
@@ -25,15 +30,16 @@ from ldm.rng import Noise
 
 Steps = Generator[tuple[Tensor, Point], Tensor, Tensor]  # yields (x, point), is sent E[x_0 | x], returns x
 Sampler = Callable[[Tensor, Grid, Noise], Steps]
+Answers = list[tuple[Point, Tensor]]  # where x0 was asked, and what it was; the newest first
 
 
 def sample(sampler: Sampler, denoise: Denoise, x: Tensor, grid: Grid, noise: Noise) -> Tensor:
-    """Drive one group of pictures x [B, ...] through a grid.
+    """Drive one group of pictures x [B, ...] through a grid; ValueError for an answer that is not finite.
 
     For text-to-image x is N(0, I) whatever the first point. (diffusers' Euler and Heun scale it by their
     first sigma with linspace and trailing spacing: by .9977 for Stable Diffusion.)
     """
-    steps = sampler(x, grid, noise)
+    steps = checked(sampler)(x, grid, noise)
     try:
         question = next(steps)
         while True:
@@ -42,12 +48,95 @@ def sample(sampler: Sampler, denoise: Denoise, x: Tensor, grid: Grid, noise: Noi
         return end.value
 
 
+def checked(sampler: Sampler) -> Sampler:
+    """The same sampler, ending in a ValueError that names the first question whose answer was not finite.
+
+    Every answer leaves one flag on its device; the host reads them together, once, when the last step is done.
+    """
+
+    def steps(x: Tensor, grid: Grid, noise: Noise) -> Steps:
+        asked, finite = [], []
+        inner = sampler(x, grid, noise)
+        try:
+            x, point = next(inner)
+            while True:
+                x0 = yield x, point
+                asked.append(point)
+                finite.append(x0.isfinite().all())
+                x, point = inner.send(x0)
+        except StopIteration as end:
+            x = end.value
+        if finite and not (good := torch.stack(finite)).all():
+            k = good.tolist().index(False)
+            raise ValueError(f"the denoiser's answer {k + 1} of {len(asked)}, at t = {asked[k].t:.4g}, is not finite")
+        return x
+
+    return steps
+
+
 def _rho(now: Point, to: Point) -> float:
     return (now.alpha / now.sigma) * (to.sigma / to.alpha)
 
 
+def _gain(now: Point, to: Point) -> float:
+    rho = _rho(now, to)
+    return -math.log(rho) if rho > 0 else math.inf
+
+
 def _flow(x: Tensor, x0: Tensor, now: Point, to: Point) -> Tensor:
     return to.sigma / now.sigma * x + to.alpha * (1 - _rho(now, to)) * x0
+
+
+def _renoise(x: Tensor, x0: Tensor, now: Point, to: Point, noise: Noise, eta: float = 1.0) -> Tensor:
+    """DDIM's step: the flow's, with a share of the noise in x replaced by fresh noise."""
+    fresh = eta * math.sqrt(1 - _rho(now, to) ** 2)
+    kept = math.sqrt(1 - fresh**2) * to.sigma / now.sigma
+    x = kept * x + (to.alpha - kept * now.alpha) * x0
+    if fresh * to.sigma > 0:
+        x = x + fresh * to.sigma * noise.between(x, now.sigma, to.sigma)
+    return x
+
+
+def _score(x: Tensor, x0: Tensor, now: Point) -> Tensor:
+    return (now.alpha * x0 - x) / now.sigma**2
+
+
+ABSCISSAS, MASSES = np.polynomial.legendre.leggauss(24)  # exact to rounding for the steps of any usable grid
+
+
+def _weights(nodes: Sequence[float], end: float, rate: float) -> list[float]:
+    """w with sum_j w_j p(nodes_j) = the mean of p over [0, end] under e^(rate s), for polynomials p through the nodes.
+
+    The means of Lagrange's basis by Gauss's quadrature: closed forms in e^-h lose every digit for small steps.
+    """
+    s = end * (ABSCISSAS + 1) / 2
+    density = MASSES * np.exp(rate * (s - end))
+    basis = [np.prod([(s - m) / (n - m) for m in nodes if m != n], axis=0) for n in nodes]
+    return [float((density * b).sum() / density.sum()) for b in basis]
+
+
+def _combine(weights: Sequence[float], tensors: Sequence[Tensor]) -> Tensor:
+    total = weights[0] * tensors[0]
+    for weight, tensor in zip(weights[1:], tensors[1:], strict=True):
+        total = total + weight * tensor
+    return total
+
+
+def _average(answers: Answers, now: Point, to: Point, rate: float = 1.0) -> Tensor:
+    """The mean over the step from now to `to` of the polynomial in log(alpha/sigma) through all answers."""
+    weights = _weights([_gain(now, point) for point, _ in answers], _gain(now, to), rate)
+    return _combine(weights, [x0 for _, x0 in answers])
+
+
+def _ahead(answers: Answers, now: Point, to: Point, rate: float = 1.0) -> Tensor:
+    """The mean of x0 over the step to come: of one answer itself, of two the line's middle, of more `_average`."""
+    x0 = answers[0][1]
+    if len(answers) == 1:
+        return x0
+    if len(answers) > 2:
+        return _average(answers, now, to, rate)
+    before, x0_before = answers[1]
+    return x0 + _gain(now, to) / (2 * _gain(before, now)) * (x0 - x0_before)
 
 
 def ddim(x: Tensor, grid: Grid, noise: Noise, eta: float = 0.0) -> Steps:
@@ -58,11 +147,7 @@ def ddim(x: Tensor, grid: Grid, noise: Noise, eta: float = 0.0) -> Steps:
     """
     for now, to in pairwise(grid):
         x0 = yield x, now
-        fresh = eta * math.sqrt(1 - _rho(now, to) ** 2)
-        kept = math.sqrt(1 - fresh**2) * to.sigma / now.sigma
-        x = kept * x + (to.alpha - kept * now.alpha) * x0
-        if fresh * to.sigma > 0:
-            x = x + fresh * to.sigma * noise.between(x, now.sigma, to.sigma)
+        x = _renoise(x, x0, now, to, noise, eta)
     return x
 
 
@@ -73,6 +158,33 @@ def ddpm(x: Tensor, grid: Grid, noise: Noise) -> Steps:
     step. The last step adds no noise. This is DDIM with eta = 1.
     """
     return ddim(x, grid, noise, eta=1.0)
+
+
+def euler_ancestral(x: Tensor, grid: Grid, noise: Noise) -> Steps:
+    """Euler's step in u = sigma/alpha to u_down, then noise u_up z: k-diffusion's `sample_euler_ancestral`.
+
+        u_up^2 = u'^2 (u^2 - u'^2) / u^2,      u_down^2 = u'^2 - u_up^2,      x'/alpha' = x0 + u_down e + u_up z
+
+    u_down is rho u', and u_up = sqrt(1 - rho^2) u'. Times alpha' the step is DDPM's, exactly.
+    """
+    return ddpm(x, grid, noise)
+
+
+def euler_maruyama(x: Tensor, grid: Grid, noise: Noise) -> Steps:
+    """Euler and Maruyama's step of the reverse SDE in its own clock: x' = x + tau (x/2 + score) + sqrt(tau) z.
+
+    Song et al. 2021, eq. 6 and appendix D; tau = int beta dt = 2 log(alpha'/alpha). From zero SNR, where tau is
+    infinite, and into the clean picture the step is DDPM's.
+    """
+    for now, to in pairwise(grid):
+        x0 = yield x, now
+        if _gain(now, to) == math.inf:
+            x = _renoise(x, x0, now, to, noise)
+        else:
+            tau = 2 * math.log(to.alpha / now.alpha)
+            z = noise.between(x, now.sigma, to.sigma)
+            x = x + tau * (x / 2 + _score(x, x0, now)) + math.sqrt(tau) * z
+    return x
 
 
 def euler(x: Tensor, grid: Grid, noise: Noise) -> Steps:
@@ -99,36 +211,256 @@ def heun(x: Tensor, grid: Grid, noise: Noise) -> Steps:
     return x
 
 
-def dpmpp_2m(x: Tensor, grid: Grid, noise: Noise) -> Steps:
-    """x0 extrapolated to the middle of the step in log-SNR: x0 + h / (2 h_before) (x0 - x0_before).
+def lms(x: Tensor, grid: Grid, noise: Noise) -> Steps:
+    """Adams and Bashforth's four-step method in x/alpha, u = sigma/alpha, on any grid: k-diffusion's `sample_lms`.
 
-    Lu et al. 2022 (DPM-Solver++), algorithm 2. The first step, the one after zero SNR (h_before infinite)
-    and the last (h infinite) take x0 as it is.
+        x'/alpha' = x/alpha + int_u^u' p,      p the cubic through the last four slopes e = (x - alpha x0) / sigma
+
+    The steps have order 4, but the start is Euler's: its error, of second order, is that of the whole. Written as
+    Euler's step and what the mean slope adds to it; from zero SNR nothing is added.
     """
-    before, h_before = x, math.inf
+    past: list[tuple[float, Tensor]] = []
     for now, to in pairwise(grid):
         x0 = yield x, now
-        rho = _rho(now, to)
-        h = -math.log(rho) if rho > 0 else math.inf
-        lean = h / (2 * h_before) if h < math.inf else 0.0
-        x = _flow(x, x0 + lean * (x0 - before), now, to)
-        before, h_before = x0, h
+        e = (x - now.alpha * x0) / now.sigma
+        x = to.alpha * x0 + to.sigma * e
+        if now.alpha > 0:
+            u, change = now.sigma / now.alpha, to.sigma / to.alpha - now.sigma / now.alpha
+            past = [(u, e), *past[:3]]
+            mean = _combine(_weights([v - u for v, _ in past], change, 0.0), [slope for _, slope in past])
+            x = x + to.alpha * change * (mean - e)
     return x
 
 
+def dpmpp_2s(x: Tensor, grid: Grid, noise: Noise) -> Steps:
+    """x0 asked at the middle of the step in log-SNR, where x0 of its start leads; two questions a step.
+
+    Lu et al. 2022 (DPM-Solver++), algorithm 1 with r = 1/2. From zero SNR and into the clean picture: DDIM.
+    """
+    finite = [(now, to) for now, to in pairwise(grid) if _gain(now, to) < math.inf]
+    middles = dict(zip(finite, grid.sde.between([now for now, _ in finite], [to for _, to in finite]), strict=True))
+    for now, to in pairwise(grid):
+        x0 = yield x, now
+        if (now, to) in middles:
+            middle = middles[now, to]
+            x0 = yield _flow(x, x0, now, middle), middle
+        x = _flow(x, x0, now, to)
+    return x
+
+
+def dpmpp_2m(x: Tensor, grid: Grid, noise: Noise, eta: float = 0.0) -> Steps:
+    """x0 extrapolated to the middle of the step in log-SNR: x0 + h / (2 h_before) (x0 - x0_before).
+
+    Lu et al. 2022 (DPM-Solver++), algorithm 2. The first step, the one after zero SNR (h_before infinite)
+    and the last (h infinite) take x0 as it is. eta is DDIM's share of fresh noise.
+    """
+    answers: Answers = []
+    for now, to in pairwise(grid):
+        x0 = yield x, now
+        if _gain(now, to) < math.inf:
+            answers = [(now, x0), *answers[:1]]
+            x0 = _ahead(answers, now, to)
+        x = _renoise(x, x0, now, to, noise, eta)
+    return x
+
+
+def dpmpp_2m_sde(x: Tensor, grid: Grid, noise: Noise) -> Steps:
+    """DPM-Solver++(2M)'s x0 in DDPM's step: Lu et al. 2022's SDE-DPM-Solver++(2M), the midpoint form.
+
+    x' = sigma'/sigma e^-h x + alpha' (1 - e^(-2 h)) m + sigma' sqrt(1 - e^(-2 h)) z,
+    m = x0 + h / (2 h_before) (x0 - x0_before)
+    """
+    return dpmpp_2m(x, grid, noise, eta=1.0)
+
+
+def dpmpp_3m(x: Tensor, grid: Grid, noise: Noise) -> Steps:
+    """The mean over the step of the parabola in log-SNR through the last three x0.
+
+    Lu et al. 2022 (DPM-Solver++), 3M of the authors' code. That (and diffusers') halves the parabola's second
+    derivative, which leaves order 2; this is the exact mean. The first step is DPM-Solver++(2S)'s.
+    """
+    answers: Answers = []
+    for now, to in pairwise(grid):
+        x0 = yield x, now
+        if _gain(now, to) < math.inf:
+            answers = [(now, x0), *answers[:2]]
+            if len(answers) > 1:
+                x0 = _ahead(answers, now, to)
+            else:
+                (middle,) = grid.sde.between([now], [to])
+                x0 = yield _flow(x, x0, now, middle), middle
+        x = _flow(x, x0, now, to)
+    return x
+
+
+def dpmpp_3m_sde(x: Tensor, grid: Grid, noise: Noise) -> Steps:
+    """DPM-Solver++(3M)'s parabola, averaged with the weight of the reverse SDE, in DDPM's step.
+
+    k-diffusion's `sample_dpmpp_3m_sde` with eta = 1, but with the parabola's whole second derivative.
+    """
+    answers: Answers = []
+    for now, to in pairwise(grid):
+        x0 = yield x, now
+        if _gain(now, to) < math.inf:
+            answers = [(now, x0), *answers[:2]]
+            x0 = _ahead(answers, now, to, rate=2.0)
+        x = _renoise(x, x0, now, to, noise)
+    return x
+
+
+def unipc(x: Tensor, grid: Grid, noise: Noise, order: int = 2) -> Steps:
+    """Predict with the last `order` x0, and correct the step once x0 at its end is known; one question a step.
+
+    Zhao et al. 2023 (UniPC), algorithms 1 and 2 told for x0, with B(h) = e^h - 1: both are means over the step of the
+    polynomial through the answers, of which the corrector has one more; of two answers the line's middle. The corrector
+    lifts the order of 2 to 3; that of 3 stays 3, for the first step is a trapezoid's, with an error of third order.
+    """
+    answers: Answers = []
+    start = x
+    for now, to in pairwise(grid):
+        x0 = yield x, now
+        if answers:
+            before, x0_before = answers[0]
+            mean = _average([(now, x0), *answers], before, now) if len(answers) > 1 else (x0 + x0_before) / 2
+            x = _flow(start, mean, before, now)
+        start = x
+        if _gain(now, to) < math.inf:
+            answers = [(now, x0), *answers[: order - 1]]
+            x0 = _ahead(answers, now, to)
+        x = _flow(x, x0, now, to)
+    return x
+
+
+def predictor_corrector(x: Tensor, grid: Grid, noise: Noise, r: float = 0.16) -> Steps:
+    """A Langevin step at each level but the first, then the discretised reverse diffusion; two questions a step.
+
+        x  <-  x + eps score + sqrt(2 eps) z,      eps = 2 (r |z| / |score|)^2        |.| of each image
+        x' = (2 - sqrt(1 - b)) x + b score + sqrt(b) z,      1 - b = (alpha / alpha')^2
+
+    Song et al. 2021, algorithms 3 and 5. Their factor 1 - b in eps, nearly 1 on their grid, is left out. The order is
+    the predictor's; the corrector keeps each level's law up to r^2. The rule wants images of many numbers: where
+    |score| can come near 0 it has no bound. From zero SNR and into the clean picture the second step is DDPM's.
+    """
+    for k, (now, to) in enumerate(pairwise(grid)):
+        x0 = yield x, now
+        if k > 0:
+            z, score = noise(x), _score(x, x0, now)
+            eps = 2 * (r * _norm(z) / _norm(score)) ** 2
+            x = x + eps * score + (2 * eps).sqrt() * z
+            x0 = yield x, now
+        if _gain(now, to) == math.inf:
+            x = _renoise(x, x0, now, to, noise)
+        else:
+            kept = now.alpha / to.alpha
+            b = 1 - kept**2
+            z = noise.between(x, now.sigma, to.sigma)
+            x = (2 - kept) * x + b * _score(x, x0, now) + math.sqrt(b) * z
+    return x
+
+
+def _norm(x: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(x.flatten(1), dim=1).view(-1, *[1] * (x.ndim - 1))
+
+
+def langevin(x: Tensor, grid: Grid, noise: Noise, eps: float = 0.3, repeat: int = 3) -> Steps:
+    """Annealed Langevin dynamics: at each level after the first x <- x + eps sigma^2 score + sqrt(2 eps) sigma z.
+
+    Song & Ermon 2019, algorithm 1, `repeat` times a level; sigma^2 is the variance that x has left where x0 is known,
+    so eps is the share of it that one step renews. Ends in the answer at the last level.
+    """
+    for now, to in pairwise(grid):
+        if to.sigma == 0:
+            return (yield x, now)
+        for _ in range(repeat):
+            x0 = yield x, to
+            x = x + eps * to.sigma**2 * _score(x, x0, to) + math.sqrt(2 * eps) * to.sigma * noise(x)
+    return x
+
+
+C = np.array([1 / 5, 3 / 10, 4 / 5, 8 / 9, 1, 1])  # Dormand & Prince 1980, table 2: RK5(4)7M
+A = (
+    (1 / 5,),
+    (3 / 40, 9 / 40),
+    (44 / 45, -56 / 15, 32 / 9),
+    (19372 / 6561, -25360 / 2187, 64448 / 6561, -212 / 729),
+    (9017 / 3168, -355 / 33, 46732 / 5247, 49 / 176, -5103 / 18656),
+    (35 / 384, 0.0, 500 / 1113, 125 / 192, -2187 / 6784, 11 / 84),
+)
+E = (71 / 57600, 0.0, -71 / 16695, 71 / 1920, -17253 / 339200, 22 / 525, -1 / 40)  # fifth order less fourth
+
+
+def rk45(x: Tensor, grid: Grid, noise: Noise, atol: float = 1e-4, rtol: float = 1e-4) -> Steps:
+    """The probability flow by Dormand & Prince's 5(4) pair with steps of its own, from grid[0] to the last noisy level.
+
+        dx/dphi = v = (alpha x - x0) / sigma,      alpha = cos phi, sigma = sin phi
+
+    is finite at zero SNR (v: Salimans & Ho 2022, appendix D). The local error of every image stays below
+    atol + rtol |x|, as a root mean square; so images of one group share their steps, and each step waits for the device
+    once, to read its error. The grid's first step is the first one tried. Into the clean picture: DDIM's last step.
+    Raises ValueError where no step is small enough.
+    """
+    noisy = [point for point in grid if point.sigma > 0]
+    if len(noisy) > 1:
+        now, (phi, following, *_, end) = noisy[0], (math.atan2(p.sigma, p.alpha) for p in [*noisy[:2], noisy[-1]])
+        h = following - phi
+        v = _velocity(x, (yield x, now), now)
+        while phi - end > 1e-12:
+            h = max(h, end - phi)
+            slopes, y = [v], x
+            for a, point in zip(A, _at_angles(grid, phi + C * h), strict=True):
+                y = x + h * _combine(a, slopes)
+                slopes.append(_velocity(y, (yield y, point), point))
+            error = h * _combine(E, slopes) / (atol + rtol * torch.maximum(x.abs(), y.abs()))
+            worst = error.flatten(1).square().mean(1).max().sqrt().item()
+            if not worst < math.inf or abs(h) < 1e-9:
+                raise ValueError(f"rk45: no step from t = {point.t:.4g} keeps within atol {atol:g} and rtol {rtol:g}")
+            if worst <= 1:
+                x, v, phi = y, slopes[-1], phi + h
+            h *= min(5.0, max(0.2, 0.9 * max(worst, 1e-8) ** -0.2))
+    if noisy and len(noisy) < len(grid):
+        x = yield x, noisy[-1]
+    return x
+
+
+def _velocity(x: Tensor, x0: Tensor, now: Point) -> Tensor:
+    return (now.alpha * x - x0) / now.sigma
+
+
+def _at_angles(grid: Grid, phi: np.ndarray) -> list[Point]:
+    times = grid.sde.time(torch.from_numpy(-2 * np.log(np.tan(phi))))
+    return [Point(t, math.cos(a), math.sin(a)) for t, a in zip(times.tolist(), phi.tolist(), strict=True)]
+
+
 class Solver(NamedTuple):
-    """A sampler, its order of convergence (in law if stochastic), and its source."""
+    """A sampler, its order of convergence (in law if stochastic), and its source.
+
+    Order 0 is none: Langevin steps follow no SDE, and leave an error that more levels and repeats reduce. An `adaptive`
+    one chooses its steps by its whole group: a picture is its own only in a group of one.
+    """
 
     function: Sampler
     order: int
     stochastic: bool
     source: str
+    adaptive: bool = False
 
 
 SAMPLERS: dict[str, Solver] = {
     "ddpm": Solver(ddpm, 1, True, "Ho et al. 2020, algorithm 2"),
     "ddim": Solver(ddim, 1, False, "Song et al. 2021 (DDIM), eq. 12"),
     "euler": Solver(euler, 1, False, "Karras et al. 2022, algorithm 1, first order"),
+    "euler_ancestral": Solver(euler_ancestral, 1, True, "k-diffusion, sample_euler_ancestral"),
+    "euler_maruyama": Solver(euler_maruyama, 1, True, "Song et al. 2021, eq. 6"),
     "heun": Solver(heun, 2, False, "Karras et al. 2022, algorithm 1"),
+    "lms": Solver(lms, 2, False, "k-diffusion, sample_lms"),
+    "dpmpp_2s": Solver(dpmpp_2s, 2, False, "Lu et al. 2022 (DPM-Solver++), algorithm 1"),
     "dpmpp_2m": Solver(dpmpp_2m, 2, False, "Lu et al. 2022 (DPM-Solver++), algorithm 2"),
+    "dpmpp_3m": Solver(dpmpp_3m, 3, False, "Lu et al. 2022 (DPM-Solver++), multistep 3M of the authors' code"),
+    "dpmpp_2m_sde": Solver(dpmpp_2m_sde, 2, True, "Lu et al. 2022 (DPM-Solver++), SDE-DPM-Solver++(2M)"),
+    "dpmpp_3m_sde": Solver(dpmpp_3m_sde, 2, True, "k-diffusion, sample_dpmpp_3m_sde"),
+    "unipc": Solver(unipc, 3, False, "Zhao et al. 2023 (UniPC), algorithms 1 and 2, p = 2"),
+    "unipc_3": Solver(partial(unipc, order=3), 3, False, "Zhao et al. 2023 (UniPC), algorithms 1 and 2, p = 3"),
+    "rk45": Solver(rk45, 5, False, "Dormand & Prince 1980, RK5(4)7M", adaptive=True),
+    "predictor_corrector": Solver(predictor_corrector, 1, True, "Song et al. 2021, algorithms 3 and 5"),
+    "langevin": Solver(langevin, 0, True, "Song & Ermon 2019, algorithm 1"),
 }

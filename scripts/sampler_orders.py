@@ -1,0 +1,147 @@
+"""The measured order of every sampler on problems with a known answer, as Markdown tables.
+
+    python scripts/sampler_orders.py [--json]
+
+Deterministic solvers: the distance from the exact flow of a Gaussian and of a mixture of three. Stochastic ones: mean
+and covariance of a Gaussian, computed exactly, and the strong order of Euler and Maruyama on one Brownian path. Each
+order is the mean over five doublings of the steps, from log-SNR 0 to 2.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from functools import partial
+from typing import Any
+
+import torch
+
+from ldm.diffusion.denoiser import Counted
+from ldm.diffusion.oracle import (
+    GAUSSIAN,
+    MIXTURE,
+    Problem,
+    errors_in_law,
+    errors_of_flow,
+    order,
+    python_per_step,
+    strong_errors,
+    where_x0_forms,
+)
+from ldm.diffusion.samplers import SAMPLERS, predictor_corrector, rk45, sample
+from ldm.diffusion.sde import VPSDE, linear_table, scaled_linear_table
+from ldm.diffusion.spacing import SPACINGS, Grid
+from ldm.rng import Noise
+
+SCHEDULES = {
+    "linear": VPSDE.linear(),
+    "linear table": VPSDE.tabulated(linear_table(1e-4, 0.02, 1000)),
+    "scaled linear table": VPSDE.tabulated(scaled_linear_table(0.00085, 0.012, 1000)),
+    "cosine": VPSDE.cosine(),
+}
+X = torch.tensor([[0.3, -1.1], [1.4, 0.2]], dtype=torch.float64)
+FIXED = {name: solver for name, solver in SAMPLERS.items() if not solver.adaptive}
+PROBLEMS: dict[str, Problem] = {"Gaussian": GAUSSIAN, "mixture": MIXTURE}
+WITHOUT_CORRECTOR = {"predictor_corrector": partial(predictor_corrector, r=0.0)}  # else no step is affine in x
+
+
+def grids(sde: VPSDE, first: int) -> list[Grid]:
+    return [where_x0_forms(sde, first * 2**k) for k in range(6)]
+
+
+def of_the_flow() -> list[dict[str, Any]]:
+    """Measured order of the deterministic solvers: one row each."""
+    rows = []
+    for name, solver in FIXED.items():
+        if not solver.stochastic:
+            row: dict[str, Any] = {"solver": name, "claimed": solver.order}
+            for schedule, sde in SCHEDULES.items():
+                for kind, problem in PROBLEMS.items():
+                    errors = errors_of_flow(solver.function, problem, X, grids(sde, 32))
+                    row[f"{schedule}, {kind}"] = order(errors)
+            rows.append(row)
+    return rows
+
+
+def in_law() -> list[dict[str, Any]]:
+    """Measured order in law of the stochastic solvers; a mean that is exact has none."""
+    rows = []
+    for name, solver in FIXED.items():
+        if solver.stochastic and solver.order:
+            row: dict[str, Any] = {"solver": name, "claimed": solver.order}
+            for schedule, sde in SCHEDULES.items():
+                function = WITHOUT_CORRECTOR.get(name, solver.function)
+                of_mean, of_cov = errors_in_law(function, GAUSSIAN, grids(sde, 16))
+                row[f"{schedule}, mean"] = "exact" if of_mean.max() < 1e-12 else order(of_mean)
+                row[f"{schedule}, covariance"] = order(of_cov)
+            rows.append(row)
+    return rows
+
+
+def strong() -> list[dict[str, Any]]:
+    """Strong order of Euler and Maruyama."""
+    function = SAMPLERS["euler_maruyama"].function
+    measured = {
+        schedule: order(strong_errors(function, GAUSSIAN, [*grids(sde, 8), where_x0_forms(sde, 512)]))
+        for schedule, sde in SCHEDULES.items()
+    }
+    return [{"solver": "euler_maruyama", "claimed": 1, **measured}]
+
+
+def adaptive() -> list[dict[str, Any]]:
+    """Error and questions of rk45 at each tolerance, over the schedule of Stable Diffusion."""
+    grid = SPACINGS["log_snr"](SCHEDULES["scaled linear table"], 20)
+    noisy = Grid(grid.sde, grid[:-1])
+    exact, rows = MIXTURE.flow(X, grid[0], grid[-2]), []
+    for tolerance in [1e-3, 1e-4, 1e-5, 1e-6, 1e-8, 1e-10]:
+        denoise = Counted(MIXTURE.denoise)
+        end = sample(partial(rk45, atol=tolerance, rtol=tolerance), denoise, X, noisy, Noise([0, 1]))
+        error = (end - exact).abs().max().item()
+        rows.append({"atol = rtol": f"{tolerance:g}", "questions": denoise.evaluations, "error": f"{error:.1e}"})
+    return rows
+
+
+def overhead() -> list[dict[str, Any]]:
+    """Questions and milliseconds of Python per step of fifty, and the source."""
+    grid, rows = SPACINGS["trailing"](SCHEDULES["scaled linear table"], 50), []
+    for name, solver in FIXED.items():
+        denoise = Counted(GAUSSIAN.denoise)
+        sample(solver.function, denoise, X, grid, Noise([0, 1]))
+        per_step = {
+            "questions per step": denoise.evaluations / 50,
+            "ms per step": 1000 * python_per_step(solver.function, grid),
+        }
+        rows.append({"solver": name, **per_step, "source": solver.source})
+    return rows
+
+
+def markdown(rows: list[dict[str, Any]]) -> str:
+    """A table with a column for each key."""
+    lines = [list(rows[0]), ["---"] * len(rows[0])]
+    lines += [[f"{cell:.2f}" if isinstance(cell, float) else str(cell) for cell in row.values()] for row in rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+TABLES = {
+    "Deterministic solvers: order": of_the_flow,
+    "Stochastic solvers: order in law": in_law,
+    "Strong order on one Brownian path": strong,
+    "rk45": adaptive,
+    "Cost": overhead,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", action="store_true", help="one JSON object instead of tables")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    if args.json:
+        print(json.dumps({title: table() for title, table in TABLES.items()}, indent=2))
+        return
+    for title, table in TABLES.items():
+        print(f"\n**{title}**\n\n{markdown(table())}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
