@@ -1,0 +1,183 @@
+"""Inversion: from a picture to its noise and back, along the probability-flow ODE or by an exactly reversible scheme.
+
+The flow is integrated in the angle phi, alpha = cos phi, sigma = sin phi, where its drift is the network's v:
+
+    dx/dphi = v = (alpha x - E[x_0 | x]) / sigma
+
+(Salimans & Ho 2022, appendix D), bounded from the clean picture to zero SNR. States are float64, whatever the network's
+dtype: the way back then sees the numbers of the way out.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ldm.diffusion.denoiser import Denoise
+from ldm.diffusion.sde import VPSDE, Point, per_image
+from ldm.diffusion.spacing import Grid
+
+State = tuple[Tensor, ...]  # the noise, then whatever else the way back needs
+
+# Dormand & Prince 1980, table 2: nodes, stages (the last is the fifth-order answer), fifth minus fourth order.
+NODES = (1 / 5, 3 / 10, 4 / 5, 8 / 9, 1.0, 1.0)
+STAGES = (
+    (1 / 5,),
+    (3 / 40, 9 / 40),
+    (44 / 45, -56 / 15, 32 / 9),
+    (19372 / 6561, -25360 / 2187, 64448 / 6561, -212 / 729),
+    (9017 / 3168, -355 / 33, 46732 / 5247, 49 / 176, -5103 / 18656),
+    (35 / 384, 0.0, 500 / 1113, 125 / 192, -2187 / 6784, 11 / 84),
+)
+ERROR = (71 / 57600, 0.0, -71 / 16695, 71 / 1920, -17253 / 339200, 22 / 525, -1 / 40)
+
+# The exact scheme's states are whole multiples of QUANTUM below LARGEST: float64 adds and subtracts them without error.
+QUANTUM = 2.0**-40
+LARGEST = 2.0**12
+
+
+def flow(
+    denoise: Denoise, x: Tensor, sde: VPSDE, start: Point, end: Point, rtol: float = 1e-5, atol: float = 1e-5
+) -> Tensor:
+    """x [B, ...] carried from one noise level to another, up or down, by the probability-flow ODE; float64.
+
+    Dormand & Prince 1980, 5(4), in phi, with steps of each image's own: the root mean square of a step's error over
+    atol + rtol |x| stays below 1 (Hairer et al. 1993, section II.4). Below the lowest level that networks learn,
+    t = 1/steps, v is that level's: an error O(sigma^2) there. `denoise` is asked about one level per row. Raises
+    ValueError for tolerances that are not positive, and where an answer is not finite.
+    """
+    if not (0 < rtol < math.inf and 0 < atol < math.inf):
+        raise ValueError(f"rtol {rtol}, atol {atol}: must be above 0")
+    begin, goal = (math.atan2(p.sigma, p.alpha) for p in (start, end))
+    x, phi = x.double(), torch.full((len(x),), begin, dtype=torch.float64)
+    longest = abs(goal - begin) / 10  # longer steps fool the error's estimate
+    step = torch.full_like(phi, (goal - begin) / 20)
+    slope = velocity(denoise, x, levels(sde, phi))
+    while (step != 0).any():
+        y, ahead, error = dormand_prince(denoise, x, slope, sde, phi, step)
+        scaled = error / (atol + rtol * torch.maximum(x.abs(), y.abs()))
+        size = scaled.square().flatten(1).mean(1).sqrt().cpu()  # the one question to the device: may the step stand?
+        if not size.isfinite().all():
+            raise ValueError(f"the denoiser's answer is not finite near t = {levels(sde, phi)[0].t:.4f}")
+        good = per_image(size <= 1, x) > 0
+        x, slope = torch.where(good, y, x), torch.where(good, ahead, slope)
+        phi = torch.where(size <= 1, phi + step, phi)
+        left = torch.where((goal - phi).abs() < 1e-12, 0, goal - phi).abs().clamp(max=longest)
+        step = (step * (0.9 * size.clamp(min=1e-9) ** -0.2).clamp(0.2, 5)).clamp(-left, left)
+    return x
+
+
+def dormand_prince(
+    denoise: Denoise, x: Tensor, slope: Tensor, sde: VPSDE, phi: Tensor, step: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One step of each row from phi [B], where its slope is known: x there, the slope there, the error's estimate."""
+    h, slopes, y = per_image(step, x), [slope], x
+    rows = levels(sde, (phi + step * torch.tensor(NODES, dtype=torch.float64)[:, None]).flatten())  # [6 B]
+    for k, stage in enumerate(STAGES):
+        y = x + h * weighted(stage, slopes)
+        slopes.append(velocity(denoise, y, rows[k * len(x) : (k + 1) * len(x)]))
+    return y, slopes[-1], h * weighted(ERROR, slopes)
+
+
+def weighted(weights: Sequence[float], slopes: Sequence[Tensor]) -> Tensor:
+    return torch.stack([w * k for w, k in zip(weights, slopes, strict=True)]).sum(0)
+
+
+def levels(sde: VPSDE, phi: Tensor) -> list[Point]:
+    """The noise levels at angles phi [B], none below t = 1/steps; one bisection for all."""
+    t = sde.time(-2 * phi.tan().log()).clamp(min=1 / sde.steps)
+    return [Point(*row) for row in torch.stack([t, *sde.marginal(t)], 1).tolist()]
+
+
+def velocity(denoise: Denoise, x: Tensor, rows: Sequence[Point]) -> Tensor:
+    """v = (alpha x - E[x_0 | x]) / sigma, float64, with a level per row."""
+    _, alpha, sigma = torch.tensor(rows, dtype=torch.float64).unbind(1)
+    return (per_image(alpha, x) * x - denoise(x, rows)) / per_image(sigma, x)
+
+
+def ode_encode(denoise: Denoise, x0: Tensor, grid: Grid, rtol: float = 1e-5, atol: float = 1e-5) -> State:
+    """(x,) at the grid's first level: Song et al. 2021, section 4.3, by `flow`; only the grid's ends matter."""
+    return (flow(denoise, x0, grid.sde, grid[-1], grid[0], rtol, atol),)
+
+
+def ode_decode(denoise: Denoise, state: State, grid: Grid, rtol: float = 1e-5, atol: float = 1e-5) -> Tensor:
+    """x_0 from the noise of `ode_encode`, as near as the tolerances allow."""
+    return flow(denoise, state[0], grid.sde, grid[0], grid[-1], rtol, atol)
+
+
+def exact_encode(denoise: Denoise, x0: Tensor, grid: Grid) -> State:
+    """(x, x_below): x0 at the grid's first level, and at its second, from which `exact_decode` returns x0 bit for bit.
+
+    The explicit midpoint rule over pairs of steps, x_above = x_below + leap(x): BDIA (Zhang et al. 2023,
+    arXiv 2307.10829) with gamma = 1, of order 2. The first step up has nothing below: Euler, corrected once; whatever
+    it does, the way back returns to x0. x0 is rounded to multiples of 2^-40, which bounds the round trip's error by
+    2^-41. Raises ValueError where x leaves (-4096, 4096).
+    """
+    below = quantised(x0.double())
+    if len(grid) == 1:
+        return below, below
+    first = grid[-2]
+    x = below
+    for _ in range(2):
+        x = below + leap(denoise(x, first), x, grid[-1], first, first)
+    for low, now, high in zip(grid[:1:-1], grid[-2:0:-1], grid[-3::-1], strict=True):
+        below, x = x, below + leap(denoise(x, now), x, low, now, high)
+    if not (x.abs().amax() < LARGEST and below.abs().amax() < LARGEST):
+        raise ValueError(f"inversion: the picture's noise is not finite, or beyond {LARGEST:g}: take more steps")
+    return x, below
+
+
+def exact_decode(denoise: Denoise, state: State, grid: Grid) -> Tensor:
+    """x0 from the state of `exact_encode`: the same leaps, taken back."""
+    above, x = state
+    for high, now, low in zip(grid, grid[1:], grid[2:], strict=False):
+        above, x = x, above - leap(denoise(x, now), x, low, now, high)
+    return x
+
+
+def leap(x0: Tensor, x: Tensor, low: Point, now: Point, high: Point) -> Tensor:
+    """The flow's way from low to high for a fixed x0 and noise e = (x - alpha x0) / sigma, in whole quanta.
+
+    (sigma_high - sigma_low) e + (alpha_high - alpha_low) x0
+    """
+    share = (high.sigma - low.sigma) / now.sigma
+    return quantised(share * x + (high.alpha - low.alpha - share * now.alpha) * x0.double())
+
+
+def quantised(x: Tensor) -> Tensor:
+    return (x / QUANTUM).round() * QUANTUM
+
+
+class Scheme(NamedTuple):
+    """encode(denoise, x0, grid) -> state, decode(denoise, state, grid) -> x0, and their source."""
+
+    encode: Callable[..., State]
+    decode: Callable[..., Tensor]
+    source: str
+
+
+SCHEMES: dict[str, Scheme] = {
+    "exact": Scheme(exact_encode, exact_decode, "Zhang et al. 2023 (BDIA), gamma = 1"),
+    "ode": Scheme(ode_encode, ode_decode, "Song et al. 2021, section 4.3; Dormand & Prince 1980"),
+}
+
+
+class RoundTrip(NamedTuple):
+    """What a picture became, what came back, and by how much that is off: the worst and the root mean square [B]."""
+
+    state: State
+    x0: Tensor
+    max_error: Tensor
+    rms_error: Tensor
+
+
+def round_trip(scheme: Scheme, denoise: Denoise, x0: Tensor, grid: Grid, **options: float) -> RoundTrip:
+    """x0 [B, ...] to its noise and back; `options` are the scheme's own. Errors are in units of x0, on the host."""
+    state = scheme.encode(denoise, x0, grid, **options)
+    back = scheme.decode(denoise, state, grid, **options)
+    error = (back - x0).flatten(1)
+    return RoundTrip(state, back, error.abs().amax(1).cpu(), error.square().mean(1).sqrt().cpu())

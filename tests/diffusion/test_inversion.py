@@ -1,0 +1,138 @@
+"""Inversion: the flow is the Gaussian's to its tolerance; the exact scheme returns every bit, whatever the network."""
+
+import math
+from functools import partial
+
+import pytest
+import torch
+from gaussian import GAUSSIAN
+
+from ldm.conditioning import Conditioning
+from ldm.diffusion.denoiser import Counted, Denoiser, points
+from ldm.diffusion.guidance import guide
+from ldm.diffusion.inversion import QUANTUM, SCHEMES, exact_decode, exact_encode, flow, ode_encode, round_trip
+from ldm.diffusion.prediction import PREDICTIONS
+from ldm.diffusion.sde import CLEAN, VPSDE, scaled_linear_table
+from ldm.diffusion.spacing import SPACINGS, Grid
+
+SD = VPSDE.tabulated(scaled_linear_table(0.00085, 0.012, 1000))
+SDES = {"table": SD, "linear": VPSDE.linear(), "cosine": VPSDE.cosine()}
+X0 = torch.tensor([[0.3, -1.1], [1.4, 0.2], [-2.0, 0.5]], dtype=torch.float64)
+every_sde = pytest.mark.parametrize("sde", SDES.values(), ids=SDES.keys())
+
+
+def exact_answer(x, levels):
+    """The Gaussian's denoiser with a level per row."""
+    level = points(levels)
+    level = level if len(level) == len(x) else [*level] * len(x)
+    return torch.cat([GAUSSIAN.denoise(row[None], point) for row, point in zip(x, level, strict=True)])
+
+
+@every_sde
+@pytest.mark.parametrize("tolerance", [1e-4, 1e-7])
+def test_the_flow_is_the_gaussian_s_both_ways_to_the_tolerance(sde, tolerance):
+    low, high = sde.at(1e-3), sde.at(1.0)
+    x = flow(exact_answer, X0, sde, low, high, tolerance, tolerance)
+    torch.testing.assert_close(x, GAUSSIAN.flow(X0, low, high), rtol=0, atol=5 * tolerance)
+    back = flow(exact_answer, x, sde, high, low, tolerance, tolerance)
+    torch.testing.assert_close(back, X0, rtol=0, atol=30 * tolerance)
+
+
+def test_a_tighter_tolerance_asks_more_and_dormand_prince_is_of_order_five():
+    """Questions grow as tolerance^(-1/5)."""
+    asked = []
+    for tolerance in (1e-7, 1e-12):
+        denoise = Counted(exact_answer)
+        flow(denoise, X0[:1], SD, SD.at(1e-3), SD.at(1.0), tolerance, tolerance)
+        asked.append(denoise.evaluations)
+    assert math.log10(asked[1] / asked[0]) == pytest.approx(1, abs=0.35)
+
+
+@every_sde
+def test_encoding_the_clean_picture_is_the_flow_but_for_the_lowest_level(sde):
+    """Below t = 1/steps, v is that level's: what this misses is of second order in sigma there."""
+    grid = SPACINGS["log_snr"](sde, 10)
+    (x,) = ode_encode(exact_answer, X0, grid, 1e-8, 1e-8)
+    assert (x - GAUSSIAN.flow(X0, CLEAN, grid[0])).abs().max() < 20 * sde.at(1 / sde.steps).sigma ** 2
+
+
+def test_an_image_s_flow_does_not_depend_on_its_batch():
+    batch = flow(exact_answer, X0, SD, SD.at(1e-3), SD.at(1.0))
+    for i in range(3):
+        assert torch.equal(flow(exact_answer, X0[i : i + 1], SD, SD.at(1e-3), SD.at(1.0)), batch[i : i + 1])
+
+
+@pytest.mark.parametrize("tolerances", [(0, 1e-5), (1e-5, -1), (math.nan, 1e-5)])
+def test_tolerances_that_are_none_are_refused(tolerances):
+    with pytest.raises(ValueError, match="rtol"):
+        flow(exact_answer, X0, SD, SD.at(1e-3), SD.at(1.0), *tolerances)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_an_answer_that_is_not_finite_is_one_clear_error(scheme):
+    grid = SPACINGS["log_snr"](SD, 10)
+    with pytest.raises(ValueError, match="not finite"):
+        SCHEMES[scheme].encode(lambda x, levels: x * math.nan, X0, grid)
+
+
+def wild_network(x, timesteps, cond):
+    """A random network that is far from any denoiser, and text that matters to it."""
+    mix = torch.randn(x[0].numel(), x[0].numel(), generator=torch.Generator().manual_seed(7)).to(x)
+    flat = x.flatten(1)
+    answer = torch.sin(3 * flat @ mix + timesteps[:, None] / 100) + cond.context[:, 0, :1] * torch.tanh(flat.flip(1))
+    return answer.view_as(x)
+
+
+PICTURES = torch.randn(3, 4, 4, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+TEXTS, BLANK = Conditioning(torch.tensor([1.0, 2, 3]).view(3, 1, 1)), Conditioning(torch.zeros(3, 1, 1))
+
+
+@pytest.mark.parametrize("scale", [1.0, torch.tensor([1.0, 2.5, 7.5])], ids=["plain", "guided"])
+@pytest.mark.parametrize("spacing", ["trailing", "log_snr"])
+@pytest.mark.parametrize("sde", [SD, VPSDE.cosine()], ids=["table", "cosine"])
+@pytest.mark.parametrize("n", [1, 2, 5, 20, 50])
+def test_the_exact_scheme_returns_the_picture_whatever_the_network(n, sde, spacing, scale):
+    """Zero terminal SNR and the step into the clean picture included; the network is float32."""
+    denoise = guide(Denoiser(wild_network, sde, PREDICTIONS["v"]), TEXTS, BLANK, scale)
+    grid = SPACINGS[spacing](sde, n)
+    trip = round_trip(SCHEMES["exact"], denoise, PICTURES, grid)
+    assert trip.max_error.max() <= QUANTUM / 2
+    torch.testing.assert_close(trip.x0, PICTURES, rtol=0, atol=1e-10)
+    again = round_trip(SCHEMES["exact"], denoise, trip.x0, grid)
+    assert torch.equal(again.x0, trip.x0) and not again.max_error.any()
+
+
+def test_different_pictures_have_different_states():
+    """The least difference that a state can hold comes back through fifty steps."""
+    denoise = partial(Denoiser(wild_network, SD, PREDICTIONS["v"]), cond=TEXTS)
+    grid = SPACINGS["log_snr"](SD, 50)
+    near = (PICTURES / QUANTUM).round() * QUANTUM
+    other = near + QUANTUM
+    states = [exact_encode(denoise, x, grid) for x in (near, other)]
+    assert not torch.equal(torch.stack(states[0]), torch.stack(states[1]))
+    assert torch.equal(exact_decode(denoise, states[1], grid) - exact_decode(denoise, states[0], grid), other - near)
+
+
+@every_sde
+def test_the_exact_scheme_is_of_order_two(sde):
+    errors = []
+    for n in [64, 128, 256, 512]:
+        grid = Grid(sde, SPACINGS["log_snr"](sde, n + 1)[:-1])
+        noise, _ = exact_encode(exact_answer, X0, grid)
+        errors.append((noise - GAUSSIAN.flow(X0, grid[-1], grid[0])).norm())
+    slopes = -torch.stack(errors).log2().diff()
+    torch.testing.assert_close(slopes, torch.full_like(slopes, 2), rtol=0, atol=0.2)
+
+
+def test_the_round_trip_s_errors_are_each_image_s_own():
+    grid = SPACINGS["log_snr"](SD, 10)
+    trip = round_trip(SCHEMES["ode"], exact_answer, X0, grid, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(trip.max_error, (trip.x0 - X0).abs().amax(1))
+    torch.testing.assert_close(trip.rms_error, (trip.x0 - X0).square().mean(1).sqrt())
+    assert 0 < trip.max_error.max() < 0.1
+
+
+def test_no_steps_leave_the_picture_as_it_is():
+    assert torch.equal(
+        round_trip(SCHEMES["exact"], exact_answer, PICTURES.float(), Grid(SD, (CLEAN,))).x0, PICTURES.float().double()
+    )
