@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -35,9 +38,13 @@ def generate(
     model: Annotated[Path | None, typer.Option(help="Folder of a model; the default is the one shipped.")] = None,
     negative: Annotated[str, typer.Option(help="What the pictures shall not show.")] = "",
     steps: Annotated[int | None, typer.Option(help="Sampling steps; the default is the model's.")] = None,
-    sampler: Annotated[str, typer.Option(help="ddpm, ddim, euler, heun or dpmpp_2m.")] = "dpmpp_2m",
-    spacing: Annotated[str, typer.Option(help="linspace, leading, trailing, karras or log_snr.")] = "trailing",
+    sampler: Annotated[str, typer.Option(help="dpmpp_2m, unipc, heun, ddim, ...: `ldm info` lists all.")] = "dpmpp_2m",
+    spacing: Annotated[str, typer.Option(help="trailing, karras, linspace, ...: `ldm info` lists all.")] = "trailing",
     guidance: Annotated[float | None, typer.Option(help="Guidance scale; 1 is none.")] = None,
+    guidance_rescale: Annotated[float, typer.Option(help="Share of the rescaled output: 0 to 1.")] = 0.0,
+    guidance_interval: Annotated[
+        tuple[float, float] | None, typer.Option(metavar="LOW HIGH", help="Guide in these sigma/alpha alone.")
+    ] = None,
     eta: Annotated[float, typer.Option(help="Share of fresh noise in DDIM's steps.")] = 0.0,
     seed: Annotated[int, typer.Option(help="Picture k of a prompt uses seed + k.")] = 0,
     count: Annotated[int, typer.Option(help="Pictures for each prompt.")] = 1,
@@ -59,11 +66,22 @@ def generate(
     from ldm.pipeline import PICTO, Pipeline, Request
 
     pipe = Pipeline.from_pretrained(model or PICTO, device=device, dtype=dtype, batch_size=batch_size)
-    requests = [
-        pipe.resolve(Request(text, negative, seed + k, height, width, steps, guidance, sampler, spacing, eta))
-        for text in texts
-        for k in range(count)
-    ]
+    low, high = guidance_interval or (0.0, math.inf)
+    settings = Request(
+        "",
+        negative,
+        0,
+        height,
+        width,
+        steps,
+        guidance,
+        sampler,
+        spacing,
+        eta,
+        guidance_rescale,
+        None if guidance_interval is None else (low, high if high < math.inf else None),
+    )
+    requests = [pipe.resolve(replace(settings, prompt=text, seed=seed + k)) for text in texts for k in range(count)]
     writable(out)
     files = draw(pipe, (model or PICTO).name, requests, out)
     for file in files if not as_json else ():
@@ -119,6 +137,71 @@ def writable(folder: Path) -> None:
 
 
 @app.command()
+def likelihood(
+    image: Annotated[Path, typer.Argument(metavar="IMAGE", show_default=False)],
+    prompt: Annotated[str | None, typer.Option(help="What the picture shows; without it, log p(z) alone.")] = None,
+    model: Annotated[Path | None, typer.Option(help="Folder of a model; the default is the one shipped.")] = None,
+    method: Annotated[str, typer.Option(help="ode (exact), elbo (a lower bound) or both.")] = "both",
+    steps: Annotated[int, typer.Option(help="Steps of the ODE; strata of the ELBO's noise levels.")] = 16,
+    tolerance: Annotated[float | None, typer.Option(help="Adaptive steps of the ODE, instead of --steps.")] = None,
+    probes: Annotated[int, typer.Option(help="Of the ODE's divergence; draws of the ELBO's noise.")] = 4,
+    seed: Annotated[int, typer.Option(help="Of the latent, the probes and the noise.")] = 0,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "float32",
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")] = False,
+) -> None:
+    """How probable a picture is: log p(z | prompt), log p(z) and their difference, z ~ q(z | picture) its latent.
+
+    Without guidance. The prompt and no prompt see the same latent, probes and noise. The autoencoder's part stands
+    apart: log p(picture | z) of a Gaussian with its best variance, pixels in [-1, 1], and the entropy of
+    q(z | picture).
+    """
+    if method not in ("ode", "elbo", "both"):
+        raise InputError(f"--method {method}: choose from ode, elbo, both")
+    for name, value in (("--steps", steps), ("--probes", probes)):
+        if not 2 <= value <= 10_000:
+            raise InputError(f"{name} {value}: must be from 2 to 10000")
+    if tolerance is not None and not 1e-12 <= tolerance < 1:
+        raise InputError(f"--tolerance {tolerance}: must be from 1e-12 to below 1")
+    if not 0 <= seed < 2**63:
+        raise InputError(f"--seed {seed}: must be from 0 to 2**63 - 1")
+    from ldm.images import read_picture
+
+    picture = read_picture(image)
+    from ldm import measure
+    from ldm.pipeline import PICTO, Pipeline
+
+    pipe = Pipeline.from_pretrained(model or PICTO, device=device, dtype=dtype)
+    try:
+        record = measure.likelihood(pipe, picture, prompt, method, steps, tolerance, probes, seed)
+    except ValueError as error:
+        raise InputError(f"{image}: {error}") from None
+    record = {"image": str(image), "prompt": prompt, "seed": seed, **record}
+    print(json.dumps(record) if as_json else tables(record))
+
+
+def tables(record: dict) -> str:
+    """A record of `likelihood` for the eye: estimates, the ELBO's terms in nats, and the autoencoder's part."""
+    lines = [f"{'':32}{'nats':>11}{'+-':>9}{'bits/dim':>11}{'+-':>9}"]
+    for method in ("ode", "elbo"):
+        for name, row in record.get(method, {}).items():
+            estimate = f"{row['nats']:11.2f}{row['standard_error']:9.2f}"
+            bits = f"{row['bits_per_dim']:11.4f}{row['bits_per_dim_error']:9.4f}"
+            lines.append(f"{method.upper():5}{name:27}{estimate}{bits}")
+    terms = record.get("elbo_terms", {})
+    for name, row in terms.items():
+        edges = [f"log-SNR {low:.1f} to {high:.1f}" for low, high in pairwise(row["log_snr"])]
+        lines.append(f"terms of -ELBO, {name}")
+        for term, nats in [("prior", row["prior"]), *zip(edges, row["diffusion"], strict=True)]:
+            lines.append(f"     {term:27}{nats:11.2f}")
+        lines.append(f"     {'reconstruction of z':27}{row['reconstruction']:11.2f}")
+    for name, row in record["vae"].items():
+        bits = f"{'':9}{row['bits_per_dim']:11.4f}" if "bits_per_dim" in row else ""
+        lines.append(f"VAE  {name:27}{row['nats']:11.2f}{bits}")
+    return "\n".join(lines)
+
+
+@app.command()
 def train(
     recipe: Annotated[Path, typer.Argument(metavar="RECIPE.yaml")],
     overrides: Annotated[list[str] | None, typer.Option("--set", help="key.path=value, as in the recipe.")] = None,
@@ -134,6 +217,58 @@ def train(
 
 
 @app.command()
+def invert(
+    image: Annotated[Path, typer.Argument(metavar="IMAGE", help="A picture whose sides the VAE can divide.")],
+    prompt: Annotated[str, typer.Option(help="What the picture shows.")] = "",
+    scheme: Annotated[str, typer.Option(help="exact or ode.")] = "exact",
+    steps: Annotated[int, typer.Option(help="Steps of the exact scheme.")] = 50,
+    guidance: Annotated[float, typer.Option(help="Guidance scale; 1 is none.")] = 1.0,
+    rtol: Annotated[float, typer.Option(help="Relative tolerance of the ode scheme.")] = 1e-5,
+    atol: Annotated[float, typer.Option(help="Absolute tolerance of the ode scheme.")] = 1e-5,
+    model: Annotated[Path | None, typer.Option(help="Folder of a model; the default is the one shipped.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder for the noise and the picture that comes back.")] = Path("out"),
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")] = False,
+) -> None:
+    """Take a picture to its noise and back; prints how far the picture that returns is off."""
+    for name, value, low, high in (("steps", steps, 1, 10_000), ("guidance", guidance, 0, 1000)):
+        if not low <= value <= high:
+            raise InputError(f"--{name} {value}: must be from {low} to {high}")
+    for name, value in (("rtol", rtol), ("atol", atol)):
+        if not 0 < value < 1:
+            raise InputError(f"--{name} {value}: must be between 0 and 1")
+    from ldm.images import read_picture, save_png
+
+    picture = read_picture(image)
+    from ldm import measure
+    from ldm.pipeline import PICTO, Pipeline
+
+    pipe = Pipeline.from_pretrained(model or PICTO, device=device, dtype=dtype)
+    options = {"rtol": rtol, "atol": atol} if scheme == "ode" else {}
+    try:
+        inversion = measure.invert(pipe, picture, prompt, scheme, steps, guidance, **options)
+    except ValueError as error:
+        raise InputError(f"{image}: {error}") from None
+    writable(out)
+    name = (model or PICTO).name
+    settings = {"prompt": prompt, "model": name, "scheme": scheme, "steps": steps, "guidance": guidance, **options}
+    files = [out / f"{image.stem}-noise.safetensors", out / f"{image.stem}-back.png"]
+    measure.save_state(inversion.state, files[0], settings)
+    save_png(inversion.picture, files[1], {"ldm-invert": json.dumps(settings)})
+    report({**settings, **inversion.figures, "files": [str(file) for file in files]}, as_json)
+
+
+def report(record: Mapping[str, object], as_json: bool) -> None:
+    """Print a record as one JSON object, or as a table with lists below each other."""
+    if as_json:
+        return print(json.dumps(record))
+    for name, value in record.items():
+        for part in value if isinstance(value, list) else [value]:
+            print(f"{name.replace('_', ' '):26} {f'{part:.4g}' if isinstance(part, float) else part}")
+
+
+@app.command()
 def info() -> None:
     """Versions, devices, attention back ends, and the model that is shipped."""
     from importlib import metadata
@@ -141,6 +276,8 @@ def info() -> None:
     import torch
 
     from ldm import __version__
+    from ldm.diffusion.samplers import SAMPLERS
+    from ldm.diffusion.spacing import SPACINGS
     from ldm.nn.attention import available
     from ldm.pipeline import PICTO
 
@@ -152,6 +289,7 @@ def info() -> None:
     rows["cuda"] = ", ".join(cuda) if cuda else "none"
     for name, reason in available().items():
         rows[f"attention {name}"] = reason or "available"
+    rows["samplers"], rows["spacings"] = ", ".join(SAMPLERS), ", ".join(SPACINGS)
     rows["picto"] = str(PICTO) if PICTO.is_dir() else "not found"
     for name, value in rows.items():
         print(f"{name:20} {value}")

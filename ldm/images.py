@@ -17,8 +17,26 @@ from torch import Tensor
 from ldm.files import publish
 
 # Our names in the words of AUTOMATIC1111's web UI; what it has no word for keeps our name.
-A1111_SAMPLERS = {"ddpm": "DDPM", "ddim": "DDIM", "euler": "Euler", "heun": "Heun", "dpmpp_2m": "DPM++ 2M"}
-A1111_SPACINGS = {"karras": "Karras", "linspace": "Normal", "trailing": "SGM Uniform", "leading": "DDIM"}
+A1111_SAMPLERS = {
+    "ddpm": "DDPM",
+    "ddim": "DDIM",
+    "euler": "Euler",
+    "euler_ancestral": "Euler a",
+    "heun": "Heun",
+    "lms": "LMS",
+    "dpmpp_2m": "DPM++ 2M",
+    "dpmpp_2m_sde": "DPM++ 2M SDE",
+    "dpmpp_3m_sde": "DPM++ 3M SDE",
+    "unipc": "UniPC",
+}
+A1111_SPACINGS = {
+    "karras": "Karras",
+    "exponential": "Exponential",
+    "beta": "Beta",
+    "linspace": "Normal",
+    "trailing": "SGM Uniform",
+    "leading": "DDIM",
+}
 
 
 def from_uint8(pixels: np.ndarray | Tensor) -> Tensor:

@@ -18,8 +18,8 @@ from torch import Tensor
 from ldm.checkpoints.formats import Checkpoint, load_directory
 from ldm.conditioning import Conditioning
 from ldm.diffusion.denoiser import Denoise, Denoiser
-from ldm.diffusion.guidance import guide
-from ldm.diffusion.samplers import SAMPLERS, ddim
+from ldm.diffusion.guidance import EVERYWHERE, guide
+from ldm.diffusion.samplers import SAMPLERS, checked, ddim
 from ldm.diffusion.sde import VPSDE
 from ldm.diffusion.spacing import SPACINGS, Grid, choose
 from ldm.images import from_uint8, to_pil
@@ -47,7 +47,13 @@ class Request:
     sampler: str = "dpmpp_2m"
     spacing: str = "trailing"
     eta: float = 0.0
+    guidance_rescale: float = 0.0
+    guidance_interval: tuple[float, float | None] | None = None  # sigma/alpha (low, high]; None is no limit
     latents: Tensor | None = field(default=None, compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if isinstance(self.guidance_interval, list):  # JSON has no tuples
+            object.__setattr__(self, "guidance_interval", tuple(self.guidance_interval))
 
     def record(self) -> dict[str, Any]:
         """The request as JSON values; `Request(**record)` is the same request, less latents given from outside."""
@@ -69,7 +75,7 @@ class Group:
         self.members = members
         first = members[0][1]
         sampler = partial(ddim, eta=first.eta) if first.eta else SAMPLERS[first.sampler].function
-        self.steps = sampler(x, grid, noise)
+        self.steps = checked(sampler)(x, grid, noise)
         self.x, self.point = next(self.steps)
         self.grid = grid
         self.progress = 0.0
@@ -210,8 +216,9 @@ class Pipeline:
         """Groups of consecutive requests that can march in step."""
 
         def march(item: tuple[int, Request]) -> tuple:
-            r = item[1]
-            return r.height, r.width, r.sampler, r.spacing, r.num_inference_steps, r.eta
+            k, r = item
+            alone = k if SAMPLERS[r.sampler].adaptive else None  # its steps would depend on its neighbours
+            return r.height, r.width, r.sampler, r.spacing, r.num_inference_steps, r.eta, alone
 
         return [self._start(list(members)) for _, members in groupby(arrivals, march)]
 
@@ -232,13 +239,25 @@ class Pipeline:
         return [(some, self._guided([r for g in some for _, r in g.members])) for some in shapes.values()]
 
     def _guided(self, requests: Sequence[Request]) -> Denoise:
-        prompts, negatives = [r.prompt for r in requests], [r.negative_prompt for r in requests]
-        return self.guided(prompts, negatives, torch.tensor([r.guidance_scale for r in requests]))
+        return self.guided(
+            [r.prompt for r in requests],
+            [r.negative_prompt for r in requests],
+            torch.tensor([r.guidance_scale for r in requests]),
+            torch.tensor([r.guidance_rescale for r in requests]),
+            torch.tensor([interval(r) for r in requests], dtype=torch.float64),
+        )
 
-    def guided(self, prompts: Sequence[str], negatives: Sequence[str], scale: float | Tensor = 1.0) -> Denoise:
-        """The denoiser of one row per prompt; scale 1 is the conditional model."""
+    def guided(
+        self,
+        prompts: Sequence[str],
+        negatives: Sequence[str],
+        scale: float | Tensor = 1.0,
+        rescale: float | Tensor = 0.0,
+        interval: tuple[float, float] | Tensor = EVERYWHERE,
+    ) -> Denoise:
+        """The denoiser of one row per prompt, guided as `guide` says; scale 1 is the conditional model."""
         cond, uncond = (Conditioning.cat([self.text(text) for text in texts]) for texts in (prompts, negatives))
-        return guide(self.denoiser, cond, uncond, scale)
+        return guide(self.denoiser, cond, uncond, scale, rescale, interval)
 
     @torch.inference_mode()
     def encode(self, pictures: Sequence[Image.Image]) -> Posterior:
@@ -257,8 +276,9 @@ class Pipeline:
         if prompt not in self._texts:
             if len(self._texts) >= TEXTS_KEPT:
                 self._texts.pop(next(iter(self._texts)))
-            context = embed(self.model.text, tokens(self.model.tokenizer, [prompt]))
-            self._texts[prompt] = self.model.unet.project(Conditioning(context))
+            with torch.inference_mode(False), torch.no_grad():  # kept for later calls, which may want gradients in x
+                context = embed(self.model.text, tokens(self.model.tokenizer, [prompt]))
+                self._texts[prompt] = self.model.unet.project(Conditioning(context))
         return self._texts[prompt]
 
     def grid(self, request: Request) -> Grid:
@@ -291,6 +311,12 @@ def spaced(sde: VPSDE, spacing: str, steps: int) -> Grid:
     return SPACINGS[spacing](sde, steps)
 
 
+def interval(request: Request) -> tuple[float, float]:
+    """Where a request guides, in sigma/alpha: (low, high]."""
+    low, high = request.guidance_interval or (EVERYWHERE[0], None)
+    return low, EVERYWHERE[1] if high is None else high
+
+
 def check(request: Request, multiple: int) -> None:
     """ValueError for a value that no picture can have."""
     for name in ("height", "width"):
@@ -302,6 +328,11 @@ def check(request: Request, multiple: int) -> None:
         raise ValueError(f"steps {steps}: must be from 1 to {MAX_STEPS}")
     if scale is None or not 0 <= scale <= 1000:  # also refuses NaN
         raise ValueError(f"guidance {scale}: must be from 0 to 1000")
+    if not 0 <= request.guidance_rescale <= 1:
+        raise ValueError(f"guidance rescale {request.guidance_rescale}: must be from 0 to 1")
+    low, high = interval(request)
+    if not 0 <= low < high:
+        raise ValueError(f"guidance interval {low:g} to {high:g}: must be 0 <= low < high, in sigma/alpha")
     if not 0 <= request.seed < 2**63:
         raise ValueError(f"seed {request.seed}: must be from 0 to 2**63 - 1")
     choose(SAMPLERS, request.sampler, "sampler")

@@ -83,6 +83,8 @@ def truncated(tiny, tmp_path):
         (["a cat", "--width", "30"], "width 30: must be a multiple of 4"),
         (["a cat", "--height", "99999999999"], "height 99999999999"),
         (["a cat", "--eta", "2"], "eta 2"),
+        (["a cat", "--guidance-rescale", "2"], "guidance rescale 2"),
+        (["a cat", "--guidance-interval", "5", "1"], "guidance interval 5 to 1"),
         (["a cat", "--dtype", "int8"], "dtype 'int8': choose from"),
         (["a cat", "--device", "gpu"], "gpu"),
         (["a cat", "--colour", "red"], "--colour"),

@@ -20,7 +20,7 @@ LAYERS = (
     {"checkpoints"},
     {"images"},
     {"pipeline", "data"},
-    {"train", "jobs", "evaluate"},
+    {"train", "jobs", "evaluate", "measure"},
     {""},  # ldm/__init__.py, which offers the pipeline to users and is nobody's short cut inside
     {"cli", "__main__"},
 )

@@ -1,12 +1,14 @@
 """The laws of the pipeline: a picture is a function of its request, and equals diffusers' on the same weights."""
 
 import dataclasses
+import json
 
 import numpy as np
 import pytest
 import torch
 
 import ldm.nn._torchvision  # noqa: F401  must come before diffusers
+from ldm.diffusion.samplers import SAMPLERS
 from ldm.pipeline import PICTO, Pipeline, Request
 
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, StableDiffusionPipeline  # isort: skip
@@ -18,7 +20,10 @@ MIXED = [
     Request("a cat", seed=4, sampler="ddpm", spacing="log_snr", height=48),
     Request("a dog on a blue background", seed=5, guidance_scale=7.5),
     Request("", seed=6, sampler="ddim", eta=0.5, num_inference_steps=9),
-    Request("a red apple", seed=7),
+    Request("a red apple", seed=7, guidance_scale=5.0, guidance_rescale=0.7, guidance_interval=(0.3, None)),
+    Request("a cat", seed=8, sampler="rk45", num_inference_steps=3),
+    Request("two stars", seed=9, sampler="rk45", num_inference_steps=3),
+    Request("a dog", seed=10, sampler="dpmpp_2m_sde", spacing="beta", num_inference_steps=5),
 ]
 
 
@@ -30,7 +35,7 @@ def difference(a, b):
 def test_a_picture_is_the_same_in_any_batch_and_any_order(tiny, pipe, batch_size):
     alone = [pipe.generate([request])[0] for request in MIXED]
     other = Pipeline(pipe.model, batch_size)
-    for order in (range(len(MIXED)), [5, 2, 6, 0, 3, 1, 4]):
+    for order in (range(len(MIXED)), [5, 2, 8, 6, 0, 9, 3, 1, 4, 7]):
         pictures = other.generate([MIXED[k] for k in order])
         assert max(difference(alone[k], picture) for k, picture in zip(order, pictures, strict=True)) <= 1
 
@@ -49,14 +54,40 @@ def test_guidance_scale_one_is_no_guidance(pipe):
     assert difference(guided, other) > 0 and difference(plain, guided) > 0
 
 
+def test_guidance_outside_every_level_s_interval_is_none(pipe):
+    plain = pipe("a cat", guidance_scale=1.0).images[0]
+    within, without = (
+        pipe("a cat", guidance_scale=4.0, guidance_interval=bounds).images[0] for bounds in [(0, None), (1e6, 1e7)]
+    )
+    assert difference(plain, without) == 0
+    assert difference(within, pipe("a cat", guidance_scale=4.0).images[0]) == 0 and difference(plain, within) > 0
+
+
+def test_a_text_that_has_been_drawn_still_lets_gradients_through(pipe):
+    pipe("a cat", num_inference_steps=2)
+    x = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    pipe.guided(["a cat"], [""])(x, pipe.model.sde.at(0.5)).sum().backward()
+    assert x.grad is not None and x.grad.abs().max() > 0
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_every_sampler_draws(pipe, sampler):
+    """With progress that adds up to one picture, also where questions lie between the grid's points."""
+    shares = []
+    request = Request("a cat", sampler=sampler, num_inference_steps=4)
+    (picture,) = pipe.generate([request], shares.append)
+    assert sum(shares) == pytest.approx(1) and min(shares) >= 0
+    assert np.asarray(picture).std() > 0
+
+
 def test_latents_replace_the_initial_noise(pipe):
     noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(5))
     assert difference(pipe("a cat", latents=noise).images[0], pipe("a cat", seed=5).images[0]) == 0
 
 
 def test_a_record_is_the_request(pipe):
-    request = pipe.resolve(MIXED[5])
-    assert Request(**request.record()) == request
+    for request in map(pipe.resolve, (MIXED[5], MIXED[6])):
+        assert Request(**json.loads(json.dumps(request.record()))) == request
 
 
 def diffusers_picture(folder, scheduler, prompt, steps, guidance, noise, **options):
@@ -99,6 +130,8 @@ def test_diffusers_loads_our_files_and_draws_the_same_picture(model, sampler, sc
         ({"num_inference_steps": 1001, "spacing": "trailing"}, "1001 steps"),
         ({"guidance_scale": float("nan")}, "guidance nan"),
         ({"seed": -1}, "seed -1"),
+        ({"guidance_rescale": 1.5}, "guidance rescale 1.5"),
+        ({"guidance_interval": (2.0, 1.0)}, "guidance interval 2 to 1"),
         ({"sampler": "dpm"}, "sampler 'dpm': choose from ddpm"),
         ({"spacing": "even"}, "spacing 'even': choose from linspace"),
         ({"eta": 0.5}, "eta 0.5"),

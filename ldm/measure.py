@@ -1,0 +1,145 @@
+"""Measurements of a picture under a model: how probable it is, and the noise that it comes from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ldm.diffusion.denoiser import Counted
+from ldm.diffusion.inversion import SCHEMES, round_trip
+from ldm.diffusion.likelihood import (
+    Elbo,
+    Estimate,
+    elbo,
+    entropy,
+    frozen,
+    hutchinson,
+    log_likelihood,
+    log_likelihood_adaptive,
+    reconstruction,
+)
+from ldm.diffusion.spacing import choose, log_snr
+from ldm.files import publish
+from ldm.images import from_uint8, to_pil
+from ldm.nn.vae import Posterior, decode
+from ldm.pipeline import Pipeline
+from ldm.rng import Noise
+
+
+def likelihood(
+    pipe: Pipeline,
+    picture: Image.Image,
+    prompt: str | None = None,
+    method: str = "both",
+    steps: int = 16,
+    tolerance: float | None = None,
+    probes: int = 4,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """log p(z | prompt), log p(z) and their difference, z ~ q(z | picture): JSON values, nats and bits per dimension.
+
+    `method` is ode, elbo or both. The prompt and no prompt see the same latent, probes and noise. The autoencoder's
+    part stands apart, under "vae". ValueError for a picture that the VAE cannot divide.
+    """
+    posterior = pipe.encode([picture])
+    texts = {"log p(z)": ""} if prompt is None else {"log p(z | prompt)": prompt, "log p(z)": ""}
+    record: dict[str, Any] = {"latent": list(posterior.mean.shape[1:])}
+    if method in ("ode", "both"):
+        flows = {name: flow(pipe, posterior, text, steps, tolerance, probes, seed) for name, text in texts.items()}
+        record["ode"] = compared(flows)
+    if method in ("elbo", "both"):
+        bounds = {name: bound(pipe, posterior, text, steps, probes, seed) for name, text in texts.items()}
+        record["elbo"] = compared({name: part.bound for name, part in bounds.items()})
+        record["elbo_terms"] = {name: part.records()[0] for name, part in bounds.items()}
+    record["vae"] = autoencoder(pipe, picture, posterior, seed)
+    return record
+
+
+def flow(
+    pipe: Pipeline, posterior: Posterior, text: str, steps: int, tolerance: float | None, probes: int, seed: int
+) -> Estimate:
+    """log p(z | text) by the probability-flow ODE, in fixed steps or to a tolerance."""
+    sde, denoise, noise = pipe.model.sde, pipe.guided([text], [""]), Noise([seed])
+    z = posterior.sample(noise(posterior.mean))
+    if tolerance is None:
+        return log_likelihood(denoise, z, log_snr(sde, steps), hutchinson(noise, probes))
+    return log_likelihood_adaptive(denoise, z, sde, hutchinson(frozen(noise), probes), tolerance=tolerance)
+
+
+def bound(pipe: Pipeline, posterior: Posterior, text: str, steps: int, draws: int, seed: int) -> Elbo:
+    """The continuous ELBO of log p(z | text), of the same z as the flow's."""
+    noise = Noise([seed])
+    z = posterior.sample(noise(posterior.mean))
+    return elbo(pipe.guided([text], [""]), z, log_snr(pipe.model.sde, steps + 1), noise, draws)
+
+
+def autoencoder(pipe: Pipeline, picture: Image.Image, posterior: Posterior, seed: int) -> dict[str, dict[str, float]]:
+    """The autoencoder's part: the entropy of q(z | picture), and log p(picture | z), of pixels in [-1, 1]."""
+    x = from_uint8(np.array(picture)[None]).to(posterior.mean.device)
+    drawn = decode(pipe.model.vae, posterior.sample(Noise([seed])(posterior.mean)))
+    nats = Estimate(reconstruction(x, drawn)[:, None], x.numel(), 1)
+    error = (x - drawn).double().square().mean().sqrt().item()
+    pixels = {"nats": nats.nats.item(), "bits_per_dim": nats.bits_per_dim.item(), "sigma": error}
+    return {"log p(picture | z)": pixels, "entropy of q(z | picture)": {"nats": entropy(posterior.std).item()}}
+
+
+def compared(estimates: dict[str, Estimate]) -> dict[str, dict[str, float]]:
+    """Records by name and, of two estimates with common noise, their difference."""
+    named = dict(estimates)
+    if len(estimates) == 2:
+        first, second = estimates.values()
+        named["difference"] = first - second
+    return {name: estimate.records()[0] for name, estimate in named.items()}
+
+
+@dataclass(frozen=True)
+class Inversion:
+    """What a picture's inversion ends in, the picture that comes back from there, and how far it is off."""
+
+    state: tuple[Tensor, ...]
+    picture: Image.Image
+    figures: dict[str, float]
+
+
+@torch.inference_mode()
+def invert(
+    pipe: Pipeline, picture: Image.Image, prompt: str, scheme: str, steps: int, guidance: float, **options: float
+) -> Inversion:
+    """A picture to its noise and back by a row of `SCHEMES`; errors are of the latent, and in levels of 255."""
+    chosen = choose(SCHEMES, scheme, "scheme")
+    z, grid = pipe.encode([picture]).mean, log_snr(pipe.model.sde, steps)
+    denoise = Counted(pipe.guided([prompt], [""], guidance))
+    trip = round_trip(chosen, denoise, z, grid, **options)
+    through_vae, back = to_pil(decode(pipe.model.vae, torch.cat([z, trip.x0.to(z)])))
+    noise = trip.state[0]
+    figures = {
+        "latent_max_error": trip.max_error.item(),
+        "latent_rms_error": trip.rms_error.item(),
+        "noise_mean": noise.mean().item(),
+        "noise_std": noise.std().item(),
+        "evaluations": denoise.evaluations,
+        "picture_rms_error": rms_levels(picture, back),
+        "picture_rms_error_of_vae": rms_levels(picture, through_vae),
+    }
+    return Inversion(trip.state, back, figures)
+
+
+def save_state(state: Sequence[Tensor], path: Path, settings: Mapping[str, object]) -> None:
+    """Publish what an inversion ends in, float64: the noise, and what else its way back needs."""
+    names = ("noise", "below")
+    with publish(path) as draft:
+        tensors = {name: part.contiguous().cpu() for name, part in zip(names, state, strict=False)}
+        save_file(tensors, draft, {name: str(value) for name, value in settings.items()})
+
+
+def rms_levels(a: Image.Image, b: Image.Image) -> float:
+    """The root mean square difference of two pictures of one size, in levels of 255."""
+    return float(np.sqrt(np.mean((np.asarray(a, np.float64) - np.asarray(b, np.float64)) ** 2)))
