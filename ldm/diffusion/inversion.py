@@ -18,22 +18,11 @@ import torch
 from torch import Tensor
 
 from ldm.diffusion.denoiser import Denoise
+from ldm.diffusion.dormand_prince import ERROR, NODES, STAGES
 from ldm.diffusion.sde import VPSDE, Point, per_image
 from ldm.diffusion.spacing import Grid
 
 State = tuple[Tensor, ...]  # the noise, then whatever else the way back needs
-
-# Dormand & Prince 1980, table 2: nodes, stages (the last is the fifth-order answer), fifth minus fourth order.
-NODES = (1 / 5, 3 / 10, 4 / 5, 8 / 9, 1.0, 1.0)
-STAGES = (
-    (1 / 5,),
-    (3 / 40, 9 / 40),
-    (44 / 45, -56 / 15, 32 / 9),
-    (19372 / 6561, -25360 / 2187, 64448 / 6561, -212 / 729),
-    (9017 / 3168, -355 / 33, 46732 / 5247, 49 / 176, -5103 / 18656),
-    (35 / 384, 0.0, 500 / 1113, 125 / 192, -2187 / 6784, 11 / 84),
-)
-ERROR = (71 / 57600, 0.0, -71 / 16695, 71 / 1920, -17253 / 339200, 22 / 525, -1 / 40)
 
 # The exact scheme's states are whole multiples of QUANTUM below LARGEST: float64 adds and subtracts them without error.
 QUANTUM = 2.0**-40

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from ldm.diffusion.denoiser import Denoise
+from ldm.diffusion.dormand_prince import ERROR, NODES, STAGES
 from ldm.diffusion.sde import Point
 from ldm.diffusion.spacing import Grid
 from ldm.rng import Noise
@@ -377,18 +378,6 @@ def langevin(x: Tensor, grid: Grid, noise: Noise, eps: float = 0.3, repeat: int 
     return x
 
 
-C = np.array([1 / 5, 3 / 10, 4 / 5, 8 / 9, 1, 1])  # Dormand & Prince 1980, table 2: RK5(4)7M
-A = (
-    (1 / 5,),
-    (3 / 40, 9 / 40),
-    (44 / 45, -56 / 15, 32 / 9),
-    (19372 / 6561, -25360 / 2187, 64448 / 6561, -212 / 729),
-    (9017 / 3168, -355 / 33, 46732 / 5247, 49 / 176, -5103 / 18656),
-    (35 / 384, 0.0, 500 / 1113, 125 / 192, -2187 / 6784, 11 / 84),
-)
-E = (71 / 57600, 0.0, -71 / 16695, 71 / 1920, -17253 / 339200, 22 / 525, -1 / 40)  # fifth order less fourth
-
-
 def rk45(x: Tensor, grid: Grid, noise: Noise, atol: float = 1e-4, rtol: float = 1e-4) -> Steps:
     """The probability flow by Dormand & Prince's 5(4) pair with steps of its own, from grid[0] to the last noisy level.
 
@@ -407,10 +396,10 @@ def rk45(x: Tensor, grid: Grid, noise: Noise, atol: float = 1e-4, rtol: float = 
         while phi - end > 1e-12:
             h = max(h, end - phi)
             slopes, y = [v], x
-            for a, point in zip(A, _at_angles(grid, phi + C * h), strict=True):
+            for a, point in zip(STAGES, _at_angles(grid, phi + np.array(NODES) * h), strict=True):
                 y = x + h * _combine(a, slopes)
                 slopes.append(_velocity(y, (yield y, point), point))
-            error = h * _combine(E, slopes) / (atol + rtol * torch.maximum(x.abs(), y.abs()))
+            error = h * _combine(ERROR, slopes) / (atol + rtol * torch.maximum(x.abs(), y.abs()))
             worst = error.flatten(1).square().mean(1).max().sqrt().item()
             if not worst < math.inf or abs(h) < 1e-9:
                 raise ValueError(f"rk45: no step from t = {point.t:.4g} keeps within atol {atol:g} and rtol {rtol:g}")
