@@ -1,23 +1,29 @@
 """Conditioning: rows are cut and joined without change."""
 
+import pytest
 import torch
 
 from ldm.conditioning import Conditioning
 
 
-def projected(rows, seed=0):
+def projected(rows, seed=0, added=False):
     g = torch.Generator().manual_seed(seed)
     draw = lambda: torch.randn(rows, 3, 4, generator=g)
-    return Conditioning(draw(), ((draw(), draw()), (draw(), draw())))
+    return Conditioning(draw(), ((draw(), draw()), (draw(), draw())), draw()[:, 0] if added else None)
 
 
 def equal(a, b):
-    flat = lambda c: [c.context, *(t for pair in c.keys_values or () for t in pair)]
+    flat = lambda c: [
+        c.context,
+        *(t for pair in c.keys_values or () for t in pair),
+        *([] if c.added is None else [c.added]),
+    ]
     return len(flat(a)) == len(flat(b)) and all(torch.equal(x, y) for x, y in zip(flat(a), flat(b), strict=True))
 
 
-def test_joining_the_rows_of_a_conditioning_gives_it_back():
-    cond = projected(5)
+@pytest.mark.parametrize("added", [False, True])
+def test_joining_the_rows_of_a_conditioning_gives_it_back(added):
+    cond = projected(5, added=added)
     assert len(cond) == 5
     assert equal(Conditioning.cat([cond[:2], cond[2:3], cond[3:]]), cond)
     assert equal(cond[torch.tensor([3, 1])], Conditioning.cat([cond[3:4], cond[1:2]]))
@@ -27,3 +33,11 @@ def test_joining_the_rows_of_a_conditioning_gives_it_back():
 def test_a_part_without_keys_and_values_leaves_the_projection_to_the_network():
     joined = Conditioning.cat([projected(2), Conditioning(torch.zeros(1, 3, 4))])
     assert joined.keys_values is None and len(joined) == 3
+
+
+def test_the_added_vector_is_of_all_rows_or_of_none():
+    rows = projected(2, added=True)
+    joined = Conditioning.cat([rows, Conditioning(rows.context, added=rows.added)])
+    assert joined.keys_values is None and torch.equal(joined.added[2:], rows.added)
+    with pytest.raises(ValueError, match="1 of 2 parts have an added vector"):
+        Conditioning.cat([rows, projected(1)])

@@ -1,13 +1,13 @@
 """The conditional U-Net of latent diffusion: Rombach et al. 2022 (arXiv:2112.10752), sec. 3.3.
 
 Parameter names and configuration fields are those of diffusers' UNet2DConditionModel, so that its files, Stable
-Diffusion 1.x and 2.x among them, load with strict=True.
+Diffusion 1.x, 2.x and XL among them, load with strict=True.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from itertools import zip_longest
 from typing import Any, cast
 
@@ -42,7 +42,9 @@ MID_BLOCKS = {
 }  # resnets, transformers
 TIME_SCALE_SHIFTS = {"default": False, "scale_shift": True}
 TIME_EMBEDDINGS = {"positional": 4, "fourier": 2}  # width of the embedding over block_out_channels[0]
+ADDITIONS = {None: False, "text_time": True}  # does the timestep embedding take Conditioning.added?
 CHOICES: dict[str, Mapping[Any, Any]] = {
+    "addition_embed_type": ADDITIONS,
     "down_block_types": DOWN_BLOCKS,
     "up_block_types": UP_BLOCKS,
     "mid_block_type": MID_BLOCKS,
@@ -60,9 +62,7 @@ PER_LEVEL = (
 # diffusers' fields that are not implemented, with the only value that is understood.
 NEUTRAL: dict[str, Any] = {
     "act_fn": "silu",
-    "addition_embed_type": None,
     "addition_embed_type_num_heads": 64,
-    "addition_time_embed_dim": None,
     "attention_type": "default",
     "class_embed_type": None,
     "class_embeddings_concat": False,
@@ -79,7 +79,6 @@ NEUTRAL: dict[str, Any] = {
     "num_attention_heads": None,
     "num_class_embeds": None,
     "only_cross_attention": False,
-    "projection_class_embeddings_input_dim": None,
     "resnet_out_scale_factor": 1,
     "resnet_skip_time_act": False,
     "reverse_transformer_layers_per_block": None,
@@ -120,6 +119,9 @@ class UNetConfig:
     use_linear_projection: bool = False
     upcast_attention: bool = False
     resnet_time_scale_shift: str = "default"
+    addition_embed_type: str | None = None
+    addition_time_embed_dim: int | None = None
+    projection_class_embeddings_input_dim: int | None = None
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -133,6 +135,9 @@ class UNetConfig:
                     raise ValueError(f"U-Net {name} {choice!r}: choose from {', '.join(map(str, table))}")
         for name in PER_LEVEL:
             self.per_level(name)
+        for name in ("addition_time_embed_dim", "projection_class_embeddings_input_dim"):
+            if ADDITIONS[self.addition_embed_type] and not getattr(self, name):
+                raise ValueError(f"U-Net {name} {getattr(self, name)!r}: {self.addition_embed_type} needs a width")
         for width, heads in zip(self.block_out_channels, self.per_level("attention_head_dim"), strict=True):
             for name, divisor in (("norm_num_groups", self.norm_num_groups), ("attention_head_dim", heads)):
                 if width % divisor:
@@ -213,7 +218,7 @@ class UNet(nn.Module):
     """The network of a `Denoiser`: (x [B, C, H, W], t [B], text) -> [B, C', H, W] in the dtype of its weights.
 
     H and W are free, odd sizes included; t counts 0 to 999 and may be fractional. `attention` names a row of
-    `ATTENTION`; ValueError where that back end cannot be used here.
+    `ATTENTION`; ValueError where that back end cannot be used here, and where `text.added` and `added` do not agree.
     """
 
     def __init__(self, config: UNetConfig, attention: str = "sdpa") -> None:
@@ -228,6 +233,12 @@ class UNet(nn.Module):
             else Positional(widths[0], config.flip_sin_to_cos, config.freq_shift)
         )
         self.time_embedding = TimestepEmbedding(self.time_proj.width, emb)
+        self.add_time_proj = self.add_embedding = None
+        if ADDITIONS[config.addition_embed_type]:
+            self.add_time_proj = Positional(
+                config.addition_time_embed_dim or 0, config.flip_sin_to_cos, config.freq_shift
+            )
+            self.add_embedding = TimestepEmbedding(config.projection_class_embeddings_input_dim or 0, emb)
 
         dim, skips = widths[0], [widths[0]]
         self.down_blocks = nn.ModuleList()
@@ -275,11 +286,36 @@ class UNet(nn.Module):
             return cond
         context = cond.context.to(self.dtype)
         crosses = [block.attn2 for block in self.modules() if isinstance(block, TransformerBlock)]
-        return Conditioning(cond.context, tuple(cross.project(context) for cross in crosses))
+        return replace(cond, keys_values=tuple(cross.project(context) for cross in crosses))
+
+    def added(self, pooled: Tensor, time_ids: Tensor) -> Tensor:
+        """`Conditioning.added` [B, P + n width]: the text's pooled vector [B, P] and the waves of its time ids [B, n].
+
+        SDXL's ids are the original height and width, the crop's top and left, the height and width to draw, in pixels
+        (Podell et al. 2023, arXiv:2307.01952, sec. 2.2). float32. ValueError where the U-Net takes none, or as many.
+        """
+        if self.add_time_proj is None:
+            raise ValueError("this U-Net takes no pooled text and time ids")
+        waves = self.add_time_proj(time_ids.flatten()).view(len(time_ids), -1)
+        added = torch.cat([pooled.float(), waves], dim=-1)
+        if added.shape[-1] != self.config.projection_class_embeddings_input_dim:
+            raise ValueError(
+                f"pooled text of {pooled.shape[-1]} and {time_ids.shape[-1]} time ids: {added.shape[-1]} numbers, "
+                f"and this U-Net takes {self.config.projection_class_embeddings_input_dim}"
+            )
+        return added
+
+    def embedding(self, t: Tensor, cond: Conditioning) -> Tensor:
+        """What every residual block is told, [B, E]: the timestep, and `cond.added` where the U-Net takes it."""
+        emb = self.time_embedding(self.time_proj(t).to(self.dtype))
+        if (self.add_embedding is None) != (cond.added is None):
+            takes = "takes no" if self.add_embedding is None else "needs"
+            raise ValueError(f"this U-Net {takes} pooled text and time ids (Conditioning.added)")
+        return emb if self.add_embedding is None else emb + self.add_embedding(cast(Tensor, cond.added).to(self.dtype))
 
     def forward(self, x: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
         pairs = iter(self.project(cond).keys_values or ())
-        emb = F.silu(self.time_embedding(self.time_proj(t).to(self.dtype)))
+        emb = F.silu(self.embedding(t, cond))
         x = x.to(self.dtype)
         x = self.conv_in(2 * x - 1 if self.config.center_input_sample else x)
         skips = [x]

@@ -14,6 +14,7 @@ import ldm.nn._torchvision  # noqa: F401
 from diffusers import UNet2DConditionModel  # after the repair of torchvision
 from peft import LoraConfig, inject_adapter_in_model
 
+from ldm.checkpoints.families import FAMILIES
 from ldm.conditioning import Conditioning
 from ldm.nn.unet import NEUTRAL, UNet, UNetConfig
 
@@ -41,6 +42,18 @@ CONFIGS = {
     "no attention": replace(TINY, mid_block_type="UNetMidBlock2D", **NOWHERE),
     "no middle": replace(TINY, mid_block_type=None),
     "scale and shift": replace(TINY, resnet_time_scale_shift="scale_shift", norm_eps=1e-3),
+    "SDXL": replace(
+        TINY,
+        block_out_channels=(16, 16, 32),
+        down_block_types=("DownBlock2D", *2 * ("CrossAttnDownBlock2D",)),
+        up_block_types=(*2 * ("CrossAttnUpBlock2D",), "UpBlock2D"),
+        attention_head_dim=(1, 2, 4),
+        transformer_layers_per_block=(1, 2, 3),
+        use_linear_projection=True,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=6 * 8 + 10,
+    ),
     "three levels": replace(
         TINY,
         block_out_channels=(16, 16, 32),
@@ -71,15 +84,29 @@ def twin(model: UNet2DConditionModel, config: UNetConfig) -> UNet:
 
 
 def inputs(config: UNetConfig, height: int = 8, width: int = 8, rows: int = 2):
-    x = noise(rows, config.in_channels, height, width, seed=1)
-    return x, torch.linspace(3.25, 999, rows), Conditioning(noise(rows, 7, config.cross_attention_dim, seed=2))
+    x, text = noise(rows, config.in_channels, height, width, seed=1), noise(rows, 7, config.cross_attention_dim, seed=2)
+    added = None if config.addition_embed_type is None else UNet(config).added(*pooled_and_ids(rows))
+    return x, torch.linspace(3.25, 999, rows), Conditioning(text, added=added)
+
+
+def pooled_and_ids(rows: int):
+    """The text as one vector of 10 numbers, and SDXL's six sizes in pixels."""
+    return noise(rows, 10, seed=3), torch.tensor([[1024, 769, 0, 13, 1023, 768.0]]) + torch.arange(rows)[:, None]
+
+
+def call(model, x, t, cond):
+    """Either implementation's output; diffusers embeds the ids itself."""
+    if isinstance(model, UNet):
+        return model(x, t, cond)
+    added = dict(zip(("text_embeds", "time_ids"), pooled_and_ids(len(x)), strict=True))
+    return model(x, t, cond.context, added_cond_kwargs=None if cond.added is None else added).sample
 
 
 def output_and_gradients(model, config: UNetConfig, height: int, width: int) -> dict[str, torch.Tensor]:
     """By name: the output, and the gradients of its mean square in the input, the text and every parameter."""
     x, t, cond = inputs(config, height, width)
     x.requires_grad_(), cond.context.requires_grad_()
-    y = model(x, t, cond) if isinstance(model, UNet) else model(x, t, cond.context).sample
+    y = call(model, x, t, cond)
     y.square().mean().backward()
     parameters = {name: p.grad for name, p in model.named_parameters()}
     found = {"output": y, "input": x.grad, "text": cond.context.grad, **parameters}
@@ -101,8 +128,9 @@ def test_equals_diffusers(name, size):
     [
         UNetConfig(cross_attention_dim=768),
         UNetConfig(cross_attention_dim=1024, attention_head_dim=(5, 10, 20, 20), use_linear_projection=True),
+        UNetConfig.from_dict(FAMILIES["sdxl"].unet),
     ],
-    ids=["SD 1.5", "SD 2.1"],
+    ids=["SD 1.5", "SD 2.1", "SDXL"],
 )
 def test_full_size_models_have_the_tensors_of_their_files(config):
     with torch.device("meta"):
@@ -110,7 +138,7 @@ def test_full_size_models_have_the_tensors_of_their_files(config):
     assert {k: v.shape for k, v in ours.items()} == {k: v.shape for k, v in theirs.items()}
 
 
-@pytest.mark.parametrize("name", ["SD 1", "SD 2", "uneven", "no attention"])
+@pytest.mark.parametrize("name", ["SD 1", "SD 2", "SDXL", "uneven", "no attention"])
 def test_projecting_the_text_first_changes_no_bit(name):
     config = CONFIGS[name]
     unet = twin(oracle(config), config).eval()
@@ -129,6 +157,19 @@ def test_projected_text_is_all_that_is_read():
     assert torch.equal(unet(x, t, wrong), unet(x, t, cond))
 
 
+def test_pooled_text_and_time_ids_are_given_where_they_are_taken_and_nowhere_else():
+    with_added, without = (twin(oracle(CONFIGS[name]), CONFIGS[name]) for name in ("SDXL", "SD 1"))
+    x, t, cond = inputs(with_added.config)
+    with pytest.raises(ValueError, match="needs pooled text and time ids"):
+        with_added(x, t, Conditioning(cond.context))
+    with pytest.raises(ValueError, match="takes no pooled text and time ids"):
+        without(x, t, cond)
+    with pytest.raises(ValueError, match="takes no pooled text"):
+        without.added(*pooled_and_ids(2))
+    with pytest.raises(ValueError, match="pooled text of 9 and 6 time ids: 57 numbers, and this U-Net takes 58"):
+        with_added.added(pooled_and_ids(2)[0][:, 1:], pooled_and_ids(2)[1])
+
+
 def test_attention_back_ends_agree():
     config = CONFIGS["picto"]
     unet = twin(oracle(config), config)
@@ -143,8 +184,9 @@ def test_attention_back_ends_agree():
         UNet(config, attention="fast")
 
 
-def test_rows_are_independent_and_memory_layout_is_immaterial():
-    config = CONFIGS["picto"]
+@pytest.mark.parametrize("name", ["picto", "SDXL"])
+def test_rows_are_independent_and_memory_layout_is_immaterial(name):
+    config = CONFIGS[name]
     unet = twin(oracle(config), config).eval()
     x, t, cond = inputs(config, rows=3)
     y = unet(x, t, cond)
@@ -156,7 +198,7 @@ def test_rows_are_independent_and_memory_layout_is_immaterial():
     torch.testing.assert_close(unet(x.to(memory_format=torch.channels_last), t, cond), y, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["SD 1", "fourier"])
+@pytest.mark.parametrize("name", ["SD 1", "fourier", "SDXL"])
 def test_time_is_seen_in_float32_by_a_half_precision_network(name):
     """A bfloat16 timestep or frequency near 999 would be off by whole waves; 3 % is bfloat16 everywhere else."""
     config = CONFIGS[name]
@@ -224,7 +266,9 @@ def test_every_field_of_diffusers_is_ours_or_refused_unless_neutral():
 @pytest.mark.parametrize(
     "fields, message",
     [
-        ({"addition_embed_type": "text_time"}, "addition_embed_type = 'text_time' is not supported"),
+        ({"class_embed_type": "timestep"}, "class_embed_type = 'timestep' is not supported"),
+        ({"addition_embed_type": "text_image"}, "addition_embed_type 'text_image': choose from None, text_time"),
+        ({"addition_embed_type": "text_time"}, "addition_time_embed_dim None: text_time needs a width"),
         ({"chanels": 4}, "unknown field chanels = 4"),
         ({"_class_name": "UNet2DModel"}, "'UNet2DModel'"),
         ({"down_block_types": ["KDownBlock2D"] * 4}, "down_block_types 'KDownBlock2D': choose from"),
