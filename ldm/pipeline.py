@@ -23,14 +23,14 @@ from ldm.diffusion.samplers import SAMPLERS, checked, ddim
 from ldm.diffusion.sde import VPSDE
 from ldm.diffusion.spacing import SPACINGS, Grid, choose
 from ldm.images import from_uint8, to_pil
-from ldm.nn.text import embed, tokens
+from ldm.nn.text import Chunk, chunks, embed_chunk
 from ldm.nn.vae import Posterior, decode, downscale, encode
 from ldm.rng import Noise
 
 PICTO = Path(__file__).resolve().parent.parent / "weights" / "picto"
 MAX_SIDE = 8192  # pixels
 MAX_STEPS = 10_000
-TEXTS_KEPT = 256  # prompts whose keys and values stay at hand
+CHUNKS_KEPT = 256  # of prompts, whose keys and values stay at hand
 
 
 @dataclass(frozen=True)
@@ -101,15 +101,17 @@ class Group:
 class Pipeline:
     """A text-to-image model that draws requests of any mixture of prompts, seeds, sizes, steps, samplers and guidance.
 
-    Its scheduler joins the questions of all running groups into one call of the network for each latent shape, retires
-    what is finished and admits what waits: continuous batching.
+    Its scheduler joins the questions of all running groups into one call of the network for each shape of latents and
+    text, retires what is finished and admits what waits: continuous batching. Prompts may be of any length and weigh
+    their words, as `ldm.nn.prompts.parse` says.
     """
 
     def __init__(self, model: Checkpoint, batch_size: int = 8) -> None:
         self.model = model
         self.batch_size = batch_size
         self.denoiser = Denoiser(model.unet, model.sde, model.prediction, model.unet.dtype)
-        self._texts: dict[str, Conditioning] = {}
+        self.chunks = lru_cache(CHUNKS_KEPT)(partial(chunks, model.tokenizer))
+        self._projected = lru_cache(CHUNKS_KEPT)(partial(projected, model))
 
     @classmethod
     def from_pretrained(
@@ -135,7 +137,7 @@ class Pipeline:
         """Move the networks; returns the pipeline itself."""
         for network in (self.model.unet, self.model.vae, self.model.text):
             network.to(device)
-        self._texts.clear()
+        self._projected.cache_clear()
         return self
 
     def __call__(
@@ -218,7 +220,8 @@ class Pipeline:
         def march(item: tuple[int, Request]) -> tuple:
             k, r = item
             alone = k if SAMPLERS[r.sampler].adaptive else None  # its steps would depend on its neighbours
-            return r.height, r.width, r.sampler, r.spacing, r.num_inference_steps, r.eta, alone
+            length = self.length(r.prompt, r.negative_prompt, r.guidance_scale)
+            return r.height, r.width, r.sampler, r.spacing, r.num_inference_steps, r.eta, length, alone
 
         return [self._start(list(members)) for _, members in groupby(arrivals, march)]
 
@@ -232,17 +235,19 @@ class Pipeline:
         return Group(members, x, self.grid(first), noise)
 
     def _join(self, groups: Sequence[Group]) -> list[tuple[list[Group], Denoise]]:
-        """For each latent shape the groups that share a call of the network, and the guided denoiser of their rows."""
-        shapes: dict[torch.Size, list[Group]] = {}
+        """For each shape of latents and text the groups that share a call of the network, and their guided denoiser."""
+        shapes: dict[tuple[torch.Size, int], list[Group]] = {}
         for group in groups:
-            shapes.setdefault(group.x.shape[1:], []).append(group)
+            first = group.members[0][1]
+            length = self.length(first.prompt, first.negative_prompt, first.guidance_scale)
+            shapes.setdefault((group.x.shape[1:], length), []).append(group)
         return [(some, self._guided([r for g in some for _, r in g.members])) for some in shapes.values()]
 
     def _guided(self, requests: Sequence[Request]) -> Denoise:
         return self.guided(
             [r.prompt for r in requests],
             [r.negative_prompt for r in requests],
-            torch.tensor([r.guidance_scale for r in requests]),
+            torch.tensor([r.guidance_scale for r in requests], dtype=torch.float64),
             torch.tensor([r.guidance_rescale for r in requests]),
             torch.tensor([interval(r) for r in requests], dtype=torch.float64),
         )
@@ -255,8 +260,17 @@ class Pipeline:
         rescale: float | Tensor = 0.0,
         interval: tuple[float, float] | Tensor = EVERYWHERE,
     ) -> Denoise:
-        """The denoiser of one row per prompt, guided as `guide` says; scale 1 is the conditional model."""
-        cond, uncond = (Conditioning.cat([self.text(text) for text in texts]) for texts in (prompts, negatives))
+        """The denoiser of one row per prompt, guided as `guide` says; scale 1 is the conditional model.
+
+        ValueError where rows differ in `length`.
+        """
+        scales = torch.as_tensor(scale, dtype=torch.float64).expand(len(prompts)).tolist()
+        rows = list(zip(prompts, negatives, scales, strict=True))
+        lengths = sorted({self.length(*row) for row in rows})
+        if len(lengths) > 1:
+            raise ValueError(f"prompts of {' and '.join(map(str, lengths))} chunks: one length is needed in a call")
+        cond = Conditioning.cat([self.text(prompt, lengths[0]) for prompt in prompts])
+        uncond = Conditioning.cat([self.text(negative if s != 1 else "", lengths[0]) for _, negative, s in rows])
         return guide(self.denoiser, cond, uncond, scale, rescale, interval)
 
     @torch.inference_mode()
@@ -271,15 +285,17 @@ class Pipeline:
         pixels = np.stack([np.asarray(picture.convert("RGB")) for picture in pictures])
         return encode(self.model.vae, from_uint8(pixels).to(self.device))
 
-    def text(self, prompt: str) -> Conditioning:
-        """A prompt [1, T, C] with every cross-attention's keys and values, computed once."""
-        if prompt not in self._texts:
-            if len(self._texts) >= TEXTS_KEPT:
-                self._texts.pop(next(iter(self._texts)))
-            with torch.inference_mode(False), torch.no_grad():  # kept for later calls, which may want gradients in x
-                context = embed(self.model.text, tokens(self.model.tokenizer, [prompt]))
-                self._texts[prompt] = self.model.unet.project(Conditioning(context))
-        return self._texts[prompt]
+    def length(self, prompt: str, negative: str, scale: float | None) -> int:
+        """Of the text in a row's calls, in chunks; the negative prompt counts where it guides."""
+        return max(len(self.chunks(text)) for text in ((prompt,) if scale == 1 else (prompt, negative)))
+
+    def text(self, prompt: str, length: int = 1) -> Conditioning:
+        """A prompt [1, n T, C] in n chunks, with every cross-attention's keys and values.
+
+        Empty chunks fill it up to `length`. What a chunk is, `chunks` says; each is computed once.
+        """
+        own = self.chunks(prompt)
+        return Conditioning.chain([self._projected(chunk) for chunk in own + self.chunks("") * (length - len(own))])
 
     def grid(self, request: Request) -> Grid:
         """The noise levels of a request whose number of steps is known."""
@@ -300,9 +316,17 @@ class Pipeline:
         filled = replace(request, height=height, width=width, **missing)
         check(filled, f)
         self.grid(filled)  # refuses more steps than it can tell apart
+        for text in (filled.prompt, filled.negative_prompt):
+            self.chunks(text)  # refuses what cannot be read
         if filled.latents is not None and tuple(filled.latents.shape) != self.latent_shape(filled):
             raise ValueError(f"latents: shape {list(filled.latents.shape)}, expected {list(self.latent_shape(filled))}")
         return filled
+
+
+def projected(model: Checkpoint, chunk: Chunk) -> Conditioning:
+    """A chunk of a prompt [1, T, C] with every cross-attention's keys and values."""
+    with torch.inference_mode(False), torch.no_grad():  # kept for later calls, which may want gradients in x
+        return model.unet.project(Conditioning(embed_chunk(model.text, chunk)))
 
 
 @lru_cache(maxsize=256)

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import ldm.nn._torchvision  # noqa: F401  must come before diffusers
+from ldm.conditioning import Conditioning
 from ldm.diffusion.samplers import SAMPLERS
 from ldm.pipeline import PICTO, Pipeline, Request
 
@@ -26,6 +27,17 @@ MIXED = [
     Request("a dog", seed=10, sampler="dpmpp_2m_sde", spacing="beta", num_inference_steps=5),
 ]
 
+LONG = "a red apple on a blue background, two stars, a cat to the left of a dog, two red stars on a blue background"
+TEXTS = [
+    ("a cat", "", 3.0),
+    (LONG, "", 3.0),
+    ("a (red:1.4) apple", LONG, 3.0),
+    (LONG, "a dog", 1.0),
+    ("two stars", LONG, 1.0),
+    ("a [cat] BREAK a (dog)", "two stars", 5.0),
+    (LONG, LONG, 2.0),
+]
+
 
 def difference(a, b):
     return np.abs(np.asarray(a, dtype=int) - np.asarray(b, dtype=int)).max()
@@ -40,6 +52,37 @@ def test_a_picture_is_the_same_in_any_batch_and_any_order(tiny, pipe, batch_size
         assert max(difference(alone[k], picture) for k, picture in zip(order, pictures, strict=True)) <= 1
 
 
+@pytest.mark.parametrize("batch_size", [2, 3, 8])
+def test_a_picture_heeds_no_neighbour_s_length_of_text(pipe, batch_size):
+    requests = [Request(p, n, seed=k, guidance_scale=s) for k, (p, n, s) in enumerate(TEXTS)]
+    alone = [pipe.generate([request])[0] for request in requests]
+    other = Pipeline(pipe.model, batch_size)
+    for order in (range(len(TEXTS)), [4, 1, 6, 0, 5, 2, 3]):
+        pictures = other.generate([requests[k] for k in order])
+        assert max(difference(alone[k], picture) for k, picture in zip(order, pictures, strict=True)) <= 1
+
+
+def test_nothing_of_a_long_prompt_is_cut_and_a_weight_of_one_is_none(pipe):
+    plain, tail = (pipe(prompt, seed=1).images[0] for prompt in (LONG, f"{LONG}, a dog"))
+    assert difference(plain, tail) > 1
+    assert difference(plain, pipe(LONG.replace("blue", "(blue:1.0)"), seed=1).images[0]) == 0
+    assert difference(plain, pipe(LONG.replace("blue", "(blue:1.5)"), seed=1).images[0]) > 1
+
+
+def test_the_shorter_of_prompt_and_negative_is_filled_up_with_empty_chunks(pipe):
+    filled = pipe.text("a cat", 3)
+    by_hand = Conditioning(torch.cat([pipe.text(text).context for text in ("a cat", "", "")], dim=1))
+    assert torch.equal(filled.context, by_hand.context)
+    torch.testing.assert_close(filled.keys_values, pipe.model.unet.project(by_hand).keys_values)
+    longer = pipe("a cat BREAK BREAK", "BREAK BREAK a dog", seed=1).images[0]
+    assert difference(pipe("a cat", "BREAK BREAK a dog", seed=1).images[0], longer) == 0
+
+
+def test_one_call_refuses_texts_of_two_lengths(pipe):
+    with pytest.raises(ValueError, match="prompts of 1 and 3 chunks"):
+        pipe.guided(["a cat", LONG], ["", ""])
+
+
 def test_image_k_of_a_prompt_is_the_image_of_its_own_seed(pipe):
     output = pipe(["a cat", "a dog"], num_images_per_prompt=3, seed=[10, 20])
     assert output.seeds == [10, 11, 12, 20, 21, 22]
@@ -51,6 +94,7 @@ def test_guidance_scale_one_is_no_guidance(pipe):
     plain, negative = (pipe("a cat", text, guidance_scale=1.0).images[0] for text in ("", "a dog"))
     guided, other = (pipe("a cat", text, guidance_scale=4.0).images[0] for text in ("", "a dog"))
     assert difference(plain, negative) == 0
+    assert difference(plain, pipe("a cat", LONG, guidance_scale=1.0).images[0]) == 0
     assert difference(guided, other) > 0 and difference(plain, guided) > 0
 
 
@@ -90,13 +134,13 @@ def test_a_record_is_the_request(pipe):
         assert Request(**json.loads(json.dumps(request.record()))) == request
 
 
-def diffusers_picture(folder, scheduler, prompt, steps, guidance, noise, **options):
+def diffusers_picture(folder, scheduler, texts, steps, guidance, noise, **options):
     theirs = StableDiffusionPipeline.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
     theirs.scheduler = scheduler.from_config(theirs.scheduler.config, **options)
     theirs.set_progress_bar_config(disable=True)
     side = theirs.unet.config.sample_size * theirs.vae_scale_factor
     call = {"height": side, "width": side, "num_inference_steps": steps, "guidance_scale": guidance}
-    return theirs(prompt, negative_prompt="a dog", latents=noise, **call).images[0]
+    return theirs(**texts, latents=noise, **call).images[0]
 
 
 @pytest.mark.parametrize("model", ["tiny", "picto"])
@@ -117,7 +161,18 @@ def test_diffusers_loads_our_files_and_draws_the_same_picture(model, sampler, sc
     picture = ours(prompt, "a dog", latents=noise, sampler=sampler, num_inference_steps=12, guidance_scale=3.0).images[
         0
     ]
-    assert difference(picture, diffusers_picture(folder, scheduler, prompt, 12, 3.0, noise, **options)) <= 2
+    texts = {"prompt": prompt, "negative_prompt": "a dog"}
+    assert difference(picture, diffusers_picture(folder, scheduler, texts, 12, 3.0, noise, **options)) <= 2
+
+
+def test_diffusers_draws_the_same_picture_from_a_long_prompt_s_states(tiny, pipe):
+    """Of two chunks with weights, against a negative prompt that an empty chunk fills up."""
+    noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(3))
+    prompt = "a (red:1.4) apple BREAK two [stars]"
+    picture = pipe(prompt, "a dog", latents=noise, sampler="ddim", num_inference_steps=6, guidance_scale=3.0).images[0]
+    empty, dog = (pipe.text(text).context for text in ("", "a dog"))
+    texts = {"prompt_embeds": pipe.text(prompt).context, "negative_prompt_embeds": torch.cat([dog, empty], dim=1)}
+    assert difference(picture, diffusers_picture(tiny, DDIMScheduler, texts, 6, 3.0, noise)) <= 2
 
 
 @pytest.mark.parametrize(
@@ -136,6 +191,8 @@ def test_diffusers_loads_our_files_and_draws_the_same_picture(model, sampler, sc
         ({"spacing": "even"}, "spacing 'even': choose from linspace"),
         ({"eta": 0.5}, "eta 0.5"),
         ({"latents": torch.zeros(4, 8, 9)}, "latents: shape"),
+        ({"prompt": "a cat, " * 1000}, "chunks of 14 tokens, at most 64"),
+        ({"negative_prompt": "(a cat:1000)"}, "prompt weight 1000"),
     ],
 )
 def test_what_cannot_be_drawn_is_refused_before_anything_is(pipe, change, word):

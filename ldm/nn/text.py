@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
 import ldm.nn._torchvision  # noqa: F401  must come before transformers
+from ldm.nn.prompts import Token, cut, parse
 
 from tokenizers.pre_tokenizers import ByteLevel  # isort: skip
 from tokenizers.trainers import BpeTrainer  # isort: skip
@@ -25,6 +27,15 @@ from transformers import (  # isort: skip
 )
 
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
+MAX_CHUNKS = 64  # of one prompt
+NO_MEAN = 1e-5  # of the mean absolute value: less is rounding
+
+
+class Chunk(NamedTuple):
+    """What the text tower reads at a time: BOS, tokens, EOS and padding, and the weight of each."""
+
+    ids: tuple[int, ...]
+    weights: tuple[float, ...]
 
 
 def tokens(tokenizer: CLIPTokenizer, prompts: Sequence[str], padding: str = "max_length") -> Tensor:
@@ -41,6 +52,60 @@ def tokens(tokenizer: CLIPTokenizer, prompts: Sequence[str], padding: str = "max
 def embed(text: CLIPTextModel, ids: Tensor) -> Tensor:
     """The last layer's states after the final norm, [B, T, C]: what Stable Diffusion 1.x attends to."""
     return text(ids.to(text.device)).last_hidden_state
+
+
+def chunks(tokenizer: CLIPTokenizer, prompt: str) -> tuple[Chunk, ...]:
+    """A prompt of any length, with weights as `parse` reads them, in chunks of the tokenizer's own length.
+
+    A section begins a chunk, and a long one is divided by `cut`. ValueError for a character that the vocabulary cannot
+    spell and for more than 64 chunks.
+    """
+    sections = [
+        [Token(k, weight) for text, weight in section for k in _spelled(tokenizer, text)] for section in parse(prompt)
+    ]
+    if len(sections) > 1 and not sections[-1]:
+        sections.pop()  # nothing follows the last BREAK
+    size, comma = tokenizer.model_max_length - 2, tokenizer.convert_tokens_to_ids(",</w>")
+    pieces = [piece for section in sections for piece in cut(section, size, comma)]
+    if len(pieces) > MAX_CHUNKS:
+        raise ValueError(f"prompt {prompt[:40]!r}...: {len(pieces)} chunks of {size} tokens, at most {MAX_CHUNKS}")
+    return tuple(_framed(tokenizer, piece) for piece in pieces)
+
+
+def _spelled(tokenizer: CLIPTokenizer, text: str) -> list[int]:
+    """The ids of a text without BOS and EOS."""
+    read = tokenizer(text, add_special_tokens=False, truncation=False, verbose=False, return_offsets_mapping=True)
+    for k, (start, end) in zip(read.input_ids, read.offset_mapping, strict=True):
+        if k == tokenizer.unk_token_id and text[start:end] != tokenizer.unk_token:
+            raise ValueError(f"prompt: {text[start:end]!r} cannot be spelled in the model's vocabulary")
+    return read.input_ids
+
+
+def _framed(tokenizer: CLIPTokenizer, piece: Sequence[Token]) -> Chunk:
+    room = tokenizer.model_max_length - 2 - len(piece)
+    ids = [tokenizer.bos_token_id, *(token.id for token in piece), tokenizer.eos_token_id]
+    weights = [1.0, *(token.weight for token in piece), 1.0]
+    return Chunk((*ids, *room * [tokenizer.pad_token_id]), (*weights, *room * [1.0]))
+
+
+def embed_chunk(text: CLIPTextModel, chunk: Chunk) -> Tensor:
+    """The states of a chunk's tokens [1, T, C], weighted."""
+    return weighted(embed(text, torch.tensor([chunk.ids])), torch.tensor([chunk.weights]))
+
+
+def weighted(states: Tensor, weights: Tensor) -> Tensor:
+    """States z [B, T, C] times the weights w [B, T] of their tokens, each row's mean restored: w z mean(z) / mean(w z).
+
+    The "original" emphasis of AUTOMATIC1111's web UI, which takes the means over a whole batch; here they are each
+    row's own. Where a row has no mean to restore (a final norm without bias leaves none), it is w z. Weights of 1 give
+    z back, bit for bit. `weights` lie on the host.
+    """
+    if (weights == 1).all():
+        return states
+    z = states.float()
+    scaled = z * weights.to(z)[..., None]
+    mean, after, size = (a.mean((-2, -1), keepdim=True) for a in (z, scaled, scaled.abs()))
+    return (scaled * torch.where(after.abs() > NO_MEAN * size, mean / after, 1.0)).to(states)
 
 
 def text_model(config: Mapping[str, Any]) -> CLIPTextModel:
