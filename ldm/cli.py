@@ -56,7 +56,10 @@ def generate(
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of file names.")] = False,
 ) -> None:
-    """Draw prompts to PNG files, whose names are printed."""
+    """Draw prompts to PNG files, whose names are printed.
+
+    Words weigh as in AUTOMATIC1111's web UI: (more), [less], (so much:1.3); BREAK begins a new chunk.
+    """
     texts = [prompt for prompt in prompts or [] if prompt.strip()]
     if not texts:
         raise InputError("PROMPT: at least one that is not blank is needed")

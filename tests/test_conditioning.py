@@ -41,3 +41,14 @@ def test_the_added_vector_is_of_all_rows_or_of_none():
     assert joined.keys_values is None and torch.equal(joined.added[2:], rows.added)
     with pytest.raises(ValueError, match="1 of 2 parts have an added vector"):
         Conditioning.cat([rows, projected(1)])
+
+
+def test_texts_in_a_chain_follow_one_another_and_the_first_one_s_vector_stands_for_all():
+    first, second = projected(2, added=True), projected(2, seed=1, added=True)
+    whole = Conditioning.chain([first, second])
+    for part, rows in ((first, slice(0, 3)), (second, slice(3, 6))):
+        cut = Conditioning(
+            whole.context[:, rows], tuple((k[:, rows], v[:, rows]) for k, v in whole.keys_values), part.added
+        )
+        assert equal(cut, part)
+    assert torch.equal(whole.added, first.added)
