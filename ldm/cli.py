@@ -17,11 +17,13 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from ldm.nn.vae import Posterior
     from ldm.pipeline import Pipeline, Request
 
 app = typer.Typer(
     add_completion=False,
-    no_args_is_help=True,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     help="Latent diffusion, text to image.",
@@ -175,12 +177,18 @@ def likelihood(
     from ldm.pipeline import PICTO, Pipeline
 
     pipe = Pipeline.from_pretrained(model or PICTO, device=device, dtype=dtype)
-    try:
-        record = measure.likelihood(pipe, picture, prompt, method, steps, tolerance, probes, seed)
-    except ValueError as error:
-        raise InputError(f"{image}: {error}") from None
+    posterior = encoded(pipe, picture, image)
+    record = measure.likelihood(pipe, picture, posterior, prompt, method, steps, tolerance, probes, seed)
     record = {"image": str(image), "prompt": prompt, "seed": seed, **record}
     print(json.dumps(record) if as_json else tables(record))
+
+
+def encoded(pipe: Pipeline, picture: Image, path: Path) -> Posterior:
+    """q(z | picture); InputError with the file's name where its size does not fit."""
+    try:
+        return pipe.encode([picture])
+    except ValueError as error:
+        raise InputError(f"{path}: {error}") from None
 
 
 def tables(record: dict) -> str:
@@ -231,7 +239,7 @@ def invert(
     model: Annotated[Path | None, typer.Option(help="Folder of a model; the default is the one shipped.")] = None,
     out: Annotated[Path, typer.Option(help="Folder for the noise and the picture that comes back.")] = Path("out"),
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "float32",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")] = False,
 ) -> None:
     """Take a picture to its noise and back; prints how far the picture that returns is off."""
@@ -239,8 +247,10 @@ def invert(
         if not low <= value <= high:
             raise InputError(f"--{name} {value}: must be from {low} to {high}")
     for name, value in (("rtol", rtol), ("atol", atol)):
-        if not 0 < value < 1:
-            raise InputError(f"--{name} {value}: must be between 0 and 1")
+        if not 1e-8 <= value < 1:
+            raise InputError(f"--{name} {value}: must be from 1e-8 to below 1")
+    if scheme not in ("exact", "ode"):
+        raise InputError(f"--scheme {scheme}: choose from exact, ode")
     from ldm.images import read_picture, save_png
 
     picture = read_picture(image)
@@ -249,11 +259,9 @@ def invert(
 
     pipe = Pipeline.from_pretrained(model or PICTO, device=device, dtype=dtype)
     options = {"rtol": rtol, "atol": atol} if scheme == "ode" else {}
-    try:
-        inversion = measure.invert(pipe, picture, prompt, scheme, steps, guidance, **options)
-    except ValueError as error:
-        raise InputError(f"{image}: {error}") from None
+    posterior = encoded(pipe, picture, image)
     writable(out)
+    inversion = measure.invert(pipe, picture, posterior.mean, prompt, scheme, steps, guidance, **options)
     name = (model or PICTO).name
     settings = {"prompt": prompt, "model": name, "scheme": scheme, "steps": steps, "guidance": guidance, **options}
     files = [out / f"{image.stem}-noise.safetensors", out / f"{image.stem}-back.png"]
@@ -302,7 +310,7 @@ def main() -> None:
     """Run a command line; exit status 0, 1, 2 (one `error:` line) or 130 (interrupted)."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        status = app(standalone_mode=False)
+        status = app(args=sys.argv[1:] or ["--help"], standalone_mode=False)
     except (InputError, ValueError) as error:
         status = fail(str(error))
     except (KeyboardInterrupt, typer.Abort):

@@ -68,7 +68,7 @@ class Recipe(Record):
     objective: Annotated[AutoencoderObjective | ClipObjective | DiffusionObjective, Field(discriminator="kind")]
     data: SceneData
     output_dir: Path
-    seed: int = 0
+    seed: int = Field(0, ge=0)
     max_train_steps: int = Field(gt=0)
     train_batch_size: int = Field(gt=0)
     learning_rate: float = Field(gt=0)
@@ -95,6 +95,8 @@ class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         seen = set()
         for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                raise ValueError(f"line {key.start_mark.line + 1}: a key must be a word")
             if key.value in seen:
                 raise ValueError(f"line {key.start_mark.line + 1}: key {key.value!r} is given twice")
             seen.add(key.value)
@@ -133,7 +135,10 @@ def _override(values: dict, item: str) -> None:
         values = values.setdefault(name, {})
         if not isinstance(values, dict):
             raise ValueError(f"--set {item}: {name!r} is not a group of options")
-    values[last] = yaml.load(text, Loader=_Loader)
+    try:
+        values[last] = yaml.load(text, Loader=_Loader)
+    except (yaml.YAMLError, ValueError) as error:
+        raise ValueError(f"--set {item}: {' '.join(str(error).split())}") from None
 
 
 def _explain(error: ValidationError) -> str:

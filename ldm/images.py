@@ -109,7 +109,7 @@ def read_picture(path: Path) -> Image.Image:
     try:
         with Image.open(path) as picture:
             return ImageOps.exif_transpose(picture).convert("RGB")
-    except (OSError, SyntaxError) as error:
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(f"{path}: {getattr(error, 'strerror', None) or 'not a picture'}") from None
 
 

@@ -37,6 +37,7 @@ from ldm.rng import Noise
 def likelihood(
     pipe: Pipeline,
     picture: Image.Image,
+    posterior: Posterior,
     prompt: str | None = None,
     method: str = "both",
     steps: int = 16,
@@ -47,9 +48,8 @@ def likelihood(
     """log p(z | prompt), log p(z) and their difference, z ~ q(z | picture): JSON values, nats and bits per dimension.
 
     `method` is ode, elbo or both. The prompt and no prompt see the same latent, probes and noise. The autoencoder's
-    part stands apart, under "vae". ValueError for a picture that the VAE cannot divide.
+    part stands apart, under "vae". `posterior` is `pipe.encode([picture])`.
     """
-    posterior = pipe.encode([picture])
     texts = {"log p(z)": ""} if prompt is None else {"log p(z | prompt)": prompt, "log p(z)": ""}
     record: dict[str, Any] = {"latent": list(posterior.mean.shape[1:])}
     if method in ("ode", "both"):
@@ -111,11 +111,18 @@ class Inversion:
 
 @torch.inference_mode()
 def invert(
-    pipe: Pipeline, picture: Image.Image, prompt: str, scheme: str, steps: int, guidance: float, **options: float
+    pipe: Pipeline,
+    picture: Image.Image,
+    z: Tensor,
+    prompt: str,
+    scheme: str,
+    steps: int,
+    guidance: float,
+    **options: float,
 ) -> Inversion:
-    """A picture to its noise and back by a row of `SCHEMES`; errors are of the latent, and in levels of 255."""
+    """A picture's latent z to its noise and back by a row of `SCHEMES`; errors are of z, and in levels of 255."""
     chosen = choose(SCHEMES, scheme, "scheme")
-    z, grid = pipe.encode([picture]).mean, log_snr(pipe.model.sde, steps)
+    grid = log_snr(pipe.model.sde, steps)
     denoise = Counted(pipe.guided([prompt], [""], guidance))
     trip = round_trip(chosen, denoise, z, grid, **options)
     through_vae, back = to_pil(decode(pipe.model.vae, torch.cat([z, trip.x0.to(z)])))

@@ -30,7 +30,8 @@ class Noise:
         That is `torch.randn([1, C, h, w], generator=torch.Generator().manual_seed(seed))`.
         """
         self._check(like)
-        return torch.stack([torch.randn(like.shape[1:], generator=g) for g in self.streams]).to(like)
+        drawn = [torch.randn(like.shape[1:], generator=g) for g in self.streams]
+        return torch.stack(drawn).to(like, non_blocking=True)
 
     def between(self, like: Tensor, sigma: float, to_sigma: float) -> Tensor:
         """The unit-variance increment of the pictures' Brownian paths from noise scale sigma to to_sigma.
@@ -40,8 +41,8 @@ class Noise:
         self._check(like)
         shape = like.shape[1:]
         gain = 1 / to_sigma**2 - 1 / sigma**2  # of SNR
-        steps = [path.at(to_sigma, shape) - path.at(sigma, shape) for path in self.paths]
-        return (torch.stack(steps) / math.sqrt(gain)).to(like)
+        ends = [(path.at(sigma, shape), path.at(to_sigma, shape)) for path in self.paths]
+        return (torch.stack([b - a for a, b in ends]) / math.sqrt(gain)).to(like, non_blocking=True)
 
     def _check(self, like: Tensor) -> None:
         if len(like) != len(self.streams):

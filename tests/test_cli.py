@@ -87,6 +87,9 @@ def truncated(tiny, tmp_path):
         (["a cat", "--guidance-interval", "5", "1"], "guidance interval 5 to 1"),
         (["a cat", "--dtype", "int8"], "dtype 'int8': choose from"),
         (["a cat", "--device", "gpu"], "gpu"),
+        (["a cat", "--device", "meta"], "meta"),
+        (["a \udcff cat"], "prompt: not valid UTF-8"),
+        (["a (cat:1000)"], "1000"),
         (["a cat", "--colour", "red"], "--colour"),
         (["a cat", "--model", "no/such/folder"], "no/such/folder"),
         (["a cat", "--model", "TORN"], "diffusion_pytorch_model.safetensors"),
@@ -104,6 +107,10 @@ def test_wrong_input_is_one_error_line_status_2_and_nothing_written(ldm_, tiny, 
     assert status == 2 and out == ""
     assert err.startswith("error: ") and err.count("\n") == 1 and said in err
     assert not (tmp_path / "out").exists() and not list(tmp_path.rglob("*.png"))
+
+
+def test_no_words_at_all_print_the_help(ldm_):
+    assert ldm_()[:2] == ldm_("--help")[:2]
 
 
 @pytest.mark.parametrize("words", [["paint"], ["train"], ["train", "no.yaml"], ["--colour"]])

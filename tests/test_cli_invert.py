@@ -88,7 +88,7 @@ def test_the_table_says_what_json_says(ldm_, tiny, picture, tmp_path):
         (["NONE"], "none.png"),
         (["TEXT"], "not a picture"),
         (["ODD"], "multiples of 4"),
-        (["CAT", "--scheme", "edict"], "scheme 'edict': choose from exact, ode"),
+        (["CAT", "--scheme", "edict"], "--scheme edict: choose from exact, ode"),
         (["CAT", "--steps", "0"], "--steps 0"),
         (["CAT", "--guidance", "nan"], "--guidance nan"),
         (["CAT", "--rtol", "0"], "--rtol 0"),

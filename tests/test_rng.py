@@ -58,3 +58,13 @@ def test_finer_steps_refine_the_same_path():
     noise = Noise([3])
     parts = [noise.between(like, a, b) * (snr(b) - snr(a)) ** 0.5 for a, b in [(0.9, 0.7), (0.7, 0.25), (0.25, 0.2)]]
     torch.testing.assert_close(sum(parts), whole, rtol=1e-4, atol=1e-4)
+
+
+def test_consecutive_steps_descend_the_tree_once_for_each_level(monkeypatch):
+    descents = []
+    bridge = BrownianPath._bridge
+    monkeypatch.setattr(BrownianPath, "_bridge", lambda self, *words: descents.append(1) or bridge(self, *words))
+    noise, like = Noise([0]), torch.empty(1, 4)
+    for a, b in pairwise([1.0, 0.8, 0.5, 0.2, 0.1]):
+        noise.between(like, a, b)
+    assert len(descents) == 5

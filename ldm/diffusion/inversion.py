@@ -28,6 +28,8 @@ State = tuple[Tensor, ...]  # the noise, then whatever else the way back needs
 QUANTUM = 2.0**-40
 LARGEST = 2.0**12
 
+SMALLEST = 1e-5  # step of phi: where one is too long still, rounding is what it sees
+
 
 def flow(
     denoise: Denoise, x: Tensor, sde: VPSDE, start: Point, end: Point, rtol: float = 1e-5, atol: float = 1e-5
@@ -37,7 +39,7 @@ def flow(
     Dormand & Prince 1980, 5(4), in phi, with steps of each image's own: the root mean square of a step's error over
     atol + rtol |x| stays below 1 (Hairer et al. 1993, section II.4). Below the lowest level that networks learn,
     t = 1/steps, v is that level's: an error O(sigma^2) there. `denoise` is asked about one level per row. Raises
-    ValueError for tolerances that are not positive, and where an answer is not finite.
+    ValueError for tolerances that are not positive or that no step can keep, and where an answer is not finite.
     """
     if not (0 < rtol < math.inf and 0 < atol < math.inf):
         raise ValueError(f"rtol {rtol}, atol {atol}: must be above 0")
@@ -52,6 +54,10 @@ def flow(
         size = scaled.square().flatten(1).mean(1).sqrt().cpu()  # the one question to the device: may the step stand?
         if not size.isfinite().all():
             raise ValueError(f"the denoiser's answer is not finite near t = {levels(sde, phi)[0].t:.4f}")
+        if ((size > 1) & (step.abs() < SMALLEST)).any():
+            raise ValueError(
+                f"no step near t = {levels(sde, phi)[0].t:.4f} keeps within rtol {rtol:g} and atol {atol:g}"
+            )
         good = per_image(size <= 1, x) > 0
         x, slope = torch.where(good, y, x), torch.where(good, ahead, slope)
         phi = torch.where(size <= 1, phi + step, phi)

@@ -63,13 +63,14 @@ def checked(sampler: Sampler) -> Sampler:
             while True:
                 x0 = yield x, point
                 asked.append(point)
-                finite.append(x0.isfinite().all())
+                finite.append(x0.flatten(1).isfinite().all(1))
                 x, point = inner.send(x0)
         except StopIteration as end:
             x = end.value
         if finite and not (good := torch.stack(finite)).all():
-            k = good.tolist().index(False)
-            raise ValueError(f"the denoiser's answer {k + 1} of {len(asked)}, at t = {asked[k].t:.4g}, is not finite")
+            k, row = (~good).nonzero()[0].tolist()
+            where = f"row {row}: the denoiser's answer {k + 1} of {len(asked)}, at t = {asked[k].t:.4g},"
+            raise ValueError(f"{where} is not finite")
         return x
 
     return steps

@@ -28,7 +28,7 @@ from transformers import (  # isort: skip
 
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 MAX_CHUNKS = 64  # of one prompt
-NO_MEAN = 1e-5  # of the mean absolute value: less is rounding
+NO_MEAN = 1e-2  # of the mean absolute value: less is rounding
 
 
 class Chunk(NamedTuple):
@@ -60,6 +60,10 @@ def chunks(tokenizer: CLIPTokenizer, prompt: str) -> tuple[Chunk, ...]:
     A section begins a chunk, and a long one is divided by `cut`. ValueError for a character that the vocabulary cannot
     spell and for more than 64 chunks.
     """
+    try:
+        prompt.encode()
+    except UnicodeEncodeError:
+        raise ValueError("prompt: not valid UTF-8") from None
     sections = [
         [Token(k, weight) for text, weight in section for k in _spelled(tokenizer, text)] for section in parse(prompt)
     ]

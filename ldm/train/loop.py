@@ -31,7 +31,10 @@ def train(recipe: Recipe, task: Task) -> Path:
     All randomness is a function of (seed, step): an interrupted training ends with the bits of an undisturbed one.
     """
     folder = recipe.output_dir
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"output_dir {folder}: {error.strerror}") from None
     accelerator = Accelerator(mixed_precision=recipe.mixed_precision)
     place(task.model, accelerator.device).train()
     ema = EMA(task.model, recipe.ema_decay)

@@ -32,12 +32,17 @@ class Muon(torch.optim.Optimizer):
 
     M <- m M + (1 - m) G;  W <- (1 - lr d) W - lr .2 sqrt(max(rows, columns)) polar((1 - m) G + m M), m = .95, with the
     scale that gives Adam's usual size of step, so that one learning rate serves both (Liu et al. 2025, eq. 4). A
-    convolution's weight is the matrix [out, in k k]. The first and the last layer, named `edges`, are AdamW's.
-    torch's own Muon takes matrices alone.
+    convolution's weight is the matrix [out, in k k]; it must be in channels_last. Embeddings, and modules named in
+    `edges`, a network's first and last layers, are AdamW's. torch's own Muon takes matrices alone.
     """
 
-    def __init__(self, model: nn.Module, recipe: Recipe, edges: tuple[str, ...] = ("conv_in", "conv_out")) -> None:
-        inner = {n: p for n, p in model.named_parameters() if p.dim() > 1 and not n.startswith(edges)}
+    def __init__(
+        self, model: nn.Module, recipe: Recipe, edges: frozenset[str] = frozenset({"conv_in", "conv_out"})
+    ) -> None:
+        tables = {m.weight for m in model.modules() if isinstance(m, nn.Embedding)}
+        inner = {
+            n: p for n, p in model.named_parameters() if p.dim() > 1 and p not in tables and not edges & {*n.split(".")}
+        }
         self.adamw = _adamw([p for n, p in model.named_parameters() if n not in inner], recipe)
         super().__init__(inner.values(), {"lr": recipe.learning_rate, "weight_decay": recipe.adam_weight_decay})
         self.param_groups += self.adamw.param_groups
@@ -53,6 +58,7 @@ class Muon(torch.optim.Optimizer):
                 state["momentum"] = torch.zeros_like(parameter)
             momentum = state["momentum"].lerp_(parameter.grad, 0.05)
             matrix = rows(parameter)
+            assert matrix.data_ptr() == parameter.data_ptr(), "a convolution that is not in channels_last"
             size = 0.2 * max(matrix.shape) ** 0.5
             matrix.mul_(1 - inner["lr"] * inner["weight_decay"])
             matrix.sub_(polar(rows(parameter.grad.lerp(momentum, 0.95))), alpha=inner["lr"] * size)

@@ -136,3 +136,10 @@ def test_no_steps_leave_the_picture_as_it_is():
     assert torch.equal(
         round_trip(SCHEMES["exact"], exact_answer, PICTURES.float(), Grid(SD, (CLEAN,))).x0, PICTURES.float().double()
     )
+
+
+def test_a_tolerance_below_rounding_is_refused():
+    """A float32 denoiser's answers are too rough for it: no step is small enough."""
+    rough = lambda x, levels: torch.tanh(x.float())
+    with pytest.raises(ValueError, match="no step near t = "):
+        ode_encode(rough, torch.full((1, 8), 0.3), SPACINGS["log_snr"](VPSDE.cosine(), 20), rtol=1e-14, atol=1e-14)

@@ -220,6 +220,8 @@ def test_shipped_recipes_are_valid(path):
         ("ema_decay=1", "ema_decay"),
         ("objective.kind=gan", "objective"),
         ("seed", "expected key.path=value"),
+        ("seed=-1", "seed: Input should be greater"),
+        ("seed=[", "--set seed=\\["),
         ("max_train_steps.x=1", "'max_train_steps' is not a group"),
     ],
 )
