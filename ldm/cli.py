@@ -71,20 +71,18 @@ def generate(
     from ldm.pipeline import PICTO, Pipeline, Request
 
     pipe = Pipeline.from_pretrained(model or PICTO, device=device, dtype=dtype, batch_size=batch_size)
-    low, high = guidance_interval or (0.0, math.inf)
     settings = Request(
-        "",
-        negative,
-        0,
-        height,
-        width,
-        steps,
-        guidance,
-        sampler,
-        spacing,
-        eta,
-        guidance_rescale,
-        None if guidance_interval is None else (low, high if high < math.inf else None),
+        prompt="",
+        negative_prompt=negative,
+        height=height,
+        width=width,
+        num_inference_steps=steps,
+        guidance_scale=guidance,
+        sampler=sampler,
+        spacing=spacing,
+        eta=eta,
+        guidance_rescale=guidance_rescale,
+        guidance_interval=guidance_interval and (guidance_interval[0], finite(guidance_interval[1])),
     )
     requests = [pipe.resolve(replace(settings, prompt=text, seed=seed + k)) for text in texts for k in range(count)]
     writable(out)
@@ -94,6 +92,11 @@ def generate(
     if as_json:
         records = [{"file": str(file), **r.record()} for file, r in zip(files, requests, strict=True)]
         print(json.dumps({"images": records}))
+
+
+def finite(value: float) -> float | None:
+    """None for infinity, which JSON does not have."""
+    return value if value < math.inf else None
 
 
 def draw(pipe: Pipeline, model: str, requests: Sequence[Request], out: Path) -> list[Path]:
