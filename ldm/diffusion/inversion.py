@@ -43,7 +43,7 @@ def flow(
     """
     if not (0 < rtol < math.inf and 0 < atol < math.inf):
         raise ValueError(f"rtol {rtol}, atol {atol}: must be above 0")
-    begin, goal = (math.atan2(p.sigma, p.alpha) for p in (start, end))
+    begin, goal = start.angle, end.angle
     x, phi = x.double(), torch.full((len(x),), begin, dtype=torch.float64)
     longest = abs(goal - begin) / 10  # longer steps fool the error's estimate
     step = torch.full_like(phi, (goal - begin) / 20)
@@ -83,9 +83,9 @@ def weighted(weights: Sequence[float], slopes: Sequence[Tensor]) -> Tensor:
 
 
 def levels(sde: VPSDE, phi: Tensor) -> list[Point]:
-    """The noise levels at angles phi [B], none below t = 1/steps; one bisection for all."""
-    t = sde.time(-2 * phi.tan().log()).clamp(min=1 / sde.steps)
-    return [Point(*row) for row in torch.stack([t, *sde.marginal(t)], 1).tolist()]
+    """The noise levels at angles phi [B], none below t = 1/steps."""
+    lowest = sde.step(0)
+    return [max(point, lowest) for point in sde.at_angles(phi.tolist())]
 
 
 def velocity(denoise: Denoise, x: Tensor, rows: Sequence[Point]) -> Tensor:

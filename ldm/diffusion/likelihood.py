@@ -132,8 +132,8 @@ def log_likelihood(
     counted = Counted(denoise)
     slope = _slope(counted, grid.sde, trace)
     levels = grid[::-1]
-    angles = [_angle(p) for p in levels]
-    middles = _levels(grid.sde, [(a + b) / 2 for a, b in pairwise(angles)])
+    angles = [p.angle for p in levels]
+    middles = grid.sde.at_angles([(a + b) / 2 for a, b in pairwise(angles)])
     y, gained = x, torch.zeros(len(x), 1, dtype=torch.float64, device=x.device)
     for (now, to), (start, end), middle in zip(pairwise(levels), pairwise(angles), middles, strict=True):
         h = end - start
@@ -161,10 +161,10 @@ def log_likelihood_adaptive(
     if len(x) != 1:
         raise ValueError(f"{len(x)} images: adaptive steps take one at a time")
     counted = Counted(denoise)
-    slope, dim, last = _slope(counted, sde, trace), x.numel(), _angle(sde.at(1.0))
+    slope, dim, last = _slope(counted, sde, trace), x.numel(), sde.at(1.0).angle
 
     def derivative(angle: float, state: np.ndarray) -> np.ndarray:
-        (level,) = _levels(sde, [angle])
+        (level,) = sde.at_angles([angle])
         return _pack(*slope(torch.from_numpy(state[:dim]).to(x).view_as(x), level))
 
     _, nothing = slope(x, CLEAN)  # 0 for each probe
@@ -196,15 +196,6 @@ def _slope(denoise: Denoise, sde: VPSDE, trace: Trace) -> Slope:
         return share * v.detach(), share * divergence
 
     return slope
-
-
-def _angle(level: Point) -> float:
-    return math.atan2(level.sigma, level.alpha)
-
-
-def _levels(sde: VPSDE, angles: list[float]) -> list[Point]:
-    """The levels at angles phi: log-SNR = -2 log tan phi."""
-    return [sde.at(t) for t in sde.time(-2 * torch.tensor(angles, dtype=torch.float64).tan().log()).tolist()]
 
 
 @dataclass(frozen=True)

@@ -89,7 +89,7 @@ class Mixture:
 
     def flow(self, x: Tensor, start: Point, end: Point, steps: int = 512) -> Tensor:
         """The probability flow dx/dphi = (alpha x - x0) / sigma by the classical Runge-Kutta method of order 4."""
-        phi, last = math.atan2(start.sigma, start.alpha), math.atan2(end.sigma, end.alpha)
+        phi, last = start.angle, end.angle
         h = (last - phi) / steps
 
         def v(x: Tensor, angle: float) -> Tensor:

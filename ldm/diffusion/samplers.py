@@ -391,13 +391,13 @@ def rk45(x: Tensor, grid: Grid, noise: Noise, atol: float = 1e-4, rtol: float = 
     """
     noisy = [point for point in grid if point.sigma > 0]
     if len(noisy) > 1:
-        now, (phi, following, *_, end) = noisy[0], (math.atan2(p.sigma, p.alpha) for p in [*noisy[:2], noisy[-1]])
+        now, (phi, following, *_, end) = noisy[0], (p.angle for p in [*noisy[:2], noisy[-1]])
         h = following - phi
         v = _velocity(x, (yield x, now), now)
         while phi - end > 1e-12:
             h = max(h, end - phi)
             slopes, y = [v], x
-            for a, point in zip(STAGES, _at_angles(grid, phi + np.array(NODES) * h), strict=True):
+            for a, point in zip(STAGES, grid.sde.at_angles([phi + node * h for node in NODES]), strict=True):
                 y = x + h * _combine(a, slopes)
                 slopes.append(_velocity(y, (yield y, point), point))
             error = h * _combine(ERROR, slopes) / (atol + rtol * torch.maximum(x.abs(), y.abs()))
@@ -414,11 +414,6 @@ def rk45(x: Tensor, grid: Grid, noise: Noise, atol: float = 1e-4, rtol: float = 
 
 def _velocity(x: Tensor, x0: Tensor, now: Point) -> Tensor:
     return (now.alpha * x - x0) / now.sigma
-
-
-def _at_angles(grid: Grid, phi: np.ndarray) -> list[Point]:
-    times = grid.sde.time(torch.from_numpy(-2 * np.log(np.tan(phi))))
-    return [Point(t, math.cos(a), math.sin(a)) for t, a in zip(times.tolist(), phi.tolist(), strict=True)]
 
 
 class Solver(NamedTuple):

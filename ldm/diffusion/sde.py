@@ -27,6 +27,11 @@ class Point(NamedTuple):
     alpha: float
     sigma: float
 
+    @property
+    def angle(self) -> float:
+        """phi with alpha = cos phi and sigma = sin phi: 0 is the clean picture, pi/2 zero SNR."""
+        return math.atan2(self.sigma, self.alpha)
+
 
 CLEAN = Point(0.0, 1.0, 0.0)
 
@@ -85,6 +90,12 @@ class VPSDE:
         ends_t = torch.tensor([[p.t for p in starts], [p.t for p in ends]], dtype=torch.float64)
         start, end = self.log_snr(ends_t)
         return [self.at(t) for t in self.time(torch.lerp(start, end, share)).tolist()]
+
+    def at_angles(self, angles: Sequence[float]) -> list[Point]:
+        """The levels at angles phi, log-SNR = -2 log tan phi; one bisection for all."""
+        phi = torch.as_tensor(angles, dtype=torch.float64)
+        t = self.time(-2 * phi.tan().log())
+        return [Point(*row) for row in torch.stack([t, phi.cos(), phi.sin()], 1).tolist()]
 
     def beta(self, t: Tensor) -> Tensor:
         """beta(t) = -2 d log alpha / dt per unit of time, float64, of the shape of t."""
