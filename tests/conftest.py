@@ -1,12 +1,14 @@
 """A tiny random model in the directory layout, and a pipeline on it: what most tests draw with."""
 
 import os
+import sys
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # small tensors: a second thread costs more in barriers than it gains
 
 import pytest
 import torch
 
+from ldm import cli
 from ldm.checkpoints.files import save_module, write_json
 from ldm.checkpoints.formats import MODEL_INDEX
 from ldm.checkpoints.schedule import schedule_config
@@ -66,3 +68,28 @@ def tiny(tmp_path_factory):
 @pytest.fixture(scope="session")
 def pipe(tiny):
     return Pipeline.from_pretrained(tiny, device="cpu", dtype="float32")
+
+
+@pytest.fixture
+def ldm_(monkeypatch, capsys):
+    """(exit status, stdout, stderr) of `ldm WORDS...`, in this process."""
+
+    def run(*words):
+        monkeypatch.setattr(sys, "argv", ["ldm", *map(str, words)])
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+        return end.value.code, *capsys.readouterr()
+
+    return run
+
+
+@pytest.fixture
+def refused(ldm_):
+    """Asserts that `ldm WORDS...` is refused: status 2, nothing on stdout, one `error:` line that says `said`."""
+
+    def run(*words, said=""):
+        status, out, err = ldm_(*words)
+        assert status == 2 and out == ""
+        assert err.startswith("error: ") and err.count("\n") == 1 and said in err
+
+    return run

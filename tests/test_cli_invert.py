@@ -1,7 +1,6 @@
 """`ldm invert`: the latent comes back, the files say what they are, and wrong input is one line."""
 
 import json
-import sys
 
 import numpy as np
 import pytest
@@ -9,21 +8,9 @@ import torch
 from PIL import Image
 from safetensors import safe_open
 
-import ldm.cli
 from ldm.diffusion.inversion import exact_decode, ode_decode
 from ldm.images import read_texts
 from ldm.pipeline import spaced
-
-
-@pytest.fixture
-def ldm_(monkeypatch, capsys):
-    def run(*words):
-        monkeypatch.setattr(sys, "argv", ["ldm", *map(str, words)])
-        with pytest.raises(SystemExit) as end:
-            ldm.cli.main()
-        return end.value.code, *capsys.readouterr()
-
-    return run
 
 
 @pytest.fixture
@@ -98,7 +85,7 @@ def test_the_table_says_what_json_says(ldm_, tiny, picture, tmp_path):
         ([], "IMAGE"),
     ],
 )
-def test_wrong_input_is_one_error_line_status_2_and_nothing_written(ldm_, tiny, picture, tmp_path, words, said):
+def test_wrong_input_is_one_error_line_status_2_and_nothing_written(refused, tiny, picture, tmp_path, words, said):
     (tmp_path / "text.png").write_text("no picture")
     Image.new("RGB", (30, 31)).save(tmp_path / "odd.png")
     places = {"NONE": "none.png", "TEXT": "text.png", "ODD": "odd.png", "CAT": "cat.png"}
@@ -107,7 +94,5 @@ def test_wrong_input_is_one_error_line_status_2_and_nothing_written(ldm_, tiny, 
     defaults = [
         w for name, v in (("--model", tiny), ("--out", tmp_path / "out")) if name not in words for w in (name, v)
     ]
-    status, out, err = ldm_("invert", *words, *defaults)
-    assert status == 2 and out == ""
-    assert err.startswith("error: ") and err.count("\n") == 1 and said in err
+    refused("invert", *words, *defaults, said=said)
     assert sorted(tmp_path.rglob("*")) == before
