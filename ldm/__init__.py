@@ -6,7 +6,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ldm.pipeline import Output, Pipeline, Request
+    from ldm.pipeline import Output, Pipeline
+    from ldm.request import Request
 
 __version__ = "0.1.0"
 __all__ = ["Output", "Pipeline", "Request"]

@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
     from ldm.nn.vae import Posterior
-    from ldm.pipeline import Pipeline, Request
+    from ldm.pipeline import Pipeline
+    from ldm.request import Request
 
 app = typer.Typer(
     add_completion=False,
@@ -68,7 +69,8 @@ def generate(
     for name, value in (("--count", count), ("--batch-size", batch_size)):
         if not 1 <= value <= 100_000:
             raise InputError(f"{name} {value}: must be from 1 to 100000")
-    from ldm.pipeline import PICTO, Pipeline, Request
+    from ldm.pipeline import PICTO, Pipeline
+    from ldm.request import Request
 
     pipe = Pipeline.from_pretrained(model or PICTO, device=device, dtype=dtype, batch_size=batch_size)
     settings = Request(

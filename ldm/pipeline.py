@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from itertools import groupby
 from pathlib import Path
@@ -23,41 +23,12 @@ from ldm.diffusion.samplers import SAMPLERS, checked, ddim
 from ldm.diffusion.sde import VPSDE
 from ldm.diffusion.spacing import SPACINGS, Grid, choose
 from ldm.images import from_uint8, to_pil
-from ldm.nn.text import Chunk, chunks, embed_chunk
 from ldm.nn.vae import Posterior, decode, downscale, encode
+from ldm.request import Request, check, interval
 from ldm.rng import Noise
+from ldm.texts import Texts
 
 PICTO = Path(__file__).resolve().parent.parent / "weights" / "picto"
-MAX_SIDE = 8192  # pixels
-MAX_STEPS = 10_000
-CHUNKS_KEPT = 256  # of prompts, whose keys and values stay at hand
-
-
-@dataclass(frozen=True)
-class Request:
-    """Everything that one picture depends on, beside the model. Sizes are pixels; None is the model's own value."""
-
-    prompt: str
-    negative_prompt: str = ""
-    seed: int = 0
-    height: int | None = None
-    width: int | None = None
-    num_inference_steps: int | None = None
-    guidance_scale: float | None = None
-    sampler: str = "dpmpp_2m"
-    spacing: str = "trailing"
-    eta: float = 0.0
-    guidance_rescale: float = 0.0
-    guidance_interval: tuple[float, float | None] | None = None  # sigma/alpha (low, high]; None is no limit
-    latents: Tensor | None = field(default=None, compare=False, repr=False)
-
-    def __post_init__(self) -> None:
-        if isinstance(self.guidance_interval, list):  # JSON has no tuples
-            object.__setattr__(self, "guidance_interval", tuple(self.guidance_interval))
-
-    def record(self) -> dict[str, Any]:
-        """The request as JSON values; `Request(**record)` is the same request, less latents given from outside."""
-        return {name: value for name, value in asdict(self).items() if name != "latents"}
 
 
 @dataclass(frozen=True)
@@ -110,8 +81,7 @@ class Pipeline:
         self.model = model
         self.batch_size = batch_size
         self.denoiser = Denoiser(model.unet, model.sde, model.prediction, model.unet.dtype)
-        self.chunks = lru_cache(CHUNKS_KEPT)(partial(chunks, model.tokenizer))
-        self._projected = lru_cache(CHUNKS_KEPT)(partial(projected, model))
+        self.texts = Texts(model)
 
     @classmethod
     def from_pretrained(
@@ -135,9 +105,9 @@ class Pipeline:
 
     def to(self, device: str | torch.device) -> Pipeline:
         """Move the networks; returns the pipeline itself."""
-        for network in (self.model.unet, self.model.vae, self.model.text):
+        for network in self.model.networks.values():
             network.to(device)
-        self._projected.cache_clear()
+        self.texts.clear()
         return self
 
     def __call__(
@@ -220,7 +190,7 @@ class Pipeline:
         def march(item: tuple[int, Request]) -> tuple:
             k, r = item
             alone = k if SAMPLERS[r.sampler].adaptive else None  # its steps would depend on its neighbours
-            length = self.length(r.prompt, r.negative_prompt, r.guidance_scale)
+            length = self.texts.length(r.prompt, r.negative_prompt, r.guidance_scale)
             return r.height, r.width, r.sampler, r.spacing, r.num_inference_steps, r.eta, length, alone
 
         return [self._start(list(members)) for _, members in groupby(arrivals, march)]
@@ -239,7 +209,7 @@ class Pipeline:
         shapes: dict[tuple[torch.Size, int], list[Group]] = {}
         for group in groups:
             first = group.members[0][1]
-            length = self.length(first.prompt, first.negative_prompt, first.guidance_scale)
+            length = self.texts.length(first.prompt, first.negative_prompt, first.guidance_scale)
             shapes.setdefault((group.x.shape[1:], length), []).append(group)
         return [(some, self._guided([r for g in some for _, r in g.members])) for some in shapes.values()]
 
@@ -262,15 +232,15 @@ class Pipeline:
     ) -> Denoise:
         """The denoiser of one row per prompt, guided as `guide` says; scale 1 is the conditional model.
 
-        ValueError where rows differ in `length`.
+        ValueError where rows differ in `texts.length`.
         """
         scales = torch.as_tensor(scale, dtype=torch.float64).expand(len(prompts)).tolist()
         rows = list(zip(prompts, negatives, scales, strict=True))
-        lengths = sorted({self.length(*row) for row in rows})
+        lengths = sorted({self.texts.length(*row) for row in rows})
         if len(lengths) > 1:
             raise ValueError(f"prompts of {' and '.join(map(str, lengths))} chunks: one length is needed in a call")
-        cond = Conditioning.cat([self.text(prompt, lengths[0]) for prompt in prompts])
-        uncond = Conditioning.cat([self.text(negative if s != 1 else "", lengths[0]) for _, negative, s in rows])
+        cond = Conditioning.cat([self.texts(prompt, lengths[0]) for prompt in prompts])
+        uncond = Conditioning.cat([self.texts(negative if s != 1 else "", lengths[0]) for _, negative, s in rows])
         return guide(self.denoiser, cond, uncond, scale, rescale, interval)
 
     @torch.inference_mode()
@@ -284,18 +254,6 @@ class Pipeline:
                 )
         pixels = np.stack([np.asarray(picture.convert("RGB")) for picture in pictures])
         return encode(self.model.vae, from_uint8(pixels).to(self.device))
-
-    def length(self, prompt: str, negative: str, scale: float | None) -> int:
-        """Of the text in a row's calls, in chunks; the negative prompt counts where it guides."""
-        return max(len(self.chunks(text)) for text in ((prompt,) if scale == 1 else (prompt, negative)))
-
-    def text(self, prompt: str, length: int = 1) -> Conditioning:
-        """A prompt [1, n T, C] in n chunks, with every cross-attention's keys and values.
-
-        Empty chunks fill it up to `length`. What a chunk is, `chunks` says; each is computed once.
-        """
-        own = self.chunks(prompt)
-        return Conditioning.chain([self._projected(chunk) for chunk in own + self.chunks("") * (length - len(own))])
 
     def grid(self, request: Request) -> Grid:
         """The noise levels of a request whose number of steps is known."""
@@ -317,52 +275,16 @@ class Pipeline:
         check(filled, f)
         self.grid(filled)  # refuses more steps than it can tell apart
         for text in (filled.prompt, filled.negative_prompt):
-            self.chunks(text)  # refuses what cannot be read
+            self.texts.chunks(text)  # refuses what cannot be read
         if filled.latents is not None and tuple(filled.latents.shape) != self.latent_shape(filled):
             raise ValueError(f"latents: shape {list(filled.latents.shape)}, expected {list(self.latent_shape(filled))}")
         return filled
-
-
-def projected(model: Checkpoint, chunk: Chunk) -> Conditioning:
-    """A chunk of a prompt [1, T, C] with every cross-attention's keys and values."""
-    with torch.inference_mode(False), torch.no_grad():  # kept for later calls, which may want gradients in x
-        return model.unet.project(Conditioning(embed_chunk(model.text, chunk)))
 
 
 @lru_cache(maxsize=256)
 def spaced(sde: VPSDE, spacing: str, steps: int) -> Grid:
     """A time grid by the name of its spacing."""
     return SPACINGS[spacing](sde, steps)
-
-
-def interval(request: Request) -> tuple[float, float]:
-    """Where a request guides, in sigma/alpha: (low, high]."""
-    low, high = request.guidance_interval or (EVERYWHERE[0], None)
-    return low, EVERYWHERE[1] if high is None else high
-
-
-def check(request: Request, multiple: int) -> None:
-    """ValueError for a value that no picture can have."""
-    for name in ("height", "width"):
-        side = getattr(request, name)
-        if not (multiple <= side <= MAX_SIDE and side % multiple == 0):
-            raise ValueError(f"{name} {side}: must be a multiple of {multiple} from {multiple} to {MAX_SIDE}")
-    steps, scale = request.num_inference_steps, request.guidance_scale
-    if steps is None or not 1 <= steps <= MAX_STEPS:
-        raise ValueError(f"steps {steps}: must be from 1 to {MAX_STEPS}")
-    if scale is None or not 0 <= scale <= 1000:  # also refuses NaN
-        raise ValueError(f"guidance {scale}: must be from 0 to 1000")
-    if not 0 <= request.guidance_rescale <= 1:
-        raise ValueError(f"guidance rescale {request.guidance_rescale}: must be from 0 to 1")
-    low, high = interval(request)
-    if not 0 <= low < high:
-        raise ValueError(f"guidance interval {low:g} to {high:g}: must be 0 <= low < high, in sigma/alpha")
-    if not 0 <= request.seed < 2**63:
-        raise ValueError(f"seed {request.seed}: must be from 0 to 2**63 - 1")
-    choose(SAMPLERS, request.sampler, "sampler")
-    choose(SPACINGS, request.spacing, "spacing")
-    if not 0 <= request.eta <= 1 or (request.eta and request.sampler != "ddim"):
-        raise ValueError(f"eta {request.eta}: must be from 0 to 1, and 0 for samplers other than ddim")
 
 
 def choose_device(name: str) -> torch.device:

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from ldm.images import read_texts
-from ldm.pipeline import Request
+from ldm.request import Request
 
 
 def test_generate_writes_a_png_for_each_prompt_and_seed_and_the_same_bytes_again(ldm_, tiny, tmp_path):

@@ -19,6 +19,7 @@ LAYERS = (
     {"diffusion", "nn"},
     {"checkpoints"},
     {"images"},
+    {"request", "texts"},
     {"pipeline", "data"},
     {"train", "jobs", "evaluate", "measure"},
     {""},  # ldm/__init__.py, which offers the pipeline to users and is nobody's short cut inside
@@ -35,6 +36,7 @@ HOMES = {
     "torchvision": ("nn/_torchvision.py",),
     "xformers": ("nn/attention.py",),
     "peft": ("nn/lora.py",),
+    "huggingface_hub": ("checkpoints/hub.py",),
     "accelerate": ("train",),
     "ray": ("jobs/engines.py",),
     "scripts": (),

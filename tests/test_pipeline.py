@@ -10,7 +10,8 @@ import torch
 import ldm.nn._torchvision  # noqa: F401  must come before diffusers
 from ldm.conditioning import Conditioning
 from ldm.diffusion.samplers import SAMPLERS
-from ldm.pipeline import PICTO, Pipeline, Request
+from ldm.pipeline import PICTO, Pipeline
+from ldm.request import Request
 
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, StableDiffusionPipeline  # isort: skip
 
@@ -70,8 +71,8 @@ def test_nothing_of_a_long_prompt_is_cut_and_a_weight_of_one_is_none(pipe):
 
 
 def test_the_shorter_of_prompt_and_negative_is_filled_up_with_empty_chunks(pipe):
-    filled = pipe.text("a cat", 3)
-    by_hand = Conditioning(torch.cat([pipe.text(text).context for text in ("a cat", "", "")], dim=1))
+    filled = pipe.texts("a cat", 3)
+    by_hand = Conditioning(torch.cat([pipe.texts(text).context for text in ("a cat", "", "")], dim=1))
     assert torch.equal(filled.context, by_hand.context)
     torch.testing.assert_close(filled.keys_values, pipe.model.unet.project(by_hand).keys_values)
     longer = pipe("a cat BREAK BREAK", "BREAK BREAK a dog", seed=1).images[0]
@@ -170,8 +171,8 @@ def test_diffusers_draws_the_same_picture_from_a_long_prompt_s_states(tiny, pipe
     noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(3))
     prompt = "a (red:1.4) apple BREAK two [stars]"
     picture = pipe(prompt, "a dog", latents=noise, sampler="ddim", num_inference_steps=6, guidance_scale=3.0).images[0]
-    empty, dog = (pipe.text(text).context for text in ("", "a dog"))
-    texts = {"prompt_embeds": pipe.text(prompt).context, "negative_prompt_embeds": torch.cat([dog, empty], dim=1)}
+    empty, dog = (pipe.texts(text).context for text in ("", "a dog"))
+    texts = {"prompt_embeds": pipe.texts(prompt).context, "negative_prompt_embeds": torch.cat([dog, empty], dim=1)}
     assert difference(picture, diffusers_picture(tiny, DDIMScheduler, texts, 6, 3.0, noise)) <= 2
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from ldm.checkpoints.files import DIFFUSERS, TRANSFORMERS, fill, place, read_json, sha256
 from ldm.checkpoints.schedule import load_schedule
@@ -29,24 +30,30 @@ MODEL_INDEX = {  # what makes a folder a diffusers.StableDiffusionPipeline
     "unet": ["diffusers", "UNet2DConditionModel"],
     "vae": ["diffusers", "AutoencoderKL"],
 }
+TEXT_ENCODERS = "text_encoder", "text_encoder_2"
 NETWORKS = {"unet": DIFFUSERS, "vae": DIFFUSERS, "text_encoder": TRANSFORMERS}  # folder: file of weights
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A whole text-to-image model: its networks and tokenizer, what the U-Net predicts, and under which SDE.
+    """A whole text-to-image model: its networks, what the U-Net predicts, and under which SDE.
 
     `defaults` are the settings that its makers recommend; `hashes` the SHA-256 of each network's file.
     """
 
     unet: UNet
     vae: vae.AutoencoderKL
-    text: text.CLIPTextModel
-    tokenizer: text.CLIPTokenizer
+    towers: tuple[text.Tower, ...]
     sde: VPSDE
     prediction: Prediction
     defaults: Mapping[str, Any] = field(default_factory=lambda: dict(DEFAULTS))
     hashes: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def networks(self) -> dict[str, nn.Module]:
+        """The networks by the names of their folders."""
+        towers = {name: tower.model for name, tower in zip(TEXT_ENCODERS, self.towers, strict=False)}
+        return {"unet": self.unet, "vae": self.vae, **towers}
 
 
 def load_directory(folder: Path, device: torch.device, dtype: torch.dtype) -> Checkpoint:
@@ -57,16 +64,16 @@ def load_directory(folder: Path, device: torch.device, dtype: torch.dtype) -> Ch
     if not (folder / "model_index.json").is_file():
         raise ValueError(f"{folder}: not a model (no model_index.json)")
     sde, prediction = load_schedule(folder / "scheduler" / "scheduler_config.json")
-    unet, vae, text = load_unet(folder / "unet"), load_vae(folder / "vae"), load_text(folder / "text_encoder")
-    for network in (unet, vae, text):
+    unet, vae = load_unet(folder / "unet"), load_vae(folder / "vae")
+    tower = text.Tower(load_text(folder / "text_encoder"), load_tokenizer(folder / "tokenizer"))
+    for network in (unet, vae, tower.model):
         place(network, device, dtype).eval().requires_grad_(False)
     advice = folder / "generation_config.json"
     recommended = read_json(advice) if advice.is_file() else {}
     return Checkpoint(
         unet,
         vae,
-        text,
-        load_tokenizer(folder / "tokenizer"),
+        (tower,),
         sde,
         prediction,
         {name: recommended.get(name, value) for name, value in DEFAULTS.items()},

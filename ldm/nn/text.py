@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,6 +37,21 @@ class Chunk(NamedTuple):
 
     ids: tuple[int, ...]
     weights: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Tower:
+    """A text encoder as a U-Net reads it.
+
+    The U-Net attends to the output of layer `layer`, counted from the end, after the final norm where `final_norm`;
+    `projected`, it also takes the pooled vector, and `model` is a CLIPTextModelWithProjection.
+    """
+
+    model: PreTrainedModel
+    tokenizer: CLIPTokenizer
+    layer: int = -1
+    final_norm: bool = True
+    projected: bool = False
 
 
 def tokens(tokenizer: CLIPTokenizer, prompts: Sequence[str], padding: str = "max_length") -> Tensor:

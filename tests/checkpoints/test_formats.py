@@ -91,7 +91,7 @@ def test_text_is_embedded_as_transformers_does(tiny):
     assert torch.equal(ids, tokens(load_tokenizer(tiny / "tokenizer"), prompts))
     with torch.no_grad():
         expected = theirs[1].float()(ids).last_hidden_state
-        torch.testing.assert_close(embed(load(tiny).text, ids), expected, rtol=0, atol=1e-5)
+        torch.testing.assert_close(embed(load(tiny).towers[0].model, ids), expected, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -159,7 +159,7 @@ def test_a_latent_model_with_its_decoder_in_the_loop_comes_nearer_to_the_measure
     z = randn(2, 4, 8, 8, seed=6).float()
     with torch.no_grad():
         y = seen(randn(2, 4, 8, 8, seed=7).float())
-    denoise = guide(pipe.denoiser, pipe.text("a cat")[torch.tensor([0, 0])], pipe.text("")[torch.tensor([0, 0])], 2.0)
+    denoise = guide(pipe.denoiser, pipe.texts("a cat")[torch.tensor([0, 0])], pipe.texts("")[torch.tensor([0, 0])], 2.0)
     point = pipe.model.sde.at(0.3)
     with torch.inference_mode():
         plain, conditioned = denoise(z, point), posterior(denoise, seen, y, 0.01)(z, point)
