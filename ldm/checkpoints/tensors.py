@@ -1,0 +1,152 @@
+"""safetensors files, whose header is checked before any memory is taken and whose bytes are read once.
+
+The format: the header's length (8 bytes, little endian), a JSON object of names with dtype, shape and place, the data.
+What a file is, its content decides, never its name.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from hashlib import _Hash
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+MAX_HEADER = 100_000_000  # bytes: safetensors' own limit
+PICKLE = "{what}; it may run code when it is read, so it is not: `ldm convert --trust FILE DST` makes weights of it"
+STRANGERS = {  # beginnings of what is often taken for weights
+    b"PK\x03\x04": PICKLE.format(what="a zip archive, as torch.save writes"),
+    **{bytes([0x80, k]): PICKLE.format(what="a pickle") for k in range(2, 6)},
+    b"version https://git-lfs": "a pointer of Git LFS, not the file itself",
+    b"<": "a page of the web, not the file itself",
+    b"GGUF": "a GGUF file, which is not supported",
+}
+
+
+class Slot(NamedTuple):
+    """Where a tensor lies in the data of a file, and what it is."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+
+@dataclass(frozen=True)
+class TensorFile:
+    """An open question to a safetensors file: what it holds is known, nothing of it is in memory."""
+
+    path: Path
+    metadata: Mapping[str, str]
+    slots: Mapping[str, Slot]
+    offset: int  # of the data
+
+    def meta(self) -> dict[str, Tensor]:
+        """The tensors without their values, on the meta device."""
+        return {name: torch.empty(s.shape, dtype=s.dtype, device="meta") for name, s in self.slots.items()}
+
+    def read(self, hasher: _Hash | None = None) -> Iterator[tuple[str, Tensor]]:
+        """Each name and tensor on the host, in the file's order; `hasher` hears every byte of the file, once.
+
+        ValueError where the file ends early.
+        """
+        with self.path.open("rb", buffering=0) as file, ThreadPoolExecutor(1) as hashing:
+            head = file.read(self.offset)
+            heard = hashing.submit(hasher.update, head) if hasher else None
+            for name, slot in self.slots.items():
+                data = torch.empty(slot.end - slot.start, dtype=torch.uint8)
+                view, filled = data.numpy().data, 0
+                while filled < len(view):
+                    if not (n := file.readinto(view[filled:])):
+                        raise ValueError(f"{self.path}: ends before the last byte of {name}")
+                    filled += n
+                if hasher and heard:
+                    heard.result()  # one tensor behind the disk, so that no more than one waits
+                    heard = hashing.submit(hasher.update, view)
+                yield name, data.view(slot.dtype).reshape(slot.shape)
+            if heard:
+                heard.result()
+
+
+def open_tensors(path: Path) -> TensorFile:
+    """A safetensors file by its header; ValueError in one line for anything else, a pickle above all."""
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            start = file.read(32)
+            length = int.from_bytes(start[:8], "little")
+            if start[8:9] != b"{" or length + 8 > size or length > MAX_HEADER:
+                raise ValueError(f"{path}: {_stranger(start, size)}")
+            file.seek(8)
+            header = file.read(length)
+    except OSError as error:
+        raise ValueError(f"{path}: {error.strerror or error}") from None
+    try:
+        entries = json.loads(header, object_pairs_hook=_unique)
+        metadata = entries.pop("__metadata__", {})
+        if not all(isinstance(value, str) for value in metadata.values()):
+            raise ValueError("metadata that is not text")
+        slots = {name: _slot(name, entry) for name, entry in entries.items()}
+        slots = dict(sorted(slots.items(), key=lambda item: item[1][2:]))
+        end = 0
+        for name, slot in slots.items():
+            if slot.start != end:
+                raise ValueError(f"{name} begins at byte {slot.start} of the data, expected {end}")
+            end = slot.end
+        if (data := size - 8 - length) != end:
+            raise ValueError(f"{data} bytes of data, expected {end}")
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{path}: not a whole safetensors file ({error})") from None
+    return TensorFile(path, metadata, slots, 8 + length)
+
+
+def _stranger(start: bytes, size: int) -> str:
+    """What a file is that does not begin as safetensors do."""
+    if not size:
+        return "not a whole safetensors file (0 bytes)"
+    known = (what for beginning, what in STRANGERS.items() if start.startswith(beginning))
+    return next(known, "not a whole safetensors file (it does not begin with a header)")
+
+
+def _slot(name: str, entry: Any) -> Slot:
+    """An entry of the header, checked."""
+    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+        raise ValueError(f"{name} is not described by dtype, shape and data_offsets")
+    if entry["dtype"] not in DTYPES:
+        raise ValueError(f"{name} has dtype {entry['dtype']}, which is not supported")
+    numbers = [*entry["shape"], *entry["data_offsets"]] if isinstance(entry["shape"], list) else [-1]
+    if len(entry["data_offsets"]) != 2 or any(type(n) is not int or n < 0 for n in numbers):
+        raise ValueError(f"{name} has a shape or place that is none")
+    dtype, shape, (start, end) = DTYPES[entry["dtype"]], tuple(entry["shape"]), entry["data_offsets"]
+    if math.prod(shape) * dtype.itemsize != end - start:
+        raise ValueError(f"{name} has {end - start} bytes, expected {math.prod(shape) * dtype.itemsize}")
+    return Slot(dtype, shape, start, end)
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a name is given twice")
+    return found
