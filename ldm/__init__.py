@@ -5,12 +5,13 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from ldm.version import VERSION as __version__
+
 if TYPE_CHECKING:
     from ldm.pipeline import Output, Pipeline
     from ldm.request import Request
 
-__version__ = "0.1.0"
-__all__ = ["Output", "Pipeline", "Request"]
+__all__ = ["Output", "Pipeline", "Request", "__version__"]
 
 
 def __getattr__(name: str) -> Any:

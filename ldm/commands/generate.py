@@ -1,0 +1,144 @@
+"""`ldm generate`: prompts to PNG files."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from ldm.commands.options import AsJson, Model, opens_model, within, writable
+
+if TYPE_CHECKING:
+    from ldm.pipeline import Pipeline
+    from ldm.request import Request
+
+
+@opens_model()
+def generate(
+    model: Model,
+    prompts: Annotated[list[str] | None, typer.Argument(metavar="PROMPT...", show_default=False)] = None,
+    negative: Annotated[str | None, typer.Option(help="What the pictures shall not show.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Sampling steps; the default is the model's.")] = None,
+    sampler: Annotated[str | None, typer.Option(help="dpmpp_2m, unipc, ddim, ...: `ldm info` lists all.")] = None,
+    spacing: Annotated[str | None, typer.Option(help="trailing, karras, ...: `ldm info` lists all.")] = None,
+    guidance: Annotated[float | None, typer.Option(help="Guidance scale; 1 is none.")] = None,
+    guidance_rescale: Annotated[float, typer.Option(help="Share of the rescaled output: 0 to 1.")] = 0.0,
+    guidance_interval: Annotated[
+        tuple[float, float] | None, typer.Option(metavar="LOW HIGH", help="Guide in these sigma/alpha alone.")
+    ] = None,
+    eta: Annotated[float, typer.Option(help="Share of fresh noise in DDIM's steps.")] = 0.0,
+    clip_skip: Annotated[
+        int | None, typer.Option(help="Layer of the text encoder, from its end: 1 is the last, 2 the one before.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Picture k of a prompt uses seed + k.")] = 0,
+    count: Annotated[int, typer.Option(help="Pictures for each prompt.")] = 1,
+    width: Annotated[int | None, typer.Option(help="Pixels; the default is the image's or the model's.")] = None,
+    height: Annotated[int | None, typer.Option(help="Pixels; the default is the image's or the model's.")] = None,
+    image: Annotated[Path | None, typer.Option(help="Picture to begin from.")] = None,
+    mask: Annotated[Path | None, typer.Option(help="What of the image to redraw: white.")] = None,
+    strength: Annotated[float | None, typer.Option(help="Share of the steps that change the image.")] = None,
+    upscale: Annotated[float | None, typer.Option(help="Draw again this much larger, from the picture.")] = None,
+    upscale_strength: Annotated[float, typer.Option(help="Strength of that second pass.")] = 0.5,
+    lora: Annotated[list[str] | None, typer.Option(metavar="FILE[:WEIGHT]", help="Adapter; may be repeated.")] = None,
+    embedding: Annotated[
+        list[str] | None, typer.Option(metavar="[TOKEN=]FILE", help="Textual inversion; may be repeated.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(help="Pictures drawn at a time.")] = 8,
+    out: Annotated[Path, typer.Option(help="Folder for the PNGs.")] = Path("out"),
+    as_json: AsJson = False,
+) -> None:
+    """Draw prompts to PNG files, whose names are printed.
+
+    Words weigh as in AUTOMATIC1111's web UI: (more), [less], (so much:1.3); BREAK begins a new chunk.
+    """
+    texts = [prompt for prompt in prompts or [] if prompt.strip()]
+    if not texts:
+        raise ValueError("PROMPT: at least one that is not blank is needed")
+    within("--count", count, 1, 100_000)
+    within("--batch-size", batch_size, 1, 100_000)
+    adapters, embeddings = [weighted(word) for word in lora or []], [named(word) for word in embedding or []]
+    from ldm.images import read_picture
+    from ldm.request import Request
+
+    begun, redrawn = (None if path is None else read_picture(path) for path in (image, mask))
+    pipe = model.open(batch_size)
+    for file, weight in adapters:
+        pipe.load_lora_weights(file, weight)
+    for token, file in embeddings:
+        pipe.load_textual_inversion(file, token)
+    settings = Request(
+        prompt="",
+        negative_prompt=negative,
+        height=height,
+        width=width,
+        num_inference_steps=steps,
+        guidance_scale=guidance,
+        sampler=sampler,
+        spacing=spacing,
+        eta=eta,
+        guidance_rescale=guidance_rescale,
+        guidance_interval=guidance_interval and (guidance_interval[0], finite(guidance_interval[1])),
+        clip_skip=None if clip_skip is None else pipe.clip_skip(clip_skip),
+        image=begun,
+        mask=redrawn,
+        strength=strength,
+        upscale=upscale,
+        upscale_strength=upscale_strength,
+    )
+    requests = [pipe.resolve(replace(settings, prompt=text, seed=seed + k)) for text in texts for k in range(count)]
+    writable(out)
+    files = draw(pipe, model.name, requests, out)
+    for file in files if not as_json else ():
+        print(file)
+    if as_json:
+        records = [{"file": str(file), **r.record()} for file, r in zip(files, requests, strict=True)]
+        print(json.dumps({"images": records}))
+
+
+def weighted(word: str) -> tuple[Path, float]:
+    """FILE[:WEIGHT] in its parts."""
+    file, _, number = word.rpartition(":")
+    try:
+        return (Path(file), float(number)) if file else (Path(word), 1.0)
+    except ValueError:
+        return Path(word), 1.0  # a colon of the file's own
+
+
+def named(word: str) -> tuple[str, Path]:
+    """[TOKEN=]FILE in its parts; the token is the file's stem where none is said."""
+    token, _, file = word.partition("=")
+    return (token, Path(file)) if file else (Path(word).stem, Path(word))
+
+
+def finite(value: float) -> float | None:
+    """None for infinity, which JSON does not have."""
+    return value if value < math.inf else None
+
+
+def draw(pipe: Pipeline, model: str, requests: Sequence[Request], out: Path) -> list[Path]:
+    """Write each picture once it is finished, with progress on stderr; the files in the order of the requests."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from ldm.images import save_png
+
+    files = [out / name for name in names(requests)]
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("drawing", total=len(requests))
+        for k, picture in pipe.stream(requests, lambda share: bar.advance(task, share)):
+            save_png(picture, files[k], pipe.texts_of(requests[k], model))
+    return files
+
+
+def names(requests: Sequence[Request]) -> list[str]:
+    """A file name for each request: its number, words of its prompt, its seed; safe whatever the prompt says."""
+    words = (re.sub(r"[^a-z0-9]+", "-", r.prompt.lower()).strip("-")[:60].rstrip("-") or "picture" for r in requests)
+    digits = max(4, len(str(len(requests))))
+    return [f"{k:0{digits}d}-{w}-{r.seed}.png" for k, (w, r) in enumerate(zip(words, requests, strict=True))]

@@ -1,0 +1,93 @@
+"""`ldm inspect`, `ldm convert` and `ldm info`: what a model is, and what there is here."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ldm.commands.options import AsJson, report
+
+
+def inspect(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Folder, file or hub id.", show_default=False)],
+    probe: Annotated[bool, typer.Option(help="Ask the U-Net what it predicts, where nothing else says it.")] = True,
+    as_json: AsJson = False,
+) -> None:
+    """What a model, adapter or embedding is, with the evidence, and what each of its tensors is for."""
+    from ldm.checkpoints import inspect as inspection
+
+    found = inspection.report(model, probe)
+    print(json.dumps(found) if as_json else inspection.table(found))
+
+
+def convert(
+    source: Annotated[Path, typer.Argument(metavar="SRC", show_default=False)],
+    destination: Annotated[Path, typer.Argument(metavar="DST", show_default=False)],
+    to: Annotated[str | None, typer.Option(help="Of an adapter: kohya, diffusers or peft.")] = None,
+    trust: Annotated[bool, typer.Option("--trust", help="Open pickles, as weights alone, in a process apart.")] = False,
+    family: Annotated[str | None, typer.Option(help="sd1, sd2-v, sdxl, ...: instead of what the file says.")] = None,
+    prediction: Annotated[str | None, typer.Option(help="eps, v or x0: instead of what the file says.")] = None,
+    zero_snr: Annotated[bool | None, typer.Option(help="Zero terminal SNR: instead of what the file says.")] = None,
+    ema: Annotated[bool, typer.Option("--ema", help="The moving average in a single file.")] = False,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; the default is as it is.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """A model's folder as a single file or the other way round; an adapter in another dialect; a pickle as weights.
+
+    Into a single file where DST ends in .safetensors. DST must not exist, and appears whole or not at all.
+    """
+    if to is not None:
+        return report(adapted(source, destination, to, family), as_json)
+    from ldm.checkpoints import convert as conversion
+    from ldm.diffusion.spacing import choose
+    from ldm.pipeline import DTYPES
+
+    made = conversion.convert(
+        source,
+        destination,
+        trust=trust,
+        family=family,
+        ema=ema,
+        dtype=None if dtype is None else choose(DTYPES, dtype, "dtype"),
+        prediction=prediction,
+        zero_snr=zero_snr,
+    )
+    report(made, as_json)
+
+
+def adapted(source: Path, destination: Path, to: str, family: str | None) -> dict[str, object]:
+    """Write an adapter in another dialect; what was written."""
+    from ldm.checkpoints.lora import convert_adapter
+
+    adapter = convert_adapter(source, destination, to, family)
+    return {"destination": str(destination), "adapter": adapter.name, "dialect": to, "modules": len(adapter.targets)}
+
+
+def info() -> None:
+    """Versions, devices, attention back ends, and the model that is shipped."""
+    from importlib import metadata
+
+    import torch
+
+    from ldm import __version__
+    from ldm.diffusion.samplers import SAMPLERS
+    from ldm.diffusion.spacing import SPACINGS
+    from ldm.nn.attention import available
+    from ldm.pipeline import PICTO
+
+    libraries = ("torch", "diffusers", "transformers", "accelerate")
+    rows = {"ldm": __version__, **{name: metadata.version(name) for name in libraries}}
+    rows["python"] = sys.version.split()[0]
+    rows["cpu"] = f"{torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
+    cuda = [torch.cuda.get_device_name(k) for k in range(torch.cuda.device_count())]
+    rows["cuda"] = ", ".join(cuda) if cuda else "none"
+    for name, reason in available().items():
+        rows[f"attention {name}"] = reason or "available"
+    rows["samplers"], rows["spacings"] = ", ".join(SAMPLERS), ", ".join(SPACINGS)
+    rows["picto"] = str(PICTO) if PICTO.is_dir() else "not found"
+    for name, value in rows.items():
+        print(f"{name:20} {value}")
