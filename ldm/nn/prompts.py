@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from functools import lru_cache
 from itertools import groupby, pairwise
 from typing import NamedTuple
 
@@ -18,11 +19,14 @@ SYNTAX = re.compile(
     re.VERBOSE,
 )
 BREAK = re.compile(r"\bBREAK\b")
+EDGE = r"(?:(?<!\w)|(?!\w))"  # not between two letters of a word
 FACTORS = {"(": 1.1, "[": 1 / 1.1}
 OPENING = {")": "(", "]": "["}
 MAX_NESTING = 32
 MAX_WEIGHT = 100.0
 REACH = 20  # tokens: a shorter phrase after a comma is not torn
+
+Words = Mapping[str, Sequence[int]]  # what is added to a vocabulary, and the ids that each word stands for
 
 
 class Part(NamedTuple):
@@ -33,10 +37,11 @@ class Part(NamedTuple):
 
 
 class Token(NamedTuple):
-    """A token's id and its weight."""
+    """A token's id and its weight; `inner` where it belongs to the same added word as the one before it."""
 
     id: int
     weight: float
+    inner: bool = False
 
 
 def parse(prompt: str) -> tuple[tuple[Part, ...], ...]:
@@ -88,11 +93,30 @@ def _merged(texts: Sequence[str], weights: Sequence[float]) -> Iterator[Part]:
             yield Part(text, weight)
 
 
+def divided(text: str, words: Words) -> Iterator[str | Sequence[int]]:
+    """A text in stretches without added words, and between them the ids of each word, in their order.
+
+    Case does not matter, as to the tokenizer; a word within a longer one is none.
+    """
+    start, ordered = 0, tuple(sorted(words, key=len, reverse=True))
+    for match in _finder(ordered).finditer(text) if words else ():
+        yield text[start : match.start()]
+        yield words[ordered[(match.lastindex or 0) - 1]]
+        start = match.end()
+    yield text[start:]
+
+
+@lru_cache(maxsize=8)
+def _finder(words: Sequence[str]) -> re.Pattern[str]:
+    """Finds any of the words, the first that fits; the number of the group is its place, from 1 on."""
+    return re.compile("|".join(f"({EDGE}{re.escape(word)}{EDGE})" for word in words), re.IGNORECASE)
+
+
 def cut(tokens: Sequence[Token], size: int, comma: int) -> list[Sequence[Token]]:
     """Pieces of at most `size` tokens, at least one, possibly empty.
 
     Where a cut would tear the phrase behind a comma among the piece's last 20 tokens, it is made behind that comma, as
-    the web UI does.
+    the web UI does; where it would tear an added word, before that word.
     """
     pieces, start = [], 0
     while len(tokens) - start > size:
@@ -100,6 +124,7 @@ def cut(tokens: Sequence[Token], size: int, comma: int) -> list[Sequence[Token]]
         if tokens[end].id != comma:
             commas = (k + 1 for k in range(end - 1, max(start, end - REACH - 1), -1) if tokens[k].id == comma)
             end = next(commas, end)
+        end = next((k for k in range(end, start, -1) if not tokens[k].inner), end)
         pieces.append(tokens[start:end])
         start = end
     return [*pieces, tokens[start:]]

@@ -1,39 +1,41 @@
-"""Text: CLIP's tokenizer and its two towers, from transformers."""
+"""Text: CLIP's tokenizers and text towers, from transformers, as the U-Nets of Stable Diffusion read them."""
 
 from __future__ import annotations
 
+import gzip
 import json
-from collections.abc import Iterable, Mapping, Sequence
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
-from torch.nn.functional import normalize
+from torch import Tensor, nn
 
 import ldm.nn._torchvision  # noqa: F401  must come before transformers
-from ldm.nn.prompts import Token, cut, parse
+from ldm.nn.prompts import Part, Token, Words, cut, divided, parse
 
 from tokenizers.pre_tokenizers import ByteLevel  # isort: skip
-from tokenizers.trainers import BpeTrainer  # isort: skip
 from transformers import (  # isort: skip
-    CLIPConfig,
-    CLIPModel,
     CLIPTextConfig,
     CLIPTextModel,
+    CLIPTextModelWithProjection,
     CLIPTokenizer,
-    CLIPVisionModelWithProjection,
     PreTrainedModel,
 )
 
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
+MERGES = "bpe_simple_vocab_16e6.txt.gz"  # CLIP's own, in open_clip's package
+CLIP_MERGES = 49152 - 256 - 2  # of that file: the others were never used
 MAX_CHUNKS = 64  # of one prompt
 NO_MEAN = 1e-2  # of the mean absolute value: less is rounding
 
 
 class Chunk(NamedTuple):
-    """What the text tower reads at a time: BOS, tokens, EOS and padding, and the weight of each."""
+    """What a text tower reads at a time: BOS, tokens and EOS, and the weight of each."""
 
     ids: tuple[int, ...]
     weights: tuple[float, ...]
@@ -44,7 +46,8 @@ class Tower:
     """A text encoder as a U-Net reads it.
 
     The U-Net attends to the output of layer `layer`, counted from the end, after the final norm where `final_norm`;
-    `projected`, it also takes the pooled vector, and `model` is a CLIPTextModelWithProjection.
+    `projected`, it also takes the pooled vector, and `model` is a CLIPTextModelWithProjection. `dropped` counts the
+    last layers that the model was trained with and that were left out, as nothing reads them (one in SD 2).
     """
 
     model: PreTrainedModel
@@ -52,6 +55,72 @@ class Tower:
     layer: int = -1
     final_norm: bool = True
     projected: bool = False
+    dropped: int = 0
+
+    @property
+    def text(self) -> Any:
+        """The CLIPTextModel itself."""
+        return self.model.text_model if self.projected else self.model
+
+    def states(self, ids: Tensor, skip: int = 0) -> tuple[Tensor, Tensor | None]:
+        """What the U-Net takes from token ids [B, T]: states [B, T, C], and, where `projected`, the pooled vectors.
+
+        `skip` is diffusers' clip_skip: the states are those of layer `layer - skip`, counted from the end. The pooled
+        vector [B, P] is the last layer's state of the first EOS after the final norm, projected; no layer is skipped
+        for it. ValueError for a layer that is not there.
+        """
+        self.check_skip(skip)
+        ids = ids.to(self.model.device)
+        read = self.text(ids, output_hidden_states=True)  # the last hidden state of these is before the final norm
+        z = read.hidden_states[self.layer - skip]
+        z = self.text.final_layer_norm(z) if self.final_norm else z
+        if not self.projected:
+            return z, None
+        # by its id: EOS is not the greatest one where embeddings were added, and old configurations say 2
+        eos = (ids == self.tokenizer.eos_token_id).int().argmax(-1)
+        return z, self.model.text_projection(read.last_hidden_state[torch.arange(len(ids), device=eos.device), eos])
+
+    def encode(self, chunk: Chunk, skip: int = 0) -> tuple[Tensor, Tensor | None]:
+        """The states [1, T, C] of a chunk and its padding, weighted, and the pooled vector [1, P], as it is.
+
+        Weights keep the mean after a final norm; without one a few channels outweigh all others, and the states are
+        only multiplied ("No norm" in the web UI, its advice for SDXL).
+        """
+        ids, weights = self.padded(chunk)
+        states, pooled = self.states(ids, skip)
+        return (weighted if self.final_norm else scaled)(states, weights), pooled
+
+    def padded(self, chunk: Chunk) -> tuple[Tensor, Tensor]:
+        """The ids and weights [1, T] of a chunk, with this tower's padding."""
+        room = self.tokenizer.model_max_length - len(chunk.ids)
+        ids = torch.tensor([[*chunk.ids, *room * [self.tokenizer.pad_token_id]]])
+        return ids, torch.tensor([[*chunk.weights, *room * [1.0]]])
+
+    def extend(self, vectors: Sequence[Tensor]) -> None:
+        """Let these [n, C] be all that follows the model's own token vectors; none of them is the model as it was."""
+        table = self.text.embeddings.token_embedding
+        own = table.weight[: self.model.config.vocab_size]
+        rows = torch.cat([own, *(a.to(own) for a in vectors)]).detach()
+        table.weight = nn.Parameter(rows, own.requires_grad)
+        table.num_embeddings = len(rows)
+
+    def check_skip(self, skip: int) -> None:
+        """ValueError for a clip skip, in diffusers' numbering, to a layer that is not there."""
+        layers = self.model.config.num_hidden_layers
+        if not 1 <= skip - self.layer <= layers:
+            raise ValueError(f"clip skip {skip}: must be from {1 + self.layer} to {layers + self.layer} for this model")
+
+
+def skip_of(clip_skip: int, tower: Tower) -> int:
+    """diffusers' clip_skip (0 is the model's own layer, 1 the one before it) from the web UI's and kohya's.
+
+    Those count from the last layer: 1 is the last, 2 the one before it, which is what SD 2 and SDXL read by themselves.
+    ValueError for a layer that is not there; the last of SD 2 is not.
+    """
+    first, last = 1 + tower.dropped, tower.model.config.num_hidden_layers + tower.dropped
+    if not first <= clip_skip <= last:
+        raise ValueError(f"clip skip {clip_skip}: this model has the layers {first} to {last}, counted from the end")
+    return clip_skip - tower.dropped + tower.layer
 
 
 def tokens(tokenizer: CLIPTokenizer, prompts: Sequence[str], padding: str = "max_length") -> Tensor:
@@ -65,24 +134,26 @@ def tokens(tokenizer: CLIPTokenizer, prompts: Sequence[str], padding: str = "max
     ).input_ids
 
 
-def embed(text: CLIPTextModel, ids: Tensor) -> Tensor:
-    """The last layer's states after the final norm, [B, T, C]: what Stable Diffusion 1.x attends to."""
-    return text(ids.to(text.device)).last_hidden_state
+def warn_of_cuts(tokenizer: CLIPTokenizer, prompts: Sequence[str]) -> None:
+    """A warning that tells how many of the prompts `tokens` would cut, and the first of them."""
+    room = tokenizer.model_max_length
+    long = [p for p in prompts if len(tokenizer(p, truncation=False, verbose=False).input_ids) > room]
+    if long:
+        first = f"the first is {long[0][:80]!r}"
+        warnings.warn(f"{len(long)} of {len(prompts)} captions are cut to {room} tokens; {first}", stacklevel=2)
 
 
-def chunks(tokenizer: CLIPTokenizer, prompt: str) -> tuple[Chunk, ...]:
+def chunks(tokenizer: CLIPTokenizer, prompt: str, words: Words = MappingProxyType({})) -> tuple[Chunk, ...]:
     """A prompt of any length, with weights as `parse` reads them, in chunks of the tokenizer's own length.
 
-    A section begins a chunk, and a long one is divided by `cut`. ValueError for a character that the vocabulary cannot
-    spell and for more than 64 chunks.
+    A section begins a chunk, and a long one is divided by `cut`. `words` are added to the vocabulary, with the ids that
+    each stands for. ValueError for a character that the vocabulary cannot spell and for more than 64 chunks.
     """
     try:
         prompt.encode()
     except UnicodeEncodeError:
         raise ValueError("prompt: not valid UTF-8") from None
-    sections = [
-        [Token(k, weight) for text, weight in section for k in _spelled(tokenizer, text)] for section in parse(prompt)
-    ]
+    sections = [[token for part in section for token in _read(tokenizer, part, words)] for section in parse(prompt)]
     if len(sections) > 1 and not sections[-1]:
         sections.pop()  # nothing follows the last BREAK
     size, comma = tokenizer.model_max_length - 2, tokenizer.convert_tokens_to_ids(",</w>")
@@ -92,8 +163,16 @@ def chunks(tokenizer: CLIPTokenizer, prompt: str) -> tuple[Chunk, ...]:
     return tuple(_framed(tokenizer, piece) for piece in pieces)
 
 
-def _spelled(tokenizer: CLIPTokenizer, text: str) -> list[int]:
-    """The ids of a text without BOS and EOS."""
+def _read(tokenizer: CLIPTokenizer, part: Part, words: Words) -> Iterator[Token]:
+    for stretch in divided(part.text, words):
+        if isinstance(stretch, str):
+            yield from (Token(k, part.weight) for k in spelled(tokenizer, stretch))
+        else:
+            yield from (Token(k, part.weight, inner=n > 0) for n, k in enumerate(stretch))
+
+
+def spelled(tokenizer: CLIPTokenizer, text: str) -> list[int]:
+    """The ids of a text without BOS and EOS; ValueError for a character that the vocabulary lacks."""
     read = tokenizer(text, add_special_tokens=False, truncation=False, verbose=False, return_offsets_mapping=True)
     for k, (start, end) in zip(read.input_ids, read.offset_mapping, strict=True):
         if k == tokenizer.unk_token_id and text[start:end] != tokenizer.unk_token:
@@ -102,15 +181,15 @@ def _spelled(tokenizer: CLIPTokenizer, text: str) -> list[int]:
 
 
 def _framed(tokenizer: CLIPTokenizer, piece: Sequence[Token]) -> Chunk:
-    room = tokenizer.model_max_length - 2 - len(piece)
-    ids = [tokenizer.bos_token_id, *(token.id for token in piece), tokenizer.eos_token_id]
-    weights = [1.0, *(token.weight for token in piece), 1.0]
-    return Chunk((*ids, *room * [tokenizer.pad_token_id]), (*weights, *room * [1.0]))
+    ids = tokenizer.bos_token_id, *(token.id for token in piece), tokenizer.eos_token_id
+    return Chunk(ids, (1.0, *(token.weight for token in piece), 1.0))
 
 
-def embed_chunk(text: CLIPTextModel, chunk: Chunk) -> Tensor:
-    """The states of a chunk's tokens [1, T, C], weighted."""
-    return weighted(embed(text, torch.tensor([chunk.ids])), torch.tensor([chunk.weights]))
+def scaled(states: Tensor, weights: Tensor) -> Tensor:
+    """States [B, T, C] times the weights [B, T] of their tokens, which lie on the host; weights of 1 are no change."""
+    if (weights == 1).all():
+        return states
+    return (states.float() * weights.to(states.device, torch.float32)[..., None]).to(states)
 
 
 def weighted(states: Tensor, weights: Tensor) -> Tensor:
@@ -123,75 +202,46 @@ def weighted(states: Tensor, weights: Tensor) -> Tensor:
     if (weights == 1).all():
         return states
     z = states.float()
-    scaled = z * weights.to(z)[..., None]
-    mean, after, size = (a.mean((-2, -1), keepdim=True) for a in (z, scaled, scaled.abs()))
-    return (scaled * torch.where(after.abs() > NO_MEAN * size, mean / after, 1.0)).to(states)
+    wz = scaled(z, weights)
+    mean, after, size = (a.mean((-2, -1), keepdim=True) for a in (z, wz, wz.abs()))
+    return (wz * torch.where(after.abs() > NO_MEAN * size, mean / after, 1.0)).to(states)
 
 
-def text_model(config: Mapping[str, Any]) -> CLIPTextModel:
+def text_model(config: Mapping[str, Any], projected: bool = False) -> CLIPTextModel | CLIPTextModelWithProjection:
     """A text tower with random weights, from the fields of a `text_encoder/config.json`."""
-    return CLIPTextModel(CLIPTextConfig(**config))
+    kind = CLIPTextModelWithProjection if projected else CLIPTextModel
+    return kind(CLIPTextConfig(**config))
 
 
-def clip_towers(
-    text: Mapping[str, Any], vision: Mapping[str, Any], projection_dim: int, tokenizer: CLIPTokenizer
-) -> CLIPModel:
-    """Both towers of CLIP (Radford et al. 2021), random, the text tower for this tokenizer's vocabulary."""
-    vocabulary = {
-        "vocab_size": len(tokenizer),
-        "max_position_embeddings": tokenizer.model_max_length,
-        "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": tokenizer.pad_token_id,
-        "projection_dim": projection_dim,
-    }
-    config = CLIPConfig(
-        text_config={**text, **vocabulary},
-        vision_config={**vision, "projection_dim": projection_dim},
-        projection_dim=projection_dim,
-    )
-    # eager attention: on a CPU the flash kernel's backward pass takes half of a step at these lengths
-    return CLIPModel._from_config(config, attn_implementation="eager")
+def clip_tokenizer(pad: int) -> CLIPTokenizer:
+    """The tokenizer of all of Stable Diffusion's towers, 49,408 tokens, padding to 77 with the token of that id.
 
-
-def unit_vectors(clip: CLIPModel, images: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
-    """Pictures [B, 3, H, W] in [-1, 1] and token ids [B, T] as vectors of length one, [B, D] each."""
-    pictures = clip.visual_projection(clip.vision_model(images).pooler_output)
-    captions = clip.text_projection(clip.text_model(ids).pooler_output)
-    return normalize(pictures, dim=-1), normalize(captions, dim=-1)
-
-
-def towers(clip: CLIPModel) -> dict[str, PreTrainedModel]:
-    """The trained towers as transformers' own classes, by the name of the folder that holds each."""
-    text = CLIPTextModel(clip.config.text_config)
-    text.load_state_dict(clip.text_model.state_dict())
-    image = CLIPVisionModelWithProjection(clip.config.vision_config)
-    image.vision_model.load_state_dict(clip.vision_model.state_dict())
-    image.visual_projection.load_state_dict(clip.visual_projection.state_dict())
-    return {"text_encoder": text, "image_encoder": image}
-
-
-def learn_vocabulary(captions: Iterable[str], size: int, context_length: int) -> CLIPTokenizer:
-    """A byte-level BPE in CLIP's own form (Radford et al. 2021, section 2.4), learnt from captions.
-
-    `size` tokens at most: 256 bytes, the same ending a word, the merges, and two specials, which come last.
+    It is CLIP's own (Radford et al. 2021), from the file in open_clip's package, and reads texts as it does there but
+    for HTML entities and broken Unicode, which are not mended. ValueError for an id that is not there.
     """
+    package = find_spec("open_clip")
+    if package is None or package.origin is None:
+        raise ValueError("CLIP's vocabulary: the package open_clip_torch is not installed")
+    with gzip.open(Path(package.origin).with_name(MERGES), "rt", encoding="utf-8") as file:
+        lines = file.read().split("\n")[1 : CLIP_MERGES + 1]
+    merges = [(a, b) for a, b in map(str.split, lines)]
+    tokenizer = CLIPTokenizer(vocab=vocabulary(merges), merges=merges, model_max_length=77)
+    if not 0 <= pad < len(tokenizer):
+        raise ValueError(f"padding with token {pad}: must be from 0 to {len(tokenizer) - 1}")
+    return _padding(tokenizer, tokenizer.convert_ids_to_tokens(pad))
+
+
+def vocabulary(merges: Iterable[tuple[str, str]]) -> dict[str, int]:
+    """CLIP's ids: 256 bytes, the same ending a word, the merges, BOS and EOS."""
     alphabet = sorted(ByteLevel.alphabet())
-    single = [*alphabet, *(byte + "</w>" for byte in alphabet)]
-    learner = CLIPTokenizer().backend_tokenizer
-    learner.train_from_iterator(
-        captions,
-        BpeTrainer(
-            vocab_size=size - len(alphabet) - 2,  # the trainer counts plain bytes, and not those that end a word
-            initial_alphabet=alphabet,
-            end_of_word_suffix="</w>",
-            show_progress=False,
-        ),
-    )
-    model = json.loads(learner.to_str())["model"]
-    merged = [a + b for a, b in model["merges"]]
-    vocab = {word: k for k, word in enumerate([*single, *merged, BOS, EOS])}
-    return CLIPTokenizer(vocab=vocab, merges=[(a, b) for a, b in model["merges"]], model_max_length=context_length)
+    words = [*alphabet, *(byte + "</w>" for byte in alphabet), *(a + b for a, b in merges), BOS, EOS]
+    return {word: k for k, word in enumerate(words)}
+
+
+def _padding(tokenizer: CLIPTokenizer, token: str) -> CLIPTokenizer:
+    """The tokenizer with that token as its padding."""
+    tokenizer.pad_token = token  # not on making it: transformers would cut each "!" out of texts, which ends a word
+    return tokenizer
 
 
 def save_tokenizer(tokenizer: CLIPTokenizer, folder: Path) -> None:
@@ -207,12 +257,20 @@ def save_tokenizer(tokenizer: CLIPTokenizer, folder: Path) -> None:
         "model_max_length": tokenizer.model_max_length,
         "bos_token": BOS,
         "eos_token": EOS,
-        "pad_token": EOS,
+        "pad_token": tokenizer.pad_token,
         "unk_token": EOS,
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def load_tokenizer(folder: Path) -> CLIPTokenizer:
-    """A tokenizer from its folder, never from a hub."""
-    return CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+    """A tokenizer from its folder, never from a hub; what pads is a token like any other where a text has it."""
+    read = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+    if read.pad_token == read.eos_token:
+        return read
+    model = json.loads(read.backend_tokenizer.to_str())["model"]
+    merges = [(a, b) for a, b in model["merges"]]
+    plain = CLIPTokenizer(vocab=model["vocab"], merges=merges, model_max_length=read.model_max_length)
+    added = sorted(read.get_added_vocab().items(), key=lambda item: item[1])
+    plain.add_tokens([token for token, _ in added if token not in model["vocab"]])
+    return _padding(plain, read.pad_token)

@@ -118,8 +118,9 @@ def test_the_size_of_a_chunk_less_one_goes_into_one_and_a_break_ends_it(tokenize
 def test_a_short_prompt_is_transformers_own_tokens(tiny, pad, prompt):
     tokenizer = CLIPTokenizer.from_pretrained(tiny / "tokenizer", pad_token=pad)
     (chunk,) = chunks(tokenizer, prompt)
-    assert chunk.ids == tuple(tokenizer(prompt, padding="max_length", truncation=True, max_length=16).input_ids)
-    assert chunk.weights == (1.0,) * 16
+    ids, weights = text.Tower(None, tokenizer).padded(chunk)
+    assert ids.tolist() == [tokenizer(prompt, padding="max_length", truncation=True, max_length=16).input_ids]
+    assert weights.tolist() == [[1.0] * 16]
     assert chunks(tokenizer, f"({prompt}:1.0)") == chunks(tokenizer, f"[({prompt}:1.1)]") == (chunk,)
 
 
@@ -150,7 +151,7 @@ def test_a_long_prompt_is_its_chunks_states_in_a_row(tiny, repeat, emphasis):
         states.append(scaled / scaled.mean() * z.mean())
     prompt = "".join(part if weight == 1 else f"({part}:{weight})" for part, weight in parts)
     assert len(states) > repeat
-    ours = torch.cat([text.embed_chunk(tower, chunk) for chunk in chunks(tokenizer, prompt)], dim=1)
+    ours = torch.cat([text.Tower(tower, tokenizer).encode(chunk)[0] for chunk in chunks(tokenizer, prompt)], dim=1)
     torch.testing.assert_close(ours, torch.cat(states)[None], rtol=0, atol=1e-5)
 
 

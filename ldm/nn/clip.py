@@ -1,0 +1,79 @@
+"""CLIP's training (Radford et al. 2021): two random towers for a vocabulary that is learnt from captions."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from torch import Tensor
+from torch.nn.functional import normalize
+
+import ldm.nn._torchvision  # noqa: F401  must come before transformers
+from ldm.nn.text import vocabulary
+
+from tokenizers.pre_tokenizers import ByteLevel  # isort: skip
+from tokenizers.trainers import BpeTrainer  # isort: skip
+from transformers import (  # isort: skip
+    CLIPConfig,
+    CLIPModel,
+    CLIPTextModel,
+    CLIPTokenizer,
+    CLIPVisionModelWithProjection,
+    PreTrainedModel,
+)
+
+
+def clip_towers(
+    text: Mapping[str, Any], vision: Mapping[str, Any], projection_dim: int, tokenizer: CLIPTokenizer
+) -> CLIPModel:
+    """Both towers of CLIP (Radford et al. 2021), random, the text tower for this tokenizer's vocabulary."""
+    words = {
+        "vocab_size": len(tokenizer),
+        "max_position_embeddings": tokenizer.model_max_length,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+        "projection_dim": projection_dim,
+    }
+    config = CLIPConfig(
+        text_config={**text, **words},
+        vision_config={**vision, "projection_dim": projection_dim},
+        projection_dim=projection_dim,
+    )
+    # eager attention: on a CPU the flash kernel's backward pass takes half of a step at these lengths
+    return CLIPModel._from_config(config, attn_implementation="eager")
+
+
+def unit_vectors(clip: CLIPModel, images: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Pictures [B, 3, H, W] in [-1, 1] and token ids [B, T] as vectors of length one, [B, D] each."""
+    pictures = clip.visual_projection(clip.vision_model(images).pooler_output)
+    captions = clip.text_projection(clip.text_model(ids).pooler_output)
+    return normalize(pictures, dim=-1), normalize(captions, dim=-1)
+
+
+def towers(clip: CLIPModel) -> dict[str, PreTrainedModel]:
+    """The trained towers as transformers' own classes, by the name of the folder that holds each."""
+    text = CLIPTextModel(clip.config.text_config)
+    text.load_state_dict(clip.text_model.state_dict())
+    image = CLIPVisionModelWithProjection(clip.config.vision_config)
+    image.vision_model.load_state_dict(clip.vision_model.state_dict())
+    image.visual_projection.load_state_dict(clip.visual_projection.state_dict())
+    return {"text_encoder": text, "image_encoder": image}
+
+
+def learn_vocabulary(captions: Iterable[str], size: int, context_length: int) -> CLIPTokenizer:
+    """A byte-level BPE in CLIP's own form (section 2.4), learnt from captions: `size` tokens at most."""
+    alphabet = sorted(ByteLevel.alphabet())
+    learner = CLIPTokenizer().backend_tokenizer
+    learner.train_from_iterator(
+        captions,
+        BpeTrainer(
+            vocab_size=size - len(alphabet) - 2,  # the trainer counts plain bytes, and not those that end a word
+            initial_alphabet=alphabet,
+            end_of_word_suffix="</w>",
+            show_progress=False,
+        ),
+    )
+    merges = [(a, b) for a, b in json.loads(learner.to_str())["model"]["merges"]]
+    return CLIPTokenizer(vocab=vocabulary(merges), merges=merges, model_max_length=context_length)

@@ -1,0 +1,57 @@
+"""Textual inversion: every dialect gives its vectors, and whatever else is refused by name."""
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from ldm.checkpoints.embeddings import load_embeddings
+
+ONE, MANY = torch.randn(768, generator=torch.Generator().manual_seed(0)), torch.arange(2304.0).reshape(3, 768)
+WIDE = torch.arange(3840.0).reshape(3, 1280)
+
+
+@pytest.mark.parametrize(
+    "tensors, expected",
+    [
+        ({"emb_params": MANY}, {"text_encoder": MANY}),
+        ({"<cat-toy>": ONE}, {"text_encoder": ONE[None]}),
+        ({"<cat-toy>": MANY}, {"text_encoder": MANY}),
+        ({"emb_params": MANY.bfloat16()}, {"text_encoder": MANY.bfloat16().float()}),
+        ({"clip_l": MANY, "clip_g": WIDE}, {"text_encoder": MANY, "text_encoder_2": WIDE}),
+        ({"clip_g": WIDE[0], "clip_l": ONE}, {"text_encoder": ONE[None], "text_encoder_2": WIDE[:1]}),
+    ],
+    ids=["web ui", "diffusers", "diffusers of many vectors", "half", "sdxl", "sdxl of one vector"],
+)
+def test_every_dialect_gives_its_vectors(tmp_path, tensors, expected):
+    save_file(tensors, tmp_path / "word.safetensors")
+    found = load_embeddings(tmp_path / "word.safetensors")
+    assert list(found) == list(expected)
+    assert all(a.dtype == torch.float32 and torch.equal(a, expected[name]) for name, a in found.items())
+
+
+@pytest.mark.parametrize(
+    "tensors, said",
+    [
+        ({}, "not an embedding: holds nothing, expected one tensor, or clip_l and clip_g"),
+        ({"clip_l": MANY}, "not an embedding: holds clip_l, expected"),
+        ({"clip_l": MANY, "clip_g": WIDE, "t5": ONE}, "not an embedding: holds clip_g, clip_l, t5, expected"),
+        ({f"layer{k}.weight": ONE for k in range(5)}, r"layer0\.weight, layer1\.weight, layer2\.weight and 2 more"),
+        ({"clip_l": MANY, "clip_g": WIDE[:2]}, "3 vectors for text_encoder and 2 vectors for text_encoder_2"),
+        ({"emb_params": MANY.long()}, r"emb_params is torch\.int64 of shape \[3, 768\], expected real vectors"),
+        ({"emb_params": MANY[None]}, r"emb_params is torch\.float32 of shape \[1, 3, 768\]"),
+        ({"emb_params": MANY[:0]}, r"of shape \[0, 768\]"),
+        ({"emb_params": torch.tensor(1.0)}, r"of shape \[\]"),
+        ({"emb_params": MANY / 0}, "numbers that are not finite"),
+    ],
+)
+def test_what_is_no_embedding_is_refused_by_name(tmp_path, tensors, said):
+    save_file({name: a.clone() for name, a in tensors.items()}, tmp_path / "word.safetensors")
+    with pytest.raises(ValueError, match=rf"word\.safetensors: .*{said}") as error:
+        load_embeddings(tmp_path / "word.safetensors")
+    assert "\n" not in str(error.value)
+
+
+def test_the_web_ui_s_pickle_names_the_way_to_convert_it(tmp_path):
+    torch.save({"string_to_param": {"*": MANY}, "name": "word"}, tmp_path / "word.pt")
+    with pytest.raises(ValueError, match=r"word\.pt: a zip archive.*ldm convert --trust"):
+        load_embeddings(tmp_path / "word.pt")
