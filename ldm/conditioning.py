@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -18,11 +18,14 @@ class Conditioning:
     `keys_values` holds one (k, v) pair [B, T, inner] for every cross-attention in the order in which the network meets
     them; it depends on the text alone, so one projection serves all steps of all pictures with that text. `added`
     [B, D] is what a network of SDXL's kind adds to its timestep: the whole text as one vector, and the sizes.
+    `channels` [B, K, h, w] is what a network that inpaints is shown beside x: the mask, and the latents of what is
+    known.
     """
 
     context: Tensor
     keys_values: KeysValues | None = None
     added: Tensor | None = None
+    channels: Tensor | None = None
 
     def __len__(self) -> int:
         return self.context.shape[0]
@@ -34,6 +37,7 @@ class Conditioning:
             f(self.context),
             None if pairs is None else tuple((f(k), f(v)) for k, v in pairs),
             None if self.added is None else f(self.added),
+            None if self.channels is None else f(self.channels),
         )
 
     def __getitem__(self, rows: slice | Tensor) -> Conditioning:
@@ -44,27 +48,38 @@ class Conditioning:
 
     @staticmethod
     def cat(parts: Sequence[Conditioning]) -> Conditioning:
-        """Rows of several conditionings, in order; texts of one length. ValueError where only some have `added`."""
+        """Rows of several conditionings, in order; texts of one length.
+
+        ValueError where only some have `added`, or `channels`.
+        """
         if len(parts) == 1:
             return parts[0]
-        vectors = [p.added for p in parts if p.added is not None]
-        if len(vectors) not in (0, len(parts)):
-            raise ValueError(f"conditioning: {len(vectors)} of {len(parts)} parts have an added vector")
-        context, added = torch.cat([p.context for p in parts]), torch.cat(vectors) if vectors else None
-        if any(p.keys_values is None for p in parts):
-            return Conditioning(context, added=added)
-        layers = zip(*(p.keys_values or () for p in parts), strict=True)
-        pairs = tuple((torch.cat([k for k, _ in kv]), torch.cat([v for _, v in kv])) for kv in layers)
-        return Conditioning(context, pairs, added)
+        return Conditioning(
+            torch.cat([p.context for p in parts]),
+            _pairs(parts, 0),
+            _rows([p.added for p in parts], "an added vector"),
+            _rows([p.channels for p in parts], "channels"),
+        )
 
     @staticmethod
     def chain(parts: Sequence[Conditioning]) -> Conditioning:
-        """Texts one behind another along T, row by row; the first one's `added` is the whole's, as in A1111."""
+        """Texts one behind another along T, row by row; what else the first one has is the whole's, as in A1111."""
         if len(parts) == 1:
             return parts[0]
-        context, added = torch.cat([p.context for p in parts], dim=1), parts[0].added
-        if any(p.keys_values is None for p in parts):
-            return Conditioning(context, added=added)
-        layers = zip(*(p.keys_values or () for p in parts), strict=True)
-        pairs = tuple((torch.cat([k for k, _ in kv], 1), torch.cat([v for _, v in kv], 1)) for kv in layers)
-        return Conditioning(context, pairs, added)
+        return replace(parts[0], context=torch.cat([p.context for p in parts], 1), keys_values=_pairs(parts, 1))
+
+
+def _pairs(parts: Sequence[Conditioning], dim: int) -> KeysValues | None:
+    """All parts' keys and values joined; None where one has none, for the network projects the whole then."""
+    if any(p.keys_values is None for p in parts):
+        return None
+    layers = zip(*(p.keys_values or () for p in parts), strict=True)
+    return tuple((torch.cat([k for k, _ in kv], dim), torch.cat([v for _, v in kv], dim)) for kv in layers)
+
+
+def _rows(tensors: Sequence[Tensor | None], what: str) -> Tensor | None:
+    """Rows joined, of all parts or of none."""
+    given = [t for t in tensors if t is not None]
+    if len(given) not in (0, len(tensors)):
+        raise ValueError(f"conditioning: {len(given)} of {len(tensors)} parts have {what}")
+    return torch.cat(given) if given else None

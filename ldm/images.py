@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import re
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -55,6 +57,11 @@ def to_pil(images: Tensor) -> list[Image.Image]:
     return [Image.fromarray(pixels) for pixels in to_uint8(images)]
 
 
+def fingerprint(picture: Image.Image) -> dict[str, Any]:
+    """What tells a picture from another, as JSON values: its size, and the SHA-256 of its RGB pixels, row by row."""
+    return {"size": list(picture.size), "sha256": hashlib.sha256(picture.convert("RGB").tobytes()).hexdigest()}
+
+
 def contact_sheet(pictures: Sequence[Image.Image], captions: Sequence[str], columns: int) -> Image.Image:
     """Pictures of one size in rows of `columns`, each over its caption."""
     width, height = pictures[0].size
@@ -70,11 +77,28 @@ def contact_sheet(pictures: Sequence[Image.Image], captions: Sequence[str], colu
     return sheet
 
 
-def parameters(settings: Mapping[str, Any], model: str, model_hash: str, version: str) -> str:
-    """The text that AUTOMATIC1111's web UI writes into its PNGs and other tools read, from a request's record."""
+PAIR = re.compile(r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)')  # as the web UI reads name: value
+NEGATIVE = "Negative prompt:"
+
+
+def parameters(
+    settings: Mapping[str, Any],
+    model: str,
+    model_hash: str,
+    version: str,
+    vae: tuple[str, str] | None = None,
+    loras: Mapping[str, str] | None = None,
+    embeddings: Mapping[str, str] | None = None,
+) -> str:
+    """The text that AUTOMATIC1111's web UI writes into its PNGs and other tools read, from a request's record.
+
+    `vae` is the name and hash of an autoencoder that replaces the model's own; `loras` and `embeddings` are hashes by
+    name. What is None goes unsaid. `clip_skip` counts layers as the web UI does, from the last, 1.
+    """
     lines = [settings["prompt"]]
     if settings["negative_prompt"]:
-        lines.append(f"Negative prompt: {settings['negative_prompt']}")
+        lines.append(f"{NEGATIVE} {settings['negative_prompt']}")
+    upscale, skip = settings["upscale"], settings["clip_skip"]
     fields = {
         "Steps": settings["num_inference_steps"],
         "Sampler": A1111_SAMPLERS.get(settings["sampler"], settings["sampler"]),
@@ -84,15 +108,55 @@ def parameters(settings: Mapping[str, Any], model: str, model_hash: str, version
         "Size": f"{settings['width']}x{settings['height']}",
         "Model hash": model_hash[:10],
         "Model": model,
+        "VAE hash": vae and vae[1][:10],
+        "VAE": vae and vae[0],
+        "Denoising strength": settings["upscale_strength"] if upscale else settings["strength"],
+        "Clip skip": skip or None,
         "RNG": "CPU",
+        "Hires upscale": upscale,
+        "Hires upscaler": "Lanczos" if upscale else None,
+        "Lora hashes": hashes(loras),
+        "TI hashes": hashes(embeddings),
         "Version": f"ldm {version}",
     }
-    return "\n".join([*lines, ", ".join(f"{name}: {quoted(str(value))}" for name, value in fields.items())])
+    pairs = (f"{name}: {quoted(str(value))}" for name, value in fields.items() if value is not None)
+    return "\n".join([*lines, ", ".join(pairs)])
+
+
+def hashes(files: Mapping[str, str] | None) -> str | None:
+    """The first digits of files' hashes by name, in one value."""
+    return ", ".join(f"{name}: {digits[:12]}" for name, digits in files.items()) if files else None
+
+
+def read_parameters(text: str) -> dict[str, str]:
+    """What `parameters` says, by its own names, with "Prompt" and "Negative prompt": the web UI's rules of reading.
+
+    Its lines are stripped; a last line of fewer than three pairs belongs to the prompts. The format has no word for a
+    prompt with a line that begins with "Negative prompt:".
+    """
+    *lines, last = text.strip().split("\n")
+    pairs = PAIR.findall(last)
+    if len(pairs) < 3:
+        lines, pairs = [*lines, last], []
+    lines = [line.strip() for line in lines]
+    turn = next((k for k, line in enumerate(lines) if line.startswith(NEGATIVE)), len(lines))
+    negative = [line.removeprefix(NEGATIVE).strip() for line in lines[turn:]]
+    prompts = {"Prompt": "\n".join(lines[:turn]), NEGATIVE[:-1]: "\n".join(negative)}
+    return {**prompts, **{name: unquoted(value) for name, value in pairs}}
 
 
 def quoted(value: str) -> str:
-    """A value as the web UI writes it: JSON-quoted where a comma, colon or newline would end it early."""
-    return json.dumps(value, ensure_ascii=False) if any(c in value for c in ",:\n") else value
+    """A value as the web UI writes it: in JSON's quotes where a comma, colon, newline or quote would be misread."""
+    misread = any(c in value for c in ",:\n") or value.startswith('"')
+    return json.dumps(value, ensure_ascii=False) if misread else value
+
+
+def unquoted(value: str) -> str:
+    """A value as the web UI reads it."""
+    try:
+        return json.loads(value) if value[:1] == value[-1:] == '"' else value
+    except json.JSONDecodeError:
+        return value
 
 
 def save_png(picture: Image.Image, path: Path, texts: Mapping[str, str]) -> None:

@@ -13,7 +13,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ldm.diffusion.denoiser import Counted
+from ldm.diffusion.denoiser import Counted, Denoise
 from ldm.diffusion.inversion import SCHEMES, round_trip
 from ldm.diffusion.likelihood import (
     Elbo,
@@ -29,7 +29,7 @@ from ldm.diffusion.likelihood import (
 from ldm.diffusion.spacing import choose, log_snr
 from ldm.files import publish
 from ldm.images import from_uint8, to_pil
-from ldm.nn.vae import Posterior, decode
+from ldm.nn.vae import Posterior, decode, downscale
 from ldm.pipeline import Pipeline
 from ldm.rng import Noise
 
@@ -67,18 +67,24 @@ def flow(
     pipe: Pipeline, posterior: Posterior, text: str, steps: int, tolerance: float | None, probes: int, seed: int
 ) -> Estimate:
     """log p(z | text) by the probability-flow ODE, in fixed steps or to a tolerance."""
-    sde, denoise, noise = pipe.model.sde, pipe.guided([text], [""]), Noise([seed])
+    sde, denoise, noise = pipe.model.sde, given(pipe, text, posterior.mean), Noise([seed])
     z = posterior.sample(noise(posterior.mean))
     if tolerance is None:
         return log_likelihood(denoise, z, log_snr(sde, steps), hutchinson(noise, probes))
     return log_likelihood_adaptive(denoise, z, sde, hutchinson(frozen(noise), probes), tolerance=tolerance)
 
 
+def given(pipe: Pipeline, text: str, z: Tensor, guidance: float = 1.0) -> Denoise:
+    """The denoiser of latents like z [1, C, h, w], given a text."""
+    height, width = (n * downscale(pipe.model.vae) for n in z.shape[-2:])
+    return pipe.guided([text], [""], guidance, size=(height, width))
+
+
 def bound(pipe: Pipeline, posterior: Posterior, text: str, steps: int, draws: int, seed: int) -> Elbo:
     """The continuous ELBO of log p(z | text), of the same z as the flow's."""
     noise = Noise([seed])
     z = posterior.sample(noise(posterior.mean))
-    return elbo(pipe.guided([text], [""]), z, log_snr(pipe.model.sde, steps + 1), noise, draws)
+    return elbo(given(pipe, text, z), z, log_snr(pipe.model.sde, steps + 1), noise, draws)
 
 
 def autoencoder(pipe: Pipeline, picture: Image.Image, posterior: Posterior, seed: int) -> dict[str, dict[str, float]]:
@@ -123,7 +129,7 @@ def invert(
     """A picture's latent z to its noise and back by a row of `SCHEMES`; errors are of z, and in levels of 255."""
     chosen = choose(SCHEMES, scheme, "scheme")
     grid = log_snr(pipe.model.sde, steps)
-    denoise = Counted(pipe.guided([prompt], [""], guidance))
+    denoise = Counted(given(pipe, prompt, z, guidance))
     trip = round_trip(chosen, denoise, z, grid, **options)
     through_vae, back = to_pil(decode(pipe.model.vae, torch.cat([z, trip.x0.to(z)])))
     noise = trip.state[0]

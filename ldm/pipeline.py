@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections import deque
+import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache, partial
-from itertools import groupby
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,19 +14,23 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ldm.checkpoints.formats import Checkpoint, load_directory
+from ldm.checkpoints.files import sha256
+from ldm.checkpoints.formats import Checkpoint, load
+from ldm.checkpoints.lora import open_adapter
 from ldm.conditioning import Conditioning
-from ldm.diffusion.denoiser import Denoise, Denoiser
+from ldm.diffusion.denoiser import Denoise
 from ldm.diffusion.guidance import EVERYWHERE, guide
-from ldm.diffusion.samplers import SAMPLERS, checked, ddim
-from ldm.diffusion.sde import VPSDE
-from ldm.diffusion.spacing import SPACINGS, Grid, choose
-from ldm.images import from_uint8, to_pil
-from ldm.nn.vae import Posterior, decode, downscale, encode
-from ldm.request import Request, check, interval
-from ldm.rng import Noise
+from ldm.diffusion.spacing import choose
+from ldm.images import from_uint8, parameters
+from ldm.nn.lora import Adapters, Weight
+from ldm.nn.text import skip_of
+from ldm.nn.vae import Posterior, downscale, encode
+from ldm.request import Request, check, time_ids, usual_strength
+from ldm.scheduler import Scheduler, channels, latent_shape
 from ldm.texts import Texts
+from ldm.version import VERSION
 
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 PICTO = Path(__file__).resolve().parent.parent / "weights" / "picto"
 
 
@@ -39,49 +42,20 @@ class Output:
     seeds: list[int]
 
 
-class Group:
-    """Rows that march in step: requests of one shape, sampler and grid, driven by one coroutine."""
-
-    def __init__(self, members: Sequence[tuple[int, Request]], x: Tensor, grid: Grid, noise: Noise) -> None:
-        self.members = members
-        first = members[0][1]
-        sampler = partial(ddim, eta=first.eta) if first.eta else SAMPLERS[first.sampler].function
-        self.steps = checked(sampler)(x, grid, noise)
-        self.x, self.point = next(self.steps)
-        self.grid = grid
-        self.progress = 0.0
-
-    def __len__(self) -> int:
-        return len(self.members)
-
-    def answer(self, x0: Tensor) -> float:
-        """Give E[x_0 | x]: the group asks on, or holds its latents in `x`. Returns how far it came."""
-        before = self.progress
-        try:
-            self.x, self.point = self.steps.send(x0)
-            self.progress = max(self.progress, sum(p.t > self.point.t for p in self.grid) / len(self.grid))
-        except StopIteration as end:
-            self.x, self.progress = end.value, 1.0
-        return self.progress - before
-
-    @property
-    def done(self) -> bool:
-        return self.progress == 1
-
-
 class Pipeline:
-    """A text-to-image model that draws requests of any mixture of prompts, seeds, sizes, steps, samplers and guidance.
+    """A model that draws requests: text to image, image to image, inpainting and second passes are one function.
 
-    Its scheduler joins the questions of all running groups into one call of the network for each shape of latents and
-    text, retires what is finished and admits what waits: continuous batching. Prompts may be of any length and weigh
-    their words, as `ldm.nn.prompts.parse` says.
+    A list may hold any mixture of them, as `Scheduler` says. Prompts may be of any length and weigh their words, as
+    `ldm.nn.prompts.parse` says.
     """
 
     def __init__(self, model: Checkpoint, batch_size: int = 8) -> None:
         self.model = model
-        self.batch_size = batch_size
-        self.denoiser = Denoiser(model.unet, model.sde, model.prediction, model.unet.dtype)
         self.texts = Texts(model)
+        self.adapters = Adapters(model.networks)
+        self.embeddings: dict[str, str] = {}  # word: SHA-256 of its file
+        self.scheduler = Scheduler(model, self.texts, batch_size)
+        self.denoiser = self.scheduler.denoiser
 
     @classmethod
     def from_pretrained(
@@ -91,13 +65,15 @@ class Pipeline:
         device: str = "auto",
         dtype: str | torch.dtype = "auto",
         batch_size: int = 8,
+        **source: Any,
     ) -> Pipeline:
-        """The model in a folder of diffusers' layout; ValueError names the file that is missing or at fault.
+        """The model in a folder, a single file or a hub repository; ValueError names what is missing or at fault.
 
-        device "auto" is CUDA where there is one; dtype "auto" is bfloat16 on CUDA and float32 on a CPU.
+        device "auto" is CUDA where there is one; dtype "auto" is bfloat16 on CUDA and float32 on a CPU. `source` are
+        the options of `ldm.checkpoints.formats.load`: revision, variant, token, family, prediction, zero_snr, ema, vae.
         """
         where = choose_device(device)
-        return cls(load_directory(Path(path), where, choose_dtype(dtype, where)), batch_size)
+        return cls(load(path, where, choose_dtype(dtype, where), **source), batch_size)
 
     @property
     def device(self) -> torch.device:
@@ -110,10 +86,44 @@ class Pipeline:
         self.texts.clear()
         return self
 
+    def load_lora_weights(self, path: str | Path, weight: Weight = 1.0, adapter_name: str | None = None) -> None:
+        """Merge an adapter of any dialect into the weights, so much of it (or so much of U-Net and text encoders).
+
+        It is named by its file unless `adapter_name` is given. Nothing may be drawn meanwhile. ValueError, with nothing
+        changed, for a file that does not fit; see `ldm.checkpoints.lora.open_adapter`.
+        """
+        adapter = open_adapter(Path(path), self.model.networks, self.model.family)
+        self.adapters.load(replace(adapter, name=adapter_name or adapter.name), weight)
+        self.texts.clear()
+
+    def set_adapters(self, names: Sequence[str], weights: Sequence[Weight]) -> None:
+        """Give loaded adapters their weights; those not named get 0."""
+        self.adapters.set(dict(zip(names, weights, strict=True)))
+        self.texts.clear()
+
+    def unload_lora_weights(self, name: str | None = None) -> None:
+        """Take out one adapter, or all: the weights are as they were, bit for bit."""
+        self.adapters.unload(name)
+        self.texts.clear()
+
+    def load_textual_inversion(self, path: str | Path, token: str) -> None:
+        """Let a word of prompts stand for the vectors in a file; ValueError as `Texts.add_embedding` says."""
+        self.texts.add_embedding(token, Path(path))
+        self.embeddings[token] = sha256(Path(path))
+
+    def unload_textual_inversion(self, token: str) -> None:
+        """Forget such a word."""
+        self.texts.remove_embedding(token)
+        del self.embeddings[token]
+
+    def clip_skip(self, number: int) -> int:
+        """`Request.clip_skip` from the number of the web UI and kohya, which count layers from the last, 1."""
+        return skip_of(number, self.model.towers[0])
+
     def __call__(
         self,
         prompt: str | Sequence[str],
-        negative_prompt: str = "",
+        negative_prompt: str | None = None,
         num_images_per_prompt: int = 1,
         seed: int | Sequence[int] = 0,
         latents: Tensor | None = None,
@@ -158,90 +168,32 @@ class Pipeline:
 
         All requests are checked before the first is drawn.
         """
-        waiting = deque(enumerate(self.resolve(request) for request in requests))
-        return self._run(waiting, said)
-
-    @torch.inference_mode()
-    def _run(
-        self, waiting: deque[tuple[int, Request]], said: Callable[[float], None]
-    ) -> Iterator[tuple[int, Image.Image]]:
-        running: list[Group] = []
-        asked: list[tuple[list[Group], Denoise]] = []
-        while waiting or running:
-            free = self.batch_size - sum(map(len, running))
-            if waiting and free > 0:
-                running += self._admit([waiting.popleft() for _ in range(min(free, len(waiting)))])
-                asked = self._join(running)
-            for groups, denoise in asked:
-                x0 = denoise(torch.cat([g.x for g in groups]), [g.point for g in groups for _ in range(len(g))])
-                for group, part in zip(groups, x0.split([len(g) for g in groups]), strict=True):
-                    said(group.answer(part) * len(group))
-            finished = [group for group in running if group.done]
-            if finished:
-                running = [group for group in running if not group.done]
-                asked = self._join(running)
-            for group in finished:
-                pictures = to_pil(decode(self.model.vae, group.x))
-                yield from ((k, picture) for (k, _), picture in zip(group.members, pictures, strict=True))
-
-    def _admit(self, arrivals: Sequence[tuple[int, Request]]) -> list[Group]:
-        """Groups of consecutive requests that can march in step."""
-
-        def march(item: tuple[int, Request]) -> tuple:
-            k, r = item
-            alone = k if SAMPLERS[r.sampler].adaptive else None  # its steps would depend on its neighbours
-            length = self.texts.length(r.prompt, r.negative_prompt, r.guidance_scale)
-            return r.height, r.width, r.sampler, r.spacing, r.num_inference_steps, r.eta, length, alone
-
-        return [self._start(list(members)) for _, members in groupby(arrivals, march)]
-
-    def _start(self, members: list[tuple[int, Request]]) -> Group:
-        first = members[0][1]
-        noise = Noise([request.seed for _, request in members])
-        x = noise(torch.empty(len(members), *self.latent_shape(first), device=self.device))
-        for row, (_, request) in enumerate(members):
-            if request.latents is not None:
-                x[row] = request.latents.to(x)
-        return Group(members, x, self.grid(first), noise)
-
-    def _join(self, groups: Sequence[Group]) -> list[tuple[list[Group], Denoise]]:
-        """For each shape of latents and text the groups that share a call of the network, and their guided denoiser."""
-        shapes: dict[tuple[torch.Size, int], list[Group]] = {}
-        for group in groups:
-            first = group.members[0][1]
-            length = self.texts.length(first.prompt, first.negative_prompt, first.guidance_scale)
-            shapes.setdefault((group.x.shape[1:], length), []).append(group)
-        return [(some, self._guided([r for g in some for _, r in g.members])) for some in shapes.values()]
-
-    def _guided(self, requests: Sequence[Request]) -> Denoise:
-        return self.guided(
-            [r.prompt for r in requests],
-            [r.negative_prompt for r in requests],
-            torch.tensor([r.guidance_scale for r in requests], dtype=torch.float64),
-            torch.tensor([r.guidance_rescale for r in requests]),
-            torch.tensor([interval(r) for r in requests], dtype=torch.float64),
-        )
+        return self.scheduler.run([self.resolve(request) for request in requests], said)
 
     def guided(
         self,
         prompts: Sequence[str],
-        negatives: Sequence[str],
+        negatives: Sequence[str | None],
         scale: float | Tensor = 1.0,
         rescale: float | Tensor = 0.0,
         interval: tuple[float, float] | Tensor = EVERYWHERE,
+        size: tuple[int, int] | None = None,
     ) -> Denoise:
         """The denoiser of one row per prompt, guided as `guide` says; scale 1 is the conditional model.
 
-        ValueError where rows differ in `texts.length`.
+        `size` (height, width) is what SDXL is told; None is the model's own. ValueError where rows differ in
+        `texts.length`.
         """
+        height, width = size or self._size(None)
+        read = partial(self.texts, time_ids=time_ids(Request("", height=height, width=width)))
         scales = torch.as_tensor(scale, dtype=torch.float64).expand(len(prompts)).tolist()
         rows = list(zip(prompts, negatives, scales, strict=True))
         lengths = sorted({self.texts.length(*row) for row in rows})
         if len(lengths) > 1:
             raise ValueError(f"prompts of {' and '.join(map(str, lengths))} chunks: one length is needed in a call")
-        cond = Conditioning.cat([self.texts(prompt, lengths[0]) for prompt in prompts])
-        uncond = Conditioning.cat([self.texts(negative if s != 1 else "", lengths[0]) for _, negative, s in rows])
-        return guide(self.denoiser, cond, uncond, scale, rescale, interval)
+        cond = [read(prompt, lengths[0]) for prompt in prompts]
+        uncond = [c if s == 1 else read(n, lengths[0]) for c, (_, n, s) in zip(cond, rows, strict=True)]
+        return guide(self.denoiser, Conditioning.cat(cond), Conditioning.cat(uncond), scale, rescale, interval)
 
     @torch.inference_mode()
     def encode(self, pictures: Sequence[Image.Image]) -> Posterior:
@@ -255,36 +207,71 @@ class Pipeline:
         pixels = np.stack([np.asarray(picture.convert("RGB")) for picture in pictures])
         return encode(self.model.vae, from_uint8(pixels).to(self.device))
 
-    def grid(self, request: Request) -> Grid:
-        """The noise levels of a request whose number of steps is known."""
-        return spaced(self.model.sde, request.spacing, request.num_inference_steps or 0)
+    def texts_of(self, request: Request, model: str) -> dict[str, str]:
+        """The texts in a picture's file: A1111's `parameters`, and as `ldm` all that draws it again, in JSON."""
+        hashes, settings = self.model.hashes, request.record()
+        adapters = {name: (adapter, weight) for name, (adapter, weight) in self.adapters.loaded.items() if weight}
+        record = {
+            "version": VERSION,
+            "model": model,
+            "weights": hashes,
+            "adapters": [{"name": k, "sha256": a.sha256, "weight": w} for k, (a, w) in adapters.items()],
+            "embeddings": self.embeddings,
+            "request": settings,
+        }
+        tower, skip = self.model.towers[0], request.clip_skip
+        words = parameters(
+            settings | {"clip_skip": skip and skip + tower.dropped - tower.layer},
+            model,
+            hashes["unet"],
+            VERSION,
+            vae=None if self.model.vae_name is None else (self.model.vae_name, hashes["vae"]),
+            loras={name: adapter.sha256 for name, (adapter, _) in adapters.items()},
+            embeddings=self.embeddings,
+        )
+        return {"parameters": words, "ldm": json.dumps(record)}
 
     def latent_shape(self, request: Request) -> tuple[int, int, int]:
         """[C, h, w] of a request whose size is known."""
-        f = downscale(self.model.vae)
-        return self.model.unet.config.in_channels, (request.height or 0) // f, (request.width or 0) // f
+        return latent_shape(self.model, request)
 
     def resolve(self, request: Request) -> Request:
         """The request with the model's defaults filled in; ValueError in the user's words for what cannot be drawn."""
-        f, native = downscale(self.model.vae), self.model.unet.config.sample_size
-        rows, columns = native if isinstance(native, tuple) else (native or 64,) * 2
-        missing = {name: value for name, value in self.model.defaults.items() if getattr(request, name) is None}
-        height = rows * f if request.height is None else request.height
-        width = columns * f if request.width is None else request.width
-        filled = replace(request, height=height, width=width, **missing)
-        check(filled, f)
-        self.grid(filled)  # refuses more steps than it can tell apart
+        multiple = downscale(self.model.vae)
+        height, width = self._size(request.image)
+        filled = replace(
+            request,
+            height=height if request.height is None else request.height,
+            width=width if request.width is None else request.width,
+            strength=usual_strength(request) if request.strength is None else request.strength,
+            **{name: value for name, value in self.model.defaults.items() if getattr(request, name) is None},
+        )
+        check(filled, multiple)
+        self.scheduler.grid(filled)  # refuses more steps than it can tell apart
         for text in (filled.prompt, filled.negative_prompt):
             self.texts.chunks(text)  # refuses what cannot be read
+        for tower in self.model.towers:
+            tower.check_skip(filled.clip_skip or 0)
+        self._check_channels(filled)
         if filled.latents is not None and tuple(filled.latents.shape) != self.latent_shape(filled):
             raise ValueError(f"latents: shape {list(filled.latents.shape)}, expected {list(self.latent_shape(filled))}")
         return filled
 
+    def _size(self, image: Image.Image | None) -> tuple[int, int]:
+        """The height and width of a request that says none: its image's, rounded down to fit, or the model's."""
+        multiple, native = downscale(self.model.vae), self.model.unet.config.sample_size
+        if image is not None:
+            return image.height // multiple * multiple, image.width // multiple * multiple
+        rows, columns = native if isinstance(native, tuple) else (native or 64,) * 2
+        return rows * multiple, columns * multiple
 
-@lru_cache(maxsize=256)
-def spaced(sde: VPSDE, spacing: str, steps: int) -> Grid:
-    """A time grid by the name of its spacing."""
-    return SPACINGS[spacing](sde, steps)
+    def _check_channels(self, request: Request) -> None:
+        """ValueError where the U-Net reads channels that the request cannot give."""
+        beside, latents = channels(self.model), self.model.unet.config.out_channels
+        if beside not in (0, latents + 1):
+            raise ValueError(f"U-Net of {beside + latents} channels: only {latents} and {2 * latents + 1} are known")
+        if beside and request.image is None:
+            raise ValueError("image: this model inpaints, so an image is needed, and a mask of what to redraw in it")
 
 
 def choose_device(name: str) -> torch.device:
@@ -302,5 +289,4 @@ def choose_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
     """A torch dtype from its name."""
     if isinstance(dtype, torch.dtype):
         return dtype
-    names = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    return choose({**names, "auto": torch.float32 if device.type == "cpu" else torch.bfloat16}, dtype, "dtype")
+    return choose({**DTYPES, "auto": torch.float32 if device.type == "cpu" else torch.bfloat16}, dtype, "dtype")

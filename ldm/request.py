@@ -2,44 +2,71 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
+import torch
+from PIL import Image
 from torch import Tensor
 
 from ldm.diffusion.guidance import EVERYWHERE
 from ldm.diffusion.samplers import SAMPLERS
 from ldm.diffusion.spacing import SPACINGS, choose
+from ldm.images import fingerprint
 
 MAX_SIDE = 8192  # pixels
 MAX_STEPS = 10_000
+STRENGTH, STRENGTH_MASKED = 0.8, 1.0  # diffusers' StableDiffusionImg2ImgPipeline and StableDiffusionInpaintPipeline
+TUPLES = "guidance_interval", "original_size", "crops_coords_top_left", "target_size"
 
 
 @dataclass(frozen=True)
 class Request:
-    """Everything that one picture depends on, beside the model. Sizes are pixels; None is the model's own value."""
+    """Everything that one picture depends on, beside the model. Sizes are pixels; None is the model's own value.
+
+    A negative prompt of None is the model's own empty one: zeros for SDXL, the embedding of "" otherwise. `clip_skip`
+    counts layers of the text encoders as diffusers does: 0 is the model's own, 1 the one before it; unlike there, it is
+    the negative prompt's too. `image` is redrawn by the last `strength` of the steps, and of it only what is white in
+    `mask`; it gives the size where none is said. `upscale` draws the finished picture again, that much larger, with
+    `upscale_strength`. SDXL is told of an original size, a crop's corner and a target size, each (height, width); None
+    is the picture's own size.
+    """
 
     prompt: str
-    negative_prompt: str = ""
+    negative_prompt: str | None = None
     seed: int = 0
     height: int | None = None
     width: int | None = None
     num_inference_steps: int | None = None
     guidance_scale: float | None = None
-    sampler: str = "dpmpp_2m"
-    spacing: str = "trailing"
+    sampler: str | None = None
+    spacing: str | None = None
     eta: float = 0.0
     guidance_rescale: float = 0.0
     guidance_interval: tuple[float, float | None] | None = None  # sigma/alpha (low, high]; None is no limit
+    clip_skip: int | None = None
+    image: Image.Image | None = field(default=None, repr=False)
+    mask: Image.Image | None = field(default=None, repr=False)
+    strength: float | None = None
+    upscale: float | None = None
+    upscale_strength: float = 0.5
+    original_size: tuple[int, int] | None = None
+    crops_coords_top_left: tuple[int, int] = (0, 0)
+    target_size: tuple[int, int] | None = None
     latents: Tensor | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
-        if isinstance(self.guidance_interval, list):  # JSON has no tuples
-            object.__setattr__(self, "guidance_interval", tuple(self.guidance_interval))
+        for name in TUPLES:
+            if isinstance(getattr(self, name), list):  # JSON has no tuples
+                object.__setattr__(self, name, tuple(getattr(self, name)))
 
     def record(self) -> dict[str, Any]:
-        """The request as JSON values; `Request(**record)` is the same request, less latents given from outside."""
-        return {name: value for name, value in asdict(self).items() if name != "latents"}
+        """The request as JSON values, fingerprints in place of pictures.
+
+        `Request(**record)` is the same request, less pictures and latents given from outside.
+        """
+        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "latents"}
+        return {name: fingerprint(v) if isinstance(v, Image.Image) else v for name, v in values.items()}
 
 
 def interval(request: Request) -> tuple[float, float]:
@@ -48,8 +75,29 @@ def interval(request: Request) -> tuple[float, float]:
     return low, EVERYWHERE[1] if high is None else high
 
 
+def usual_strength(request: Request) -> float | None:
+    """The strength of a request that says none: diffusers' defaults; None where there is no image."""
+    if request.image is None:
+        return None
+    return STRENGTH if request.mask is None else STRENGTH_MASKED
+
+
+def time_ids(request: Request) -> Tensor:
+    """What SDXL is told of sizes, [1, 6] float32: original height and width, the crop's top and left, target size."""
+    own = request.height or 0, request.width or 0
+    ids = *(request.original_size or own), *request.crops_coords_top_left, *(request.target_size or own)
+    return torch.tensor([ids], dtype=torch.float32)
+
+
+def again(request: Request, picture: Image.Image, multiple: int) -> Request:
+    """The second pass of a request with `upscale`: its finished picture, larger, drawn again (A1111's "hires. fix")."""
+    width, height = (round(side * (request.upscale or 1)) // multiple * multiple for side in picture.size)
+    strength = request.upscale_strength
+    return replace(request, image=picture, width=width, height=height, strength=strength, upscale=None, latents=None)
+
+
 def check(request: Request, multiple: int) -> None:
-    """ValueError for a value that no picture can have."""
+    """ValueError for a value that no picture can have, in a request with all defaults filled in."""
     for name in ("height", "width"):
         side = getattr(request, name)
         if not (multiple <= side <= MAX_SIDE and side % multiple == 0):
@@ -66,7 +114,35 @@ def check(request: Request, multiple: int) -> None:
         raise ValueError(f"guidance interval {low:g} to {high:g}: must be 0 <= low < high, in sigma/alpha")
     if not 0 <= request.seed < 2**63:
         raise ValueError(f"seed {request.seed}: must be from 0 to 2**63 - 1")
-    choose(SAMPLERS, request.sampler, "sampler")
-    choose(SPACINGS, request.spacing, "spacing")
+    choose(SAMPLERS, request.sampler or "", "sampler")
+    choose(SPACINGS, request.spacing or "", "spacing")
     if not 0 <= request.eta <= 1 or (request.eta and request.sampler != "ddim"):
         raise ValueError(f"eta {request.eta}: must be from 0 to 1, and 0 for samplers other than ddim")
+    check_sizes(request)
+    check_edit(request)
+
+
+def check_sizes(request: Request) -> None:
+    """ValueError for sizes that SDXL cannot be told."""
+    for name in ("original_size", "crops_coords_top_left", "target_size"):
+        pair = getattr(request, name)
+        if pair is not None and (len(pair) != 2 or not all(isinstance(n, int) and 0 <= n <= 2**16 for n in pair)):
+            raise ValueError(f"{name} {pair}: must be two whole numbers from 0 to {2**16}, height before width")
+
+
+def check_edit(request: Request) -> None:
+    """ValueError for a change of a picture that cannot be made."""
+    steps, strength = request.num_inference_steps or 0, request.strength
+    if request.image is None and (request.mask is not None or strength is not None):
+        raise ValueError(f"{'strength' if request.mask is None else 'mask'}: is of an image, and none is given")
+    for name, share in (("strength", strength), ("upscale strength", request.upscale and request.upscale_strength)):
+        if share is None:
+            continue
+        if not 0 <= share <= 1:
+            raise ValueError(f"{name} {share}: must be from 0 to 1")
+        if share > 0 and int(steps * share) == 0:
+            raise ValueError(f"{name} {share} of {steps} steps: leaves none")
+    if request.upscale is not None:
+        longest = max(request.height or 0, request.width or 0)
+        if not 1 < request.upscale <= MAX_SIDE / longest:
+            raise ValueError(f"upscale {request.upscale}: must be above 1, and draw at most {MAX_SIDE} pixels a side")

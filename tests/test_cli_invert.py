@@ -10,7 +10,7 @@ from safetensors import safe_open
 
 from ldm.diffusion.inversion import exact_decode, ode_decode
 from ldm.images import read_texts
-from ldm.pipeline import spaced
+from ldm.scheduler import spaced
 
 
 @pytest.fixture

@@ -7,19 +7,30 @@ import pytest
 import torch
 from PIL import Image
 
-from ldm.images import contact_sheet, from_uint8, parameters, quoted, read_texts, save_png, to_pil, to_uint8
+from ldm.images import (
+    contact_sheet,
+    from_uint8,
+    parameters,
+    quoted,
+    read_parameters,
+    read_texts,
+    save_png,
+    to_pil,
+    to_uint8,
+    unquoted,
+)
+from ldm.request import Request
 
-RECORD = {
-    "prompt": "a red apple",
-    "negative_prompt": "",
-    "num_inference_steps": 20,
-    "sampler": "dpmpp_2m",
-    "spacing": "karras",
-    "guidance_scale": 3.0,
-    "seed": 7,
-    "width": 64,
-    "height": 32,
-}
+RECORD = Request("a red apple", "", 7, 32, 64, 20, 3.0, "dpmpp_2m", "karras").record()
+NASTY = [
+    "",
+    "a, (b:1.2): c\nSteps: 3, Sampler: x\n\nlast",
+    "Steps: 20, Sampler: Euler, CFG scale: 7, Seed: 1",
+    'say "hi", \\ and \\"',
+    "é 雪 🎈",
+    "negative prompt: no",
+    "<lora:x:1> BREAK [a|b]",
+]
 
 
 def test_every_level_survives_the_way_to_a_tensor_and_back():
@@ -45,9 +56,54 @@ def test_the_web_ui_s_own_pattern_reads_our_parameters():
     assert "Negative" not in parameters(RECORD, "m", "h", "1")
 
 
-@pytest.mark.parametrize("value, wanted", [("a", "a"), ("a,b", '"a,b"'), ("a:b", '"a:b"'), ('a\n"', '"a\\n\\""')])
+def test_what_the_web_ui_has_a_field_for_stands_where_it_has_it():
+    edited = {**RECORD, "strength": 0.75, "clip_skip": 1, "upscale": 2.0, "upscale_strength": 0.4}
+    given = {"loras": {"style": "0" * 64, "b": "1" * 64}, "embeddings": {"word": "2" * 64}}
+    text = parameters(edited, "m", "a" * 64, "1.0", vae=("other", "b" * 64), **given)
+    assert text.split("\n")[1] == (
+        "Steps: 20, Sampler: DPM++ 2M, Schedule type: Karras, CFG scale: 3, Seed: 7, Size: 64x32, "
+        "Model hash: aaaaaaaaaa, Model: m, VAE hash: bbbbbbbbbb, VAE: other, Denoising strength: 0.4, Clip skip: 2, "
+        'RNG: CPU, Hires upscale: 2.0, Hires upscaler: Lanczos, Lora hashes: "style: 000000000000, b: 111111111111", '
+        'TI hashes: "word: 222222222222", Version: ldm 1.0'
+    )
+    assert read_parameters(text)["Lora hashes"] == "style: 000000000000, b: 111111111111"
+    assert "Denoising strength: 0.75" in parameters({**edited, "upscale": None}, "m", "h", "1")
+    for word in ("VAE", "Denoising", "Clip skip", "Hires", "Lora", "TI"):
+        assert word not in parameters({**RECORD, "clip_skip": 0}, "m", "h", "1")
+
+
+@pytest.mark.parametrize("negative", NASTY)
+@pytest.mark.parametrize("prompt", NASTY)
+def test_parameters_are_read_back(prompt, negative):
+    text = parameters({**RECORD, "prompt": prompt, "negative_prompt": negative}, 'a "model", v: 1\\', "f" * 64, "1.0")
+    assert read_parameters(text) == {
+        "Prompt": prompt,
+        "Negative prompt": negative,
+        "Steps": "20",
+        "Sampler": "DPM++ 2M",
+        "Schedule type": "Karras",
+        "CFG scale": "3",
+        "Seed": "7",
+        "Size": "64x32",
+        "Model hash": "f" * 10,
+        "Model": 'a "model", v: 1\\',
+        "RNG": "CPU",
+        "Version": "ldm 1.0",
+    }
+
+
+def test_a_text_without_settings_is_a_prompt():
+    assert read_parameters("a cat\nNegative prompt: a dog\nSteps: 3") == {
+        "Prompt": "a cat",
+        "Negative prompt": "a dog\nSteps: 3",
+    }
+
+
+@pytest.mark.parametrize(
+    "value, wanted", [("a", "a"), ("a,b", '"a,b"'), ("a:b", '"a:b"'), ('a\n"', '"a\\n\\""'), ('"a"', '"\\"a\\""')]
+)
 def test_a_value_that_would_end_early_is_quoted(value, wanted):
-    assert quoted(value) == wanted
+    assert quoted(value) == wanted and unquoted(wanted) == value
 
 
 def test_a_png_keeps_pixels_and_texts_and_its_bytes_are_a_function_of_them(tmp_path):

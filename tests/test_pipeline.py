@@ -190,7 +190,7 @@ def test_diffusers_draws_the_same_picture_from_a_long_prompt_s_states(tiny, pipe
         ({"guidance_interval": (2.0, 1.0)}, "guidance interval 2 to 1"),
         ({"sampler": "dpm"}, "sampler 'dpm': choose from ddpm"),
         ({"spacing": "even"}, "spacing 'even': choose from linspace"),
-        ({"eta": 0.5}, "eta 0.5"),
+        ({"eta": 0.5, "sampler": "euler"}, "eta 0.5"),
         ({"latents": torch.zeros(4, 8, 9)}, "latents: shape"),
         ({"prompt": "a cat, " * 1000}, "chunks of 14 tokens, at most 64"),
         ({"negative_prompt": "(a cat:1000)"}, "prompt weight 1000"),

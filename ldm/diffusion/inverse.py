@@ -100,7 +100,11 @@ def conjugate_gradients(apply: Operator, b: Tensor, iterations: int) -> Tensor:
 
 
 def keep(denoise: Denoise, known: Tensor, mask: Tensor) -> Denoise:
-    """x_0 replaced by `known` where mask is 1: inpainting of latents (Song et al. 2021, appendix I.2, on x_0)."""
+    """x_0 replaced by `known` where mask is 1: inpainting of latents (Song et al. 2021, appendix I.2, on x_0).
+
+    From x = alpha known + sigma z a deterministic solver, x' = sigma'/sigma x + (alpha' - alpha sigma'/sigma) known,
+    keeps x' = alpha' known + sigma' z: what diffusers puts in x' after each step. A stochastic one renews a share of z.
+    """
     return lambda x, levels: torch.lerp(denoise(x, levels), known.to(x.device), mask.to(x.device))
 
 

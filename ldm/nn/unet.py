@@ -6,14 +6,15 @@ Diffusion 1.x, 2.x and XL among them, load with strict=True.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
-from itertools import zip_longest
+from itertools import islice, zip_longest
 from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from ldm.conditioning import Conditioning
 from ldm.nn.attention import backend
@@ -193,10 +194,15 @@ class Stage(nn.Module):
         return zip_longest(self.resnets, self.attentions)
 
 
-def apply(layer: Layer, x: Tensor, emb: Tensor, pairs: Iterator[KeyValue]) -> Tensor:
+def depth(layer: Layer) -> int:
+    """How many pairs of keys and values a layer takes."""
+    return len(cast(Transformer, layer[1]).transformer_blocks) if layer[1] else 0
+
+
+def apply(layer: Layer, x: Tensor, emb: Tensor, pairs: Sequence[KeyValue]) -> Tensor:
     resnet, transformer = layer
     x = resnet(x, emb)
-    return x if transformer is None else transformer(x, pairs)
+    return x if transformer is None else transformer(x, iter(pairs))
 
 
 def stage(config: UNetConfig, level: int, inputs: list[int], attentions: int, **resample: Any) -> Stage:
@@ -217,8 +223,9 @@ def stage(config: UNetConfig, level: int, inputs: list[int], attentions: int, **
 class UNet(nn.Module):
     """The network of a `Denoiser`: (x [B, C, H, W], t [B], text) -> [B, C', H, W] in the dtype of its weights.
 
-    H and W are free, odd sizes included; t counts 0 to 999 and may be fractional. `attention` names a row of
-    `ATTENTION`; ValueError where that back end cannot be used here, and where `text.added` and `added` do not agree.
+    H and W are free, odd sizes included; t counts 0 to 999 and may be fractional. `text.channels` follow x's own, in a
+    network for inpainting. `attention` names a row of `ATTENTION`; ValueError where that back end cannot be used here,
+    and where the network takes other channels, or another `text.added`, than it is given.
     """
 
     def __init__(self, config: UNetConfig, attention: str = "sdpa") -> None:
@@ -262,6 +269,7 @@ class UNet(nn.Module):
         self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, dim, config.norm_eps)
         self.conv_out = Conv2d(dim, config.out_channels, 3, padding=1)
         self.attention = attention
+        self.checkpointing = False  # keep no layer's activations for the backward pass, compute them again
 
     @property
     def attention(self) -> str:
@@ -313,24 +321,38 @@ class UNet(nn.Module):
             raise ValueError(f"this U-Net {takes} pooled text and time ids (Conditioning.added)")
         return emb if self.add_embedding is None else emb + self.add_embedding(cast(Tensor, cond.added).to(self.dtype))
 
+    def input(self, x: Tensor, cond: Conditioning) -> Tensor:
+        """What the first convolution reads: x [B, C, H, W], then the conditioning's channels."""
+        x = x.to(self.dtype)
+        if cond.channels is not None:
+            x = torch.cat([x, cond.channels.to(self.dtype)], dim=1)
+        if x.shape[1] != self.config.in_channels:
+            raise ValueError(f"this U-Net takes {self.config.in_channels} channels, and {x.shape[1]} are given")
+        return 2 * x - 1 if self.config.center_input_sample else x
+
+    def _layer(self, layer: Layer, x: Tensor, emb: Tensor, pairs: Iterator[KeyValue]) -> Tensor:
+        own = list(islice(pairs, depth(layer)))
+        if self.checkpointing and torch.is_grad_enabled():
+            return checkpoint(apply, layer, x, emb, own, use_reentrant=False)
+        return apply(layer, x, emb, own)
+
     def forward(self, x: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
         pairs = iter(self.project(cond).keys_values or ())
         emb = F.silu(self.embedding(t, cond))
-        x = x.to(self.dtype)
-        x = self.conv_in(2 * x - 1 if self.config.center_input_sample else x)
+        x = self.conv_in(self.input(x, cond))
         skips = [x]
         for down in cast(Iterable[Stage], self.down_blocks):
             for layer in down.layers():
-                x = apply(layer, x, emb, pairs)
+                x = self._layer(layer, x, emb, pairs)
                 skips.append(x)
             for downsample in down.downsamplers:
                 x = downsample(x)
                 skips.append(x)
         for layer in self.mid_block.layers():
-            x = apply(layer, x, emb, pairs)
+            x = self._layer(layer, x, emb, pairs)
         for up in cast(Iterable[Stage], self.up_blocks):
             for layer in up.layers():
-                x = apply(layer, torch.cat([x, skips.pop()], dim=1), emb, pairs)
+                x = self._layer(layer, torch.cat([x, skips.pop()], dim=1), emb, pairs)
             for upsample in up.upsamplers:
                 x = upsample(x, skips[-1].shape[-2:])
         return self.conv_out(F.silu(self.conv_norm_out(x)))

@@ -1,0 +1,295 @@
+"""The whole pipeline draws diffusers' pictures: tiny random models of its own classes, saved by it and loaded by us.
+
+Its pipelines get our noise by a generator for each picture, and take the mean of the VAE's posterior as we do, where
+they would draw a sample of it.
+"""
+
+import functools
+import shutil
+from dataclasses import replace
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import ldm.nn._torchvision  # noqa: F401  must come before diffusers
+from ldm.pipeline import Pipeline
+from ldm.request import Request
+
+import diffusers  # isort: skip
+from diffusers import (  # isort: skip
+    AutoencoderKL,
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    UNet2DConditionModel,
+)
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution  # isort: skip
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer  # isort: skip
+
+SOLVERS = {  # ours: diffusers' scheduler, and the spacing with which both count the same steps
+    "ddim": (DDIMScheduler, {"timestep_spacing": "leading", "set_alpha_to_one": True}),
+    "euler": (EulerDiscreteScheduler, {"timestep_spacing": "leading"}),
+    "dpmpp_2m": (DPMSolverMultistepScheduler, {"timestep_spacing": "trailing", "final_sigmas_type": "zero"}),
+}
+UNCHECKED = {"safety_checker": None, "requires_safety_checker": False}
+SCHEDULE = {
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "clip_sample": False,
+    "steps_offset": 1,
+}
+CONTRAST = 0.7  # of the random decoder: pictures of many levels, few of them 0 or 255
+PROMPT, NEGATIVE = "a red apple on a blue background", "two stars"
+
+
+class Case(NamedTuple):
+    """What all pipelines are asked: size is (height, width)."""
+
+    sampler: str
+    size: tuple[int, int]
+    seeds: list[int]
+    guidance: float
+    prediction: str
+
+    @property
+    def call(self):
+        return {"num_inference_steps": 9, "guidance_scale": self.guidance}
+
+
+CASES = [
+    Case("ddim", (40, 56), [3], 3.0, "epsilon"),
+    Case("ddim", (64, 48), [3, 4, 5], 7.5, "v_prediction"),
+    Case("euler", (48, 72), [3, 9], 5.0, "epsilon"),
+    Case("euler", (32, 32), [1, 2], 1.0, "v_prediction"),
+    Case("dpmpp_2m", (40, 88), [7, 8], 4.0, "v_prediction"),
+    Case("dpmpp_2m", (56, 40), [7], 2.0, "epsilon"),
+]
+
+
+def unet(channels, **options):
+    return UNet2DConditionModel(
+        sample_size=8,
+        in_channels=channels,
+        block_out_channels=(32, 64),
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        layers_per_block=1,
+        attention_head_dim=2,
+        norm_num_groups=8,
+        **options,
+    )
+
+
+def vae():
+    made = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        block_out_channels=(8, 16, 16),
+        norm_num_groups=4,
+        scaling_factor=3.0,
+    )
+    with torch.no_grad():
+        made.decoder.conv_out.weight *= CONTRAST
+    return made
+
+
+def text_encoder(tokenizer, kind=CLIPTextModel, width=32, activation="quick_gelu"):
+    config = CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=width,
+        intermediate_size=64,
+        projection_dim=24,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        max_position_embeddings=16,
+        hidden_act=activation,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    return kind(config)
+
+
+def plain(tokenizer, channels):
+    """The networks of a tiny Stable Diffusion 1, or of its inpainting."""
+    networks = {
+        "unet": unet(channels, cross_attention_dim=32),
+        "text_encoder": text_encoder(tokenizer),
+        "tokenizer": tokenizer,
+        **UNCHECKED,
+        "feature_extractor": None,
+    }
+    kind = diffusers.StableDiffusionPipeline if channels == 4 else diffusers.StableDiffusionInpaintPipeline
+    return kind, networks
+
+
+def xl(tokenizer, channels):
+    """The networks of a tiny Stable Diffusion XL: text encoders of 32 and 48, ids of 8 numbers each."""
+    added = {"addition_embed_type": "text_time", "addition_time_embed_dim": 8}
+    networks = {
+        "unet": unet(channels, cross_attention_dim=80, **added, projection_class_embeddings_input_dim=24 + 6 * 8),
+        "text_encoder": text_encoder(tokenizer),
+        "tokenizer": tokenizer,
+        "text_encoder_2": text_encoder(tokenizer, CLIPTextModelWithProjection, 48, "gelu"),
+        "tokenizer_2": tokenizer,
+    }
+    kind = diffusers.StableDiffusionXLPipeline if channels == 4 else diffusers.StableDiffusionXLInpaintPipeline
+    return kind, networks
+
+
+@pytest.fixture(scope="module")
+def painter(tiny, tmp_path_factory):
+    """(prediction, channels of the U-Net, model) -> our pipeline, and the folder as `save_pretrained` writes it."""
+
+    @functools.cache
+    def build(prediction, channels=4, model=plain, **schedule):
+        torch.manual_seed(0)
+        kind, networks = model(CLIPTokenizer.from_pretrained(tiny / "tokenizer"), channels)
+        folder = tmp_path_factory.mktemp("oracle")
+        scheduler = DDIMScheduler(**SCHEDULE, prediction_type=prediction, **schedule)
+        kind(vae=vae(), scheduler=scheduler, **networks).save_pretrained(folder)
+        for name in {"tokenizer", "tokenizer_2"} & networks.keys():  # transformers 5 writes no vocab.json
+            shutil.copytree(tiny / "tokenizer", folder / name, dirs_exist_ok=True)
+        return Pipeline.from_pretrained(folder, device="cpu", dtype="float32"), folder
+
+    return build
+
+
+@functools.cache
+def opened(kind, folder):
+    pipe = kind.from_pretrained(folder, local_files_only=True, **({} if "XL" in kind.__name__ else UNCHECKED))
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture
+def theirs(monkeypatch):
+    """diffusers' pictures of a case, uint8 [B, H, W, 3]."""
+    monkeypatch.setattr(DiagonalGaussianDistribution, "sample", lambda self, generator=None: self.mode())
+
+    def draw(kind, folder, case, **call):
+        pipe = opened(kind, folder)
+        scheduler, options = SOLVERS[case.sampler]
+        pipe.scheduler = scheduler.from_pretrained(folder, subfolder="scheduler", **options)
+        generators = [torch.Generator().manual_seed(seed) for seed in case.seeds]
+        texts = {"prompt": PROMPT, "negative_prompt": NEGATIVE, "num_images_per_prompt": len(generators)}
+        return pixels(pipe(generator=generators, **{**texts, **case.call, **call}).images)
+
+    return draw
+
+
+def ours(pipe, case, **settings):
+    options = {"sampler": case.sampler, "spacing": SOLVERS[case.sampler][1]["timestep_spacing"]}
+    request = Request(PROMPT, **{"negative_prompt": NEGATIVE, **options, **case.call, **settings})
+    return pixels(pipe.generate([replace(request, seed=seed) for seed in case.seeds]))
+
+
+def pixels(pictures):
+    return np.stack([np.asarray(picture) for picture in pictures]).astype(int)
+
+
+def same(a, b):
+    """Within 1 of 255, in pictures that differ from row to row, have contrast, and are not saturated."""
+    assert a.shape == b.shape and np.abs(a - b).max() <= 1
+    assert a.std() > 15 and np.isin(a, (0, 255)).mean() < 0.05
+    assert len(a) == 1 or np.abs(a[0] - a[1]).max() > 5
+
+
+def picture(height, width):
+    """Smooth colours with an edge."""
+    y, x = np.mgrid[:height, :width] / 8
+    levels = np.stack([np.sin(x), np.cos(y), np.sin(x * y / 5)], -1) * 60 + 128
+    levels[:, width // 2 :] += 40
+    return Image.fromarray(levels.astype(np.uint8))
+
+
+def mask(height, width):
+    """White in a block of whole latents: diffusers reads the first pixel of each."""
+    levels = np.zeros((height, width), np.uint8)
+    levels[8 : height // 8 * 4, 12 : width // 8 * 4 + 8] = 255
+    return Image.fromarray(levels)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_text_to_image(painter, theirs, case):
+    pipe, folder = painter(case.prediction)
+    call = dict(zip(("height", "width"), case.size, strict=True))
+    same(ours(pipe, case, **call), theirs(diffusers.StableDiffusionPipeline, folder, case, **call))
+
+
+@pytest.mark.parametrize("model, skip", [(plain, 1), (plain, 2), (xl, 1)])
+def test_clip_skip(painter, theirs, monkeypatch, model, skip):
+    """Without guidance: diffusers skips no layer for a negative prompt, where we skip them as A1111 does.
+
+    It skips them by an attribute that transformers 5 has no more.
+    """
+    monkeypatch.setattr(CLIPTextModel, "text_model", property(lambda self: self), raising=False)
+    pipe, folder = painter("epsilon", model=model)
+    kind = diffusers.StableDiffusionPipeline if model is plain else diffusers.StableDiffusionXLPipeline
+    call, case = {"height": 40, "width": 56, "guidance_scale": 1.0}, CASES[0]
+    drawn = ours(pipe, case, clip_skip=skip, **call)
+    same(drawn, theirs(kind, folder, case, clip_skip=skip, **call))
+    assert np.abs(drawn - ours(pipe, case, **call)).max() > 5
+
+
+@pytest.mark.parametrize("strength", [0.3, 1.0])
+@pytest.mark.parametrize("case", CASES)
+def test_image_to_image(painter, theirs, case, strength):
+    pipe, folder = painter(case.prediction)
+    edit = {"image": picture(*case.size), "strength": strength}
+    same(ours(pipe, case, **edit), theirs(diffusers.StableDiffusionImg2ImgPipeline, folder, case, **edit))
+
+
+@pytest.mark.parametrize("channels, strength", [(4, 0.5), (4, 0.9), (9, 0.6), (9, 1.0)])
+@pytest.mark.parametrize("case", CASES)
+def test_inpainting(painter, theirs, case, channels, strength):
+    pipe, folder = painter(case.prediction, channels)
+    inpainted(diffusers.StableDiffusionInpaintPipeline, pipe, folder, theirs, case, strength)
+
+
+def test_inpainting_with_strength_one(painter, theirs):
+    """From zero SNR. Elsewhere diffusers begins from noise alone in what is kept, too, and the first step differs."""
+    pipe, folder = painter("v_prediction", rescale_betas_zero_snr=True)
+    inpainted(diffusers.StableDiffusionInpaintPipeline, pipe, folder, theirs, CASES[4], 1.0)
+
+
+def inpainted(kind, pipe, folder, theirs, case, strength):
+    image, white, (height, width) = picture(*case.size), mask(*case.size), case.size
+    call = {"image": image, "mask_image": white, "height": height, "width": width, "strength": strength}
+    wanted = theirs(kind, folder, case, **call)
+    drawn = ours(pipe, case, image=image, mask=white, strength=strength)
+    inside = np.asarray(white) > 0
+    same(drawn[:, inside], wanted[:, inside])
+    assert (drawn[:, ~inside] == np.asarray(image)[~inside]).all()
+
+
+XL_SIZES = {"original_size": (100, 200), "crops_coords_top_left": (8, 16), "target_size": (64, 32)}
+
+
+@pytest.mark.parametrize("settings", [{"negative_prompt": None}, {"negative_prompt": ""}, XL_SIZES])
+@pytest.mark.parametrize("case", CASES[1:3])
+def test_xl_text_to_image(painter, theirs, case, settings):
+    """No negative prompt is zeros, and "" is its embedding, as in diffusers."""
+    pipe, folder = painter(case.prediction, model=xl)
+    call = {**dict(zip(("height", "width"), case.size, strict=True)), **settings}
+    drawn = ours(pipe, case, **call)
+    same(drawn, theirs(diffusers.StableDiffusionXLPipeline, folder, case, **call))
+    without = {name: value for name, value in call.items() if name not in settings}
+    assert np.abs(drawn - ours(pipe, case, **without)).max() > 5
+
+
+@pytest.mark.parametrize("case", CASES[::2])
+def test_xl_image_to_image(painter, theirs, case):
+    pipe, folder = painter(case.prediction, model=xl)
+    edit = {"image": picture(*case.size), "strength": 0.75}
+    same(ours(pipe, case, **edit), theirs(diffusers.StableDiffusionXLImg2ImgPipeline, folder, case, **edit))
+
+
+@pytest.mark.parametrize("channels", [4, 9])
+@pytest.mark.parametrize("case", CASES[:5:2])
+def test_xl_inpainting(painter, theirs, case, channels):
+    pipe, folder = painter(case.prediction, channels, xl)
+    inpainted(diffusers.StableDiffusionXLInpaintPipeline, pipe, folder, theirs, case, 0.8)
