@@ -12,7 +12,7 @@ from ldm import cli
 from ldm.checkpoints.files import save_module, write_json
 from ldm.checkpoints.formats import MODEL_INDEX
 from ldm.checkpoints.schedule import schedule_config
-from ldm.nn import text, vae
+from ldm.nn import clip, text, vae
 from ldm.nn.unet import UNet, UNetConfig
 from ldm.pipeline import Pipeline
 
@@ -39,11 +39,11 @@ def tiny(tmp_path_factory):
     """A model folder: latents of 4 channels, a quarter of the picture's side; v-prediction; native size 32."""
     folder = tmp_path_factory.mktemp("models") / "tiny"
     torch.manual_seed(0)
-    tokenizer = text.learn_vocabulary(CAPTIONS * 10, 600, 16)
+    tokenizer = clip.learn_vocabulary(CAPTIONS * 10, 600, 16)
     text.save_tokenizer(tokenizer, folder / "tokenizer")
     tower = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
-    clip = text.clip_towers(tower, {**tower, "image_size": 32, "patch_size": 8}, 16, tokenizer)
-    text_encoder = text.towers(clip)["text_encoder"]
+    both = clip.clip_towers(tower, {**tower, "image_size": 32, "patch_size": 8}, 16, tokenizer)
+    text_encoder = clip.towers(both)["text_encoder"]
     save_module(text_encoder, text_encoder.config.to_diff_dict(), folder / "text_encoder", "model.safetensors")
     config = UNetConfig(
         sample_size=8,

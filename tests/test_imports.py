@@ -14,15 +14,18 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # A module imports from the rows above its own and from its own package, never from another name of its row.
 LAYERS = (
-    {"conditioning", "rng", "files"},
+    {"conditioning", "rng", "files", "version"},
     {"config"},
     {"diffusion", "nn"},
     {"checkpoints"},
     {"images"},
     {"request", "texts"},
+    {"editing"},
+    {"scheduler"},
     {"pipeline", "data"},
     {"train", "jobs", "evaluate", "measure"},
     {""},  # ldm/__init__.py, which offers the pipeline to users and is nobody's short cut inside
+    {"commands"},
     {"cli", "__main__"},
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
@@ -30,15 +33,20 @@ LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 # A third-party name and where under ldm/ it may be imported: a file, or a folder.
 HOMES = {
     "diffusers": ("nn/vae.py",),
-    "transformers": ("nn/text.py", "evaluate"),
-    "tokenizers": ("nn/text.py", "evaluate"),
+    "transformers": ("nn/text.py", "nn/clip.py", "evaluate"),
+    "tokenizers": ("nn/text.py", "nn/clip.py", "evaluate"),
     "open_clip": ("nn/text.py", "evaluate"),
     "torchvision": ("nn/_torchvision.py",),
     "xformers": ("nn/attention.py",),
     "peft": ("nn/lora.py",),
     "huggingface_hub": ("checkpoints/hub.py",),
     "accelerate": ("train",),
+    "bitsandbytes": ("train/optimizers.py",),
+    "prodigyopt": ("train/optimizers.py",),
     "ray": ("jobs/engines.py",),
+    "pyarrow": ("data/tables.py",),
+    "datasets": (),  # what it saves is read by pyarrow alone
+    "webdataset": (),
     "scripts": (),
     "tests": (),
 }

@@ -52,6 +52,11 @@ class Family:
     num_inference_steps: int = 50
     zero_negative: bool = False
 
+    @property
+    def configs(self) -> dict[str, Mapping[str, Any]]:
+        """The configurations of the networks, by folder."""
+        return {"unet": self.unet, "vae": self.vae, **{name: tower.config for name, tower in self.towers.items()}}
+
 
 def _tower(width: int, layers: int, activation: str, projection: int) -> dict[str, Any]:
     """A CLIPTextConfig; heads are 64 wide. The ids of BOS and EOS are the tokenizer's, not the 0 and 2 of old files."""

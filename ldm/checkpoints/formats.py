@@ -1,23 +1,29 @@
-"""Files and modules: diffusers' directory layout, read strictly."""
+"""Models on a disk or a hub, whichever way they are written: found, recognised, loaded strictly."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from stat import S_ISDIR, S_ISREG
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
-from ldm.checkpoints.files import DIFFUSERS, TRANSFORMERS, fill, place, read_json, sha256
-from ldm.checkpoints.schedule import load_schedule
+from ldm.checkpoints import detect, hub
+from ldm.checkpoints.blueprint import Blueprint
+from ldm.checkpoints.directory import component, read_directory
+from ldm.checkpoints.networks import TEXT_ENCODERS, fill
+from ldm.checkpoints.single import read_single, with_vae
+from ldm.conditioning import Conditioning
 from ldm.diffusion.prediction import Prediction
 from ldm.diffusion.sde import VPSDE
 from ldm.nn import text, vae
-from ldm.nn.unet import UNet, UNetConfig
+from ldm.nn.unet import UNet
+from ldm.rng import Noise
 
-DEFAULTS = {"num_inference_steps": 50, "guidance_scale": 7.5}  # diffusers' StableDiffusionPipeline
+DEFAULTS = {"num_inference_steps": 50, "guidance_scale": 7.5, "sampler": "dpmpp_2m", "spacing": "trailing"}
 MODEL_INDEX = {  # what makes a folder a diffusers.StableDiffusionPipeline
     "_class_name": "StableDiffusionPipeline",
     "feature_extractor": [None, None],
@@ -30,15 +36,19 @@ MODEL_INDEX = {  # what makes a folder a diffusers.StableDiffusionPipeline
     "unet": ["diffusers", "UNet2DConditionModel"],
     "vae": ["diffusers", "AutoencoderKL"],
 }
-TEXT_ENCODERS = "text_encoder", "text_encoder_2"
-NETWORKS = {"unet": DIFFUSERS, "vae": DIFFUSERS, "text_encoder": TRANSFORMERS}  # folder: file of weights
+CPU = torch.device("cpu")
+TIME_IDS = 6  # numbers of SDXL: original size, crop, target size
+PROBED = 32  # latents a side, of which the U-Net is asked what it predicts
 
 
 @dataclass(frozen=True)
 class Checkpoint:
     """A whole text-to-image model: its networks, what the U-Net predicts, and under which SDE.
 
-    `defaults` are the settings that its makers recommend; `hashes` the SHA-256 of each network's file.
+    `defaults` are the settings that its makers recommend; `hashes` the SHA-256 of each network's file (of its shards'
+    bytes, one after another), by folder. `zero_negative`: an empty negative prompt stands for zeros rather than for
+    the embedding of "". `family` is a name of `FAMILIES`, None where it is another model; `vae_name` the file's of an
+    autoencoder that replaces the model's own.
     """
 
     unet: UNet
@@ -48,6 +58,9 @@ class Checkpoint:
     prediction: Prediction
     defaults: Mapping[str, Any] = field(default_factory=lambda: dict(DEFAULTS))
     hashes: Mapping[str, str] = field(default_factory=dict)
+    zero_negative: bool = False
+    family: str | None = None
+    vae_name: str | None = None
 
     @property
     def networks(self) -> dict[str, nn.Module]:
@@ -56,54 +69,144 @@ class Checkpoint:
         return {"unet": self.unet, "vae": self.vae, **towers}
 
 
-def load_directory(folder: Path, device: torch.device, dtype: torch.dtype) -> Checkpoint:
-    """A model in diffusers' directory layout; every tensor is accounted for.
+class Format(NamedTuple):
+    """A way to write a model: what reads it, and which options of `load` it heeds."""
 
-    Raises ValueError in one line that names the file where something is missing, corrupt or of another shape.
+    read: Callable[..., Blueprint]
+    options: tuple[str, ...]
+
+
+FORMATS = {
+    "folder": Format(read_directory, ("variant", "prediction", "zero_snr")),
+    "single file": Format(read_single, ("family", "prediction", "zero_snr", "ema")),
+}
+
+
+def load(
+    source: str | Path,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    revision: str | None = None,
+    variant: str | None = None,
+    family: str | None = None,
+    prediction: str | None = None,
+    zero_snr: bool | None = None,
+    ema: bool = False,
+    vae: str | Path | None = None,
+    token: str | None = None,
+) -> Checkpoint:
+    """A model from a folder, a single file or the hub (`owner/name`, `owner/name:file.safetensors`), to draw with.
+
+    `variant` chooses among a folder's weights ("fp16"), `family` and `ema` are of single files; `prediction` and
+    `zero_snr` overrule what the model says, `vae` is the folder or file of another autoencoder. In float16 an
+    autoencoder that cannot bear it stays in float32. ValueError in one line names the file and what is missing,
+    unknown, torn or of another shape.
     """
-    if not (folder / "model_index.json").is_file():
-        raise ValueError(f"{folder}: not a model (no model_index.json)")
-    sde, prediction = load_schedule(folder / "scheduler" / "scheduler_config.json")
-    unet, vae = load_unet(folder / "unet"), load_vae(folder / "vae")
-    tower = text.Tower(load_text(folder / "text_encoder"), load_tokenizer(folder / "tokenizer"))
-    for network in (unet, vae, tower.model):
-        place(network, device, dtype).eval().requires_grad_(False)
-    advice = folder / "generation_config.json"
-    recommended = read_json(advice) if advice.is_file() else {}
+    path = locate(source, revision, token, variant)
+    options = {"variant": variant, "family": family, "prediction": prediction, "zero_snr": zero_snr, "ema": ema or None}
+    kind = "folder" if path.is_dir() else "single file"
+    given = {name: value for name, value in options.items() if value is not None}
+    if stray := given.keys() - FORMATS[kind].options:
+        raise ValueError(f"{path}: {' and '.join(sorted(stray))} cannot be said of a {kind}")
+    model = FORMATS[kind].read(path, **given)
+    if vae is not None:
+        model = with_vae(model, local(vae))
+    check(model, path)
+    return replace(built(model, device, dtype), vae_name=None if vae is None else local(vae).name)
+
+
+def locate(source: str | Path, revision: str | None, token: str | None, variant: str | None) -> Path:
+    """Where a model lies on this machine: an existing file or folder, or else brought from the hub."""
+    if isinstance(source, str) and hub.is_id(source) and not Path(source).exists():
+        return hub.fetch(source, revision, token, variant)
+    return local(source)
+
+
+def local(source: str | Path) -> Path:
+    """An existing folder or file; ValueError for anything else."""
+    path = Path(source).expanduser()
+    try:
+        mode = path.stat().st_mode
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{source}: {getattr(error, 'strerror', None) or error}") from None
+    if not (S_ISDIR(mode) or S_ISREG(mode)):
+        raise ValueError(f"{source}: neither a folder nor a file")
+    return path
+
+
+def check(model: Blueprint, path: Path) -> None:
+    """ValueError where a network has no weights, or networks do not fit together."""
+    given = {entry.folder for group in model.groups for source in group for entry in source.entries.values()}
+    for folder in model.networks.keys() - given:
+        raise ValueError(f"{path}: no {folder} in it; give one by --{folder}")
+    unet, towers = model.networks["unet"].config, [model.networks[name].config for name in model.towers]
+    widths = {
+        "text of": (unet.cross_attention_dim, sum(tower.hidden_size for tower in towers)),
+        "latents of": (unet.out_channels, model.networks["vae"].config.latent_channels),
+    }
+    if unet.addition_embed_type:
+        pooled = unet.projection_class_embeddings_input_dim - TIME_IDS * unet.addition_time_embed_dim
+        widths["pooled text of"] = (pooled, towers[-1].projection_dim)
+    for what, (wanted, found) in widths.items():
+        if wanted != found:
+            raise ValueError(f"{path}: the U-Net takes {what} {wanted} channels, and is given {found}")
+
+
+def built(model: Blueprint, device: torch.device, dtype: torch.dtype) -> Checkpoint:
+    """The model with its weights on a device; ValueError where a file ends early, or nothing says what it predicts."""
+    dtypes = dict.fromkeys(model.networks, dtype)
+    if dtype == torch.float16 and model.networks["vae"].config.force_upcast:
+        dtypes["vae"] = torch.float32
+    hashes = fill(model.networks, model.groups, device, dtypes)
+    for network in model.networks.values():
+        network.eval().requires_grad_(False)
+    unet = model.networks["unet"]
+    towers = tuple(tower(model.networks[name]) for name, tower in model.towers.items())
+    schedule, family, unet.config = model.verdict(lambda sde: asked(unet, towers, sde))
+    own = {"sampler": schedule.sampler, "spacing": schedule.spacing}
     return Checkpoint(
         unet,
-        vae,
-        (tower,),
-        sde,
-        prediction,
-        {name: recommended.get(name, value) for name, value in DEFAULTS.items()},
-        {name: sha256(folder / name / file) for name, file in NETWORKS.items()},
+        model.networks["vae"],
+        towers,
+        schedule.sde,
+        schedule.prediction,
+        {**own, **model.defaults},
+        hashes,
+        model.zero_negative,
+        family,
     )
+
+
+@torch.no_grad()
+def asked(unet: UNet, towers: Sequence[text.Tower], sde: VPSDE) -> detect.Reply:
+    """The U-Net's answer to a noisy nothing without a prompt, which tells what it predicts."""
+    side, pixels, device = PROBED, 8 * PROBED, unet.conv_in.weight.device
+    states, pooled = zip(*(tower.encode(text.chunks(tower.tokenizer, "")[0]) for tower in towers), strict=True)
+    ids = torch.tensor([[pixels, pixels, 0, 0, pixels, pixels]], device=device)
+    added = unet.added(pooled[-1], ids) if unet.add_embedding is not None else None
+    extra = unet.config.in_channels - unet.config.out_channels  # all is to be drawn, nothing is known
+    channels = torch.cat([torch.ones(1, 1, side, side), torch.zeros(1, extra - 1, side, side)], 1) if extra else None
+    cond = Conditioning(torch.cat(states, -1), added=added, channels=None if channels is None else channels.to(device))
+    return detect.probe(unet, sde, cond, (1, unet.config.out_channels, side, side), Noise([0]))
 
 
 def load_unet(folder: Path) -> UNet:
     """Our U-Net from a `unet/` folder."""
-    config = read_json(folder / "config.json")
-    try:
-        unet = UNet(UNetConfig.from_dict(config))
-    except ValueError as error:
-        raise ValueError(f"{folder / 'config.json'}: {error}") from None
-    return fill(unet, folder / DIFFUSERS)
+    return _alone(folder, "unet")
 
 
 def load_vae(folder: Path) -> vae.AutoencoderKL:
     """diffusers' autoencoder from a `vae/` folder."""
-    return fill(vae.autoencoder(read_json(folder / "config.json")), folder / DIFFUSERS)
+    return _alone(folder, "vae")
 
 
 def load_text(folder: Path) -> text.CLIPTextModel:
-    """transformers' text tower from a `text_encoder/` folder; files of transformers 4 name it `text_model.*`."""
-    return fill(text.text_model(read_json(folder / "config.json")), folder / TRANSFORMERS, prefix="text_model.")
+    """transformers' text tower from a `text_encoder/` folder."""
+    return _alone(folder, "text_encoder")
 
 
-def load_tokenizer(folder: Path) -> text.CLIPTokenizer:
-    """CLIP's tokenizer from a `tokenizer/` folder."""
-    for name in ("vocab.json", "merges.txt"):
-        if not (folder / name).is_file():
-            raise ValueError(f"{folder / name}: no such file")
-    return text.load_tokenizer(folder)
+def _alone(folder: Path, name: str) -> Any:
+    network, sources = component(folder, name)
+    fill({name: network}, [sources], CPU, {name: torch.float32})
+    return network

@@ -1,24 +1,24 @@
 """One model in two layouts: the single file of its makers and the directory of diffusers, one to one by rule.
 
-A single file (CompVis' LDM, Stability's SGM) counts a U-Net's blocks from its input on, a directory by resolution; both
-name the same tensors, but for four changes of form, below. Nothing is assumed: a tensor is mapped, known and ignored
-for a stated reason, or an error. All functions work on the meta device, where names and shapes cost no memory.
+Both name the same tensors (`ldm.checkpoints.names`), but for four changes of form, below. Nothing is assumed: a tensor
+is mapped, known and ignored for a stated reason, or an error. All functions work on the meta device, where names and
+shapes cost no memory.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ldm.checkpoints.families import Family, TextTower
+from ldm.checkpoints.families import Family
+from ldm.checkpoints.names import Names, tower_names, unet_names, vae_names
 from ldm.nn import text, vae
-from ldm.nn.unet import UP_BLOCKS, UNet, UNetConfig
+from ldm.nn.unet import UNet, UNetConfig
 
-Names = dict[str, str]  # a module or tensor of the directory: the same of the single file
 Components = Mapping[str, Mapping[str, Tensor]]  # folder: name: tensor
 
 UNET_PREFIX, VAE_PREFIX, EMA_PREFIX = "model.diffusion_model.", "first_stage_model.", "model_ema."
@@ -47,7 +47,15 @@ class Entry(NamedTuple):
 
     @property
     def whole(self) -> Tensor:
-        return self.form.join([*self.parts.values()])
+        return self.join(self.parts)
+
+    def join(self, parts: Mapping[str, Tensor]) -> Tensor:
+        """The tensor of the single file from its parts, each in the family's shape or with ones at its end."""
+        return self.form.join([parts[name].reshape(part.shape) for name, part in self.parts.items()])
+
+    def divide(self, tensor: Tensor) -> dict[str, Tensor]:
+        """The parts of a tensor of the single file, in the family's shapes; those of fused ones are views."""
+        return dict(zip(self.parts, self.form.split(tensor.reshape(self.whole.shape)), strict=True))
 
 
 # What a single file may hold beside its weights (a whole name, as a regular expression), and why it is not needed.
@@ -56,7 +64,7 @@ IGNORED = {
         "the noise schedule and the latents' scale: the family's record has them"
     ),
     r"v_pred|ztsnr|edm_vpred\.sigma_(max|min)": "a mark of what the network predicts: read when the family is found",
-    r"model_ema\..+": "a moving average of the U-Net: `averaged` puts it in its place",
+    r"model_ema\..+": "a moving average of the U-Net, which `ema` puts in its place",
     r".+\.position_ids": "the numbers 0 to 76",
     r".+\.logit_scale": "the temperature of CLIP's own training",
 }
@@ -72,55 +80,41 @@ DIRECTORY_ALIASES = {
     r"(vae/.+\.attentions\.0)\.proj_attn\.": r"\1.to_out.0.",
 }
 
-UNET_ENDS = {
-    "conv_in": "input_blocks.0.0",
-    "time_embedding.linear_1": "time_embed.0",
-    "time_embedding.linear_2": "time_embed.2",
-    "add_embedding.linear_1": "label_emb.0.0",
-    "add_embedding.linear_2": "label_emb.0.2",
-    "conv_norm_out": "out.0",
-    "conv_out": "out.2",
-}
-UNET_RESNET = {
-    "norm1": "in_layers.0",
-    "conv1": "in_layers.2",
-    "time_emb_proj": "emb_layers.1",
-    "norm2": "out_layers.0",
-    "conv2": "out_layers.3",
-    "conv_shortcut": "skip_connection",
-}
-VAE_ENDS = {f"{half}.conv_norm_out": f"{half}.norm_out" for half in ("encoder", "decoder")}
-VAE_RESNET = {"conv_shortcut": "nin_shortcut", **{name: name for name in ("norm1", "conv1", "norm2", "conv2")}}
-VAE_ATTENTION = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
-OPEN_CLIP_ENDS = {
-    "text_model.embeddings.token_embedding": "token_embedding",
-    "text_model.embeddings.position_embedding.weight": "positional_embedding",
-    "text_model.final_layer_norm": "ln_final",
-    "text_projection.weight": "text_projection",
-}
-OPEN_CLIP_LAYER = {
-    "layer_norm1": "ln_1",
-    "layer_norm2": "ln_2",
-    "mlp.fc1": "mlp.c_fc",
-    "mlp.fc2": "mlp.c_proj",
-    "self_attn.out_proj": "attn.out_proj",
-    **{f"self_attn.{x}_proj.{kind}": f"attn.in_proj_{kind}" for x in "qkv" for kind in ("weight", "bias")},
-}
+
+def plan(tensors: Mapping[str, Tensor], family: Family, ema: bool = False) -> dict[str, Entry]:
+    """What each tensor of a single file is, under the name that the file gives it; ignored ones are left out.
+
+    A 1x1 convolution and a linear map are taken for one another. `ema` puts the U-Net's moving average in the place of
+    its last weights. ValueError names the first tensors that are missing, unknown or of another shape.
+    """
+    entries = {entry.single: entry for entry in layout(family)}
+    names = canonical((name for name in tensors if not ignored(name, family)), SINGLE_ALIASES)
+    if ema:
+        names |= _averages(tensors)
+    _check({name: tensors[given] for name, given in names.items()}, {n: e.whole for n, e in entries.items()})
+    return {given: entries[name] for name, given in names.items()}
+
+
+def plan_directory(components: Components, family: Family) -> dict[str, tuple[Entry, str]]:
+    """What each tensor of a directory is, by its folder/name there: a whole of the single file, and which part of it.
+
+    As `plan` otherwise.
+    """
+    flat = {f"{folder}/{name}": a for folder, tensors in components.items() for name, a in tensors.items()}
+    parts = {f"{e.folder}/{name}": (e, name) for e in layout(family) for name in e.parts}
+    names = canonical((name for name in flat if not ignored(name, family)), DIRECTORY_ALIASES)
+    _check({name: flat[given] for name, given in names.items()}, {n: e.parts[part] for n, (e, part) in parts.items()})
+    return {given: parts[name] for name, given in names.items()}
 
 
 def to_directory(tensors: Mapping[str, Tensor], family: Family) -> dict[str, dict[str, Tensor]]:
     """The tensors of a single file by folder, under the names of the published directories (`text_model.*` included).
 
-    Parts of fused tensors are views. A 1x1 convolution and a linear map are taken for one another, and returned as the
-    family has them. ValueError names the first tensors that are missing, unknown or of another shape.
+    Parts of fused tensors are views. ValueError as `plan` has it.
     """
-    entries = layout(family)
-    given = _canonical({name: a for name, a in tensors.items() if not ignored(name, family)}, SINGLE_ALIASES)
-    _check(given, {entry.single: entry.whole for entry in entries})
     found: dict[str, dict[str, Tensor]] = {}
-    for entry in entries:
-        values = entry.form.split(given[entry.single].reshape(entry.whole.shape))
-        found.setdefault(entry.folder, {}).update(zip(entry.parts, values, strict=True))
+    for name, entry in plan(tensors, family).items():
+        found.setdefault(entry.folder, {}).update(entry.divide(tensors[name]))
     return found
 
 
@@ -129,28 +123,25 @@ def to_single(components: Components, family: Family) -> dict[str, Tensor]:
 
     What a directory does not hold (the last layer of SD 2's text tower, schedule, logit_scale) is not made up.
     """
-    entries = layout(family)
-    flat = {f"{folder}/{name}": a for folder, tensors in components.items() for name, a in tensors.items()}
-    given = _canonical({name: a for name, a in flat.items() if not ignored(name, family)}, DIRECTORY_ALIASES)
-    _check(given, {f"{e.folder}/{name}": part for e in entries for name, part in e.parts.items()})
-    return {
-        e.single: e.form.join([given[f"{e.folder}/{name}"].reshape(part.shape) for name, part in e.parts.items()])
-        for e in entries
-    }
+    parts: dict[str, dict[str, Tensor]] = {}
+    entries: dict[str, Entry] = {}
+    for given, (entry, name) in plan_directory(components, family).items():
+        folder, _, alias = given.partition("/")
+        entries[entry.single] = entry
+        parts.setdefault(entry.single, {})[name] = components[folder][alias]
+    return {single: entry.join(parts[single]) for single, entry in entries.items()}
 
 
-def averaged(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A single file with its U-Net's moving average, LDM's `model_ema.*`, in the place of the last weights.
-
-    The average's names are the U-Net's without their dots. ValueError where the file has none, or not all of it.
-    """
-    found = dict(tensors)
-    for name in tensors:
-        if name.startswith(UNET_PREFIX):
-            average = EMA_PREFIX + name.removeprefix("model.").replace(".", "")
-            if average not in tensors:
-                raise ValueError(f"no moving average of {name} ({average})")
-            found[name] = tensors[average]
+def canonical(names: Iterable[str], aliases: Mapping[str, str]) -> dict[str, str]:
+    """The names that `layout` has, and which of the given names each is; ValueError where two are one."""
+    found: dict[str, str] = {}
+    for given in names:
+        name = given
+        for pattern, replacement in aliases.items():
+            name = re.sub(rf"\A{pattern}", replacement, name)
+        if name in found:
+            raise ValueError(f"{name} is given twice, once as another name ({given})")
+        found[name] = given
     return found
 
 
@@ -197,54 +188,6 @@ def skeleton(family: Family) -> dict[str, dict[str, Tensor]]:
     return found
 
 
-def unet_names(config: UNetConfig) -> Iterator[tuple[str, str]]:
-    """Modules of a U-Net: blocks are counted through all resolutions, a change of size among them."""
-    yield from UNET_ENDS.items()
-    layers, n = config.per_level("layers_per_block"), 1
-    for i, count in enumerate(layers):
-        for j in range(count):
-            yield from _within(f"down_blocks.{i}.resnets.{j}", f"input_blocks.{n}.0", UNET_RESNET)
-            yield f"down_blocks.{i}.attentions.{j}", f"input_blocks.{n}.1"
-            n += 1
-        yield f"down_blocks.{i}.downsamplers.0.conv", f"input_blocks.{n}.0.op"
-        n += 1
-    for j in range(2):
-        yield from _within(f"mid_block.resnets.{j}", f"middle_block.{2 * j}", UNET_RESNET)
-    yield "mid_block.attentions.0", "middle_block.1"
-    n = 0
-    for i, count in enumerate(reversed(layers)):
-        for j in range(count + 1):
-            yield from _within(f"up_blocks.{i}.resnets.{j}", f"output_blocks.{n}.0", UNET_RESNET)
-            yield f"up_blocks.{i}.attentions.{j}", f"output_blocks.{n}.1"
-            n += 1
-        place = 2 if UP_BLOCKS[config.up_block_types[i]] else 1
-        yield f"up_blocks.{i}.upsamplers.0.conv", f"output_blocks.{n - 1}.{place}.conv"
-
-
-def vae_names(levels: int, layers: int) -> Iterator[tuple[str, str]]:
-    """Modules of an autoencoder; a single file counts the decoder's resolutions from the finest on."""
-    yield from VAE_ENDS.items()
-    for i in range(levels):
-        up = levels - 1 - i
-        for j in range(layers + 1):
-            yield from _within(f"encoder.down_blocks.{i}.resnets.{j}", f"encoder.down.{i}.block.{j}", VAE_RESNET)
-            yield from _within(f"decoder.up_blocks.{i}.resnets.{j}", f"decoder.up.{up}.block.{j}", VAE_RESNET)
-        yield f"encoder.down_blocks.{i}.downsamplers.0", f"encoder.down.{i}.downsample"
-        yield f"decoder.up_blocks.{i}.upsamplers.0", f"decoder.up.{up}.upsample"
-    for half in ("encoder", "decoder"):
-        for j in range(2):
-            yield from _within(f"{half}.mid_block.resnets.{j}", f"{half}.mid.block_{j + 1}", VAE_RESNET)
-        yield from _within(f"{half}.mid_block.attentions.0", f"{half}.mid.attn_1", VAE_ATTENTION)
-
-
-def tower_names(tower: TextTower) -> Iterator[tuple[str, str]]:
-    """Modules of a text tower; a single file has transformers' own names for CLIP-L, open_clip's for the others."""
-    if tower.layout == "open_clip":
-        yield from OPEN_CLIP_ENDS.items()
-        for k in range(tower.config["num_hidden_layers"]):
-            yield from _within(f"text_model.encoder.layers.{k}", f"transformer.resblocks.{k}", OPEN_CLIP_LAYER)
-
-
 def _names(folder: str, family: Family) -> tuple[str, Names]:
     """The prefix of a folder's tensors in a single file, and the names of its modules there."""
     if folder == "unet":
@@ -252,10 +195,6 @@ def _names(folder: str, family: Family) -> tuple[str, Names]:
     if folder == "vae":
         return VAE_PREFIX, dict(vae_names(len(family.vae["block_out_channels"]), family.vae["layers_per_block"]))
     return family.towers[folder].prefix, dict(tower_names(family.towers[folder]))
-
-
-def _within(ours: str, theirs: str, inner: Names) -> Iterator[tuple[str, str]]:
-    return ((f"{ours}.{a}", f"{theirs}.{b}") for a, b in inner.items())
 
 
 def _renamed(name: str, names: Names) -> str:
@@ -276,22 +215,26 @@ def _form(single: str, folder: str, parts: Mapping[str, Tensor]) -> Form:
     return POINTWISE if attention and single.endswith(".weight") else SAME
 
 
+def _averages(names: Iterable[str]) -> dict[str, str]:
+    """The U-Net's tensors of a single file and their moving averages, LDM's `model_ema.*`, by name.
+
+    The average's names are the U-Net's without their dots. ValueError where the file has none, or not all of it.
+    """
+    given = set(names)
+    found = {
+        name: EMA_PREFIX + name.removeprefix("model.").replace(".", "")
+        for name in given
+        if name.startswith(UNET_PREFIX)
+    }
+    for name, average in found.items():
+        if average not in given:
+            raise ValueError(f"no moving average of {name} ({average})")
+    return found
+
+
 def _query_key_value(part: tuple[str, Tensor]) -> int:
     """The place of a part in a fused tensor, whatever the order of its module."""
     return "qkv".find(part[0].split(".")[-2][0])
-
-
-def _canonical(tensors: Mapping[str, Tensor], aliases: Mapping[str, str]) -> dict[str, Tensor]:
-    """The tensors under the names that `layout` has; ValueError where two are one."""
-    found: dict[str, Tensor] = {}
-    for alias, tensor in tensors.items():
-        name = alias
-        for pattern, replacement in aliases.items():
-            name = re.sub(rf"\A{pattern}", replacement, name)
-        if name in found:
-            raise ValueError(f"{name} is given twice, once as another name ({alias})")
-        found[name] = tensor
-    return found
 
 
 def _check(given: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:

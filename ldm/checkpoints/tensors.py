@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ldm.checkpoints.files import unique
+
 if TYPE_CHECKING:
     from hashlib import _Hash
 
@@ -104,7 +106,7 @@ def open_tensors(path: Path) -> TensorFile:
     except OSError as error:
         raise ValueError(f"{path}: {error.strerror or error}") from None
     try:
-        entries = json.loads(header, object_pairs_hook=_unique)
+        entries = json.loads(header, object_pairs_hook=unique)
         metadata = entries.pop("__metadata__", {})
         if not all(isinstance(value, str) for value in metadata.values()):
             raise ValueError("metadata that is not text")
@@ -143,10 +145,3 @@ def _slot(name: str, entry: Any) -> Slot:
     if math.prod(shape) * dtype.itemsize != end - start:
         raise ValueError(f"{name} has {end - start} bytes, expected {math.prod(shape) * dtype.itemsize}")
     return Slot(dtype, shape, start, end)
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        raise ValueError("a name is given twice")
-    return found

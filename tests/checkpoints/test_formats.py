@@ -1,5 +1,6 @@
 """Loading is strict: what is missing, unknown, torn or of another shape is named in one line."""
 
+import hashlib
 import json
 import shutil
 
@@ -7,19 +8,47 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from ldm.checkpoints.formats import load_directory
-from ldm.checkpoints.schedule import table
-from ldm.nn.text import embed, load_tokenizer, tokens
+from ldm.checkpoints import formats
+from ldm.checkpoints.directory import choose_weights
+from ldm.checkpoints.families import FAMILIES
+from ldm.checkpoints.schedule import SCHEDULERS, schedule_of, table
+from ldm.diffusion.prediction import PREDICTIONS
+from ldm.diffusion.samplers import SAMPLERS
+from ldm.nn.text import load_tokenizer, tokens
+from ldm.pipeline import PICTO
 
 import ldm.nn._torchvision  # noqa: F401  isort: skip
-from diffusers import DDIMScheduler  # isort: skip
-from transformers import CLIPTextModel, CLIPTokenizer  # isort: skip
+import diffusers  # isort: skip
+from diffusers import (  # isort: skip
+    AutoencoderKL,
+    DDIMScheduler,
+    EulerDiscreteScheduler,
+    PNDMScheduler,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
+from transformers import (  # isort: skip
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+)
 
+CPU = torch.device("cpu")
 UNET = "unet/diffusion_pytorch_model.safetensors"
+FOLDERS = "unet", "vae", "text_encoder", "text_encoder_2"
+VAE = {
+    "down_block_types": ["DownEncoderBlock2D"] * 2,
+    "up_block_types": ["UpDecoderBlock2D"] * 2,
+    "block_out_channels": [8, 16],
+    "layers_per_block": 1,
+    "norm_num_groups": 4,
+}
 
 
 def load(folder):
-    return load_directory(folder, torch.device("cpu"), torch.float32)
+    return formats.load(folder, CPU, torch.float32)
 
 
 @pytest.fixture
@@ -91,7 +120,250 @@ def test_text_is_embedded_as_transformers_does(tiny):
     assert torch.equal(ids, tokens(load_tokenizer(tiny / "tokenizer"), prompts))
     with torch.no_grad():
         expected = theirs[1].float()(ids).last_hidden_state
-        torch.testing.assert_close(embed(load(tiny).towers[0].model, ids), expected, rtol=0, atol=1e-5)
+        torch.testing.assert_close(load(tiny).towers[0].states(ids)[0], expected, rtol=0, atol=1e-5)
+
+
+XL = {
+    "cross_attention_dim": 48,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 8,
+    "projection_class_embeddings_input_dim": 24 + 6 * 8,
+}
+
+
+def text_config(tokenizer, width):
+    sizes = {"hidden_size": width, "intermediate_size": 32, "projection_dim": 24, "num_attention_heads": 2}
+    ends = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    return CLIPTextConfig(
+        vocab_size=len(tokenizer), max_position_embeddings=16, num_hidden_layers=3, hidden_act="gelu", **sizes, **ends
+    )
+
+
+def unet(**changes):
+    blocks = {"down_block_types": ["CrossAttnDownBlock2D"] * 2, "up_block_types": ["CrossAttnUpBlock2D"] * 2}
+    sizes = {"block_out_channels": [16, 32], "layers_per_block": 1, "norm_num_groups": 8, "attention_head_dim": 2}
+    return UNet2DConditionModel(**{"sample_size": 8, "cross_attention_dim": 16, **blocks, **sizes, **changes})
+
+
+@pytest.fixture(scope="module")
+def theirs(tiny):
+    """Pipelines of diffusers' own classes, random."""
+    torch.manual_seed(0)
+    tokenizer = CLIPTokenizer.from_pretrained(tiny / "tokenizer")
+    autoencoder = AutoencoderKL(**VAE)
+    plain = StableDiffusionPipeline(
+        unet=unet(),
+        vae=autoencoder,
+        text_encoder=CLIPTextModel(text_config(tokenizer, 16)),
+        tokenizer=tokenizer,
+        scheduler=PNDMScheduler.from_config(FAMILIES["sd1"].scheduler),
+        safety_checker=None,
+        feature_extractor=None,
+    )
+    xl = StableDiffusionXLPipeline(
+        unet=unet(**XL),
+        vae=autoencoder,
+        text_encoder=CLIPTextModel(text_config(tokenizer, 16)),
+        text_encoder_2=CLIPTextModelWithProjection(text_config(tokenizer, 32)),
+        tokenizer=tokenizer,
+        tokenizer_2=CLIPTokenizer.from_pretrained(tiny / "tokenizer", pad_token="!</w>"),
+        scheduler=EulerDiscreteScheduler.from_config(FAMILIES["sdxl"].scheduler),
+    )
+    return {"plain": plain, "xl": xl}
+
+
+def arrived(model, pipeline):
+    """Is every weight of diffusers' pipeline in the model?"""
+    return all(
+        torch.equal(value, {**getattr(pipeline, folder).state_dict()}[name])
+        for folder, network in model.networks.items()
+        for name, value in network.state_dict().items()
+    )
+
+
+SAVED = {  # as diffusers saves: its options, ours
+    "plain": ({}, {}),
+    "a variant alone": ({"variant": "fp16"}, {}),
+    "a variant": ({"variant": "fp16"}, {"variant": "fp16"}),
+    "in shards": ({"max_shard_size": "20KB"}, {}),
+    "a variant in shards": ({"max_shard_size": "20KB", "variant": "fp16"}, {"variant": "fp16"}),
+}
+
+
+@pytest.mark.parametrize("way", SAVED)
+@pytest.mark.parametrize("kind", ["plain", "xl"])
+def test_what_diffusers_saves_is_loaded(theirs, tmp_path, kind, way):
+    saving, loading = SAVED[way]
+    theirs[kind].save_pretrained(tmp_path, **saving)
+    model = formats.load(tmp_path, CPU, torch.float32, **loading)
+    assert arrived(model, theirs[kind]) and list(model.networks) == [n for n in FOLDERS if hasattr(theirs[kind], n)]
+    xl = kind == "xl"
+    assert model.zero_negative == xl and model.family is None
+    expected = {"num_inference_steps": 50, "guidance_scale": 5.0 if xl else 7.5, "spacing": "leading"}
+    assert model.defaults == {**expected, "sampler": "euler" if xl else "dpmpp_2m"}
+    assert [t.projected for t in model.towers] == ([False, True] if xl else [False])
+    assert {(t.layer, t.final_norm) for t in model.towers} == ({(-2, False)} if xl else {(-1, True)})
+    assert [t.tokenizer.pad_token for t in model.towers] == ["<|endoftext|>", "!</w>"][: len(model.towers)]
+
+
+def test_of_several_variants_one_must_be_named(theirs, tmp_path):
+    for variant in ("fp16", "non_ema"):
+        theirs["plain"].save_pretrained(tmp_path, variant=variant)
+    with pytest.raises(ValueError, match=r"unet/diffusion_pytorch_model\.safetensors: .* variants here: fp16, non_ema"):
+        load(tmp_path)
+    assert arrived(formats.load(tmp_path, CPU, torch.float32, variant="non_ema"), theirs["plain"])
+
+
+@pytest.mark.parametrize(
+    "names, variant, chosen",
+    [
+        (["m.safetensors", "m.fp16.safetensors"], None, ["m.safetensors"]),
+        (["m.safetensors", "m.fp16.safetensors"], "fp16", ["m.fp16.safetensors"]),
+        (["m.non_ema.safetensors", "m.bin"], None, ["m.non_ema.safetensors"]),
+        (
+            ["m.safetensors.index.fp16.json", "m.fp16-00001-of-00002.safetensors", "m.fp16-00002-of-00002.safetensors"],
+            None,
+            ["m.safetensors.index.fp16.json", "m.fp16-00001-of-00002.safetensors", "m.fp16-00002-of-00002.safetensors"],
+        ),
+        (
+            ["m-00001-of-00001.safetensors", "m-00001-of-00001.fp16.safetensors", "m.safetensors.index.json"],
+            None,
+            ["m.safetensors.index.json", "m-00001-of-00001.safetensors"],
+        ),
+        (["m.safetensors.index.json", "m.safetensors", "m-00001-of-00001.safetensors"], None, ["m.safetensors"]),
+    ],
+)
+def test_the_weights_of_a_variant(names, variant, chosen):
+    assert choose_weights(names, "m", variant) == chosen
+
+
+def test_old_names_are_known(theirs, tmp_path):
+    """Of the first diffusers (attention of the autoencoder) and of transformers 4 (text_model, position_ids)."""
+    theirs["plain"].save_pretrained(tmp_path)
+    old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+
+    def rename(tensors):
+        for name in list(tensors):
+            for new, former in old.items():
+                if f".attentions.0.{new}." in name:
+                    a = tensors.pop(name)
+                    a = a[..., None, None].contiguous() if a.ndim == 2 else a
+                    tensors[name.replace(f".{new}.", f".{former}.")] = a
+
+    def prefix(tensors):
+        for name in list(tensors):
+            tensors[f"text_model.{name.removeprefix('text_model.')}"] = tensors.pop(name)
+        tensors["text_model.embeddings.position_ids"] = torch.arange(16)[None]
+
+    edit(tmp_path / "vae" / "diffusion_pytorch_model.safetensors", rename)
+    edit(tmp_path / "text_encoder" / "model.safetensors", prefix)
+    assert arrived(load(tmp_path), theirs["plain"])
+
+
+def test_hashes_are_the_files(theirs, tmp_path):
+    theirs["plain"].save_pretrained(tmp_path / "whole")
+    theirs["plain"].save_pretrained(tmp_path / "parts", max_shard_size="20KB")
+    whole, parts = load(tmp_path / "whole"), load(tmp_path / "parts")
+    assert whole.hashes["unet"] == hashlib.sha256((tmp_path / "whole" / UNET).read_bytes()).hexdigest()
+    shards = sorted((tmp_path / "parts" / "unet").glob("*.safetensors"))
+    assert len(shards) > 1
+    assert parts.hashes["unet"] == hashlib.sha256(b"".join(s.read_bytes() for s in shards)).hexdigest()
+
+
+def test_an_autoencoder_of_another_folder(vae_config, tiny, tmp_path):
+    other = AutoencoderKL(**vae_config | {"scaling_factor": 0.25})
+    other.save_pretrained(tmp_path / "vae")
+    model = formats.load(tiny, CPU, torch.float32, vae=tmp_path / "vae")
+    assert all(torch.equal(a, other.state_dict()[n]) for n, a in model.vae.state_dict().items())
+    assert model.vae.config.scaling_factor == 0.25
+    AutoencoderKL(**vae_config | {"latent_channels": 8}).save_pretrained(tmp_path / "wide")
+    with pytest.raises(ValueError, match="wide: its latents are of 8 channels"):
+        formats.load(tiny, CPU, torch.float32, vae=tmp_path / "wide")
+
+
+@pytest.mark.parametrize(
+    "name, config",
+    [
+        ("PNDMScheduler", {}),
+        ("DDIMScheduler", {"timestep_spacing": "trailing", "rescale_betas_zero_snr": True}),
+        ("DDPMScheduler", {"trained_betas": [0.1, 0.2, 0.3, 0.4], "num_train_timesteps": 4}),
+        ("HeunDiscreteScheduler", {"use_karras_sigmas": True}),
+        ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++", "use_lu_lambdas": True}),
+        ("DPMSolverMultistepScheduler", {"solver_order": 3, "timestep_spacing": "leading"}),
+        ("UniPCMultistepScheduler", {"beta_schedule": "squaredcos_cap_v2", "use_beta_sigmas": True}),
+    ],
+)
+def test_a_scheduler_is_heeded(name, config):
+    theirs = getattr(diffusers, name)(**config)
+    drawn = {"PNDMScheduler": "dpmpp_2m", "DDIMScheduler": "ddim", "DDPMScheduler": "ddpm"}
+    drawn |= {"HeunDiscreteScheduler": "heun", "UniPCMultistepScheduler": "unipc"}
+    expected = drawn.get(name, "dpmpp_3m" if "solver_order" in config else "dpmpp_2m_sde")
+    spacings = {"use_karras_sigmas": "karras", "use_lu_lambdas": "log_snr", "use_beta_sigmas": "beta"}
+    asked = [spacings[field] for field in config if field in spacings]
+    schedule = schedule_of({"_class_name": name, **theirs.config})
+    assert schedule.sampler == expected and schedule.prediction is PREDICTIONS["eps"]
+    assert schedule.spacing == (asked[0] if asked else theirs.config.timestep_spacing)
+    t = (torch.arange(len(theirs.alphas_cumprod), dtype=torch.float64) + 1) / len(theirs.alphas_cumprod)
+    alphas = torch.exp(2 * schedule.sde.log_alpha(t))
+    torch.testing.assert_close(alphas.float(), theirs.alphas_cumprod, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_every_field_of_a_scheduler_is_known(name):
+    """As diffusers itself makes it, with all its fields; and a class's own defaults are its."""
+    theirs = getattr(diffusers, name)()
+    schedule = schedule_of({"_class_name": name, **theirs.config})
+    assert schedule == schedule_of({"_class_name": name})._replace(sde=schedule.sde)
+    assert torch.equal(table({"_class_name": name}), table(theirs.config))
+    assert schedule.spacing == theirs.config.get("timestep_spacing", "linspace")
+    assert schedule.sampler in SAMPLERS
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"_class_name": "LCMScheduler"},
+        {"_class_name": "FlowMatchEulerDiscreteScheduler"},
+        {"prediction_type": "flow_prediction"},
+        {"use_flow_sigmas": True},
+        {"thresholding": True},
+        {"timestep_type": "continuous"},
+        {"variance_type": "learned_range"},
+        {"beta_start": "0.1"},
+        {"beta_end": float("inf")},
+        {"num_train_timesteps": 2},
+        {"num_train_timesteps": 10**9},
+        {"trained_betas": [0.1, 0.2]},
+        {"use_karras_sigmas": True, "use_beta_sigmas": True},
+        {"a_field_of_the_future": 1},
+    ],
+)
+def test_what_a_scheduler_may_not_say_is_refused(config):
+    with pytest.raises(ValueError, match=next(iter(config))):
+        schedule_of({"_class_name": "EulerDiscreteScheduler", **config})
+
+
+def test_the_user_overrules_the_schedule(tiny):
+    model = formats.load(tiny, CPU, torch.float32, prediction="x0", zero_snr=True)
+    assert model.prediction is PREDICTIONS["x0"] and model.sde.at(1.0).alpha == 0
+    assert load(tiny).prediction is PREDICTIONS["v"] and load(tiny).sde.at(1.0).alpha > 0
+
+
+def test_what_the_makers_recommend_counts_most(tiny, copy):
+    assert load(tiny).defaults == {
+        "num_inference_steps": 6,
+        "guidance_scale": 3.0,
+        "sampler": "ddim",
+        "spacing": "trailing",
+    }
+    (copy / "generation_config.json").write_text('{"sampler": "heun", "spacing": "karras"}')
+    defaults = {"num_inference_steps": 50, "guidance_scale": 7.5, "sampler": "heun", "spacing": "karras"}
+    assert load(copy).defaults == defaults
+
+
+def test_picto_draws_as_it_did():
+    picto = formats.load(PICTO, CPU, torch.float32)
+    assert (picto.defaults["sampler"], picto.defaults["spacing"]) == ("dpmpp_2m", "trailing")
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from ldm.checkpoints.families import FAMILIES
 from ldm.checkpoints.files import save_tensors, write_json
-from ldm.checkpoints.keys import averaged, ignored, layout, skeleton, to_directory, to_single
+from ldm.checkpoints.keys import ignored, layout, plan, plan_directory, skeleton, to_directory, to_single
 
 every_family = pytest.mark.parametrize("name", FAMILIES)
 MODEL_TYPES = {  # ours: diffusers'
@@ -228,6 +228,8 @@ def test_older_and_newer_names_are_the_same_model():
     assert bare.keys() != single.keys()
     found = to_directory(bare, family)
     assert all(same(found[folder], directory[folder]) for folder in directory)
+    assert plan(bare, family).keys() == bare.keys()  # a plan has the file's own names
+    assert plan_directory(other, family).keys() == {f"{folder}/{n}" for folder in other for n in other[folder]}
 
 
 @pytest.mark.parametrize("name", ["sd1", "sd2-v"])
@@ -253,10 +255,12 @@ def test_the_moving_average_takes_the_place_of_the_last_weights():
     # LDM's LitEma leaves out the dots
     flat = {"model_ema." + n.removeprefix("model.").replace(".", ""): a for n, a in average.items()}
     expected = to_directory(single | average, family)
-    found = to_directory(averaged(single | flat), family)
+    found = {folder: {} for folder in expected}
+    for name, entry in plan(single | flat, family, ema=True).items():
+        found[entry.folder] |= entry.divide((single | flat)[name])
     assert all(same(found[folder], expected[folder]) for folder in expected)
     with pytest.raises(ValueError, match=r"no moving average of model\.diffusion_model\."):
-        averaged(single)
+        plan(single, family, ema=True)
 
 
 @pytest.mark.parametrize(

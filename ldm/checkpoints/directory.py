@@ -1,0 +1,310 @@
+"""diffusers' directory layout: a folder for each component, and an index that names their classes."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ldm.checkpoints.blueprint import Blueprint, Told
+from ldm.checkpoints.configs import configured, number
+from ldm.checkpoints.families import FAMILIES
+from ldm.checkpoints.files import read_json
+from ldm.checkpoints.networks import TEXT_ENCODERS, Source, skeleton, sources
+from ldm.checkpoints.schedule import PREDICTION_TYPES, SCHEDULERS, load_schedule
+from ldm.checkpoints.tensors import PICKLE, TensorFile, open_tensors
+from ldm.diffusion.prediction import PREDICTIONS, Prediction
+from ldm.diffusion.samplers import SAMPLERS
+from ldm.diffusion.spacing import SPACINGS, choose
+from ldm.nn import text
+from ldm.nn.unet import UNetConfig
+
+INDEX, ADVICE = "model_index.json", "generation_config.json"
+
+
+class Kind(NamedTuple):
+    """A pipeline of diffusers: the text towers that it has, how it reads them, and its default guidance."""
+
+    towers: tuple[str, ...] = TEXT_ENCODERS[:1]
+    layer: int = -1
+    final_norm: bool = True
+    guidance_scale: float = 7.5
+    zero_negative: bool = False
+
+
+PLAIN, XL = Kind(), Kind(TEXT_ENCODERS, layer=-2, final_norm=False, guidance_scale=5.0, zero_negative=True)
+PIPELINES = {
+    "StableDiffusionPipeline": PLAIN,
+    "StableDiffusionImg2ImgPipeline": PLAIN,
+    "StableDiffusionInpaintPipeline": PLAIN,
+    "StableDiffusionXLPipeline": XL,
+    "StableDiffusionXLImg2ImgPipeline": XL,
+    "StableDiffusionXLInpaintPipeline": XL,
+}
+TOKENIZERS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
+CLASSES = {  # library and classes of each component that is read
+    "unet": ("diffusers", ("UNet2DConditionModel",)),
+    "vae": ("diffusers", ("AutoencoderKL",)),
+    "text_encoder": ("transformers", ("CLIPTextModel",)),
+    "text_encoder_2": ("transformers", ("CLIPTextModelWithProjection",)),
+    "scheduler": ("diffusers", tuple(SCHEDULERS)),
+    **dict.fromkeys(TOKENIZERS.values(), ("transformers", ("CLIPTokenizer", "CLIPTokenizerFast"))),
+}
+IGNORED = {  # components that are not read: their classes, and why
+    "safety_checker": (("StableDiffusionSafetyChecker",), "judges pictures, draws none"),
+    "feature_extractor": (("CLIPImageProcessor", "CLIPFeatureExtractor", "CLIPImageProcessorPil"), "its eye"),
+    "image_encoder": (("CLIPVisionModelWithProjection",), "of pictures as prompts"),
+}
+FLAGS = {  # of the index: the values that are understood
+    "force_zeros_for_empty_prompt": (True, False),
+    "requires_safety_checker": (True, False, None),
+    "requires_aesthetics_score": (False, None),  # True is SDXL's refiner
+    "add_watermarker": (True, False, None),
+}
+WEIGHTS = {  # the beginning of a file of weights, by folder
+    "unet": "diffusion_pytorch_model",
+    "vae": "diffusion_pytorch_model",
+    "text_encoder": "model",
+    "text_encoder_2": "model",
+}
+TOKENIZER_FILES = (
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+)
+STEPS = 50  # diffusers' default
+
+
+def read_directory(
+    folder: Path, variant: str | None = None, prediction: str | None = None, zero_snr: bool | None = None
+) -> Blueprint:
+    """The model in a folder; ValueError in one line names the file and what is missing, unknown or not understood.
+
+    `variant` chooses among weights, as in `diffusion_pytorch_model.fp16.safetensors`; without it the plain ones are
+    read, or the only ones.
+    """
+    index = read_index(folder)
+    kind = PIPELINES[index["_class_name"]]
+    networks, groups = {}, []
+    for name in ("unet", "vae", *kind.towers):
+        networks[name], files = component(folder / name, name, variant)
+        groups.append(files)
+    overrides: dict[str, Any] = {"_class_name": index["scheduler"][1]}
+    if prediction is not None:
+        theirs = {ours: theirs for theirs, ours in PREDICTION_TYPES.items()}
+        overrides["prediction_type"] = choose(theirs, prediction, "prediction")
+    if zero_snr is not None:
+        overrides["rescale_betas_zero_snr"] = zero_snr
+    schedule = load_schedule(folder / "scheduler" / "scheduler_config.json", **overrides)
+    unet = networks["unet"].config
+    family = family_of(unet, schedule.prediction)
+    return Blueprint(
+        networks,
+        tuple(groups),
+        {name: _tower(folder, name, kind, networks[name].config, family) for name in kind.towers},
+        lambda probe: Told(schedule, family, unet),
+        {"num_inference_steps": STEPS, "guidance_scale": kind.guidance_scale, **advice(folder)},
+        index.get("force_zeros_for_empty_prompt", kind.zero_negative),
+    )
+
+
+def _tower(folder: Path, name: str, kind: Kind, config: Any, family: str | None) -> Callable[[Any], text.Tower]:
+    """How the pipeline reads a text encoder."""
+    return partial(
+        text.Tower,
+        tokenizer=read_tokenizer(folder / TOKENIZERS[name], config),
+        layer=kind.layer,
+        final_norm=kind.final_norm,
+        projected=name == TEXT_ENCODERS[1],
+        dropped=FAMILIES[family].towers[name].dropped if family else 0,
+    )
+
+
+def component(folder: Path, name: str, variant: str | None = None) -> tuple[Any, tuple[Source, ...]]:
+    """The network in a folder that is named so, on the meta device, and its files, compared with it."""
+    network = configured(folder / "config.json", partial(skeleton, name))
+    return network, sources(name, network, weights(folder, WEIGHTS[name], variant))
+
+
+def read_index(folder: Path) -> dict[str, Any]:
+    """model_index.json, whose classes are those that are known; nothing else is opened, least of all code."""
+    path = folder / INDEX
+    if not path.is_file():
+        raise ValueError(f"{folder}: not a model (no {INDEX})")
+    index = read_json(path)
+    try:
+        kind = choose(PIPELINES, index.get("_class_name", ""), "_class_name")
+        for name, value in index.items():
+            if not name.startswith("_"):
+                _check_entry(name, value)
+        for name in ("unet", "vae", "scheduler", *kind.towers, *(TOKENIZERS[tower] for tower in kind.towers)):
+            if index.get(name, [None])[0] is None:
+                raise ValueError(f"no {name}")
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path}: {error}") from None
+    return index
+
+
+def _check_entry(name: str, value: Any) -> None:
+    """ValueError for a member of the index that is none of ours."""
+    if name in FLAGS:
+        if value not in FLAGS[name]:
+            raise ValueError(f"{name} = {value!r} is not supported")
+        return
+    if not isinstance(value, list) or len(value) != 2:
+        raise ValueError(f"unknown field {name} = {value!r}")
+    library, kind = value
+    if kind is None:
+        return
+    known = kind in IGNORED[name][0] if name in IGNORED else (library, kind) in _classes(name)
+    if not known:
+        raise ValueError(f"{name} is {library}.{kind}, which is not supported")
+
+
+def _classes(name: str) -> list[tuple[str, str]]:
+    library, kinds = CLASSES.get(name, ("", ()))
+    return [(library, kind) for kind in kinds]
+
+
+def weights(folder: Path, stem: str, variant: str | None = None) -> list[TensorFile]:
+    """The files of weights in a folder: one, or the shards that an index names; ValueError names what does not fit."""
+    try:
+        names = [path.name for path in folder.iterdir()]
+    except OSError as error:
+        raise ValueError(f"{folder}: {error.strerror}") from None
+    try:
+        chosen = choose_weights(names, stem, variant)
+    except ValueError as error:
+        raise ValueError(f"{folder}/{error}") from None
+    if not chosen[0].endswith(".json"):
+        return [open_tensors(folder / chosen[0])]
+    index = folder / chosen[0]
+    return configured(index, lambda content: shards(folder, content.get("weight_map")))
+
+
+def choose_weights(names: Iterable[str], stem: str, variant: str | None = None) -> list[str]:
+    """Of the names in a folder those that hold its weights: one file, or an index and its shards.
+
+    ValueError where there is none of that variant, or where it is not said which.
+    """
+    pattern = re.compile(
+        rf"{stem}(?:\.(\w+))?(?P<shard>-\d{{5}}-of-\d{{5}})?(?:\.(\w+))?\.safetensors(?P<index>\.index(?:\.(\w+))?\.json)?"
+    )
+    found: dict[str, list[str]] = defaultdict(list)  # by variant; an index first
+    pickles = []
+    for name in sorted(names):
+        if match := pattern.fullmatch(name):
+            kind = next(filter(None, match.group(1, 3, 5)), "")
+            found[kind].insert(0 if match["index"] else len(found[kind]), name)
+        elif name.startswith(stem) and name.endswith((".bin", ".ckpt", ".pt")):
+            pickles.append(name)
+    if pickles and not found:
+        raise ValueError(f"{pickles[0]}: {PICKLE.format(what='a pickle')}")
+    asked = variant or ("" if "" in found or len(found) != 1 else next(iter(found)))
+    if asked not in found:
+        have = ", ".join(kind or "the plain one" for kind in found) or "none"
+        raise ValueError(f"{stem}.{f'{asked}.' if asked else ''}safetensors: no such file; variants here: {have}")
+    chosen = found[asked]
+    whole = [name for name in chosen if not re.search(r"-\d{5}-of-|\.index\.", name)]
+    if whole:
+        return whole[:1]
+    if not chosen[0].endswith(".json"):
+        raise ValueError(f"{chosen[0]}: a shard without {stem}.safetensors.index.json")
+    return chosen
+
+
+def shards(folder: Path, weight_map: Any) -> list[TensorFile]:
+    """The files that an index names, each of which holds the tensors that it says, and no others."""
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ValueError("no weight_map")
+    names: dict[str, set[str]] = defaultdict(set)
+    for tensor, name in weight_map.items():
+        if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
+            raise ValueError(f"{tensor} is in {name!r}, which is no file of this folder")
+        names[name].add(tensor)
+    files = []
+    for name, tensors in sorted(names.items()):
+        file = open_tensors(folder / name)
+        if lacking := sorted(tensors - file.slots.keys()):
+            raise ValueError(f"{name} lacks {lacking[0]}, which should be there")
+        if stray := sorted(file.slots.keys() - tensors):
+            raise ValueError(f"{name} holds {stray[0]}, which the index does not know")
+        files.append(file)
+    return files
+
+
+def read_tokenizer(folder: Path, config: Any) -> text.CLIPTokenizer:
+    """The tokenizer in a folder, for a text encoder of that configuration."""
+    tokenizer = load_tokenizer(folder)
+    if len(tokenizer) > config.vocab_size:
+        raise ValueError(f"{folder}: {len(tokenizer)} tokens, and the text encoder knows {config.vocab_size}")
+    tokenizer.model_max_length = min(tokenizer.model_max_length, config.max_position_embeddings)
+    return tokenizer
+
+
+def load_tokenizer(folder: Path) -> text.CLIPTokenizer:
+    """CLIP's tokenizer from a folder with vocab.json and merges.txt, or with tokenizer.json alone."""
+    if not (folder / "tokenizer.json").is_file():
+        for name in ("vocab.json", "merges.txt"):
+            if not (folder / name).is_file():
+                raise ValueError(f"{folder / name}: no such file")
+    for name in TOKENIZER_FILES:
+        if (folder / name).is_file() and name.endswith(".json"):
+            content = read_json(folder / name)
+            if name == "tokenizer_config.json" and content.get("auto_map"):
+                raise ValueError(f"{folder / name}: auto_map names code, which is not run")
+    try:
+        return text.load_tokenizer(folder)
+    except Exception as error:  # tokenizers raises Exception itself
+        raise ValueError(f"{folder}: not a tokenizer of CLIP ({' '.join(str(error).split())})") from None
+
+
+def advice(folder: Path) -> dict[str, Any]:
+    """What a model's makers recommend beside its pipeline's defaults: generation_config.json, where there is one."""
+    path = folder / ADVICE
+    return configured(path, _advice) if path.is_file() else {}
+
+
+def _advice(config: dict[str, Any]) -> dict[str, Any]:
+    tables: dict[str, Mapping[str, Any]] = {"sampler": SAMPLERS, "spacing": SPACINGS}
+    for name, value in config.items():
+        if name in tables:
+            choose(tables[name], value, name)
+        elif name in ("num_inference_steps", "guidance_scale"):
+            number(config, name, 0)
+        else:
+            raise ValueError(f"unknown field {name} = {value!r}")
+    return config
+
+
+def family_of(unet: UNetConfig, prediction: Prediction) -> str | None:
+    """The family whose U-Net is of that configuration and predicts so, if there is one; native sizes do not count."""
+    for name, family in FAMILIES.items():
+        own = UNetConfig.from_dict(family.unet)
+        same = replace(unet, sample_size=own.sample_size, upcast_attention=own.upcast_attention) == own
+        if same and PREDICTIONS[PREDICTION_TYPES[family.scheduler["prediction_type"]]] is prediction:
+            return name
+    return None
+
+
+def needed(names: Iterable[str], variant: str | None = None) -> list[str]:
+    """Of all files of a repository those that `read_directory` opens."""
+    files = defaultdict(list)
+    for path in names:
+        folder, _, name = path.rpartition("/")
+        files[folder].append(name)
+    chosen = [name for name in files[""] if name in (INDEX, ADVICE)]
+    chosen += [f"scheduler/{name}" for name in files["scheduler"] if name == "scheduler_config.json"]
+    for folder in TOKENIZERS.values():
+        chosen += [f"{folder}/{name}" for name in files[folder] if name in TOKENIZER_FILES]
+    for folder, stem in WEIGHTS.items():
+        if folder in files:
+            chosen += [f"{folder}/{name}" for name in ("config.json", *choose_weights(files[folder], stem, variant))]
+    return chosen

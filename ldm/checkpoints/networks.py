@@ -1,0 +1,188 @@
+"""Networks from files, straight to their device: known by name and shape first, then filled tensor by tensor.
+
+A network is made on the meta device, where it has no memory; every tensor of every file is compared with it before the
+first is read. Then the files are read once, in their own order, and each tensor is cast and moved as it comes: at no
+time is there more than the model and one tensor.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ldm.checkpoints.configs import TEXT_FIELDS, VAE_FIELDS
+from ldm.checkpoints.keys import DIRECTORY_ALIASES, SAME, Entry
+from ldm.checkpoints.tensors import TensorFile
+from ldm.nn import text, vae
+from ldm.nn.unet import UNet, UNetConfig
+
+TEXT_ENCODERS = "text_encoder", "text_encoder_2"
+IGNORED = ("position_ids",)  # the numbers 0 to 76: what a folder may hold and no network has, by the end of its name
+DEPTHS, DEEPEST = ("layers_per_block", "transformer_layers_per_block", "num_hidden_layers"), 100  # no endless networks
+BUFFERS: dict[str, Callable[[Tensor], Tensor]] = {  # what no file holds, by the end of its name
+    "position_ids": lambda like: torch.arange(like.shape[-1]).expand(like.shape),
+}
+
+
+class Source(NamedTuple):
+    """A file of weights, and what each of its tensors becomes, by its name in the file; the others are superfluous."""
+
+    file: TensorFile
+    entries: Mapping[str, Entry]
+
+
+def unet(config: Mapping[str, Any]) -> UNet:
+    """Our U-Net, by the fields of a `unet/config.json`."""
+    fields = UNetConfig.from_dict(config)
+    for width in fields.block_out_channels:
+        if width < 1:
+            raise ValueError(f"U-Net block_out_channels {width}: at least 1 is needed")
+    return UNet(fields)
+
+
+def autoencoder(config: Mapping[str, Any]) -> vae.AutoencoderKL:
+    """The autoencoder of a `vae/config.json`, each of whose fields is heeded."""
+    VAE_FIELDS.check(config)
+    return vae.autoencoder(config)
+
+
+def text_encoder(config: Mapping[str, Any], projected: bool = False) -> text.CLIPTextModel:
+    """The text tower of a `text_encoder/config.json`, each of whose fields is heeded."""
+    TEXT_FIELDS.check(config)
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        if config.get(name) is not None and not 0 <= config[name] < config.get("vocab_size", 49408):
+            raise ValueError(f"text encoder {name} {config[name]}: vocab_size is {config.get('vocab_size', 49408)}")
+    return text.text_model(config, projected)
+
+
+BUILDERS: dict[str, Callable[[Mapping[str, Any]], Any]] = {  # by folder
+    "unet": unet,
+    "vae": autoencoder,
+    "text_encoder": text_encoder,
+    "text_encoder_2": lambda config: text_encoder(config, projected=True),
+}
+
+
+def skeleton(folder: str, config: Mapping[str, Any]) -> Any:
+    """The network of a folder on the meta device; ValueError where its configuration says what is not understood."""
+    for name in DEPTHS:
+        values = config.get(name, 1)
+        for depth in values if isinstance(values, list | tuple) else (values,):
+            if type(depth) is not int or not 0 <= depth <= DEEPEST:
+                raise ValueError(f"{name} {depth!r}: must be a whole number from 0 to {DEEPEST}")
+    with torch.device("meta"):
+        return BUILDERS[folder](config)
+
+
+def sources(folder: str, network: nn.Module, files: Iterable[TensorFile]) -> tuple[Source, ...]:
+    """What the files of a folder of a directory hold for its network; ValueError names what does not fit.
+
+    Names may be of either version of transformers, and of the first versions of diffusers.
+    """
+    wanted = {_published(folder, name): a for name, a in network.state_dict().items()}
+    given: dict[str, Tensor] = {}
+    found = []
+    for file in files:
+        names = {name: _canonical(folder, name) for name in file.slots if not name.endswith(IGNORED)}
+        tensors = file.meta()
+        for name, known in names.items():
+            if known in given:
+                raise ValueError(f"{file.path}: {known} is given twice")
+            given[known] = tensors[name]
+        entries = {n: Entry(n, folder, {known: wanted[known]}, SAME) for n, known in names.items() if known in wanted}
+        found.append(Source(file, entries))
+    compare(given, wanted, " and ".join(str(source.file.path) for source in found[:1]))
+    return tuple(found)
+
+
+def compare(given: Mapping[str, Tensor], wanted: Mapping[str, Tensor], path: str) -> None:
+    """ValueError unless names and shapes are the same, but for ones at the end of a shape, and all are numbers."""
+    faults = [f"missing {name}" for name in wanted if name not in given]
+    faults += [f"unknown {name}" for name in given if name not in wanted]
+    faults += [
+        f"{name} has shape {list(given[name].shape)}, expected {list(tensor.shape)}"
+        for name, tensor in wanted.items()
+        if name in given and _core(given[name]) != _core(tensor)
+    ]
+    if faults:
+        more = f" and {len(faults) - 3} more" if len(faults) > 3 else ""
+        raise ValueError(f"{path}: {', '.join(faults[:3])}{more}")
+
+
+def fill(
+    networks: Mapping[str, nn.Module],
+    groups: Sequence[Sequence[Source]],
+    device: torch.device,
+    dtypes: Mapping[str, torch.dtype],
+) -> dict[str, str]:
+    """Give networks their weights on a device, and their buffers; returns the SHA-256 of each one's file, by folder.
+
+    The files of a group are one content, in their order: the shards of a network. Every file is read once. ValueError
+    where a tensor is none of real numbers, before anything is read, and where a file ends early.
+    """
+    for source in (source for group in groups for source in group):
+        for name in source.entries:
+            if not (dtype := source.file.slots[name].dtype).is_floating_point:
+                raise ValueError(f"{source.file.path}: {name} has dtype {dtype}, real numbers are needed")
+    weights: dict[str, dict[str, Tensor]] = {folder: {} for folder in networks}
+    hashes = {}
+    for group in groups:
+        hasher = hashlib.sha256()
+        for source in group:
+            for name, tensor in source.file.read(hasher):
+                if entry := source.entries.get(name):
+                    weights[entry.folder].update(_parts(entry, tensor, device, dtypes[entry.folder]))
+        folders = {entry.folder for source in group for entry in source.entries.values()}
+        hashes.update(dict.fromkeys(folders, hasher.hexdigest()))
+    for folder, network in networks.items():
+        names = {_published(folder, name): name for name in network.state_dict()}
+        network.load_state_dict({names[name]: a for name, a in weights.pop(folder).items()}, assign=True)
+        _fill_buffers(network, device)
+    return hashes
+
+
+def _parts(entry: Entry, tensor: Tensor, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
+    """What a tensor of a file becomes, each part in memory of its own."""
+    values = entry.form.split(tensor.reshape(entry.whole.shape))
+    found = {}
+    for (name, like), value in zip(entry.parts.items(), values, strict=True):
+        layout = torch.channels_last if like.ndim == 4 else torch.contiguous_format
+        own = len(values) > 1
+        found[name] = value.reshape(like.shape).to(device=device, dtype=dtype, memory_format=layout, copy=own)
+    return found
+
+
+def _fill_buffers(network: nn.Module, device: torch.device) -> None:
+    """Real values for the buffers that are in no file."""
+    for name, buffer in list(network.named_buffers()):
+        if buffer.is_meta:
+            owner, _, last = name.rpartition(".")
+            setattr(network.get_submodule(owner), last, BUFFERS[last](buffer).to(device))
+    left = [name for name, a in [*network.named_parameters(), *network.named_buffers()] if a.is_meta]
+    assert not left, f"{left} have no values"
+
+
+def _published(folder: str, name: str) -> str:
+    """A tensor of ours under the name that published directories have: transformers 5 says no `text_model`."""
+    return _canonical(folder, name) if folder in TEXT_ENCODERS else name
+
+
+def _canonical(folder: str, name: str) -> str:
+    """A tensor of a folder under the name that published directories have."""
+    found = f"{folder}/{name}"
+    for pattern, replacement in DIRECTORY_ALIASES.items():
+        found = re.sub(rf"\A{pattern}", replacement, found)
+    return found.removeprefix(f"{folder}/")
+
+
+def _core(tensor: Tensor) -> list[int]:
+    """The shape without ones at its end: the same for a linear map and a 1x1 convolution."""
+    shape = list(tensor.shape)
+    while shape and shape[-1] == 1:
+        shape.pop()
+    return shape

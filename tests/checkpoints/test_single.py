@@ -1,0 +1,258 @@
+"""One file is the whole model: loaded as its directory is, each byte read once, whatever it lacks or holds besides."""
+
+import hashlib
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from ldm.checkpoints import formats, keys
+from ldm.checkpoints.families import FAMILIES
+from ldm.diffusion.prediction import PREDICTIONS
+from ldm.nn import text
+
+CPU = torch.device("cpu")
+WIDTHS = {"sd1": 16, "sd1-inpainting": 16, "sd2-base": 24, "sd2-v": 24, "sd2-inpainting": 24, "sdxl": 40}
+every_family = pytest.mark.parametrize("name", FAMILIES)
+
+
+def tiny(name):
+    """The family with its own structure, narrow; towers know CLIP's whole vocabulary, for its own tokenizer."""
+    family = FAMILIES[name]
+    levels = len(family.unet["block_out_channels"])
+    xl = family.zero_negative
+    unet = {
+        "block_out_channels": [8, 8, 16, 16][:levels],
+        "norm_num_groups": 4,
+        "cross_attention_dim": WIDTHS[name],
+        "attention_head_dim": 2,
+        "layers_per_block": 1,
+        "transformer_layers_per_block": 1,
+        **({"addition_time_embed_dim": 4, "projection_class_embeddings_input_dim": 12 + 24} if xl else {}),
+    }
+    vae = {"block_out_channels": [8, 8, 8, 8], "norm_num_groups": 4, "layers_per_block": 1}
+    widths = [16, 24] if xl else [WIDTHS[name]]
+    towers = {
+        folder: replace(tower, config=tower.config | sizes(width))
+        for (folder, tower), width in zip(family.towers.items(), widths, strict=True)
+    }
+    return replace(family, unet=family.unet | unet, vae=family.vae | vae, towers=towers)
+
+
+def sizes(width):
+    return {
+        "hidden_size": width,
+        "intermediate_size": 24,
+        "projection_dim": 12,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 2,
+    }
+
+
+@pytest.fixture(autouse=True)
+def families(monkeypatch):
+    narrow = {name: tiny(name) for name in FAMILIES}
+    for name, family in narrow.items():
+        monkeypatch.setitem(FAMILIES, name, family)
+    return narrow
+
+
+def components(family):
+    """Random weights of a directory."""
+    g = torch.Generator().manual_seed(0)
+    shapes = keys.skeleton(family)
+    return {
+        f: {n: torch.randn(a.shape, generator=g, dtype=torch.float16) for n, a in tensors.items()}
+        for f, tensors in shapes.items()
+    }
+
+
+@pytest.fixture
+def write(families, tmp_path):
+    """A single file of a family and the components in it."""
+
+    def build(name, change=lambda tensors: tensors, **metadata):
+        parts = components(families[name])
+        path = tmp_path / "model.safetensors"
+        save_file(
+            change({n: a.contiguous().clone() for n, a in keys.to_single(parts, families[name]).items()}),
+            path,
+            metadata,
+        )
+        return path, parts
+
+    return build
+
+
+def load(path, dtype=torch.float32, **options):
+    return formats.load(path, CPU, dtype, **options)
+
+
+def arrived(model, parts, dtype=torch.float32):
+    """Is every weight of the components in the model, and no other?"""
+    found = {
+        folder: {
+            n if n.startswith("text_") or "text" not in folder else f"text_model.{n}": a
+            for n, a in net.state_dict().items()
+        }
+        for folder, net in model.networks.items()
+    }
+    return found.keys() == parts.keys() and all(
+        found[f].keys() == parts[f].keys() and all(torch.equal(found[f][n], a.to(dtype)) for n, a in parts[f].items())
+        for f in parts
+    )
+
+
+@every_family
+def test_every_weight_arrives(write, families, name):
+    path, parts = write(name)
+    prediction = "v" if name == "sd2-v" else "eps"
+    model = load(path, prediction=prediction)
+    assert arrived(model, parts) and model.family == name
+    assert model.prediction is PREDICTIONS[prediction]
+    assert model.unet.config.sample_size == families[name].unet["sample_size"]
+    assert model.zero_negative == families[name].zero_negative
+    assert set(model.hashes.values()) == {hashlib.sha256(path.read_bytes()).hexdigest()}
+    for tower, record in zip(model.towers, families[name].towers.values(), strict=True):
+        ours = tower.layer, tower.final_norm, tower.projected, tower.dropped, tower.tokenizer.pad_token_id
+        assert ours == (record.layer, record.final_norm, record.projected, record.dropped, record.pad)
+    assert model.defaults["guidance_scale"] == (5.0 if name == "sdxl" else 7.5)
+
+
+def test_networks_have_no_common_memory_and_are_ready_to_draw(write):
+    model = load(write("sd2-base")[0], torch.float16, prediction="eps")  # the file's own, which needs no cast
+    tensors = [a for net in model.networks.values() for a in (*net.parameters(), *net.buffers())]
+    assert len({a.untyped_storage().data_ptr() for a in tensors}) == len(tensors)
+    assert not any(a.is_meta or a.requires_grad for a in tensors)
+    halves = model.unet, model.networks["text_encoder"]
+    assert all(a.dtype == torch.float16 for net in halves for a in net.parameters())
+    assert all(a.is_contiguous(memory_format=torch.channels_last) for a in tensors if a.ndim == 4)
+    assert not any(net.training for net in model.networks.values())
+    positions = model.networks["text_encoder"].embeddings.position_ids
+    assert positions.tolist() == [list(range(77))]
+    states, _ = model.towers[0].encode(text.chunks(model.towers[0].tokenizer, "a red apple")[0])
+    assert states.shape == (1, 77, 24)
+
+
+def test_each_byte_is_read_once(write, monkeypatch):
+    path, read = write("sd1")[0], []
+    size, header = path.stat().st_size, int.from_bytes(path.read_bytes()[:8], "little")
+
+    class Counting:
+        def __init__(self, file):
+            self.file = file
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *error):
+            self.file.close()
+
+        def __getattr__(self, name):
+            return getattr(self.file, name)
+
+        def read(self, *size):
+            data = self.file.read(*size)
+            read.append(len(data))
+            return data
+
+        def readinto(self, view):
+            n = self.file.readinto(view)
+            read.append(n)
+            return n
+
+    real = Path.open
+    monkeypatch.setattr(
+        Path, "open", lambda self, *a, **k: Counting(real(self, *a, **k)) if self == path else real(self, *a, **k)
+    )
+    load(path, prediction="eps")
+    assert sum(read) == size + header + 32  # the header was looked at beforehand
+
+
+def test_an_average_takes_the_place_of_the_last_weights(write):
+    def averaged(tensors):
+        unet = [name for name in tensors if name.startswith(keys.UNET_PREFIX)]
+        names = {n: keys.EMA_PREFIX + n.removeprefix("model.").replace(".", "") for n in unet}
+        return {**tensors, **{names[n]: -tensors[n] for n in unet}}
+
+    path, parts = write("sd1", averaged)
+    assert arrived(load(path, prediction="eps"), parts)
+    parts["unet"] = {name: -a for name, a in parts["unet"].items()}
+    assert arrived(load(path, prediction="eps", ema=True), parts)
+    with pytest.raises(ValueError, match="average"):
+        load(write("sd1")[0], prediction="eps", ema=True)
+
+
+def test_the_header_tells_the_prediction(write):
+    path, _ = write("sd2-base", **{"modelspec.prediction_type": "v"})
+    model = load(path)
+    assert model.family == "sd2-v" and model.prediction is PREDICTIONS["v"] and model.unet.config.sample_size == 96
+    assert load(path, prediction="eps").prediction is PREDICTIONS["eps"]
+
+
+def test_zero_snr_is_heeded(write):
+    path, _ = write("sd1", lambda t: {**t, "v_pred": torch.ones(1), "ztsnr": torch.ones(1)})
+    model = load(path)
+    assert model.prediction is PREDICTIONS["v"] and model.sde.at(1.0).alpha == 0
+    assert model.defaults["spacing"] == "trailing"
+    assert load(path, zero_snr=False).sde.at(1.0).alpha > 0.06
+
+
+@every_family
+def test_random_weights_are_asked_and_say_nothing(write, name):
+    with pytest.raises(ValueError, match=r"model.safetensors: cannot tell what the U-Net predicts.*--prediction"):
+        load(write(name)[0])
+
+
+def test_in_float16_an_autoencoder_that_cannot_bear_it_stays_in_float32(write):
+    model = load(write("sdxl")[0], torch.float16, prediction="eps")
+    assert model.unet.dtype == torch.float16 and model.vae.dtype == torch.float32
+
+
+VAE_NAMES = {
+    "of LDM": lambda single, parts: {n.removeprefix(keys.VAE_PREFIX): a for n, a in single.items()},
+    "of LDM, with the prefix": lambda single, parts: single,
+    "of LDM, with its loss": lambda single, parts: {
+        **single,
+        "loss.logvar": torch.zeros(1),
+        "model_ema.decay": torch.zeros(1),
+    },
+    "of diffusers": lambda single, parts: parts,
+}
+
+
+@pytest.mark.parametrize("names", VAE_NAMES)
+def test_an_autoencoder_is_replaced(write, families, tmp_path, names):
+    path, parts = write("sd1")
+    other = {name: -a for name, a in parts["vae"].items()}
+    single = keys.to_single({**parts, "vae": other}, families["sd1"])
+    single = {n: a for n, a in single.items() if n.startswith(keys.VAE_PREFIX)}
+    file = tmp_path / "vae.safetensors"
+    save_file({n: a.contiguous().clone() for n, a in VAE_NAMES[names](single, other).items()}, file)
+    model = load(path, prediction="eps", vae=file)
+    assert arrived(model, {**parts, "vae": other})
+    assert model.hashes["vae"] == hashlib.sha256(file.read_bytes()).hexdigest() != model.hashes["unet"]
+
+
+def test_a_file_without_an_autoencoder_wants_one(write, tmp_path):
+    path, parts = write("sd1", lambda t: {n: a for n, a in t.items() if not n.startswith(keys.VAE_PREFIX)})
+    with pytest.raises(ValueError, match="no vae in it; give one by --vae"):
+        load(path, prediction="eps")
+    save_file(parts["vae"], tmp_path / "vae.safetensors")
+    assert arrived(load(path, prediction="eps", vae=tmp_path / "vae.safetensors"), parts)
+
+
+def test_a_file_without_text_says_so(write):
+    path, _ = write("sd1", lambda t: {n: a for n, a in t.items() if not n.startswith("cond_stage_model.")})
+    with pytest.raises(ValueError, match="no text_encoder in it"):
+        load(path, prediction="eps")
+
+
+@pytest.mark.parametrize(
+    "options", [{"variant": "fp16"}, {"family": "sdxl"}, {"prediction": "flow"}, {"family": "sd9"}]
+)
+def test_what_cannot_be_said_of_a_file_is_refused(write, options):
+    with pytest.raises(ValueError, match=f"model.safetensors: .*{next(iter(options))}"):
+        load(write("sd1")[0], **options)
