@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 from collections.abc import Sequence
 
@@ -11,6 +13,19 @@ from torch import Tensor
 
 RESOLUTION = 18  # levels of the Brownian tree beyond the distance to the nearer end
 DEEPEST = 44
+
+
+def keyed(*parts: int | str) -> int:
+    """A seed of 63 bits, BLAKE2b over the parts: the same in every process, machine and version.
+
+    What is drawn for a sample is keyed by (seed, sample, visit, purpose), so that it depends on no batch or process.
+    """
+    return int.from_bytes(hashlib.blake2b(json.dumps(parts).encode(), digest_size=8).digest(), "big") >> 1
+
+
+def keyed_uniform(*parts: int | str) -> float:
+    """A number in [0, 1), a function of the parts alone: `keyed` over 2^63, rounded down to a float64's 53 bits."""
+    return (keyed(*parts) >> 10) / 2**53
 
 
 class Noise:

@@ -5,7 +5,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from ldm.rng import BrownianPath, Noise
+from ldm.rng import BrownianPath, Noise, keyed, keyed_uniform
 
 SHAPE = torch.Size([40_000])
 
@@ -68,3 +68,18 @@ def test_consecutive_steps_descend_the_tree_once_for_each_level(monkeypatch):
     for a, b in pairwise([1.0, 0.8, 0.5, 0.2, 0.1]):
         noise.between(like, a, b)
     assert len(descents) == 5
+
+
+def test_keys_are_fixed_for_ever_and_tell_their_parts_apart():
+    assert keyed(0, "a.png", 3, "noise") == 3322915060813602510
+    parts = [(1, 23), (12, 3), ("1", 23), (1, "23"), (1, 2, 3), ("a", "b"), ("ab",), ("a, b",), ("a", "b", 0)]
+    keys = {keyed(*p) for p in parts}
+    assert len(keys) == len(parts) and all(0 <= key < 2**63 for key in keys)
+
+
+def test_keyed_numbers_are_uniform_and_independent_between_purposes():
+    u, v = (torch.tensor([keyed_uniform(5, k, 0, purpose) for k in range(20_000)]) for purpose in ("time", "caption"))
+    for values in (u, v, (u + v) % 1):  # of independent pairs the sum is uniform too
+        counts = torch.histc(values, 50, 0, 1)
+        assert ((counts - 400) ** 2 / 400).sum() < 95  # chi-square of 49 degrees: one in 10,000 is above
+    assert max(u.max(), v.max()) < 1

@@ -1,0 +1,86 @@
+"""What frozen networks make of pictures and captions, kept on disk under the hash of what it was made of."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import mmap
+import zlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ldm.files import publish
+
+HEAD, CHECK = 128, 4  # bytes: [dtype, shape] as JSON before an array's own, CRC-32 behind
+
+
+class LatentCache:
+    """Arrays by key, one file each, in a folder for the network that makes them; several processes may fill it at once.
+
+    An entry is written aside and renamed, so that it is whole or absent; where two processes make the same one, the
+    last stays. There are no locks to be left behind. A torn entry fails its CRC-32, counts as absent and is made again.
+    """
+
+    def __init__(self, folder: Path, fingerprint: str) -> None:
+        """`fingerprint` stands for all that the arrays depend on beside their keys."""
+        self.folder = Path(folder) / fingerprint
+
+    def get(self, keys: Sequence[str], make: Callable[[list[int]], Sequence[np.ndarray]]) -> list[np.ndarray]:
+        """The arrays of some keys; `make(rows)` makes those of `keys[row]` that are not there yet.
+
+        What was there is memory-mapped and read-only. An array keeps its dtype and shape.
+        """
+        found = {key: array for key in dict.fromkeys(keys) if (array := self._read(key)) is not None}
+        if rows := [keys.index(key) for key in dict.fromkeys(keys) if key not in found]:
+            for row, array in zip(rows, make(rows), strict=True):
+                self._write(keys[row], array)
+                found[keys[row]] = array
+        return [found[key] for key in keys]
+
+    def _path(self, key: str) -> Path:
+        return self.folder / key[:2] / f"{key}.npy"
+
+    def _read(self, key: str) -> np.ndarray | None:
+        try:
+            with open(self._path(key), "rb") as file:
+                data = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+        except (OSError, ValueError):  # no file, or an empty one
+            return None
+        body, check = data[:-CHECK], data[-CHECK:]
+        if zlib.crc32(body) != int.from_bytes(check, "big"):
+            return None
+        dtype, shape = json.loads(bytes(body[:HEAD]))
+        return np.frombuffer(body, dtype, offset=HEAD).reshape(shape)
+
+    def _write(self, key: str, array: np.ndarray) -> None:
+        head = json.dumps([array.dtype.str, array.shape]).encode().ljust(HEAD)
+        body = head + np.ascontiguousarray(array).tobytes()
+        with publish(self._path(key)) as draft:
+            draft.write_bytes(body + zlib.crc32(body).to_bytes(CHECK, "big"))
+
+
+def digest(*parts: bytes | str) -> str:
+    """A key of 32 hexadecimal digits: BLAKE2b over the parts, each told apart from the next."""
+    found = hashlib.blake2b(digest_size=16)
+    for part in parts:
+        data = part.encode() if isinstance(part, str) else part
+        found.update(len(data).to_bytes(8, "big"))
+        found.update(data)
+    return found.hexdigest()
+
+
+def fingerprint(network: nn.Module, *facts: Any) -> str:
+    """A digest of a network's weights, by name, dtype and bytes, and of facts that JSON can hold; wherever it lies."""
+    parts: list[bytes | str] = [json.dumps(facts, sort_keys=True)]
+    for name, value in sorted(network.state_dict().items()):
+        parts += [f"{name} {value.dtype} {tuple(value.shape)}", _bytes(value)]
+    return digest(*parts)
+
+
+def _bytes(value: Tensor) -> bytes:
+    return value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()

@@ -1,0 +1,57 @@
+"""Choices: uniform, independent of one another, and each sample's own."""
+
+from collections import Counter
+from itertools import product
+
+import numpy as np
+import pytest
+from scipy.stats import chi2_contingency, chisquare
+
+from ldm.data.choices import centre, corner, dropped, flipped, shuffled_tags
+
+LEVEL = 1e-4
+MANY = [(7, f"pictures/{k // 20}.png", k % 20) for k in range(4000)]
+
+
+def test_half_are_mirrored_and_captions_are_dropped_at_their_rate():
+    for chosen, rate in ((flipped, 0.5), (lambda *chance: dropped(0.1, *chance), 0.1)):
+        times = sum(chosen(*chance) for chance in MANY)
+        assert chisquare([times, 4000 - times], [4000 * rate, 4000 * (1 - rate)]).pvalue > LEVEL
+    assert not any(dropped(0, *chance) for chance in MANY) and all(dropped(1, *chance) for chance in MANY)
+
+
+def test_crops_are_uniform_over_the_slack_and_reach_its_ends():
+    places = Counter(corner((4, 6), *chance) for chance in MANY)
+    assert set(places) == set(product(range(5), range(7)))
+    assert chisquare(list(places.values())).pvalue > LEVEL
+    assert corner((0, 0), *MANY[0]) == (0, 0) and centre((5, 8)) == (2, 4)
+
+
+def test_choices_are_independent_of_one_another_and_of_the_visit_before():
+    left = [corner((3, 0), *chance)[0] for chance in MANY]
+    choices = {
+        "flip": [flipped(*chance) for chance in MANY],
+        "drop": [dropped(0.5, *chance) for chance in MANY],
+        "left": left,
+        "top": [corner((0, 3), *chance)[1] for chance in MANY],
+        "left, next visit": [corner((3, 0), seed, key, visit + 1)[0] for seed, key, visit in MANY],
+        "left, next seed": [corner((3, 0), seed + 1, key, visit)[0] for seed, key, visit in MANY],
+    }
+    names = list(choices)
+    for a, b in ((a, b) for k, a in enumerate(names) for b in names[:k]):
+        counts = np.zeros((4, 4))
+        np.add.at(counts, (np.int64(choices[a]), np.int64(choices[b])), 1)
+        counts = counts[counts.any(1)][:, counts.any(0)]
+        assert chi2_contingency(counts, correction=False).pvalue > LEVEL, (a, b)
+
+
+@pytest.mark.parametrize("keep", [0, 1, 4])
+def test_tags_are_shuffled_but_for_those_kept(keep):
+    orders = Counter(shuffled_tags("a,  b , c,d", ",", keep, *chance) for chance in MANY)
+    assert all(
+        sorted(order.split(", ")) == list("abcd") and order.split(", ")[:keep] == list("abcd")[:keep]
+        for order in orders
+    )
+    assert len(orders) == {0: 24, 1: 6, 4: 1}[keep]
+    if keep < 4:
+        assert chisquare(list(orders.values())).pvalue > LEVEL

@@ -1,0 +1,250 @@
+"""Sources: the same samples whatever they are kept in and wherever it lies; every fault is told, and nothing else."""
+
+import io
+import json
+import os
+import pickle
+import shutil
+import tarfile
+
+import pytest
+from shapes import encoded, noise, write
+
+from ldm.data.folders import open_source
+from ldm.data.samples import Columns, Options
+
+CAPTIONS = {"a.png": "a red fox", "deep/b.JPG": "two stars, é 雪", "c.webp": "a cat"}
+PICTURES = {name: seed for seed, name in enumerate(CAPTIONS)}
+
+
+def jsonl(rows):
+    return "\n".join(json.dumps(row) for row in rows)
+
+
+def tar(files, tail=True):
+    """The bytes of a tar of files by name."""
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w") as archive:
+        for name, content in files.items():
+            content = encoded(noise(12, 8, content)) if isinstance(content, int) else content
+            data = content.encode() if isinstance(content, str) else content
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            archive.addfile(info, io.BytesIO(data))
+    return out.getvalue()
+
+
+def rows(key="file_name", text="text"):
+    return [{key: name, text: caption, "extra": {"x": [1]}} for name, caption in CAPTIONS.items()]
+
+
+def in_jsonl(folder):
+    write(folder, {**PICTURES, "metadata.jsonl": "\ufeff" + jsonl(rows()) + "\n\n"})
+
+
+def in_csv(folder):
+    lines = [f'{name},"{caption}",7' for name, caption in CAPTIONS.items()]
+    write(folder, {**PICTURES, "metadata.csv": "\r\n".join(["file_name,text,extra", *lines])})
+
+
+def in_parquet(folder):
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    write(folder, PICTURES)
+    parquet.write_table(pa.Table.from_pylist(rows()), folder / "metadata.parquet")
+
+
+def beside(folder):
+    texts = {name.rsplit(".", 1)[0] + ".txt": f" {caption}\n" for name, caption in CAPTIONS.items()}
+    write(folder, {**PICTURES, **texts, "Thumbs.db": "", ".DS_Store": "", "__MACOSX/a.png": "x", "notes.md": "mine"})
+
+
+def in_caption_files(folder):
+    texts = {name.rsplit(".", 1)[0] + ".caption": caption for name, caption in CAPTIONS.items()}
+    write(folder, {**PICTURES, **texts})
+
+
+@pytest.mark.parametrize("kind", [in_jsonl, in_csv, in_parquet, beside, in_caption_files])
+def test_a_folder_gives_its_captions_however_they_are_kept(tmp_path, kind):
+    kind(tmp_path)
+    source = open_source([tmp_path])
+    assert {s.key: s.caption for s in source.samples} == CAPTIONS
+    assert [f for f in source.faults if f.fatal] == []
+    assert {f.key for f in source.faults} <= {"Thumbs.db", ".DS_Store", "__MACOSX", "notes.md"}
+    for sample in pickle.loads(pickle.dumps(source.samples)):  # as a worker process gets them
+        assert sample.open() == (tmp_path / sample.key).read_bytes()
+
+
+def test_keys_depend_neither_on_the_place_nor_on_the_order_of_writing(tmp_path):
+    for name, order in (("one", list(CAPTIONS)), ("two/three", list(CAPTIONS)[::-1])):
+        write(tmp_path / name, {file: PICTURES[file] for file in order})
+    first, second = (open_source([tmp_path / name], Options(caption="x")).samples for name in ("one", "two/three"))
+    assert [s.key for s in first] == [s.key for s in second] == sorted(CAPTIONS)
+
+
+def test_a_name_is_the_same_however_its_accents_are_composed(tmp_path):
+    """A Mac stores e and an accent apart; a metadata file written elsewhere does not."""
+    row = {"file_name": "caf\u00e9.png", "text": "x"}
+    source = open_source([write(tmp_path, {"cafe\u0301.png": 0, "metadata.jsonl": json.dumps(row)})])
+    assert [s.key for s in source.samples] == ["caf\u00e9.png"] and not source.faults
+
+
+def test_another_place_changes_no_key_of_the_first(tmp_path):
+    for name in ("one", "two"):
+        in_jsonl(tmp_path / name)
+    alone, both = (open_source([tmp_path / n for n in names]).samples for names in (["one"], ["one", "two"]))
+    assert list(both[:3]) == list(alone) and len({s.key for s in both}) == 6
+
+
+def test_columns_go_by_the_names_given(tmp_path):
+    write(tmp_path, {**PICTURES, "metadata.jsonl": jsonl(rows("image", "caption"))})
+    source = open_source([tmp_path], Options(Columns("image", "caption")))
+    assert {s.key: s.caption for s in source.samples} == CAPTIONS and not source.faults
+
+
+def test_kohya_folders_say_repeats_and_class_tokens(tmp_path):
+    write(tmp_path, {"10_sks dog/a.png": 0, "10_sks dog/b.png": 1, "10_sks dog/b.txt": "my dog", "1_dog/c.png": 2})
+    source = open_source([tmp_path])
+    found = {s.key: (s.caption, s.repeats) for s in source.samples}
+    assert found == {
+        "10_sks dog/a.png": ("sks dog", 10),
+        "10_sks dog/b.png": ("my dog", 10),
+        "1_dog/c.png": ("dog", 1),
+    }
+    assert not source.faults
+
+
+def test_one_caption_for_all_that_have_none(tmp_path):
+    write(tmp_path, {"a.png": 0, "b.png": 1, "b.txt": "other"})
+    found = open_source([tmp_path], Options(caption="a photo of sks dog"))
+    assert [s.caption for s in found.samples] == ["a photo of sks dog", "other"] and not found.faults
+
+
+def test_tars_are_read_as_webdataset_writes_them(tmp_path):
+    import webdataset
+
+    with webdataset.TarWriter(str(tmp_path / "shard-0.tar")) as sink:
+        sink.write({"__key__": "x/000", "png": encoded(noise(4, 4, 0)), "txt": "first"})
+        sink.write({"__key__": "x/001", "png": encoded(noise(4, 4, 1)), "json": {"text": "second", "n": 1}})
+    with webdataset.TarWriter(str(tmp_path / "shard-1.tar")) as sink:
+        sink.write({"__key__": "v1.5/002", "jpg": encoded(noise(4, 4, 2), "JPEG"), "txt": "third"})
+    source = open_source([tmp_path])
+    oracle = webdataset.WebDataset([str(tmp_path / f"shard-{k}.tar") for k in (0, 1)], shardshuffle=False)
+    wanted = {f"{s['__key__']}.{e}": s[e] for s in oracle for e in ("png", "jpg") if e in s}
+    assert {s.key: s.open() for s in source.samples} == wanted and not source.faults
+    assert [s.caption for s in source.samples] == ["third", "first", "second"]
+    assert open_source([tmp_path / "shard-1.tar"]).samples[0].caption == "third"
+
+
+@pytest.mark.parametrize("split", [False, True])
+def test_a_data_set_that_was_saved_to_disk(tmp_path, split):
+    import datasets
+
+    write(tmp_path, PICTURES)
+    columns = {"image": [str(tmp_path / name) for name in CAPTIONS], "text": list(CAPTIONS.values())}
+    made = datasets.Dataset.from_dict(columns).cast_column("image", datasets.Image())
+    (datasets.DatasetDict({"train": made}) if split else made).save_to_disk(str(tmp_path / "saved"))
+    wanted = [(tmp_path / name).read_bytes() for name in CAPTIONS]
+    moved = shutil.move(tmp_path / "saved", tmp_path / "elsewhere")
+    source = open_source([moved])
+    assert [s.caption for s in source.samples] == list(CAPTIONS.values()) and not source.faults
+    assert [s.open() for s in pickle.loads(pickle.dumps(source.samples))] == wanted
+    assert open_source([moved], Options(Columns(caption="txt"))).faults[0].what.endswith("did you mean 'text'?")
+
+
+def test_masks_lie_beside_or_in_a_column(tmp_path):
+    write(tmp_path / "beside", {"a.png": 0, "a.mask.png": 5, "b.png": 1})
+    lines = [{"file_name": "a.png", "text": "x", "conditioning": "m/a.png"}, {"file_name": "b.png", "text": "y"}]
+    write(tmp_path / "column", {"a.png": 0, "m/a.png": 5, "b.png": 1, "metadata.jsonl": jsonl(lines)})
+    (tmp_path / "packed.tar").write_bytes(tar({"a.png": 0, "a.mask.png": 5, "a.txt": "x", "b.png": 1, "b.txt": "y"}))
+    for name in ("beside", "column", "packed.tar"):
+        for masks in ("file", "none"):
+            source = open_source([tmp_path / name], Options(Columns(mask="conditioning"), masks, "all"))
+            a, b = source.samples
+            assert b.mask is None and not source.faults
+            assert a.mask is None if masks == "none" else a.mask() == encoded(noise(12, 8, 5))
+
+
+GOOD = {"ok.png": 0, "ok.txt": "fine"}
+ROW = {"file_name": "ok.png", "text": "fine"}
+
+
+def listing(*lines, name="metadata.jsonl", **files):
+    return {
+        "ok.png": 0,
+        name: "\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines),
+        **files,
+    }
+
+
+PLANTED = {
+    "no caption": {**GOOD, "a.png": 1},
+    "empty caption": {**GOOD, "a.png": 1, "a.txt": " \n"},
+    "caption without picture": {**GOOD, "a.txt": "x"},
+    "two captions": {**GOOD, "ok.caption": "fine"},
+    "shared caption": {**GOOD, "ok.jpg": 1},
+    "not UTF-8": {**GOOD, "a.png": 1, "a.txt": b"caf\xe9"},
+    "unsupported": {**GOOD, "a.HEIC": "x"},
+    "mask without picture": {**GOOD, "a.mask.png": 1},
+    "repeats": {"2023_summer/a.png": 1},
+    "no pictures": {"readme.md": "x"},
+    "metadata.json": {"ok.png": 0, "metadata.json": json.dumps([ROW])},
+    "two metadata files": listing(ROW, **{"metadata.csv": "file_name,text\nok.png,fine"}),
+    "missing file": listing(ROW, {"file_name": "OK.png", "text": "x"}),
+    "missing file in a row": listing(ROW, {"text": "x"}),
+    "no caption in a row": listing(ROW, {"file_name": "a.png"}, **{"a.png": 1}),
+    "no caption: unlisted": listing(ROW, **{"a.png": 1}),
+    "empty caption in a row": listing(ROW, {"file_name": "a.png", "text": ""}, **{"a.png": 1}),
+    "not text": listing(ROW, {"file_name": "a.png", "text": 3}, **{"a.png": 1}),
+    "duplicate": listing(ROW, {"file_name": "./ok.png", "text": "x"}),
+    "outside": listing(ROW, {"file_name": "../ok.png", "text": "x"}),
+    "outside, from the root": listing(ROW, {"file_name": "/ok.png", "text": "x"}),
+    "malformed line": listing(ROW, '{"file_name": '),
+    "malformed line, a list": listing(ROW, "[1]"),
+    "wrong column": listing({"file_name": "ok.png", "txt": "fine"}),
+    "wrong column: pictures": listing({"filename": "ok.png", "text": "fine"}),
+    "unequal line": listing("file_name,text", "ok.png,fine", "a,b,c", name="metadata.csv"),
+    "malformed line in csv": listing("file_name,text", "ok.png,fine", 'a,"b"c', name="metadata.csv"),
+    "not UTF-8 in csv": {"ok.png": 0, "metadata.csv": b"file_name,text\nok.png,caf\xe9"},
+    "malformed line: parquet": {"ok.png": 0, "metadata.parquet": "PAR1"},
+    "not UTF-8 in jsonl": {"ok.png": 0, "metadata.jsonl": json.dumps(ROW).encode() + b'\n{"text": "caf\xe9"}'},
+    "torn tar": {"a.tar": tar({"a.txt": "x", "a.png": 1, "b.txt": "x", "b.png": 0})[:3700]},
+    "torn tar: no end": {"a.tar": tar({"a.txt": "x", "a.png": 1})[:2048]},
+    "compressed tar": {"a.tar.gz": b"\x1f\x8b\x08\x00"},
+    "duplicate in tars": {f"{k}.tar": tar({"a.png": 0, "a.txt": "x"}) for k in (0, 1)},
+    "no caption in a tar": {"a.tar": tar({"a.png": 0, "a.txt": "x", "b.png": 1})},
+    "two captions in a tar": {"a.tar": tar({"a.png": 0, "a.txt": "x", "a.caption": "y"})},
+    "duplicate: two pictures of a key": {"a.tar": tar({"a.png": 0, "a.jpg": 0, "a.txt": "x"})},
+    "caption without picture in a tar": {"a.tar": tar({"a.png": 0, "a.txt": "x", "b.txt": "y"})},
+    "wrong column in a tar": {"a.tar": tar({"a.png": 0, "a.json": '{"txt": "x"}'})},
+    "malformed line in a tar": {"a.tar": tar({"a.png": 0, "a.json": "{"})},
+    "torn data set": {"state.json": "{}"},
+}
+
+
+@pytest.mark.parametrize("planted", PLANTED)
+def test_a_planted_fault_is_told_and_nothing_else(tmp_path, planted):
+    found = open_source([write(tmp_path, PLANTED[planted])])
+    fatal = [fault for fault in found.faults if fault.fatal]
+    assert len(fatal) == 1 and planted.startswith(fatal[0].kind), fatal
+    assert "\n" not in fatal[0].what and fatal[0].key and str(tmp_path) not in fatal[0].key
+
+
+def test_links_that_lead_nowhere_or_back_are_faults(tmp_path):
+    write(tmp_path, {**GOOD, "deep/x.png": 1, "deep/x.txt": "y"})
+    os.symlink(tmp_path, tmp_path / "deep" / "loop")
+    os.symlink(tmp_path / "gone.png", tmp_path / "link.png")
+    source = open_source([tmp_path])
+    assert {(f.kind, f.key) for f in source.faults} == {("symlink loop", "deep/loop"), ("missing file", "link.png")}
+    assert [s.key for s in source.samples] == ["deep/x.png", "ok.png"]
+    assert open_source([tmp_path / "gone"]).faults[0].kind == "missing folder"
+
+
+def test_a_fault_names_its_line_and_the_cure(tmp_path):
+    write(tmp_path, listing(ROW, "", {"filename": "OK.PNG", "text": "x"}, {"file_name": "OK.PNG", "text": "x"}))
+    said = {(f.key, f.what) for f in open_source([tmp_path]).faults}
+    assert said == {
+        ("metadata.jsonl:3", "the row has no file_name"),
+        ("metadata.jsonl:4", "no file OK.PNG; there is ok.png"),
+    }
