@@ -18,6 +18,7 @@ app = typer.Typer(
 COMMANDS = (
     generate.generate,
     train.train,
+    train.average,
     measure.likelihood,
     measure.invert,
     models.inspect,

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 
 class Record(BaseModel):
@@ -23,6 +23,27 @@ class SceneData(Record):
     size: int = 128
     concepts: Path | None = None  # a file of concept names, one a line; None: all
     latents: int = Field(0, ge=0)  # scenes encoded beforehand and visited again and again (diffusion only)
+
+
+class FolderData(Record):
+    """People's own captioned pictures; names are those of diffusers' scripts, and kohya's where those have none."""
+
+    train_data_dir: Annotated[tuple[Path, ...], BeforeValidator(lambda v: (v,) if isinstance(v, str | Path) else v)]
+    image_column: str | None = None  # None: file_name in a metadata file, image in a saved data set
+    caption_column: str = "text"
+    mask_column: str = "mask"
+    masks: Literal["none", "file", "alpha"] = "none"  # where the loss counts: <stem>.mask.png or the column, or alpha
+    instance_prompt: str | None = None  # the caption of pictures that have none
+    resolution: int = Field(512, gt=0)  # pictures have about its square in pixels
+    min_bucket_reso: int | None = Field(None, gt=0)  # the shortest side; None: half the resolution
+    max_bucket_reso: int | None = Field(None, gt=0)  # the longest side; None: twice the resolution
+    bucket_reso_steps: int = Field(64, gt=0)
+    bucket_no_upscale: bool = False
+    center_crop: bool = False  # else at random, which leaves no latents to be cached
+    random_flip: bool = False
+    shuffle_caption: bool = False  # shuffle the caption's tags,
+    caption_separator: str = Field(",", min_length=1)  # which this separates,
+    keep_tokens: int = Field(0, ge=0)  # but for the first few
 
 
 class AutoencoderObjective(Record):
@@ -56,14 +77,20 @@ class DiffusionObjective(Record):
     unet: dict[str, Any]  # diffusers' UNet2DConditionModel configuration
     prediction: str = "v"
     schedule: str = "squaredcos_cap_v2"
+    rescale_betas_zero_snr: bool = False  # end in pure noise (Lin et al. 2024)
     weighting: str = "uniform"
     times: str = "stratified"
     caption_dropout: float = Field(0.1, ge=0, le=1)
+    noise_offset: float = Field(0, ge=0)  # deviation of what is added to a whole channel's noise (Guttenberg 2023)
+    input_perturbation: float = Field(0, ge=0)  # of the noise that the network sees (Ning et al. 2023)
     attention: str = "sdpa"
 
 
 class Recipe(Record):
-    """One training: what is learnt, from which data, and how long; option names are those of diffusers' scripts."""
+    """One training: what is learnt, from which data, and how long; option names are those of diffusers' scripts.
+
+    `train_batch_size` is the whole batch of one optimizer step, however many processes and accumulated parts share it.
+    """
 
     objective: Annotated[AutoencoderObjective | ClipObjective | DiffusionObjective, Field(discriminator="kind")]
     data: SceneData
@@ -71,19 +98,26 @@ class Recipe(Record):
     seed: int = Field(0, ge=0)
     max_train_steps: int = Field(gt=0)
     train_batch_size: int = Field(gt=0)
+    gradient_accumulation_steps: int = Field(1, gt=0)
+    gradient_checkpointing: bool = False  # activations are computed again in the backward pass, not kept
     learning_rate: float = Field(gt=0)
+    lr_scheduler: str = "wsd"  # of ldm.train.schedules
     lr_warmup_steps: int = Field(0, ge=0)
-    lr_decay: float = Field(0.33, ge=0, le=1)  # the share of the steps, at the end, in which the rate falls to zero
-    optimizer: Literal["adamw", "muon"] = "adamw"
+    lr_decay: float = Field(0.33, ge=0, le=1)  # wsd: the share of the steps, at the end, in which the rate falls to 0
+    optimizer: str = "adamw"  # of ldm.train.optimizers
+    optimizer_options: dict[str, Any] = {}  # arguments of its own, by its library's names
     adam_beta2: float = 0.99
     adam_weight_decay: float = 0.01
     max_grad_norm: float = 1.0
     ema_decay: float = Field(0.999, ge=0, lt=1)
+    posthoc_steps: int = Field(0, ge=0)  # between snapshots of two power-function averages; 0: none
+    posthoc_dtype: Literal["float16", "bfloat16", "float32"] = "float16"
     mixed_precision: Literal["no", "bf16", "fp16"] = "bf16"
     dataloader_num_workers: int = Field(1, ge=0)
     checkpointing_steps: int = Field(500, gt=0)
     checkpoints_total_limit: int = Field(2, gt=0)
     logging_steps: int = Field(20, gt=0)
+    report_to: tuple[str, ...] = ("tensorboard",)  # accelerate's trackers, beside log.jsonl
     validation_steps: int = Field(500, gt=0)
     validation_prompts: tuple[str, ...] = ()
     validation_guidance: float = 2.5
@@ -148,7 +182,7 @@ def _explain(error: ValidationError) -> str:
     place = [str(p) for p in fault["loc"] if p not in tags]
     if fault["type"] != "extra_forbidden":
         return f"{'.'.join(place)}: {fault['msg']}"
-    models = (Recipe, SceneData, AutoencoderObjective, ClipObjective, DiffusionObjective)
+    models = (Recipe, SceneData, FolderData, AutoencoderObjective, ClipObjective, DiffusionObjective)
     close = difflib.get_close_matches(place[-1], {name for m in models for name in m.model_fields}, 1)
     hint = f"; did you mean {close[0]!r}?" if close else ""
     return f"{'.'.join(place)}: unknown option{hint}"

@@ -79,7 +79,8 @@ def main() -> None:
 
 def agree(draw, draw_theirs, ours: Pipeline, theirs: StableDiffusionPipeline, dtype: torch.dtype) -> None:
     """float32: within 2 of 255. bfloat16: no further than 1.15 times diffusers' distance from the float32 picture."""
-    exact = pixels(draw(Pipeline.from_pretrained(PICTO, device="cpu", dtype="float32", batch_size=ours.scheduler.batch_size)))
+    size = ours.scheduler.batch_size
+    exact = pixels(draw(Pipeline.from_pretrained(PICTO, device="cpu", dtype="float32", batch_size=size)))
     a, b = (pixels(images) for images in (draw(ours), draw_theirs(theirs)))
     if dtype == torch.float32:
         worst = (a - b).abs().max().item()

@@ -29,6 +29,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PYTHON = getattr(sys, "_base_executable", sys.executable)  # a venv's own link would go with the venv
 OLDEST = (3, 11)
 
+WORKERS = 8  # processes of the whole suite at most: each imports torch
 EXTRAS = {"base": ".", "dev": ".[dev]"}
 INDEXES = {"cuda": None, "cpu": "https://download.pytorch.org/whl/cpu"}  # beside the indexes that pip knows
 DRIVERS = ("/proc/driver/nvidia/version", "/dev/nvidiactl", "/usr/lib/wsl/lib/nvidia-smi")
@@ -183,7 +184,8 @@ def set_up(root: Path, python: str, extra: str) -> None:
 
 def run_checks(root: Path, words: Sequence[str]) -> int:
     """Linter, formatter, type checker and tests, up to the first that fails; its exit status."""
-    for check in (["ruff", "check"], ["ruff", "format", "--check"], ["mypy"], ["pytest", *words]):
+    workers = ["-n", str(min(WORKERS, os.cpu_count() or 1)), "--dist", "loadfile"]
+    for check in (["ruff", "check"], ["ruff", "format", "--check"], ["mypy"], ["pytest", *(words or workers)]):
         say(" ".join(check))
         status = subprocess.run([root / ".venv/bin/python", "-m", *check], cwd=root).returncode
         if status:

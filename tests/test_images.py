@@ -57,7 +57,7 @@ def test_the_web_ui_s_own_pattern_reads_our_parameters():
 
 
 def test_what_the_web_ui_has_a_field_for_stands_where_it_has_it():
-    edited = {**RECORD, "strength": 0.75, "clip_skip": 1, "upscale": 2.0, "upscale_strength": 0.4}
+    edited = {**RECORD, "strength": 0.75, "clip_skip": 2, "upscale": 2.0, "upscale_strength": 0.4}
     given = {"loras": {"style": "0" * 64, "b": "1" * 64}, "embeddings": {"word": "2" * 64}}
     text = parameters(edited, "m", "a" * 64, "1.0", vae=("other", "b" * 64), **given)
     assert text.split("\n")[1] == (

@@ -20,3 +20,15 @@ def train(
     from ldm.train.setup import task_for
 
     print(run(loaded, task_for(loaded)))
+
+
+def average(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Output folder of a training.", show_default=False)],
+    sigma_rel: Annotated[float, typer.Option(help="Length of the average, of the training's: 0.05, 0.1, ...")],
+    out: Annotated[Path, typer.Option(help="Folder for the weights.", show_default=False)],
+    step: Annotated[int | None, typer.Option(help="Up to which step; the default is the last.")] = None,
+) -> None:
+    """Weights averaged over any length, after the training (posthoc_steps in its recipe). Prints their folder."""
+    from ldm.train.average import average as averaged
+
+    print(averaged(run, sigma_rel, out, step))

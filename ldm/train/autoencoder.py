@@ -14,7 +14,11 @@ from ldm.config import AutoencoderObjective, Recipe
 from ldm.data.scenes import Scenes
 from ldm.images import from_uint8
 from ldm.nn import vae
-from ldm.train.task import Batch, Figures
+from ldm.rng import keyed
+from ldm.train.draws import draw
+from ldm.train.task import Batch, Figures, Visit
+
+HELD_OUT = 256  # pictures
 
 
 class Reconstruction(nn.Module):
@@ -32,7 +36,9 @@ class Reconstruction(nn.Module):
 class AutoencoderTask:
     """L1 + w2 squared error + wg L1 of image gradients + wk KL(q(z|x) || N(0, I)) (Rombach et al. 2022, 3.1)."""
 
-    def __init__(self, recipe: Recipe, objective: AutoencoderObjective, held_out: int = 256) -> None:
+    divisible = True
+
+    def __init__(self, recipe: Recipe, objective: AutoencoderObjective) -> None:
         self.recipe, self.objective = recipe, objective
         torch.manual_seed(recipe.seed)  # the initial weights
         self.model = Reconstruction(vae.autoencoder(objective.model))
@@ -40,29 +46,31 @@ class AutoencoderTask:
         data = recipe.data
         self.scenes = Scenes(data.sprites, size=data.size, seed=recipe.seed)
         others = Scenes(data.sprites, size=data.size, seed=recipe.seed, split="held-out")
-        self.held_out = np.stack([others[k].image for k in range(held_out)])
+        self.held_out = np.stack([others[k].image for k in range(HELD_OUT)])
 
-    def batch(self, k: int) -> Batch:
-        size = self.recipe.train_batch_size
-        return {"images": np.stack([self._crop(i, self.scenes[i].image) for i in range(k * size, (k + 1) * size)])}
+    def batch(self, k: int, rows: range) -> Batch:
+        scenes = [k * self.recipe.train_batch_size + i for i in rows]
+        visits = [Visit(i, 0) for i in scenes]
+        images = np.stack([self._crop(v, self.scenes[i].image) for v, i in zip(visits, scenes, strict=True)])
+        shape = latent_shape(self.model.vae, from_uint8(images))
+        return {"visits": visits, "images": images, "noise": draw(self.recipe.seed, visits, "posterior", shape[1:])}
 
-    def _crop(self, i: int, image: np.ndarray) -> np.ndarray:
+    def _crop(self, visit: Visit, image: np.ndarray) -> np.ndarray:
         side = self.objective.crop
         if side is None:
             return image
-        rng = np.random.Generator(np.random.Philox(key=np.array([self.recipe.seed, i], np.uint64)))
+        rng = np.random.Generator(np.random.Philox(key=keyed(self.recipe.seed, *visit, "crop")))
         y, x = rng.integers(0, np.array(image.shape[:2]) - side + 1)
         return image[y : y + side, x : x + side]
 
-    def loss(self, model: nn.Module, batch: Batch, generator: torch.Generator) -> tuple[Tensor, Figures]:
+    def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Figures]:
         device = next(model.parameters()).device
         images = from_uint8(batch["images"]).to(device)
-        shape = latent_shape(self.model.vae, images)
-        output, mean, std = model(images, torch.randn(shape, generator=generator).to(device))
+        output, mean, std = model(images, batch["noise"].to(device))
         w, error = self.objective, (output.float() - images) / 2  # of pictures in [0, 1]
-        squared = error.square().mean()
-        kl = 0.5 * (mean.float() ** 2 + std.float() ** 2 - 1 - 2 * std.float().clamp(min=1e-9).log()).mean()
-        loss = error.abs().mean() + w.squared_weight * squared + w.gradient_weight * edges(error) + w.kl_weight * kl
+        squared = each(error.square())
+        kl = 0.5 * each(mean.float() ** 2 + std.float() ** 2 - 1 - 2 * std.float().clamp(min=1e-9).log())
+        loss = each(error.abs()) + w.squared_weight * squared + w.gradient_weight * edges(error) + w.kl_weight * kl
         return loss, {"mse": squared.detach(), "kl": kl.detach()}
 
     @torch.no_grad()
@@ -80,6 +88,9 @@ class AutoencoderTask:
             latents.append(mean.float())
         return {"psnr": torch.cat(ratios).mean().item(), "latent_std": torch.cat(latents).std().item()}
 
+    def samples(self, model: Reconstruction) -> None:
+        return None
+
     def export(self, model: Reconstruction, folder: Path) -> None:
         """A `vae/` folder whose scaling_factor gives the latents unit variance (Rombach et al. 2022, appendix G)."""
         std = self.validate(model)["latent_std"]
@@ -93,13 +104,18 @@ def latent_shape(autoencoder: vae.AutoencoderKL, images: Tensor) -> tuple[int, .
     return (len(images), autoencoder.config["latent_channels"], images.shape[2] // f, images.shape[3] // f)
 
 
+def each(values: Tensor) -> Tensor:
+    """The mean of every image's numbers, [B]."""
+    return values.flatten(1).mean(1)
+
+
 def edges(error: Tensor, scales: int = 2) -> Tensor:
-    """L1 of the differences between neighbouring pixels of `error` [B, C, H, W], at full, half, ... size.
+    """L1 of the differences between neighbouring pixels of `error` [B, C, H, W], at full, half, ... size: [B].
 
     It stands in for a perceptual loss without a pretrained network: blurred outlines cost what they look like.
     """
-    total = error.new_zeros(())
+    total = error.new_zeros(len(error))
     for _ in range(scales):
-        total = total + error.diff(dim=2).abs().mean() + error.diff(dim=3).abs().mean()
+        total = total + each(error.diff(dim=2).abs()) + each(error.diff(dim=3).abs())
         error = F.avg_pool2d(error, 2)
     return total / scales

@@ -3,34 +3,38 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
+from ldm.checkpoints.directory import load_tokenizer
 from ldm.checkpoints.files import place, save_module, write_json
-from ldm.checkpoints.formats import MODEL_INDEX, load_text, load_tokenizer, load_vae
-from ldm.checkpoints.schedule import schedule_config
+from ldm.checkpoints.formats import MODEL_INDEX, load_text, load_vae
+from ldm.checkpoints.schedule import schedule_config, schedule_of
 from ldm.conditioning import Conditioning
 from ldm.config import DiffusionObjective, Recipe
-from ldm.data.cache import Latents, latents
+from ldm.data.cache import latents
 from ldm.data.scenes import open_scenes
 from ldm.diffusion.denoiser import Denoiser
 from ldm.diffusion.guidance import guide
 from ldm.diffusion.objective import TIMES, WEIGHTS, diffusion_loss
 from ldm.diffusion.prediction import PREDICTIONS
 from ldm.diffusion.samplers import dpmpp_2m, sample
-from ldm.diffusion.sde import SCHEDULES, VPSDE, per_image
+from ldm.diffusion.sde import per_image
 from ldm.diffusion.spacing import choose, trailing
 from ldm.images import contact_sheet, to_pil
-from ldm.nn.text import embed, tokens
+from ldm.nn.text import Tower, tokens, warn_of_cuts
 from ldm.nn.unet import UNet, UNetConfig
 from ldm.nn.vae import decode
 from ldm.rng import Noise
-from ldm.train.task import Batch, Figures
+from ldm.train.draws import draw, draw_uniform
+from ldm.train.task import Batch, Figures, Visit
 
 HELD_OUT = 512
 LEVELS = 8  # the noise levels of the validation loss
@@ -39,76 +43,102 @@ LEVELS = 8  # the noise levels of the validation loss
 class DiffusionTask:
     """Denoising score matching on cached latents (Rombach et al. 2022, eq. 3), captions dropped for guidance."""
 
+    divisible = True
+
     def __init__(self, recipe: Recipe, objective: DiffusionObjective, said: Callable[[int], None]) -> None:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.recipe, self.objective = recipe, objective
         self.tokenizer = load_tokenizer(objective.text / "tokenizer")
-        self.text = load_text(objective.text / "text_encoder").to(device, torch.bfloat16).eval()
+        text = load_text(objective.text / "text_encoder").to(device, torch.bfloat16).eval()
+        self.tower = Tower(text, self.tokenizer)
         self.vae = place(load_vae(objective.vae), device, torch.bfloat16).eval()
         torch.manual_seed(recipe.seed)  # the initial weights
         self.model = UNet(UNetConfig.from_dict(objective.unet), attention=objective.attention)
-        self.sde = VPSDE.tabulated(choose(SCHEDULES, objective.schedule, "schedule")(0, 0, 1000))
+        self.schedule = noise_schedule(objective)
+        self.sde = schedule_of(self.schedule).sde
         self.prediction = choose(PREDICTIONS, objective.prediction, "prediction")
-        self.schedule = schedule_config(objective.schedule, objective.prediction)  # refused now, if not exportable
         self.weight = choose(WEIGHTS, objective.weighting, "weighting")
         self.times = choose(TIMES, objective.times, "times")
         cache = recipe.output_dir.parent / "cache"
         train, held_out = (open_scenes(recipe.data, recipe.seed, split) for split in ("train", "held-out"))
         self.latents = latents(train, recipe.data.latents, objective.vae, cache, device, said)
         self.held_out = latents(held_out, HELD_OUT, objective.vae, cache, device)
+        warn_of_cuts(self.tokenizer, [*self.latents.captions, *self.held_out.captions])
 
-    def batch(self, k: int) -> Batch:
-        size = self.recipe.train_batch_size
-        return self._collate(self.latents, visited(len(self.latents), self.recipe.seed, k * size, size))
+    def batch(self, k: int, rows: range) -> Batch:
+        """Noise, times and dropped captions are keyed; a time may depend on its row's place in the whole batch."""
+        seed, size = self.recipe.seed, self.recipe.train_batch_size
+        whole = visited(len(self.latents), seed, k * size, size)
+        t, importance = self.times(self.sde, draw_uniform(seed, whole, "time"))
+        visits, here = whole[rows.start : rows.stop], slice(rows.start, rows.stop)
+        mean, std = self.latents.posterior(np.array([visit.sample for visit in visits]))
+        noise, extra = self._noise(visits, mean.shape[1:])
+        dropped = draw_uniform(seed, visits, "caption") < self.objective.caption_dropout
+        captions = ["" if d else self.latents.captions[int(v.sample)] for d, v in zip(dropped, visits, strict=True)]
+        return {
+            "visits": visits,
+            "x0": mean + std * draw(seed, visits, "posterior", mean.shape[1:]),
+            "noise": noise,
+            "perturbation": extra,
+            "ids": tokens(self.tokenizer, captions),
+            "t": t[here],
+            "importance": importance[here],
+        }
 
-    def _collate(self, cached: Latents, rows: np.ndarray) -> Batch:
-        captions = [cached.captions[row] for row in rows]
-        return {"posterior": cached.posterior(rows), "ids": tokens(self.tokenizer, captions)}
+    def _noise(self, visits: Sequence[Visit], shape: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """The noise that is predicted, and what more of it the network sees; of an offset, one number a channel."""
+        seed, offset, more = self.recipe.seed, self.objective.noise_offset, self.objective.input_perturbation
+        noise = draw(seed, visits, "noise", shape)
+        if offset:
+            noise = noise + offset * draw(seed, visits, "offset", (shape[0], 1, 1))
+        return noise, more * draw(seed, visits, "perturbation", shape) if more else torch.zeros(1)
 
     @torch.no_grad()
     def _text(self, ids: Tensor) -> Conditioning:
-        return Conditioning(embed(self.text, ids))
+        states, _ = self.tower.states(ids)
+        return Conditioning(states)
 
     def _denoiser(self, model: nn.Module) -> Denoiser:
         return Denoiser(model, self.sde, self.prediction)
 
-    def loss(self, model: nn.Module, batch: Batch, generator: torch.Generator) -> tuple[Tensor, Figures]:
+    def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Figures]:
         device = next(model.parameters()).device
-        mean, std = batch["posterior"]
-        z, noise = (torch.randn(mean.shape, generator=generator) for _ in range(2))
-        dropped = torch.rand(len(mean), generator=generator) < self.objective.caption_dropout
-        ids = torch.where(dropped[:, None], tokens(self.tokenizer, [""]), batch["ids"])
-        t, importance = self.times(self.sde, torch.rand(len(mean), generator=generator, dtype=torch.float64))
-        x0 = (mean + std * z).to(device, memory_format=torch.channels_last)
-        noise = noise.to(device, memory_format=torch.channels_last)
-        losses = diffusion_loss(self._denoiser(model), x0, self._text(ids), t, noise, self.weight)
-        return (losses * per_image(importance, losses)).mean(), {}
+        x0, noise = (batch[name].to(device, memory_format=torch.channels_last) for name in ("x0", "noise"))
+        cond, extra = self._text(batch["ids"]), batch["perturbation"].to(device)
+        losses = diffusion_loss(self._denoiser(model), x0, cond, batch["t"], noise, self.weight, extra)
+        return losses * per_image(batch["importance"], losses), {}
 
     @torch.no_grad()
     def validate(self, model: UNet) -> dict[str, float]:
-        """The unweighted loss on held-out pictures at fixed noise: over all, and in the middle of each eighth."""
-        losses = torch.zeros(LEVELS)
-        device = next(model.parameters()).device
-        with torch.autocast(device.type, torch.bfloat16):
-            for rows in np.array_split(np.arange(HELD_OUT), HELD_OUT // 64):
-                batch = self._collate(self.held_out, rows)
-                x0 = batch["posterior"].mean.to(device)
-                noise = Noise(rows.tolist())(x0)
-                t = (torch.arange(len(rows)) % LEVELS + 0.5) / LEVELS
-                loss = diffusion_loss(self._denoiser(model), x0, self._text(batch["ids"]), t, noise).cpu()
-                losses += torch.stack([loss[i::LEVELS].mean() for i in range(LEVELS)]) / (HELD_OUT // 64)
-        self._draw(model)
+        """The unweighted loss on held-out pictures at fixed noise: over all, and in the middle of each eighth.
+
+        Each with its standard error `_se`: sqrt(var / n) of a level's n pictures, and of the mean of the levels.
+        """
+        rows = [self._held_out_losses(model, rows) for rows in np.array_split(np.arange(HELD_OUT), HELD_OUT // 64)]
+        losses = torch.cat(rows).unflatten(0, (-1, LEVELS)).double()  # [pictures of a level, LEVELS]
+        mean, error = losses.mean(0), (losses.var(0) / len(losses)).sqrt()
         return {
-            "loss": losses.mean().item(),
-            **{f"loss_{i}": value for i, value in enumerate(losses.tolist())},
+            "loss": mean.mean().item(),
+            "loss_se": error.square().sum().sqrt().item() / LEVELS,
+            **{f"loss_{i}": value for i, value in enumerate(mean.tolist())},
+            **{f"loss_{i}_se": value for i, value in enumerate(error.tolist())},
         }
 
+    def _held_out_losses(self, model: UNet, rows: np.ndarray) -> Tensor:
+        """The losses of some held-out pictures [B], row i at level i mod LEVELS, noise by the picture's number."""
+        device = next(model.parameters()).device
+        x0 = self.held_out.posterior(rows).mean.to(device)
+        t = (torch.arange(len(rows)) % LEVELS + 0.5) / LEVELS
+        ids = tokens(self.tokenizer, [self.held_out.captions[row] for row in rows])
+        with torch.autocast(device.type, torch.bfloat16):
+            return diffusion_loss(self._denoiser(model), x0, self._text(ids), t, Noise(rows.tolist())(x0)).cpu()
+
     @torch.no_grad()
-    def _draw(self, model: nn.Module) -> None:
-        """A grid of the recipe's prompts, one seed each, for the eye."""
+    def samples(self, model: UNet) -> Image.Image | None:
+        """A grid of the recipe's prompts, one seed each."""
         prompts = self.recipe.validation_prompts
         if not prompts:
-            return
+            return None
         device = next(model.parameters()).device
         with torch.autocast(device.type, torch.bfloat16):
             cond, uncond = (self._text(tokens(self.tokenizer, p)) for p in (prompts, [""] * len(prompts)))
@@ -116,8 +146,7 @@ class DiffusionTask:
             noise = Noise(range(len(prompts)))
             x = noise(torch.zeros(len(prompts), *self.latents.mean.shape[1:])).to(device)
             x = sample(dpmpp_2m, denoise, x, trailing(self.sde, 20), noise)
-            sheet = contact_sheet(to_pil(decode(self.vae, x)), prompts, 10)
-            sheet.save(self.recipe.output_dir / "samples.png")
+            return contact_sheet(to_pil(decode(self.vae, x)), prompts, 10)
 
     def export(self, model: UNet, folder: Path) -> None:
         """The whole model in diffusers' directory layout."""
@@ -129,15 +158,25 @@ class DiffusionTask:
         save_module(model, self.model.config.to_dict(), folder / "unet")
         (folder / "scheduler").mkdir()
         write_json(self.schedule, folder / "scheduler" / "scheduler_config.json")
-        recommended = {"num_inference_steps": 30, "guidance_scale": self.recipe.validation_guidance}
-        write_json(recommended, folder / "generation_config.json")
+        own = {"num_inference_steps": 30, "guidance_scale": self.recipe.validation_guidance}
+        write_json({**own, "sampler": "dpmpp_2m", "spacing": "trailing"}, folder / "generation_config.json")
         write_json(MODEL_INDEX, folder / "model_index.json")
 
 
-def visited(count: int, seed: int, start: int, size: int) -> np.ndarray:
-    """Which of `count` items the visits `start` .. `start + size - 1` fall on: each once an epoch, in its own order."""
-    visits = np.arange(start, start + size)
-    return np.array([_order(count, seed, int(v) // count)[int(v) % count] for v in visits])
+def noise_schedule(objective: DiffusionObjective) -> dict[str, Any]:
+    """The scheduler_config.json of what is trained; ValueError where zero terminal SNR leaves nothing to learn."""
+    config = schedule_config(objective.schedule, objective.prediction)
+    if objective.rescale_betas_zero_snr and objective.prediction == "eps":
+        raise ValueError(
+            "rescale_betas_zero_snr: noise predicted from pure noise says nothing: choose prediction v or x0"
+        )
+    return {**config, "rescale_betas_zero_snr": True} if objective.rescale_betas_zero_snr else config
+
+
+def visited(count: int, seed: int, start: int, size: int) -> list[Visit]:
+    """The visits `start` .. `start + size - 1` to `count` items: each item once an epoch, in an order of its own."""
+    places = (divmod(visit, count) for visit in range(start, start + size))
+    return [Visit(int(_order(count, seed, epoch)[place]), epoch) for epoch, place in places]
 
 
 @lru_cache(maxsize=2)

@@ -3,28 +3,67 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from importlib import import_module
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ldm.config import Recipe
+from ldm.diffusion.spacing import choose
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # a quintic whose iterates drive every singular value to about 1
 
 
+def optimizer_for(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
+    """The recipe's optimizer of what learns in a model; ValueError for a name or an option that there is not."""
+    try:
+        return choose(OPTIMIZERS, recipe.optimizer, "optimizer")(model, recipe)
+    except TypeError as error:
+        raise ValueError(f"optimizer_options of {recipe.optimizer}: {error}") from None
+
+
 def adamw(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
     """AdamW (Loshchilov & Hutter 2019), fused."""
-    return _adamw(model.parameters(), recipe)
+    return _adamw(learning(model), recipe, **recipe.optimizer_options)
 
 
-def _adamw(parameters: Iterable[Tensor], recipe: Recipe) -> torch.optim.AdamW:
-    return torch.optim.AdamW(
-        parameters,
-        lr=recipe.learning_rate,
-        betas=(0.9, recipe.adam_beta2),
-        weight_decay=recipe.adam_weight_decay,
-        fused=True,
-    )
+def _adamw(parameters: Iterable[Tensor], recipe: Recipe, **options: Any) -> torch.optim.AdamW:
+    return torch.optim.AdamW(parameters, **{**common(recipe), "fused": True, **options})
+
+
+def adamw8bit(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
+    """AdamW with moments of 8 bits, a scale for each block (Dettmers et al. 2022)."""
+    make = extra("bitsandbytes.optim", "adamw8bit").AdamW8bit
+    return make(learning(model), **{**common(recipe), **recipe.optimizer_options})
+
+
+def prodigy(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
+    """Prodigy finds the rate itself (Mishchenko & Defazio 2024); `learning_rate`, usually 1, is a factor of it."""
+    make = extra("prodigyopt", "prodigy").Prodigy
+    return make(learning(model), **{**common(recipe), **recipe.optimizer_options})
+
+
+def learning(model: nn.Module) -> list[nn.Parameter]:
+    """The parameters that learn."""
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+def common(recipe: Recipe) -> dict[str, Any]:
+    """The options that every kind of Adam has."""
+    return {
+        "lr": recipe.learning_rate,
+        "betas": (0.9, recipe.adam_beta2),
+        "weight_decay": recipe.adam_weight_decay,
+    }
+
+
+def extra(module: str, optimizer: str) -> Any:
+    """A module of the extra `optim`; ValueError says how to get it."""
+    try:
+        return import_module(module)
+    except ImportError:
+        raise ValueError(f"optimizer {optimizer!r} needs {module.split('.')[0]}: pip install 'ldm[optim]'") from None
 
 
 class Muon(torch.optim.Optimizer):
@@ -40,10 +79,9 @@ class Muon(torch.optim.Optimizer):
         self, model: nn.Module, recipe: Recipe, edges: frozenset[str] = frozenset({"conv_in", "conv_out"})
     ) -> None:
         tables = {m.weight for m in model.modules() if isinstance(m, nn.Embedding)}
-        inner = {
-            n: p for n, p in model.named_parameters() if p.dim() > 1 and p not in tables and not edges & {*n.split(".")}
-        }
-        self.adamw = _adamw([p for n, p in model.named_parameters() if n not in inner], recipe)
+        named = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        inner = {n: p for n, p in named.items() if p.dim() > 1 and p not in tables and not edges & {*n.split(".")}}
+        self.adamw = _adamw([p for n, p in named.items() if n not in inner], recipe)
         super().__init__(inner.values(), {"lr": recipe.learning_rate, "weight_decay": recipe.adam_weight_decay})
         self.param_groups += self.adamw.param_groups
 
@@ -84,4 +122,15 @@ def polar(matrix: Tensor, iterations: int = 5) -> Tensor:
     return (x.T if tall else x).to(matrix.dtype)
 
 
-OPTIMIZERS: dict[str, Callable[[nn.Module, Recipe], torch.optim.Optimizer]] = {"adamw": adamw, "muon": Muon}
+def muon(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
+    """Muon with the options `edges`, names of modules."""
+    options = {name: frozenset(value) for name, value in recipe.optimizer_options.items()}
+    return Muon(model, recipe, **options)
+
+
+OPTIMIZERS: dict[str, Callable[[nn.Module, Recipe], torch.optim.Optimizer]] = {
+    "adamw": adamw,
+    "adamw8bit": adamw8bit,
+    "prodigy": prodigy,
+    "muon": muon,
+}

@@ -9,11 +9,20 @@ from ldm.config import AutoencoderObjective, ClipObjective, DiffusionObjective, 
 from ldm.train.autoencoder import AutoencoderTask
 from ldm.train.clip import ClipTask
 from ldm.train.diffusion import DiffusionTask
+from ldm.train.processes import process
 from ldm.train.task import Task
 
 
 def task_for(recipe: Recipe) -> Task:
-    """The task that a recipe's objective names; latents are encoded here where they are not cached yet."""
+    """The task that a recipe's objective names.
+
+    Latents are encoded here where they are not cached yet: by the first process of a machine, before the others look.
+    """
+    with process().local_main_process_first():
+        return _task(recipe)
+
+
+def _task(recipe: Recipe) -> Task:
     match recipe.objective:
         case AutoencoderObjective() as objective:
             return AutoencoderTask(recipe, objective)

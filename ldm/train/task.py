@@ -4,33 +4,56 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
-import torch
+from PIL import Image
 from torch import Tensor, nn
 
 Batch = Mapping[str, Any]
-Figures = Mapping[str, float | Tensor]
+Figures = Mapping[str, Tensor]  # [B] each
+
+
+class Visit(NamedTuple):
+    """One showing of a sample: with the seed, the key of all that is drawn for it."""
+
+    sample: int | str
+    number: int
 
 
 class Task(Protocol):
-    """A model, its data and its loss. `batch(k)` is a pure function of k: the data's order is computed, not stored."""
+    """A model, its data and its loss.
+
+    All that is random is in the batch, keyed by (seed, sample, visit), and `batch` is a pure function of its arguments:
+    how rows are shared among processes changes nothing, and the data's order is computed, not stored.
+    """
+
+    divisible: bool  # may a batch be learnt from in parts? Not where the loss compares its rows
 
     @property
     def model(self) -> nn.Module:
         """What learns."""
         ...
 
-    def batch(self, k: int) -> Batch:
-        """Batch k, made in a worker process: arrays and strings on the host."""
+    def batch(self, k: int, rows: range) -> Batch:
+        """Some rows of the batch of step k, made in a worker process: arrays and strings on the host.
+
+        `batch["visits"]` names them: a `Visit` each.
+        """
         ...
 
-    def loss(self, model: nn.Module, batch: Batch, generator: torch.Generator) -> tuple[Tensor, Figures]:
-        """The loss to descend, and figures for the log; `model` is `self.model` or a parallel wrapper of it."""
+    def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Figures]:
+        """The loss of each row [B], whose mean descends, and figures for the log, [B] too.
+
+        `model` is `self.model` or a parallel wrapper of it.
+        """
         ...
 
     def validate(self, model: Any) -> dict[str, float]:
         """Figures on held-out data, with the averaged weights."""
+        ...
+
+    def samples(self, model: Any) -> Image.Image | None:
+        """What the averaged weights draw, for the eye; None where there is nothing to draw."""
         ...
 
     def export(self, model: Any, folder: Path) -> None:

@@ -67,6 +67,19 @@ def test_network_sees_the_perturbed_picture_and_the_table_s_timestep():
     diffusion_loss(Denoiser(network, SDE, PREDICTIONS["v"]), X0, COND, T, NOISE)
 
 
+def test_a_perturbation_is_seen_and_not_predicted():
+    more, output = 0.1 * randn(6, 3, 2, seed=4), randn(6, 3, 2, seed=3)
+
+    def network(x, timesteps, cond):
+        torch.testing.assert_close(x, SDE.perturb(X0, NOISE + more, T))
+        return output
+
+    for prediction in PREDICTIONS.values():
+        loss = diffusion_loss(Denoiser(network, SDE, prediction), X0, COND, T, NOISE, perturbation=more)
+        plain = diffusion_loss(Denoiser(lambda x, t, cond: output, SDE, prediction), X0, COND, T, NOISE)
+        assert torch.equal(loss, plain)
+
+
 BETA = SDE.beta(T)
 CLIPPED, SOFT = SNR.clamp(max=5), SNR * 4 / (SNR + 4)
 EDM = (1 / SNR + 1) / (1 / SNR)  # lambda of Karras et al. 2022, table 1, for sigma = 1 / sqrt(SNR), sigma_data = 1

@@ -1,4 +1,4 @@
-"""Muon: every direction of a matrix moves by the same amount, and what is no matrix is AdamW's."""
+"""Optimizers: what each row of the table is, and that Muon moves every direction of a matrix by the same amount."""
 
 import copy
 import itertools
@@ -7,20 +7,11 @@ import pytest
 import torch
 from torch import nn
 
-from ldm.config import Recipe
-from ldm.train.optimizers import Muon, adamw, polar, rows
+from ldm.train import optimizers
+from ldm.train.optimizers import Muon, adamw, optimizer_for, polar, rows
+from runs import needs, recipe_of
 
-RECIPE = Recipe.model_validate(
-    {
-        "objective": {"kind": "autoencoder", "model": {}},
-        "data": {"sprites": "none"},
-        "output_dir": "none",
-        "max_train_steps": 1,
-        "train_batch_size": 1,
-        "learning_rate": 0.01,
-        "adam_weight_decay": 0.1,
-    }
-)
+RECIPE = recipe_of(learning_rate=0.01, adam_weight_decay=0.1)
 
 
 def model():
@@ -80,3 +71,57 @@ def test_edges_vectors_and_the_schedule_are_adamw_s():
     ours, theirs = moved(net, lambda: step(net, muon)), moved(other, lambda: step(other, reference))
     for name in ours.keys() - {"2.weight", "4.weight"}:
         assert torch.equal(ours[name], theirs[name]), name
+
+
+@pytest.mark.parametrize("name", ["adamw", "adamw8bit", "prodigy"])
+def test_the_kinds_of_adam_take_the_recipe_s_options_and_their_own(name):
+    needs(name)
+    recipe = recipe_of(optimizer=name, learning_rate=0.5, adam_beta2=0.97, optimizer_options={"eps": 1e-5})
+    (group,) = optimizer_for(model(), recipe).param_groups
+    assert (group["lr"], group["betas"], group["weight_decay"], group["eps"]) == (0.5, (0.9, 0.97), 0.01, 1e-5)
+
+
+@pytest.mark.parametrize("name", ["adamw8bit", "prodigy"])
+def test_adamw_s_relatives_move_as_it_does(name):
+    """8 bits round Adam's step; Prodigy's, at its first distance d0 = 1e-6 and a rate of 1e4, is Adam's at 0.01."""
+    needs(name)
+    net, other = wide(), wide()
+    options = {"learning_rate": 1e4} if name == "prodigy" else {}
+    recipe = recipe_of(**{"learning_rate": 0.01, "adam_weight_decay": 0, "optimizer": name, **options})
+    ours = moved(net, lambda: step(net, optimizer_for(net, recipe)))
+    plain = recipe_of(learning_rate=0.01, adam_weight_decay=0)
+    theirs = moved(other, lambda: step(other, adamw(other, plain)))
+    for key in ours:
+        a, b = ours[key].flatten(), theirs[key].flatten()
+        assert torch.cosine_similarity(a, b, dim=0) > 0.98 and 0.9 < a.norm() / b.norm() < 1.1, key
+
+
+def wide():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Flatten(), nn.Linear(100, 64))
+
+
+@pytest.mark.parametrize("name, package", [("adamw8bit", "bitsandbytes"), ("prodigy", "prodigyopt")])
+def test_a_missing_package_is_said_with_its_cure(name, package, monkeypatch):
+    def absent(name):
+        raise ImportError(name)
+
+    monkeypatch.setattr(optimizers, "import_module", absent)
+    with pytest.raises(ValueError, match=rf"optimizer '{name}' needs {package}: pip install 'ldm\[optim\]'"):
+        optimizer_for(model(), recipe_of(optimizer=name))
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_an_unknown_option_or_optimizer_is_named(name):
+    with pytest.raises(ValueError, match=f"optimizer_options of {name}: .*wait"):
+        optimizer_for(model(), recipe_of(optimizer=name, optimizer_options={"wait": [1]}))
+    with pytest.raises(ValueError, match="optimizer 'adam'"):
+        optimizer_for(model(), recipe_of(optimizer="adam"))
+
+
+def test_what_is_frozen_does_not_learn():
+    net = model()
+    net[0].requires_grad_(False)
+    for name in ("adamw", "prodigy", "muon"):
+        learns = [p for group in optimizer_for(net, recipe_of(optimizer=name)).param_groups for p in group["params"]]
+        assert len(learns) == 6 and not any(p is net[0].weight for p in learns)

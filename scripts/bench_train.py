@@ -1,0 +1,159 @@
+"""One optimizer step of picto's U-Net: ours, a bare PyTorch loop of the same model, and diffusers' training script.
+
+    python scripts/bench_train.py [--batch 8] [--rounds 9] [--precision no|bf16] [--clock cpu|wall] [--threads 1]
+
+No data are loaded: latents and text states are there. Every contestant clips gradients, steps AdamW and an exponential
+average of the weights; diffusers' (examples/text_to_image/train_text_to_image.py) uses its own classes and defaults.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from _bench import alternate, clock, report
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import ldm.nn._torchvision  # noqa: F401  must come before diffusers
+from ldm.checkpoints.files import place, read_json
+from ldm.conditioning import Conditioning
+from ldm.config import Recipe
+from ldm.diffusion.denoiser import Denoiser
+from ldm.diffusion.objective import diffusion_loss
+from ldm.diffusion.prediction import PREDICTIONS
+from ldm.diffusion.sde import SCHEDULES, VPSDE
+from ldm.nn.unet import UNet, UNetConfig
+from ldm.pipeline import PICTO
+from ldm.train.learner import Learner
+from ldm.train.processes import accelerator
+from ldm.train.task import Batch
+
+from diffusers import DDPMScheduler, UNet2DConditionModel  # isort: skip
+from diffusers.training_utils import EMAModel  # isort: skip
+
+RATE, DECAY = 1e-4, 0.999
+
+
+class Step:
+    """A task whose batch is always the same."""
+
+    divisible = True
+
+    def __init__(self, model: UNet) -> None:
+        self.model = model
+        self.denoiser = VPSDE.tabulated(SCHEDULES["squaredcos_cap_v2"](0, 0, 1000)), PREDICTIONS["v"]
+
+    def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        cond = Conditioning(batch["text"])
+        return diffusion_loss(Denoiser(model, *self.denoiser), batch["x0"], cond, batch["t"], batch["noise"]), {}
+
+
+def ours(model: UNet, batch: Batch, precision: str) -> Callable[[], object]:
+    recipe = Recipe.model_validate(
+        {
+            "objective": {"kind": "autoencoder", "model": {}},
+            "data": {"sprites": "none"},
+            "output_dir": "none",
+            "max_train_steps": 1_000_000,
+            "train_batch_size": len(batch["x0"]),
+            "learning_rate": RATE,
+            "mixed_precision": precision,
+        }
+    )
+    learner = Learner(recipe, Step(model), accelerator(mixed_precision=precision))  # type: ignore[arg-type]
+    learner.prepare()
+    return lambda: learner.step([batch], False)
+
+
+def bare(model: UNet, batch: Batch, precision: str) -> Callable[[], object]:
+    """The same model, noise and schedule in the fewest lines of PyTorch."""
+    average = [parameter.detach().clone() for parameter in model.parameters()]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
+    table = DDPMScheduler(beta_schedule="squaredcos_cap_v2").alphas_cumprod
+    x0, noise, cond = batch["x0"], batch["noise"], Conditioning(batch["text"])
+    index = (1000 * batch["t"] - 1).round().long()
+
+    def step() -> None:
+        alpha, sigma = (a.sqrt().view(-1, 1, 1, 1) for a in (table[index], 1 - table[index]))
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+            output = model(alpha * x0 + sigma * noise, index.float(), cond)
+        F.mse_loss(output.float(), alpha * noise - sigma * x0).backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        torch._foreach_lerp_(average, list(model.parameters()), 1 - DECAY)
+
+    return step
+
+
+def diffusers_step(model: UNet2DConditionModel, batch: Batch, precision: str) -> Callable[[], object]:
+    """The body of train_text_to_image.py's loop, from the latents on."""
+    engine = accelerator(mixed_precision=precision)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=RATE)
+    scheduler = DDPMScheduler(beta_schedule="squaredcos_cap_v2", prediction_type="v_prediction")
+    average = EMAModel(model.parameters(), decay=DECAY)
+    unet, optimizer = engine.prepare(model, optimizer)
+    x0, text = batch["x0"], batch["text"]
+
+    def step() -> None:
+        with engine.accumulate(unet):
+            noise = torch.randn_like(x0)
+            index = torch.randint(0, 1000, (len(x0),))
+            noisy = scheduler.add_noise(x0, noise, index)
+            output = unet(noisy, index, text, return_dict=False)[0]
+            loss = F.mse_loss(output.float(), scheduler.get_velocity(x0, noise, index).float(), reduction="mean")
+            engine.gather(loss.repeat(len(x0))).mean().item()
+            engine.backward(loss)
+            engine.clip_grad_norm_(unet.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            average.step(unet.parameters())
+
+    return step
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--precision", default="bf16", choices=["no", "bf16"])
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--clock", default="cpu", choices=["cpu", "wall"])
+    parser.add_argument("--out", type=Path)
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = arguments()
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(0)
+    config = UNetConfig.from_dict(read_json(PICTO / "unet" / "config.json"))
+    side = config.sample_size if isinstance(config.sample_size, int) else 16
+    shape = args.batch, config.in_channels, side, side
+    batch = {
+        "x0": torch.randn(shape).to(memory_format=torch.channels_last),
+        "noise": torch.randn(shape).to(memory_format=torch.channels_last),
+        "text": torch.randn(args.batch, 32, config.cross_attention_dim),
+        "t": (torch.arange(args.batch, dtype=torch.float64) * 997 % 1000 + 1) / 1000,
+    }
+    models = [place(UNet(config), torch.device("cpu")).train() for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    theirs = UNet2DConditionModel.from_config(config.to_dict()).train()
+    theirs.load_state_dict(models[0].state_dict())
+    contestants = {
+        "ldm": ours(models[0], batch, args.precision),
+        "bare PyTorch": bare(models[1], batch, args.precision),
+        "diffusers": diffusers_step(theirs, batch, args.precision),
+    }
+    seconds = alternate(contestants, args.rounds, clock(args.clock))
+    about = {"batch": args.batch, "precision": args.precision, "clock": args.clock}
+    report("ldm", seconds, about, args.out)
+    for name, each in seconds.items():
+        print(f"{name}: {args.batch / sorted(each)[len(each) // 2]:.2f} images/s")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,49 @@
+"""Sprites to train on, and a recipe file of every kind."""
+
+import numpy as np
+import pytest
+import yaml
+
+from ldm.data.sprites import Sprite, write_sprites
+from ldm.train import autoencoder, clip, diffusion
+from runs import COMMON, objective
+
+
+@pytest.fixture(scope="session")
+def sprites(tmp_path_factory):
+    """Discs in eight colours and four styles: every kind of scene and both splits."""
+    folder = tmp_path_factory.mktemp("sprites")
+    y, x = np.mgrid[:32, :32] - 15.5
+    records, pixels = [], []
+    for s, style in enumerate(("noto", "flat", "3d", "blob")):
+        for k in range(60):
+            rgba = np.zeros((32, 32, 4), np.uint8)
+            rgba[x**2 + y**2 < (10 + s) ** 2] = (*np.random.default_rng(k).integers(0, 255, 3), 255)
+            records.append(Sprite(f"thing{k}", f"{k}", style, (f"thing{k}",), (), "objects"))
+            pixels.append(rgba)
+    write_sprites(folder, records, pixels, 32)
+    return folder
+
+
+@pytest.fixture
+def recipe_file(sprites, tiny, tmp_path, tmp_path_factory, monkeypatch):
+    """A file with a recipe; latents are cached beside its folder, once for all tests, and few pictures are held out."""
+    for module in (autoencoder, clip, diffusion):
+        monkeypatch.setattr(module, "HELD_OUT", 64)
+    cache = tmp_path_factory.getbasetemp() / "latents-cache"
+    cache.mkdir(exist_ok=True)
+    (tmp_path / "cache").symlink_to(cache)
+
+    def write(kind, folder="run", **changes):
+        values = {
+            **COMMON,
+            "output_dir": str(tmp_path / folder),
+            "data": {"sprites": str(sprites), "size": 32, "latents": 64 if kind == "diffusion" else 0},
+            "objective": {"kind": kind, **objective(kind, tiny)},
+            **changes,
+        }
+        path = tmp_path / f"{kind}-{folder}.yaml"
+        path.write_text(yaml.safe_dump(values))
+        return path
+
+    return write

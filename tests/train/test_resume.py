@@ -1,0 +1,254 @@
+"""Resuming: a run that was killed ends as one that was not, and no checkpoint is trusted that should not be."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from ldm.config import load_recipe
+from ldm.train import state
+from ldm.train.ema import Average, exponential
+from ldm.train.loop import train
+from ldm.train.optimizers import optimizer_for
+from ldm.train.setup import task_for
+from runs import assert_equal, fork, go, launch, log_of, needs, recipe_of, status, tensors_of
+
+KILLS = int(os.environ.get("LDM_STRESS_KILLS", "2"))  # scripts/stress_train.py asks for more
+FAULTY = {"max_train_steps": 10, "checkpointing_steps": 3, "logging_steps": 2, "posthoc_steps": 4}
+
+
+def mortal(path, fatal):
+    """`ldm train` in a fork that dies before its event number `fatal` under the run's folder; its exit status.
+
+    Events are openings, renames and removals: each line of the log, each file of a checkpoint, each draft. A life
+    without end writes their number to `<folder>.events`.
+    """
+    folder, seen = str(load_recipe(path).output_dir), 0
+
+    def watch(event, words):
+        nonlocal seen
+        if event in ("open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.chmod") and folder in str(words[0]):
+            seen += 1
+            if seen == fatal:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    def live():
+        sys.addaudithook(watch)
+        go(path)
+        Path(f"{folder}.events").write_text(str(seen))
+
+    return status(fork(live))
+
+
+@pytest.mark.parametrize(
+    "kind, optimizer",
+    [
+        ("autoencoder", "adamw"),
+        ("clip", "adamw"),
+        ("diffusion", "muon"),
+        ("diffusion", "adamw8bit"),
+        ("diffusion", "prodigy"),
+    ],
+)
+def test_a_run_that_was_interrupted_ends_with_the_bits_of_one_that_was_not(
+    kind, optimizer, recipe_file, tmp_path, monkeypatch
+):
+    needs(optimizer)
+    changes = {"optimizer": optimizer, "logging_steps": 4, "posthoc_steps": 2}
+    go(recipe_file(kind, "whole", **changes))
+    broken = load_recipe(recipe_file(kind, "broken", **changes))
+    task = task_for(broken)
+    loss, calls = task.loss, []
+
+    def dies(*words):
+        calls.append(1)
+        if len(calls) == 5:  # two steps past the checkpoint
+            raise RuntimeError("killed")
+        return loss(*words)
+
+    monkeypatch.setattr(task, "loss", dies)
+    with pytest.raises(RuntimeError, match="killed"):
+        train(broken, task)
+    go(recipe_file(kind, "broken", **changes))
+    assert_equal(tmp_path / "whole", tmp_path / "broken")
+    assert [line["step"] for line in log_of(tmp_path / "whole")] == [4, 6]
+
+
+def test_a_run_killed_anywhere_even_while_it_writes_ends_as_if_it_had_not_been(recipe_file, tmp_path):
+    assert mortal(recipe_file("diffusion", "whole", **FAULTY), 0) == 0
+    events = int((tmp_path / "whole.events").read_text())
+    for kill in range(KILLS):
+        path = recipe_file("diffusion", f"kill{kill}", **FAULTY)
+        assert mortal(path, random.Random(kill).randrange(1, events + 1)) == -signal.SIGKILL
+        go(path)
+        assert_equal(tmp_path / "whole", tmp_path / f"kill{kill}")
+        assert not [*(tmp_path / f"kill{kill}").glob("**/.*")]  # no drafts are left
+
+
+ENDLESS = {"max_train_steps": 100_000, "checkpointing_steps": 100_000, "validation_steps": 100_000}
+
+
+def test_sigterm_saves_a_checkpoint_and_the_same_command_goes_on(recipe_file, tmp_path):
+    path = recipe_file("autoencoder", **ENDLESS)
+    child = fork(lambda: go(path))
+    wait_for_steps(tmp_path)
+    os.kill(child, signal.SIGTERM)
+    assert status(child) == 130
+    goes_on(path, tmp_path)
+
+
+def test_sigterm_to_a_launcher_makes_all_processes_leave_after_the_same_step(recipe_file, tmp_path):
+    path = recipe_file("autoencoder", **ENDLESS)
+    process = launch(path, 2)
+    wait_for_steps(tmp_path)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate()
+    assert process.returncode != 0, err  # the launcher's own
+    goes_on(path, tmp_path)
+
+
+def wait_for_steps(tmp_path):
+    log, end = tmp_path / "run" / "log.jsonl", time.monotonic() + 120
+    while not (log.exists() and '"step": 3' in log.read_text()):
+        assert time.monotonic() < end
+        time.sleep(0.1)
+
+
+def goes_on(path, tmp_path):
+    """One checkpoint is there, with the whole log, and the training does one step more."""
+    (saved,) = state.checkpoints(tmp_path / "run")
+    step = int(saved.name.removeprefix("checkpoint-"))
+    assert step >= 3
+    go(path, f"max_train_steps={step + 1}")
+    assert [line["step"] for line in log_of(tmp_path / "run") if "loss" in line] == [*range(1, step + 2)]
+
+
+@pytest.fixture
+def small(tmp_path):
+    """A recipe, and a state with two checkpoints of it, at steps 1 and 2, the weights of each filled with its step."""
+    recipe = recipe_of(output_dir=str(tmp_path))
+    now = fresh(recipe)
+    for step in (1, 2):
+        now.model.weight.data.fill_(step)
+        now.model.weight.grad = torch.ones_like(now.model.weight)
+        now.optimizer.step()
+        now.model.weight.data.fill_(step)
+        now.step = step
+        state.save(now, recipe)
+    return recipe
+
+
+def fresh(recipe):
+    model = nn.Linear(3, 2, bias=False)
+    return state.State(model, {"ema": Average(model, exponential(0.5))}, optimizer_for(model, recipe))
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "ema.safetensors", "optimizer.safetensors", "state.json"])
+@pytest.mark.parametrize("size", [None, 0, 7, -1])
+def test_a_torn_checkpoint_is_named_and_the_one_before_it_used(small, tmp_path, file, size):
+    torn = tmp_path / "checkpoint-2" / file
+    torn.write_bytes(torn.read_bytes()[:size]) if size is not None else torn.unlink()
+    if file == "state.json" and size == -1:  # the newline
+        torn.write_bytes(torn.read_bytes()[:-1])
+    now = fresh(small)
+    with pytest.warns(UserWarning, match="checkpoint-2: not a checkpoint of this recipe") as said:
+        state.resume(now, small)
+    assert len(said) == 1 and "\n" not in str(said[0].message)
+    assert now.step == 1 and (now.model.weight == 1).all()
+    assert now.optimizer.state_dict()["state"][0]["step"] == 1
+    shutil.rmtree(tmp_path / "checkpoint-1")
+    with pytest.warns(UserWarning), pytest.raises(ValueError, match="checkpoint-2: not a checkpoint of this recipe"):
+        state.resume(fresh(small), small)
+
+
+@pytest.mark.parametrize(
+    "changes, said",
+    [
+        ({"seed": 1}, "its seed is 0, the recipe's 1"),
+        ({"train_batch_size": 5}, "its train_batch_size is 4, the recipe's 5"),
+        ({"optimizer": "prodigy"}, "its optimizer is 'adamw', the recipe's 'prodigy'"),
+        ({"data": {"sprites": "others"}}, "its data.sprites is 'none', the recipe's 'others'"),
+        ({"objective": {"kind": "autoencoder", "model": {}, "crop": 8}}, "its objective.crop is None, the recipe's 8"),
+    ],
+)
+def test_another_training_s_checkpoint_is_refused_by_the_key_that_differs(small, tmp_path, changes, said):
+    other = recipe_of(output_dir=str(tmp_path), **changes)
+    with pytest.warns(UserWarning), pytest.raises(ValueError, match=said):
+        state.resume(fresh(other), other)
+
+
+def test_what_does_not_shape_a_run_may_change(small, tmp_path):
+    other = recipe_of(
+        output_dir=str(tmp_path), max_train_steps=99, logging_steps=7, learning_rate=1e-4, gradient_accumulation_steps=2
+    )
+    now = fresh(other)
+    state.resume(now, other)
+    assert now.step == 2
+
+
+def test_a_checkpoint_from_before_recipes_were_recorded_still_loads(small, tmp_path):
+    folder = tmp_path / "checkpoint-3"
+    shutil.copytree(tmp_path / "checkpoint-2", folder)
+    (folder / "state.json").write_text('{"step": 3}\n')
+    moments = {f"weight:{name}": torch.full((2, 3), value) for name, value in (("exp_avg", 0.25), ("exp_avg_sq", 0.5))}
+    save_file({**moments, "weight:step": torch.tensor(3.0)}, folder / "optimizer.safetensors")
+    now = fresh(small)
+    state.resume(now, small)
+    (moments,) = now.optimizer.state.values()
+    assert now.step == 3 and (moments["exp_avg"] == 0.25).all() and (moments["exp_avg_sq"] == 0.5).all()
+    assert moments["step"] == 3
+    now.model.weight.grad = torch.ones_like(now.model.weight)
+    now.optimizer.step()
+    assert moments["step"] == 4
+
+
+def test_only_the_newest_checkpoints_are_kept(small, tmp_path):
+    now = fresh(small)
+    for now.step in (3, 10):
+        state.save(now, small)
+    assert [path.name for path in state.checkpoints(tmp_path)] == ["checkpoint-3", "checkpoint-10"]
+
+
+def test_a_scaler_s_state_and_waiting_figures_come_back(small, tmp_path):
+    now = fresh(small)
+    now.scaler, now.step, now.figures = torch.amp.GradScaler("cpu", init_scale=8.0), 4, [{"loss": 0.1 + 0.2}]
+    state.save(now, small)
+    other = fresh(small)
+    other.scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
+    state.resume(other, small)
+    assert other.scaler.state_dict() == now.scaler.state_dict() and other.figures == [{"loss": 0.1 + 0.2}]
+
+
+def test_a_nest_of_tensors_comes_back_from_json(tmp_path):
+    tree = {"state": {0: {"a": torch.arange(3), "b": 1.5}}, "groups": [{"lr": 0.1, "betas": (0.9, 0.99), "x": None}]}
+    tensors: dict = {}
+    back = state.unfold(json.loads(json.dumps(state.fold(tree, tensors))), tensors)
+    assert torch.equal(back["state"][0].pop("a"), tree["state"][0].pop("a"))
+    tree["groups"][0]["betas"] = [0.9, 0.99]
+    assert back == tree and len(tensors) == 1
+
+
+def test_moments_keep_the_layout_of_their_parameter(tmp_path):
+    recipe = recipe_of(output_dir=str(tmp_path), optimizer="muon")
+    model = nn.Conv2d(4, 8, 3).to(memory_format=torch.channels_last)
+
+    def made():
+        return state.State(model, {}, optimizer_for(model, recipe), step=1)
+
+    now = made()
+    model(torch.randn(1, 4, 5, 5)).sum().backward()
+    now.optimizer.step()
+    state.save(now, recipe)
+    other = made()
+    state.resume(other, recipe)
+    assert other.optimizer.state[model.weight]["momentum"].stride() == model.weight.stride()
+    assert tensors_of(tmp_path).keys() >= {"model.safetensors weight"}

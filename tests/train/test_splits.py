@@ -1,0 +1,122 @@
+"""Splits: one batch, however it is shared among processes and accumulated parts, whatever activations are kept."""
+
+import json
+
+import pytest
+import torch
+
+from ldm.config import load_recipe
+from ldm.diffusion.objective import TIMES
+from ldm.nn.blocks import ResnetBlock
+from ldm.train import state
+from ldm.train.learner import shares
+from ldm.train.setup import task_for
+from runs import forks, go, log_of, recipe_of, status, tensors_of
+
+EXACT = {
+    "train_batch_size": 8,
+    "max_train_steps": 4,
+    "mixed_precision": "no",
+    "optimizer_options": {"eps": 1e-4},  # else rounding decides where a parameter whose gradient is zero goes
+}
+
+
+def figures(folder):
+    """The figures of every step in full precision."""
+    return json.loads((state.checkpoints(folder)[-1] / "state.json").read_text())["figures"]
+
+
+def assert_close(one, other):
+    assert len(figures(one)) == len(figures(other)) == 4
+    for a, b in zip(figures(one), figures(other), strict=True):
+        assert a == pytest.approx(b, rel=2e-6)
+    a, b = tensors_of(one), tensors_of(other)
+    weights = [name for name in a if name.startswith(("model", "ema"))]
+    assert a.keys() == b.keys() and weights
+    for name in weights:
+        torch.testing.assert_close(a[name], b[name], rtol=2e-5, atol=2e-6, msg=name)
+
+
+def test_one_two_and_four_parts_and_two_processes_learn_the_same(recipe_file, tmp_path, capfd):
+    changes = {**EXACT, "logging_steps": 100}
+    go(recipe_file("diffusion", "whole", **changes))
+    for parts in (3, 4):
+        go(recipe_file("diffusion", f"parts{parts}", **changes), f"gradient_accumulation_steps={parts}")
+        assert_close(tmp_path / "whole", tmp_path / f"parts{parts}")
+    path = recipe_file("diffusion", "processes", **changes)
+    assert [status(child) for child in forks(lambda: go(path, "gradient_accumulation_steps=2"), 2)] == [0, 0]
+    assert (
+        capfd.readouterr().err.count("step 4 val_loss") == 4
+    )  # the two are one training: its main process alone says it
+    assert_close(tmp_path / "whole", tmp_path / "processes")
+    assert log_of(tmp_path / "processes")[-1]["val_loss"] == pytest.approx(
+        log_of(tmp_path / "whole")[-1]["val_loss"], rel=1e-3
+    )  # bfloat16
+
+
+def test_an_autoencoder_learns_the_same_in_parts(recipe_file, tmp_path):
+    changes = {**EXACT, "logging_steps": 100}
+    go(recipe_file("autoencoder", "whole", **changes))
+    go(recipe_file("autoencoder", "parts", **changes), "gradient_accumulation_steps=4")
+    assert_close(tmp_path / "whole", tmp_path / "parts")
+
+
+@pytest.mark.parametrize("kind, times", [("autoencoder", None), *(("diffusion", times) for times in TIMES)])
+def test_rows_of_a_batch_are_those_of_the_whole_batch(kind, times, recipe_file):
+    more = {"times": times, "noise_offset": 0.1, "input_perturbation": 0.1} if times else {}
+    recipe = load_recipe(
+        recipe_file(kind, train_batch_size=8), [f"objective.{name}={value}" for name, value in more.items()]
+    )
+    task = task_for(recipe)
+    whole, part = task.batch(9, range(8)), task.batch(9, range(3, 5))
+    assert whole.keys() == part.keys() and whole["visits"][3:5] == part["visits"]
+    for name in whole.keys() - {"visits"}:
+        assert torch.equal(torch.as_tensor(whole[name])[3:5], torch.as_tensor(part[name])), name
+    other = task.batch(10, range(3, 5))
+    for name in whole.keys() - {"visits", "importance"}:
+        assert not torch.equal(torch.as_tensor(other[name]), torch.as_tensor(part[name])), name
+
+
+def test_shares_cover_a_batch_once_in_order():
+    for size, processes, parts in ((8, 1, 1), (8, 2, 2), (7, 2, 2), (64, 3, 5)):
+        recipe = recipe_of(train_batch_size=size, gradient_accumulation_steps=parts)
+        rows = [r for rank in range(processes) for r in shares(recipe, _Task(True), rank, processes)]
+        assert [i for r in rows for i in r] == list(range(size)) and all(rows)
+        assert len(rows) == processes * parts
+
+
+class _Task:
+    def __init__(self, divisible):
+        self.divisible = divisible
+
+
+@pytest.mark.parametrize(
+    "size, parts, divisible, said",
+    [(3, 2, True, "train_batch_size 3: fewer than 2 processes times 2"), (8, 1, False, "one process")],
+)
+def test_a_batch_that_cannot_be_shared_is_refused(size, parts, divisible, said):
+    with pytest.raises(ValueError, match=said):
+        shares(recipe_of(train_batch_size=size, gradient_accumulation_steps=parts), _Task(divisible), 0, 2)
+
+
+def test_a_contrastive_batch_is_not_accumulated(recipe_file):
+    with pytest.raises(ValueError, match="compares the rows"):
+        go(recipe_file("clip"), "gradient_accumulation_steps=2")
+
+
+def test_gradient_checkpointing_computes_twice_and_changes_nothing(recipe_file, tmp_path, monkeypatch):
+    calls = []
+    forward = ResnetBlock.forward
+    monkeypatch.setattr(ResnetBlock, "forward", lambda *words: calls.append(torch.is_grad_enabled()) or forward(*words))
+    go(recipe_file("diffusion", "kept"))
+    kept = sum(calls)
+    calls.clear()
+    go(recipe_file("diffusion", "again"), "gradient_checkpointing=true")
+    assert sum(calls) == 2 * kept
+    a, b = tensors_of(tmp_path / "kept"), tensors_of(tmp_path / "again")
+    assert [name for name in a if not torch.equal(a[name], b[name])] == []
+
+
+def test_gradient_checkpointing_is_the_u_net_s_alone(recipe_file):
+    with pytest.raises(ValueError, match="gradient_checkpointing"):
+        go(recipe_file("autoencoder"), "gradient_checkpointing=true")
