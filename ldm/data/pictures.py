@@ -13,11 +13,11 @@ from PIL import Image
 from ldm.config import FolderData
 from ldm.data import choices
 from ldm.data.buckets import Buckets, Placement, Size
-from ldm.data.decode import Decoded, decode, grey, size_of
 from ldm.data.folders import open_source
 from ldm.data.latents import LatentCache, digest
 from ldm.data.samples import Columns, Fault, Options, Sample, Source
 from ldm.data.visits import Visit, Visits
+from ldm.decode import Decoded, decode, grey, size_of
 
 
 class Surveyed(NamedTuple):
@@ -62,7 +62,7 @@ def look(sample: Sample, buckets: Buckets) -> Surveyed | Fault:
         part = "the mask: "
         mask = size_of(sample.mask()) if sample.mask else size
     except (OSError, ValueError) as error:
-        return Fault("not a picture", sample.key, part + (getattr(error, "strerror", None) or str(error)))
+        return Fault("broken picture", sample.key, part + (getattr(error, "strerror", None) or str(error)))
     if mask != size:
         return Fault("mask size", sample.key, f"the mask is {mask[0]}x{mask[1]}, the picture {size[0]}x{size[1]}")
     try:

@@ -5,7 +5,7 @@ import pytest
 from PIL import Image, ImageCms
 from shapes import encoded, noise
 
-from ldm.data.decode import decode, grey, size_of
+from ldm.decode import decode, grey, size_of
 
 PIXELS = noise(9, 6)
 LEVELS = np.linspace(0, 65535, 9 * 6).astype(np.uint16).reshape(6, 9)

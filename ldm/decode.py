@@ -48,19 +48,23 @@ def decode(data: bytes) -> Decoded:
             notices = _animation(picture)
             picture.seek(0)
             picture.load()
-            icc = picture.info.get("icc_profile")
-            upright = _eight_bits(ImageOps.exif_transpose(picture), picture.format)
-            alpha = None
-            if upright.has_transparency_data:
-                upright = upright.convert("RGBA")
-                alpha = upright.getchannel("A")
-                upright = upright.convert("RGB")
-            rgb, unread = to_srgb(upright, icc)
+            found = shown(ImageOps.exif_transpose(picture), picture.info.get("icc_profile"), picture.format)
     except Exception as error:  # Pillow's readers raise what they like
         raise ValueError(_reason(data, error)) from None
+    return found._replace(notices=notices + found.notices)
+
+
+def shown(picture: Image.Image, icc: bytes | None = None, form: str | None = None) -> Decoded:
+    """A picture of any mode, from a file of that format if any, as `decode` says; ValueError for what is no colour."""
+    picture, alpha = _eight_bits(picture, form), None
+    if picture.has_transparency_data:
+        picture = picture.convert("RGBA")
+        alpha = picture.getchannel("A")
+        picture = picture.convert("RGB")
+    rgb, unread = to_srgb(picture, icc)
     if alpha is not None:
         rgb = Image.composite(rgb, Image.new("RGB", rgb.size, GROUND), alpha)
-    return Decoded(rgb, alpha, notices + unread)
+    return Decoded(rgb, alpha, unread)
 
 
 def grey(data: bytes) -> Image.Image:

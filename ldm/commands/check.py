@@ -1,0 +1,115 @@
+"""`ldm check`: a data set and a recipe audited before any training."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from ldm.commands.options import AsJson
+
+if TYPE_CHECKING:
+    from ldm.config import Recipe
+    from ldm.data.audit import Report, Said
+
+EXAMPLES = 3  # of each kind of finding, in the table
+
+
+def check(
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE.yaml", show_default=False)],
+    overrides: Annotated[list[str] | None, typer.Option("--set", help="key.path=value, as in the recipe.")] = None,
+    latents: Annotated[bool, typer.Option("--latents", help="Encode all pictures, not 64 of them.")] = False,
+    out: Annotated[
+        Path | None, typer.Option(help="The HTML page.", show_default="check.html beside output_dir")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Decode every picture, read every caption, and foresee what a training will take.
+
+    Prints a table and writes an HTML page with what it complains about. Exit status 2 where a training would fail.
+    """
+    from ldm.config import load_recipe
+    from ldm.data.audit import audit
+    from ldm.data.page import page
+    from ldm.files import publish
+
+    loaded = load_recipe(recipe, overrides or [])
+    with progress() as said:
+        report = audit(loaded, latents, said)
+    target = out or loaded.output_dir.parent / "check.html"
+    try:
+        with publish(target) as draft:
+            draft.write_text(page(report, loaded.folder, f"ldm check {recipe.name}"), encoding="utf-8")
+    except OSError as error:
+        raise ValueError(f"--out {target}: {error.strerror}") from None
+    if as_json:
+        print(json.dumps({**record(report), "page": str(target)}))
+    else:
+        table(report)
+        print(f"page: {target}")
+    report.refuse()
+
+
+def heed(recipe: Recipe) -> None:
+    """The quick part, before a training on pictures: a line on stderr for each warning; ValueError for an error."""
+    from ldm.config import FolderData
+    from ldm.data.audit import quick
+
+    if not isinstance(recipe.data, FolderData):
+        return
+    report = quick(recipe)
+    for fault in report.of("warning"):
+        print(f"warning: {fault.key}: {fault.what}", file=sys.stderr)
+    report.refuse()
+
+
+def record(report: Report) -> dict[str, object]:
+    """A report as JSON values."""
+    from ldm.data.audit import severity_of
+
+    findings = [{"severity": severity_of(fault), **fault._asdict()} for fault in report.faults]
+    return {"findings": findings, "forecast": dict(report.forecast)}
+
+
+def table(report: Report) -> None:
+    """Print a report: a row for each kind of finding with its first few, and the figures of the forecast."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from ldm.data.audit import counts
+    from ldm.data.page import figures_of
+
+    console = Console(highlight=False, markup=False)
+    found, foreseen = (Table(box=None, show_header=False, padding=(0, 2, 0, 0)) for _ in range(2))
+    for (severity, kind), count in counts(report).items():
+        first = [f"{fault.key}: {fault.what}" for fault in report.faults if fault.kind == kind][:EXAMPLES]
+        more = [f"and {count - EXAMPLES} more"] if count > EXAMPLES else []
+        found.add_row(severity, kind, str(count), "\n".join([*first, *more]))
+    if not report.faults:
+        found.add_row("nothing to complain about")
+    for name, value in figures_of(report.forecast):
+        foreseen.add_row(name, value)
+    console.print(found, foreseen, sep="\n")
+
+
+@contextmanager
+def progress() -> Iterator[Said]:
+    """A bar on stderr, and what an audit tells its progress to."""
+    from rich.console import Console
+    from rich.progress import Progress, TaskID
+
+    console = Console(stderr=True)
+    tasks: dict[str, TaskID] = {}
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+
+        def said(what: str, done: int, total: int) -> None:
+            if what not in tasks:
+                tasks[what] = bar.add_task(what, total=total)
+            bar.update(tasks[what], completed=done)
+
+        yield said
