@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
 
 
 class Record(BaseModel):
@@ -68,7 +68,18 @@ class ClipObjective(Record):
     projection_dim: int
 
 
-class DiffusionObjective(Record):
+class ScoreObjective(Record):
+    """What all trainings of a score have in common."""
+
+    weighting: str = "uniform"
+    times: str = "stratified"
+    caption_dropout: float = Field(0.1, ge=0, le=1)
+    noise_offset: float = Field(0, ge=0)  # deviation of what is added to a whole channel's noise (Guttenberg 2023)
+    input_perturbation: float = Field(0, ge=0)  # of the noise that the network sees (Ning et al. 2023)
+    attention: str = "sdpa"
+
+
+class DiffusionObjective(ScoreObjective):
     """The latent U-Net."""
 
     kind: Literal["diffusion"]
@@ -78,12 +89,50 @@ class DiffusionObjective(Record):
     prediction: str = "v"
     schedule: str = "squaredcos_cap_v2"
     rescale_betas_zero_snr: bool = False  # end in pure noise (Lin et al. 2024)
-    weighting: str = "uniform"
-    times: str = "stratified"
-    caption_dropout: float = Field(0.1, ge=0, le=1)
-    noise_offset: float = Field(0, ge=0)  # deviation of what is added to a whole channel's noise (Guttenberg 2023)
-    input_perturbation: float = Field(0, ge=0)  # of the noise that the network sees (Ning et al. 2023)
-    attention: str = "sdpa"
+
+
+class TuneObjective(ScoreObjective):
+    """A pretrained model, or a part of it, on people's own pictures; prediction and schedule are the model's own."""
+
+    kind: Literal["tune"]
+    pretrained_model_name_or_path: str | None = None  # a folder, a single file or a hub repository; None: picto
+    revision: str | None = None
+    variant: str | None = None
+    method: Literal["full", "lora", "textual_inversion"] = "lora"
+    frozen_dtype: Literal["bfloat16", "float32"] = "bfloat16"  # of all that does not learn; the rest is float32
+    train_text_encoder: bool = False
+    rank: int = Field(8, gt=0)
+    alpha: float | None = Field(None, gt=0)  # None: the rank, for a scale of 1
+    dora: bool = False
+    targets: tuple[str, ...] = ("attention",)  # of ldm.nn.lora_train
+    prior_preservation: bool = False  # learn the model's own pictures of a class as well (Ruiz et al. 2023)
+    class_prompt: str | None = None
+    num_class_images: int = Field(24, gt=0)
+    prior_loss_weight: float = Field(1.0, ge=0)
+    placeholder_token: str | None = None  # the new word, as captions have it (Gal et al. 2022)
+    initializer_token: str | None = None  # a known word to begin with
+    num_vectors: int = Field(1, gt=0)
+    validation_data_dir: Path | None = None  # held-out pictures, read as the others are
+
+    @model_validator(mode="after")
+    def _complete(self) -> TuneObjective:
+        needed = {"class_prompt"} if self.prior_preservation else set()
+        if self.method == "textual_inversion":
+            needed |= {"placeholder_token", "initializer_token"}
+            if self.train_text_encoder:
+                raise ValueError("train_text_encoder: textual inversion learns a word alone")
+        if missing := sorted(name for name in needed if not getattr(self, name)):
+            raise ValueError(f"{missing[0]} is needed")
+        return self
+
+
+def _kind_of_data(values: Any) -> str:
+    return "scenes" if isinstance(values, SceneData) or (isinstance(values, dict) and "sprites" in values) else "folder"
+
+
+Data = Annotated[
+    Annotated[SceneData, Tag("scenes")] | Annotated[FolderData, Tag("folder")], Discriminator(_kind_of_data)
+]
 
 
 class Recipe(Record):
@@ -92,8 +141,10 @@ class Recipe(Record):
     `train_batch_size` is the whole batch of one optimizer step, however many processes and accumulated parts share it.
     """
 
-    objective: Annotated[AutoencoderObjective | ClipObjective | DiffusionObjective, Field(discriminator="kind")]
-    data: SceneData
+    objective: Annotated[
+        AutoencoderObjective | ClipObjective | DiffusionObjective | TuneObjective, Field(discriminator="kind")
+    ]
+    data: Data
     output_dir: Path
     seed: int = Field(0, ge=0)
     max_train_steps: int = Field(gt=0)
@@ -121,6 +172,20 @@ class Recipe(Record):
     validation_steps: int = Field(500, gt=0)
     validation_prompts: tuple[str, ...] = ()
     validation_guidance: float = 2.5
+
+    @property
+    def scenes(self) -> SceneData:
+        """The data of a training on scenes; ValueError where it is people's own pictures."""
+        if isinstance(self.data, SceneData):
+            return self.data
+        raise ValueError(f"data: objective {self.objective.kind} learns from scenes: give sprites")
+
+    @property
+    def folder(self) -> FolderData:
+        """The data of a training on people's own pictures; ValueError where it is scenes."""
+        if isinstance(self.data, FolderData):
+            return self.data
+        raise ValueError(f"data: objective {self.objective.kind} learns from pictures: give train_data_dir")
 
 
 class _Loader(yaml.SafeLoader):
@@ -178,11 +243,11 @@ def _override(values: dict, item: str) -> None:
 def _explain(error: ValidationError) -> str:
     """The first fault in one line, with the nearest valid name of an unknown key."""
     fault = error.errors()[0]
-    tags = {"autoencoder", "clip", "diffusion"}
+    tags = {"autoencoder", "clip", "diffusion", "tune", "scenes", "folder"}
     place = [str(p) for p in fault["loc"] if p not in tags]
     if fault["type"] != "extra_forbidden":
         return f"{'.'.join(place)}: {fault['msg']}"
-    models = (Recipe, SceneData, FolderData, AutoencoderObjective, ClipObjective, DiffusionObjective)
+    models = (Recipe, SceneData, FolderData, AutoencoderObjective, ClipObjective, DiffusionObjective, TuneObjective)
     close = difflib.get_close_matches(place[-1], {name for m in models for name in m.model_fields}, 1)
     hint = f"; did you mean {close[0]!r}?" if close else ""
     return f"{'.'.join(place)}: unknown option{hint}"

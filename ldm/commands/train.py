@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from ldm.commands.check import heed
+
 
 def train(
     recipe: Annotated[Path, typer.Argument(metavar="RECIPE.yaml")],
@@ -16,6 +18,7 @@ def train(
     from ldm.config import load_recipe
 
     loaded = load_recipe(recipe, overrides or [])
+    heed(loaded)
     from ldm.train.loop import train as run
     from ldm.train.setup import task_for
 

@@ -91,17 +91,19 @@ def diffusion_loss(
     noise: Tensor,
     weight: Weight = uniform,
     perturbation: Tensor | float = 0.0,
+    mask: Tensor | None = None,
 ) -> Tensor:
     """w(t) mean |output(x_t, t) - target|^2 of each image (Ho et al. 2020, eq. 14, generalised).
 
     x0 and noise [B, ...]; t [B] in (0, 1], on the host. Returns [B], float32; the caller takes the mean.
     `perturbation` is noise that x_t has beyond the target's: x_t = alpha x_0 + sigma (noise + perturbation) (Ning et
-    al. 2023, eq. 9).
+    al. 2023, eq. 9). `mask` [B, 1, h, w] weighs each place's squares.
     """
     alpha, sigma = denoiser.sde.marginal(t)
     target = denoiser.prediction.target(x0, noise, per_image(alpha, x0), per_image(sigma, x0))
     output = denoiser.output(denoiser.sde.perturb(x0, noise + perturbation, t), t, cond)
-    error = (output - target.float()).square().flatten(1).mean(1)
+    squares = (output - target.float()).square()
+    error = (squares if mask is None else mask * squares).flatten(1).mean(1)
     return error * per_image(weight(denoiser.prediction, denoiser.sde, t), error)
 
 

@@ -43,7 +43,7 @@ class AutoencoderTask:
         torch.manual_seed(recipe.seed)  # the initial weights
         self.model = Reconstruction(vae.autoencoder(objective.model))
         vae.start_linear(self.model.vae)
-        data = recipe.data
+        data = recipe.scenes
         self.scenes = Scenes(data.sprites, size=data.size, seed=recipe.seed)
         others = Scenes(data.sprites, size=data.size, seed=recipe.seed, split="held-out")
         self.held_out = np.stack([others[k].image for k in range(HELD_OUT)])

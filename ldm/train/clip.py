@@ -40,7 +40,7 @@ class ClipTask:
 
     def __init__(self, recipe: Recipe, objective: ClipObjective) -> None:
         self.recipe, self.objective = recipe, objective
-        data = recipe.data
+        data = recipe.scenes
         self.scenes = Scenes(data.sprites, size=data.size, seed=recipe.seed)
         captions = list(corpus(self.scenes))
         self.tokenizer = clip.learn_vocabulary(captions, objective.vocab_size, objective.context_length)

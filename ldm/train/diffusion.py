@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -21,23 +21,20 @@ from ldm.conditioning import Conditioning
 from ldm.config import DiffusionObjective, Recipe
 from ldm.data.cache import latents
 from ldm.data.scenes import open_scenes
-from ldm.diffusion.denoiser import Denoiser
 from ldm.diffusion.guidance import guide
-from ldm.diffusion.objective import TIMES, WEIGHTS, diffusion_loss
 from ldm.diffusion.prediction import PREDICTIONS
 from ldm.diffusion.samplers import dpmpp_2m, sample
-from ldm.diffusion.sde import per_image
 from ldm.diffusion.spacing import choose, trailing
 from ldm.images import contact_sheet, to_pil
 from ldm.nn.text import Tower, tokens, warn_of_cuts
 from ldm.nn.unet import UNet, UNetConfig
 from ldm.nn.vae import decode
 from ldm.rng import Noise
-from ldm.train.draws import draw, draw_uniform
+from ldm.train.draws import draw_uniform
+from ldm.train.score import LEVELS, Matching, by_level, standard_error
 from ldm.train.task import Batch, Figures, Visit
 
 HELD_OUT = 512
-LEVELS = 8  # the noise levels of the validation loss
 
 
 class DiffusionTask:
@@ -56,57 +53,32 @@ class DiffusionTask:
         self.model = UNet(UNetConfig.from_dict(objective.unet), attention=objective.attention)
         self.schedule = noise_schedule(objective)
         self.sde = schedule_of(self.schedule).sde
-        self.prediction = choose(PREDICTIONS, objective.prediction, "prediction")
-        self.weight = choose(WEIGHTS, objective.weighting, "weighting")
-        self.times = choose(TIMES, objective.times, "times")
+        prediction = choose(PREDICTIONS, objective.prediction, "prediction")
+        self.matching = Matching(recipe.seed, objective, self.sde, prediction)
         cache = recipe.output_dir.parent / "cache"
-        train, held_out = (open_scenes(recipe.data, recipe.seed, split) for split in ("train", "held-out"))
-        self.latents = latents(train, recipe.data.latents, objective.vae, cache, device, said)
+        train, held_out = (open_scenes(recipe.scenes, recipe.seed, split) for split in ("train", "held-out"))
+        self.latents = latents(train, recipe.scenes.latents, objective.vae, cache, device, said)
         self.held_out = latents(held_out, HELD_OUT, objective.vae, cache, device)
         warn_of_cuts(self.tokenizer, [*self.latents.captions, *self.held_out.captions])
 
     def batch(self, k: int, rows: range) -> Batch:
-        """Noise, times and dropped captions are keyed; a time may depend on its row's place in the whole batch."""
         seed, size = self.recipe.seed, self.recipe.train_batch_size
         whole = visited(len(self.latents), seed, k * size, size)
-        t, importance = self.times(self.sde, draw_uniform(seed, whole, "time"))
-        visits, here = whole[rows.start : rows.stop], slice(rows.start, rows.stop)
+        visits = whole[rows.start : rows.stop]
         mean, std = self.latents.posterior(np.array([visit.sample for visit in visits]))
-        noise, extra = self._noise(visits, mean.shape[1:])
+        drawn = self.matching.drawn(whole, rows, mean.shape[1:])
         dropped = draw_uniform(seed, visits, "caption") < self.objective.caption_dropout
         captions = ["" if d else self.latents.captions[int(v.sample)] for d, v in zip(dropped, visits, strict=True)]
-        return {
-            "visits": visits,
-            "x0": mean + std * draw(seed, visits, "posterior", mean.shape[1:]),
-            "noise": noise,
-            "perturbation": extra,
-            "ids": tokens(self.tokenizer, captions),
-            "t": t[here],
-            "importance": importance[here],
-        }
-
-    def _noise(self, visits: Sequence[Visit], shape: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """The noise that is predicted, and what more of it the network sees; of an offset, one number a channel."""
-        seed, offset, more = self.recipe.seed, self.objective.noise_offset, self.objective.input_perturbation
-        noise = draw(seed, visits, "noise", shape)
-        if offset:
-            noise = noise + offset * draw(seed, visits, "offset", (shape[0], 1, 1))
-        return noise, more * draw(seed, visits, "perturbation", shape) if more else torch.zeros(1)
+        return {**drawn, "x0": mean + std * drawn["posterior"], "ids": tokens(self.tokenizer, captions)}
 
     @torch.no_grad()
     def _text(self, ids: Tensor) -> Conditioning:
         states, _ = self.tower.states(ids)
         return Conditioning(states)
 
-    def _denoiser(self, model: nn.Module) -> Denoiser:
-        return Denoiser(model, self.sde, self.prediction)
-
     def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Figures]:
-        device = next(model.parameters()).device
-        x0, noise = (batch[name].to(device, memory_format=torch.channels_last) for name in ("x0", "noise"))
-        cond, extra = self._text(batch["ids"]), batch["perturbation"].to(device)
-        losses = diffusion_loss(self._denoiser(model), x0, cond, batch["t"], noise, self.weight, extra)
-        return losses * per_image(batch["importance"], losses), {}
+        x0 = batch["x0"].to(next(model.parameters()).device, memory_format=torch.channels_last)
+        return self.matching.losses(model, x0, self._text(batch["ids"]), batch), {}
 
     @torch.no_grad()
     def validate(self, model: UNet) -> dict[str, float]:
@@ -116,22 +88,14 @@ class DiffusionTask:
         """
         rows = [self._held_out_losses(model, rows) for rows in np.array_split(np.arange(HELD_OUT), HELD_OUT // 64)]
         losses = torch.cat(rows).unflatten(0, (-1, LEVELS)).double()  # [pictures of a level, LEVELS]
-        mean, error = losses.mean(0), (losses.var(0) / len(losses)).sqrt()
-        return {
-            "loss": mean.mean().item(),
-            "loss_se": error.square().sum().sqrt().item() / LEVELS,
-            **{f"loss_{i}": value for i, value in enumerate(mean.tolist())},
-            **{f"loss_{i}_se": value for i, value in enumerate(error.tolist())},
-        }
+        error = standard_error(losses).square().sum().sqrt() / LEVELS
+        return {"loss": losses.mean().item(), "loss_se": error.item(), **by_level(losses)}
 
     def _held_out_losses(self, model: UNet, rows: np.ndarray) -> Tensor:
         """The losses of some held-out pictures [B], row i at level i mod LEVELS, noise by the picture's number."""
-        device = next(model.parameters()).device
-        x0 = self.held_out.posterior(rows).mean.to(device)
-        t = (torch.arange(len(rows)) % LEVELS + 0.5) / LEVELS
+        x0 = self.held_out.posterior(rows).mean.to(next(model.parameters()).device)
         ids = tokens(self.tokenizer, [self.held_out.captions[row] for row in rows])
-        with torch.autocast(device.type, torch.bfloat16):
-            return diffusion_loss(self._denoiser(model), x0, self._text(ids), t, Noise(rows.tolist())(x0)).cpu()
+        return self.matching.at_levels(model, x0, self._text(ids), rows.tolist())
 
     @torch.no_grad()
     def samples(self, model: UNet) -> Image.Image | None:
@@ -142,7 +106,7 @@ class DiffusionTask:
         device = next(model.parameters()).device
         with torch.autocast(device.type, torch.bfloat16):
             cond, uncond = (self._text(tokens(self.tokenizer, p)) for p in (prompts, [""] * len(prompts)))
-            denoise = guide(self._denoiser(model), cond, uncond, self.recipe.validation_guidance)
+            denoise = guide(self.matching.denoiser(model), cond, uncond, self.recipe.validation_guidance)
             noise = Noise(range(len(prompts)))
             x = noise(torch.zeros(len(prompts), *self.latents.mean.shape[1:])).to(device)
             x = sample(dpmpp_2m, denoise, x, trailing(self.sde, 20), noise)

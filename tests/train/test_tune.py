@@ -1,0 +1,146 @@
+"""Tuning: what learns, what is written, and that a run which was killed ends as one that was not."""
+
+import json
+
+import pytest
+import torch
+import yaml
+from diffusers import UNet2DConditionModel
+from PIL import Image
+from safetensors.torch import load_file
+
+from ldm.checkpoints.formats import load
+from ldm.config import load_recipe
+from ldm.pipeline import Pipeline
+from ldm.train.loop import train
+from ldm.train.setup import task_for
+from runs import COMMON, assert_equal, go
+
+
+@pytest.fixture
+def tuning(tiny, tmp_path):
+    """Writes a recipe that tunes the tiny model on six squares."""
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    names = ["red", "blue", "green", "yellow", "black", "white"]
+    for name in names:
+        Image.new("RGB", (32, 32), name).save(pictures / f"{name}.png")
+    lines = [json.dumps({"file_name": f"{n}.png", "text": f"a {n} zorb"}) for n in names]
+    (pictures / "metadata.jsonl").write_text("\n".join(lines) + "\n")
+    sizes = {"resolution": 32, "min_bucket_reso": 32, "max_bucket_reso": 32, "bucket_reso_steps": 16}
+
+    def write(folder="run", **objective):
+        values = {
+            **COMMON,
+            "output_dir": str(tmp_path / folder),
+            "objective": {"kind": "tune", "pretrained_model_name_or_path": str(tiny), **objective},
+            "data": {"train_data_dir": str(pictures), "center_crop": True, "random_flip": True, **sizes},
+            "validation_prompts": ["a red zorb"],
+        }
+        path = tmp_path / f"{folder}.yaml"
+        path.write_text(yaml.safe_dump(values))
+        return path
+
+    return write
+
+
+LORA = {"method": "lora", "rank": 2, "targets": ["attention", "convolutions"], "train_text_encoder": True}
+WORD = {"method": "textual_inversion", "placeholder_token": "zorb", "initializer_token": "red", "num_vectors": 2}
+
+
+@pytest.mark.parametrize("method", [{"method": "full"}, LORA, WORD], ids=lambda method: method["method"])
+def test_a_killed_tuning_ends_with_the_bits_of_one_that_was_not(method, tuning, tmp_path, monkeypatch):
+    go(tuning("whole", **method))
+    broken = load_recipe(tuning("broken", **method))
+    task = task_for(broken)
+    loss, calls = task.loss, []
+
+    def dies(*words):
+        calls.append(1)
+        if len(calls) == 5:  # two steps past the checkpoint
+            raise RuntimeError("killed")
+        return loss(*words)
+
+    monkeypatch.setattr(task, "loss", dies)
+    with pytest.raises(RuntimeError, match="killed"):
+        train(broken, task)
+    go(tuning("broken", **method))
+    assert_equal(tmp_path / "whole", tmp_path / "broken")
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_an_exported_adapter_is_what_was_learnt_in_ours_and_in_diffusers(dora, tuning, tiny, tmp_path):
+    recipe = load_recipe(tuning(**{**LORA, "train_text_encoder": False, "frozen_dtype": "float32", "dora": dora}))
+    task = task_for(recipe)
+    names = [name for name, _ in task.model.named_parameters()]
+    assert names and all(".lora_" in name for name in names)
+    drawn = torch.Generator().manual_seed(1)
+    for name, parameter in task.model.named_parameters():
+        if "magnitude" not in name:
+            parameter.data = 0.1 * torch.randn(parameter.shape, generator=drawn)
+    task.method.export(task.tuned, task.objective, tmp_path / "out")
+    x, text, t = (torch.randn(shape, generator=drawn) for shape in ((1, 4, 8, 8), (1, 16, 32), (1,)))
+    t = t.abs() * 100
+    from ldm.conditioning import Conditioning
+
+    with torch.no_grad():
+        learnt = task.model(x, t, Conditioning(text))
+        plain = Pipeline.from_pretrained(tiny, device="cpu")
+        base = plain.model.unet(x, t, Conditioning(text))
+        assert (learnt - base).abs().max() > 1e-2
+        for file in ("pytorch_lora_weights.safetensors", "lora_kohya.safetensors"):
+            plain.load_lora_weights(tmp_path / "out" / file)
+            torch.testing.assert_close(plain.model.unet(x, t, Conditioning(text)), learnt, rtol=1e-4, atol=1e-4)
+            plain.unload_lora_weights()
+        twin = UNet2DConditionModel.from_pretrained(tiny / "unet", torch_dtype=torch.float32).eval()
+        twin.load_lora_adapter(load_file(tmp_path / "out" / "pytorch_lora_weights.safetensors"), prefix="unet")
+        torch.testing.assert_close(twin(x, t, text).sample, learnt, rtol=1e-4, atol=1e-4)
+
+
+def test_a_fresh_adapter_changes_nothing_and_a_copy_shares_what_is_frozen(tuning, tiny):
+    import copy
+
+    task = task_for(load_recipe(tuning(**LORA, frozen_dtype="float32")))
+    from ldm.conditioning import Conditioning
+
+    x, text, t = torch.ones(1, 4, 8, 8), torch.ones(1, 16, 32), torch.tensor([500.0])
+    with torch.no_grad():
+        base = load(tiny, torch.device("cpu"), torch.float32).unet(x, t, Conditioning(text))
+        assert torch.equal(task.model(x, t, Conditioning(text)), base)
+    twin = copy.deepcopy(task.model)
+    for one, other in zip(task.tuned.unet.parameters(), twin.whole.unet.parameters(), strict=True):
+        assert (one is other) != one.requires_grad
+    assert twin.state_dict().keys() == task.model.state_dict().keys()
+
+
+def test_a_word_that_was_learnt_is_what_a_pipeline_reads(tuning, tmp_path):
+    export = go(tuning(**WORD))
+    pipe = task_for(load_recipe(tuning(**WORD))).method.reopen(load_recipe(tuning(**WORD)).objective, export)
+    ema = load_file(tmp_path / "run" / "checkpoint-6" / "ema.safetensors")
+    (vectors,) = ema.values()
+    assert torch.equal(pipe.texts.embeddings["zorb"][0], vectors) and len(vectors) == 2
+    assert list(ema) == ["text_encoder.embeddings.token_embedding.vectors"]
+
+
+def test_the_prior_counts_by_its_weight_however_many_pictures_it_has(tuning):
+    prior = {"prior_preservation": True, "class_prompt": "a cat", "num_class_images": 3, "prior_loss_weight": 0.5}
+    task = task_for(load_recipe(tuning(**LORA, **prior)))
+    own = torch.tensor([not sample.key.startswith("2:") for sample in task.dataset.samples])
+    assert own.sum() == 6 and (~own).sum() == 3
+    assert task.weights[own].sum() == 6 and task.weights[~own].sum() == 0.5 * 6
+    assert {s.caption for s in task.dataset.samples if s.key.startswith("2:")} == {"a cat"}
+
+
+@pytest.mark.parametrize(
+    "objective, said",
+    [
+        ({"method": "textual_inversion"}, "initializer_token is needed"),
+        ({"prior_preservation": True}, "class_prompt is needed"),
+        ({**WORD, "train_text_encoder": True}, "textual inversion learns a word alone"),
+        ({"targets": ["everything"]}, "targets 'everything': choose from attention"),
+        ({**WORD, "placeholder_token": "glorb"}, "no caption has it"),
+    ],
+)
+def test_what_cannot_be_tuned_is_refused_in_words(objective, said, tuning):
+    with pytest.raises(ValueError, match=said):
+        task_for(load_recipe(tuning(**objective)))
