@@ -7,7 +7,7 @@ import sys
 
 import typer
 
-from ldm.commands import generate, measure, models, train
+from ldm.commands import batch, check, generate, measure, models, train, verify
 
 app = typer.Typer(
     add_completion=False,
@@ -17,10 +17,13 @@ app = typer.Typer(
 )
 COMMANDS = (
     generate.generate,
+    batch.batch,
     train.train,
+    check.check,
     train.average,
     measure.likelihood,
     measure.invert,
+    verify.verify,
     models.inspect,
     models.convert,
     models.info,

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from itertools import groupby
+from typing import Any
 
 import torch
 from PIL import Image
@@ -26,6 +28,8 @@ from ldm.nn.vae import decode, downscale
 from ldm.request import Request, again, interval, time_ids
 from ldm.rng import Noise
 from ldm.texts import Texts
+
+AHEAD = 2  # groups that may wait to be decoded
 
 
 @dataclass(frozen=True)
@@ -74,47 +78,136 @@ class Group:
         return self.progress == 1
 
 
+class Waiting:
+    """Drawings that wait for room: second passes, then requests, which are asked for one at a time."""
+
+    def __init__(self, requests: Iterable[Request | None]) -> None:
+        self.passes: deque[Drawing] = deque()
+        self.ended = False
+        self._requests, self._count = iter(requests), 0
+
+    def take(self, room: int) -> list[Drawing]:
+        """At most so many, fewer where no more is ready."""
+        taken: list[Drawing] = []
+        while len(taken) < room and (self.passes or not self.ended):
+            if self.passes:
+                taken.append(self.passes.popleft())
+                continue
+            try:
+                request = next(self._requests)
+            except StopIteration:
+                self.ended = True
+                break
+            if request is None:
+                break
+            taken.append(Drawing(self._count, request, 0.5 if request.upscale else 1.0))
+            self._count += 1
+        return taken
+
+
+@dataclass
+class Thrifty:
+    """A function of rows, asked of at most `limit` at a time, and of half as many once memory runs out.
+
+    What was being asked is asked again in parts. With `fixed` every call is of `limit` rows, copies of its last one
+    filling it up, so that each row's answer is the same bit for bit whatever the others are: kernels are chosen by
+    shapes. Such a limit stays.
+    """
+
+    function: Callable[..., Tensor]
+    limit: int
+    fixed: bool = False
+
+    def __call__(self, *rows: Any) -> Tensor:
+        while True:
+            asked = min(self.limit, len(rows[0]))
+            try:
+                return self._in_parts(rows)
+            except torch.OutOfMemoryError:
+                if asked == 1 or self.fixed:
+                    raise
+            self.limit = asked // 2  # outside of `except`, whose traceback holds tensors
+
+    def _in_parts(self, rows: Sequence[Any]) -> Tensor:
+        count = len(rows[0])
+        if count <= self.limit and not self.fixed:
+            return self.function(*rows)
+        answers = []
+        for start in range(0, count, self.limit):
+            part = [row[start : start + self.limit] for row in rows]
+            some = len(part[0])
+            if self.fixed:
+                chosen = [*range(some), *[some - 1] * (self.limit - some)]
+                part = [row[chosen] for row in part]
+            answers.append(self.function(*part)[:some])
+        return torch.cat(answers)
+
+
 class Scheduler:
     """Draws requests of any mixture of prompts, seeds, sizes, steps, samplers, guidance and editing with one model.
 
     It joins the questions of all running groups into one call of the network for each shape of latents and text,
-    retires what is finished and admits what waits: continuous batching. It keeps nothing between two runs, so that
-    threads may run at the same time.
+    retires what is finished and admits what waits: continuous batching. Pictures are decoded beside the next calls, by
+    a thread. `batch_size` pictures are drawn at a time, fewer from when memory runs out. With `fixed` every call of the
+    network is of so many rows, as `Thrifty` says; a picture is two where it is guided. Beside the sizes of calls it
+    keeps nothing between two runs, so that threads may run at the same time.
     """
 
-    def __init__(self, model: Checkpoint, texts: Texts, batch_size: int) -> None:
-        self.model, self.texts, self.batch_size = model, texts, batch_size
+    def __init__(self, model: Checkpoint, texts: Texts, batch_size: int, fixed: int | None = None) -> None:
+        self.model, self.texts = model, texts
         self.denoiser = Denoiser(model.unet, model.sde, model.prediction, model.unet.dtype)
+        self.calls = Thrifty(model.unet, fixed or 2 * batch_size, fixed is not None)
+        self.decodes = Thrifty(partial(decode, model.vae), 1 if fixed else batch_size, fixed is not None)
+        self._batch_size = batch_size
+
+    @property
+    def batch_size(self) -> int:
+        """How many pictures are drawn at a time."""
+        return max(1, min(self._batch_size, self.calls.limit // 2))
 
     @torch.inference_mode()
-    def run(self, requests: Sequence[Request], said: Callable[[float], None]) -> Iterator[tuple[int, Image.Image]]:
+    def run(
+        self, requests: Iterable[Request | None], said: Callable[[float], None]
+    ) -> Iterator[tuple[int, Image.Image]]:
         """(index, picture) of requests with their defaults filled in, as they are finished.
 
-        `said(share)` hears of that much more of a picture, 1 in all for each.
+        A request is asked for when there is room for it; None says that none is ready yet, which shall be said only
+        while a picture is being drawn. `said(share)` hears of that much more of a picture, 1 in all for each.
         """
-        waiting = deque(Drawing(k, r, 0.5 if r.upscale else 1.0) for k, r in enumerate(requests))
-        running: list[Group] = []
+        waiting, running = Waiting(requests), list[Group]()
         asked: list[tuple[list[Group], Denoise]] = []
-        while waiting or running:
-            free = self.batch_size - sum(map(len, running))
-            if waiting and free > 0:
-                running += self._admit([waiting.popleft() for _ in range(min(free, len(waiting)))])
-                asked = self._join(running)
-            for groups, denoise in asked:
-                x0 = denoise(torch.cat([g.x for g in groups]), [g.point for g in groups for _ in range(len(g))])
-                for group, part in zip(groups, x0.split([len(g) for g in groups]), strict=True):
-                    group.answer(part)
-            said(sum(group.news() for group in running))
-            finished = [group for group in running if group.done]
-            if finished:
-                running = [group for group in running if not group.done]
-                asked = self._join(running)
-            for drawing, picture in self._finish(finished):
-                if drawing.request.upscale:
-                    request = again(drawing.request, picture, downscale(self.model.vae))
-                    waiting.appendleft(Drawing(drawing.index, request, drawing.share))
-                else:
-                    yield drawing.index, picture
+        drawn: deque[Future[list[tuple[Drawing, Image.Image]]]] = deque()
+        with ThreadPoolExecutor(1, "decode") as decoder:
+            while running or drawn or waiting.passes or not waiting.ended:
+                arrivals = waiting.take(self.batch_size - sum(map(len, running)))
+                if arrivals:
+                    running += self._admit(arrivals)
+                    asked = self._join(running)
+                self._step(asked)
+                said(sum(group.news() for group in running))
+                finished = [group for group in running if group.done]
+                if finished:
+                    running = [group for group in running if not group.done]
+                    asked = self._join(running)
+                drawn += [decoder.submit(self._finish, group) for group in finished]
+                while drawn and (drawn[0].done() or len(drawn) > AHEAD or not running):
+                    for drawing, picture in drawn.popleft().result():
+                        if drawing.request.upscale:
+                            request = again(drawing.request, picture, downscale(self.model.vae))
+                            waiting.passes.append(Drawing(drawing.index, request, drawing.share))
+                        else:
+                            yield drawing.index, picture
+
+    def prepare(self, request: Request) -> None:
+        """Encode a request's texts ahead of its turn, in another thread if need be."""
+        self._texts(Drawing(0, request, 1.0), 1)
+
+    def _step(self, asked: Sequence[tuple[list[Group], Denoise]]) -> None:
+        """One call of the network for each shape: the groups go on with what it answers."""
+        for groups, denoise in asked:
+            x0 = denoise(torch.cat([g.x for g in groups]), [g.point for g in groups for _ in range(len(g))])
+            for group, part in zip(groups, x0.split([len(g) for g in groups]), strict=True):
+                group.answer(part)
 
     def _admit(self, arrivals: Sequence[Drawing]) -> list[Group]:
         """Groups of consecutive drawings that can march in step."""
@@ -158,7 +251,7 @@ class Scheduler:
         requests = [drawing.request for drawing in drawings]
         cond, uncond = zip(*(self._texts(drawing, length) for drawing in drawings), strict=True)
         denoise = guide(
-            self.denoiser,
+            replace(self.denoiser, network=self.calls),
             Conditioning.cat(cond),
             Conditioning.cat(uncond),
             torch.tensor([r.guidance_scale for r in requests], dtype=torch.float64),
@@ -187,11 +280,10 @@ class Scheduler:
         r = drawing.request
         return self.texts.length(r.prompt, r.negative_prompt, r.guidance_scale)
 
-    def _finish(self, groups: Sequence[Group]) -> Iterator[tuple[Drawing, Image.Image]]:
-        for group in groups:
-            pictures = to_pil(decode(self.model.vae, group.x))
-            for drawing, picture in zip(group.members, pictures, strict=True):
-                yield drawing, picture if drawing.canvas is None else drawing.canvas.finish(picture)
+    @torch.inference_mode()
+    def _finish(self, group: Group) -> list[tuple[Drawing, Image.Image]]:
+        pictures = zip(group.members, to_pil(self.decodes(group.x)), strict=True)
+        return [(d, picture if d.canvas is None else d.canvas.finish(picture)) for d, picture in pictures]
 
     def grid(self, request: Request) -> Grid:
         """The noise levels of a request whose number of steps is known."""

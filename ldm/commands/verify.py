@@ -1,0 +1,74 @@
+"""`ldm verify`: do pictures regenerate from their own metadata?"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ldm.commands.batch import Opener
+from ldm.commands.options import AsJson, Loras, Model, Words, named, opens_model, weighted
+
+
+@opens_model()
+def verify(
+    model: Model,
+    path: Annotated[Path, typer.Argument(metavar="IMAGE|DIR", show_default=False)],
+    image: Annotated[Path | None, typer.Option(help="The picture that it began from.")] = None,
+    mask: Annotated[Path | None, typer.Option(help="What of that was redrawn.")] = None,
+    lora: Loras = None,
+    embedding: Words = None,
+    as_json: AsJson = False,
+) -> None:
+    """Draw a picture, or all in a folder, again from its metadata, and compare: status 0 where all are equal, else 1.
+
+    Equal is within 1 of 255 in each pixel (8 in a JPEG). Where the weights, the autoencoder, an adapter or an embedding
+    are others, that is said instead. The dtype is the one that the first picture was drawn in, unless one is given.
+    """
+    files = pictures(path)
+    from ldm.images import read_mask, read_picture
+    from ldm.jobs.verify import read_claim, verify
+
+    claim = next(claims(files), None) if path.is_dir() else read_claim(path)
+    if claim is None:
+        raise ValueError(f"{path}: no picture of ldm in it")
+    if model.dtype == "auto":
+        model = replace(model, dtype=claim.record.get("dtype", "auto"))
+    given = None if image is None else read_picture(image), None if mask is None else read_mask(mask)
+    pipe = Opener(model, tuple(map(weighted, lora or [])), tuple(map(named, embedding or [])))()
+    verdicts = []
+    for verdict in verify(files, pipe, *given):
+        verdicts.append(verdict.equal)
+        if as_json:
+            print(json.dumps({**verdict._asdict(), "file": str(verdict.file)}), flush=True)
+        else:
+            print(f"{'ok  ' if verdict.equal else 'FAIL'} {verdict.file}: {verdict.said}", flush=True)
+    raise typer.Exit(0 if all(verdicts) else 1)
+
+
+def pictures(path: Path) -> list[Path]:
+    """The picture file at a path, or all below a folder but hidden ones and a gallery's thumbnails."""
+    from ldm.jobs.outputs import OUTPUTS
+
+    if not path.exists():
+        raise ValueError(f"{path}: No such file or directory")
+    if not path.is_dir():
+        return [path]
+    suffixes = {f".{output.suffix}" for output in OUTPUTS.values()} | {".jpeg"}
+    below = (file for file in path.rglob("*") if file.suffix.lower() in suffixes)
+    return sorted(f for f in below if not any(p.startswith(".") or p == "thumbs" for p in f.relative_to(path).parts))
+
+
+def claims(files: list[Path]) -> Iterator:
+    """What those of the files say that say anything."""
+    from ldm.jobs.verify import read_claim
+
+    for file in files:
+        try:
+            yield read_claim(file)
+        except ValueError:
+            continue

@@ -1,0 +1,1 @@
+"""Jobs: files of prompts to folders of pictures, exactly once."""

@@ -1,0 +1,150 @@
+"""The driver of a job: its folder is made or found again, its source checked, its workers watched to the end."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from ldm.checkpoints.files import read_json, write_json
+from ldm.files import publish
+from ldm.jobs.engines import Engine
+from ldm.jobs.items import fingerprint
+from ldm.jobs.leases import Leases
+from ldm.jobs.manifest import Manifest
+from ldm.jobs.outputs import OUTPUTS
+from ldm.jobs.worker import Job
+from ldm.pipeline import Pipeline
+from ldm.version import VERSION
+
+WATCH = 0.2  # seconds between two looks at the workers
+RECENT = 30.0  # seconds over which the rate is taken
+SAME = ("weights", "settings")  # of job.json: what a job keeps; its source may grow
+
+
+@dataclass(frozen=True)
+class State:
+    """How far a job is."""
+
+    done: int
+    failed: int
+    left: int
+    rate: float  # pictures a second
+    workers: int
+    batch_size: int  # the largest of all workers'
+
+    @property
+    def seconds_left(self) -> float | None:
+        """None where nobody can tell yet."""
+        return self.left / self.rate if self.rate else None
+
+    def record(self) -> dict[str, Any]:
+        """For programs."""
+        seconds = self.seconds_left
+        return {
+            "done": self.done,
+            "failed": self.failed,
+            "left": self.left,
+            "images_per_second": round(self.rate, 3),
+            "seconds_left": None if seconds is None else round(seconds, 1),
+            "workers": self.workers,
+            "batch_size": self.batch_size,
+        }
+
+
+def begin(job: Job, pipe: Pipeline, source: str) -> None:
+    """Write `job.json`, once; ValueError where the folder is another job's."""
+    found = fingerprint(pipe)
+    record = {
+        "source": source,
+        "model": job.model,
+        "weights": found,
+        "settings": {"dtype": str(pipe.model.unet.dtype), "output": job.output, "strict": job.strict},
+        "version": VERSION,
+    }
+    path = job.folder / "job.json"
+    if not path.exists():
+        with publish(path) as draft:
+            write_json(record, draft)
+    there = read_json(path)
+    for name, values in json.loads(json.dumps({key: record[key] for key in SAME})).items():
+        others: Any = there.get(name)
+        if not isinstance(others, dict):
+            raise ValueError(f"{path}: says no {name}")
+        for key, value in values.items():
+            if others.get(key) != value:
+                raise ValueError(
+                    f"{path}: another job: its {key} {'are not these' if key.endswith('s') else 'is not this'}"
+                )
+
+
+def plan(job: Job, pipe: Pipeline) -> set[str]:
+    """The ids of a shard's items, distinct; in `items.jsonl` each entry of the source has a line, with its item."""
+    names: set[str] = set()
+    i, n = job.shard
+    path = job.folder / ("items.jsonl" if n == 1 else f"items-{i}-of-{n}.jsonl")
+    suffix = OUTPUTS[job.output].suffix
+    with publish(path) as draft, draft.open("w", encoding="utf-8") as out:
+        for item in job.items(pipe):
+            names.add(item.id)
+            out.write(json.dumps({"line": item.line, "id": item.id, "file": item.file(suffix)}) + "\n")
+    return names
+
+
+class Watch:
+    """Looks at a job's folder while it is worked at, by anybody."""
+
+    def __init__(
+        self,
+        job: Job,
+        leases: Leases,
+        names: set[str],
+        timeout: float,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.names, self.left = names, set(names)
+        self.timeout, self.clock = timeout, clock
+        self.leases = leases
+        self.manifest = Manifest(job.folder)
+        self._mark: object = None
+        self._moved = clock()  # when a step was last finished
+        self._counts: list[tuple[float, int]] = []  # of finished items, lately
+
+    def state(self) -> State:
+        """How far the job is."""
+        self.left -= self.manifest.refresh() & self.manifest.done
+        statuses = [status for status in self.leases.statuses() if "steps" in status]
+        done, failed = len(self.names) - len(self.left), sum(name in self.left for name in self.manifest.failed)
+        now, mark = self.clock(), (done, failed, [status["steps"] for status in statuses])
+        if mark != self._mark:
+            self._mark, self._moved = mark, now
+        self._counts = [(t, n) for t, n in self._counts if now - t < RECENT] + [(now, done)]
+        since, before = self._counts[0]
+        rate = (done - before) / (now - since) if now > since else 0.0
+        sizes = [status.get("batch_size", 0) for status in statuses]
+        return State(done, failed, len(self.left) - failed, rate, len(sizes), max(sizes, default=0))
+
+    def stalled(self) -> str | None:
+        """Why the job is to end, where nobody has finished a step within `timeout` seconds."""
+        passed = self.clock() - self._moved
+        return f"no step was finished in {passed:.0f} seconds: the job is stuck" if passed > self.timeout else None
+
+
+class Stuck(RuntimeError):
+    """No worker makes progress."""
+
+
+def drive(engine: Engine, watch: Watch, told: Callable[[State], None]) -> None:
+    """Watch the workers to their end; RuntimeError with the reason where one ends too early, Stuck where all hang."""
+    while engine.poll():
+        told(watch.state())
+        if engine.reasons:
+            engine.stop()
+        if why := watch.stalled():
+            engine.kill()
+            raise Stuck(why)
+        time.sleep(WATCH)
+    if engine.reasons:
+        raise RuntimeError(engine.reasons[0])

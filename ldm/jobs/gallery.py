@@ -1,0 +1,233 @@
+"""A job's pictures on one page that opens from disk, and on contact sheets with labelled axes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from PIL import Image
+
+from ldm.diffusion.spacing import choose
+from ldm.files import publish
+from ldm.images import read_parameters
+from ldm.jobs import sheets
+from ldm.jobs.manifest import files
+from ldm.jobs.manifest import rows as rows_of
+from ldm.jobs.outputs import open_output
+from ldm.request import Request
+
+TEMPLATE = Path(__file__).with_name("gallery.html")
+PAGE, DATA, THUMBS = "index.html", "index.data", "thumbs"
+CHUNK = 5000  # rows in a file of the page's data: parsed in less than a frame
+THUMB = 256  # pixels: the longest side of a thumbnail
+EXACT = 2**53  # integers beyond it are not JavaScript's numbers
+
+RECORD = tuple(Request("").record())
+LABELS = {"negative_prompt": "negative", "num_inference_steps": "steps", "guidance_scale": "guidance"}
+OPTIONS = {  # of `ldm generate`; what has none of its own is told beside the command
+    "negative_prompt": "--negative",
+    "seed": "--seed",
+    "height": "--height",
+    "width": "--width",
+    "num_inference_steps": "--steps",
+    "guidance_scale": "--guidance",
+    "sampler": "--sampler",
+    "spacing": "--spacing",
+    "eta": "--eta",
+    "guidance_rescale": "--guidance-rescale",
+    "guidance_interval": "--guidance-interval",
+    "strength": "--strength",
+    "upscale": "--upscale",
+    "upscale_strength": "--upscale-strength",
+}
+
+
+class Table(NamedTuple):
+    """Pictures as columns: what all share is told once, what differs a row each."""
+
+    common: dict[str, Any]
+    columns: list[str]
+    rows: list[list[Any]]
+
+
+def write(folder: Path) -> Path:
+    """Write the page of a job's finished pictures, `index.html`; returns its path.
+
+    Beside it are `thumbs/` and `index.data/`; these and `images/` are all that it needs: no server and no network.
+    Written again, it makes only the thumbnails that are missing. ValueError where the folder holds no manifest.
+    """
+    folder = Path(folder)
+    done, failed = read(folder)
+    make_thumbs(folder, done)
+    table = tabulate([values(folder, line) for line in done])
+    chunks = write_rows(folder / DATA, table.rows)
+    title, model, words = about(folder)
+    header = {
+        "title": title,
+        "words": words,
+        "summary": " · ".join([model, *summary(table.common)]),
+        "count": len(done),
+        "failed": failed,
+        "common": {**table.common, "model": model},
+        "columns": table.columns,
+        "fields": fields(),
+        "record": RECORD,
+        "defaults": Request("").record(),
+        "labels": LABELS,
+        "options": OPTIONS,
+        "chunks": [f"{DATA}/{name}" for name in chunks],
+    }
+    data = json.dumps(header).replace("<", "\\u003c")  # no text of a prompt ends the script
+    with publish(folder / PAGE) as draft:
+        draft.write_text(TEMPLATE.read_text("utf-8").replace("HEADER", data), "utf-8")
+    for old in set((folder / DATA).glob("*.js")) - {folder / DATA / name for name in chunks}:
+        old.unlink()
+    return folder / PAGE
+
+
+def read(folder: Path) -> tuple[list[dict[str, Any]], int]:
+    """The lines of a job's finished pictures, in the order of its source, and how many items failed.
+
+    A finished picture outlives a failure; of two the later line counts. ValueError where there is no manifest.
+    """
+    paths = [path for path in files(folder) if path.exists()] if folder.is_dir() else []
+    if not paths:
+        raise ValueError(f"{folder}: no manifest.jsonl, so not a job's folder")
+    done, failed = dict[str, dict[str, Any]](), set[str]()
+    for path in paths:
+        with path.open("rb") as file:
+            for record, *_ in rows_of(file):
+                if record["status"] == "done":
+                    done[record["id"]] = record
+                else:
+                    failed.add(record["id"])
+    lines = sorted(done.values(), key=lambda line: (line["line"], line["request"]["seed"], line["id"]))
+    return lines, len(failed - done.keys())
+
+
+def fields() -> list[str]:
+    """What pictures are told apart by: a request's fields, its two sides as one."""
+    return [*(name for name in RECORD if name not in ("height", "width")), "size"]
+
+
+def values(folder: Path, line: Mapping[str, Any]) -> dict[str, Any]:
+    """A picture's values by column, as JSON that JavaScript reads exactly."""
+    request = line["request"]
+    told = {name: line.get(name) for name in ("id", "file", "line", "seconds")}
+    size = {"size": f"{request['width']} × {request['height']}"}
+    exact = {name: str(v) if isinstance(v, int) and abs(v) >= EXACT else v for name, v in request.items()}
+    return {**told, **exact, **size, **({"layer": layer(folder / line["file"])} if request.get("clip_skip") else {})}
+
+
+def layer(file: Path) -> str | None:
+    """`--clip-skip` of a picture: `Request` counts from a layer of the model's own, the option from the last."""
+    try:
+        return read_parameters(open_output(file)[1]["parameters"]).get("Clip skip")
+    except (ValueError, KeyError):
+        return None
+
+
+def tabulate(entries: Sequence[Mapping[str, Any]]) -> Table:
+    """Entries as a table; `id` and `file` are always columns."""
+    names = list(dict.fromkeys(name for entry in entries for name in entry))
+    first = entries[0] if entries else {}
+    shared = {n for n in names if n not in ("id", "file") and all(e.get(n) == first.get(n) for e in entries)}
+    columns = [name for name in names if name not in shared]
+    rows = [[entry.get(name) for name in columns] for entry in entries]
+    return Table({name: first.get(name) for name in names if name in shared}, columns, rows)
+
+
+def about(folder: Path) -> tuple[str, str, list[str]]:
+    """A job's title, the name of its model, and the words that each of its commands has."""
+    try:
+        job = json.loads((folder / "job.json").read_bytes())
+    except (OSError, ValueError):
+        job = {}
+    model = job.get("model") or "picto"
+    title = Path(job.get("source") or folder.resolve().name).stem
+    return title, model, job.get("words", [] if model == "picto" else ["--model", model])
+
+
+def summary(common: Mapping[str, Any]) -> list[str]:
+    """What pictures have in common, in a few words."""
+    told = {name: common.get(name) for name in ("sampler", "spacing", *LABELS, "size")}
+    return [
+        f"{LABELS[name]} {value}" if name in LABELS else str(value)
+        for name, value in told.items()
+        if value not in (None, "")
+    ]
+
+
+def write_rows(folder: Path, rows: Sequence[Sequence[Any]]) -> list[str]:
+    """Write rows as scripts, which a page may read from disk where it may not read JSON; returns the files' names.
+
+    A file is named by what is in it: one that is there stays, and an old page keeps its own until the new one is there.
+    """
+    names = []
+    for k in range(0, len(rows), CHUNK):
+        text = ",\n".join(json.dumps(row, separators=(",", ":")) for row in rows[k : k + CHUNK])
+        script = f"take([\n{text}\n]);\n"
+        names.append(f"{hashlib.sha256(script.encode()).hexdigest()[:16]}.js")
+        if not (folder / names[-1]).is_file():
+            with publish(folder / names[-1]) as draft:
+                draft.write_text(script, "utf-8")
+    return names
+
+
+def thumb(folder: Path, line: Mapping[str, Any]) -> Path:
+    """Where a picture's thumbnail is."""
+    return folder / THUMBS / line["id"][:2] / f"{line['id']}.webp"
+
+
+def make_thumbs(folder: Path, lines: Sequence[Mapping[str, Any]]) -> None:
+    """Make the thumbnails that are missing; a picture that cannot be read gets none, and the page says so.
+
+    One WebP file a picture: measured against sheets of many by `scripts/bench_gallery.py`.
+    """
+
+    def make(line: Mapping[str, Any]) -> None:
+        small = sheets.shrunk(folder / line["file"], THUMB)
+        if small is not None:
+            with publish(thumb(folder, line)) as draft:
+                small.save(draft, "WEBP", quality=82, method=2)
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # Pillow works outside Python's lock
+        for _ in pool.map(make, [line for line in lines if not thumb(folder, line).is_file()]):
+            pass
+
+
+def grid(folder: Path, rows: str = "prompt", columns: str = "seed") -> Image.Image:
+    """A sheet of a job's pictures over two of their fields, both axes labelled; a cell with no picture is grey.
+
+    Fields have the names that the page shows or a request's own: "steps" or "num_inference_steps". Where pictures
+    differ in a third field, a cell shows the first as listed. ValueError for other fields, for one field twice, for a
+    folder that is no job's or has no picture, and for more cells than `ldm.jobs.sheets` draws.
+    """
+    folder, names = Path(folder), (field(rows, "rows"), field(columns, "columns"))
+    if names[0] == names[1]:
+        raise ValueError(f"rows and columns: both are {columns}, two fields are needed")
+    cells: dict[tuple[str, str], Path] = {}
+    for line in read(folder)[0]:
+        told = values(folder, line)
+        cells.setdefault((shown(told[names[0]]), shown(told[names[1]])), folder / line["file"])
+    if not cells:
+        raise ValueError(f"{folder}: no picture is finished")
+    return sheets.draw(cells, [f"{LABELS.get(name, name)} " if name != "prompt" else "" for name in names])
+
+
+def field(name: str, axis: str) -> str:
+    """A field by its label or its own name."""
+    labels = {LABELS.get(own, own): own for own in fields()}
+    return name if name in fields() else choose(labels, name, axis)
+
+
+def shown(value: Any) -> str:
+    """A value as text; lists and nothing as the page writes them."""
+    if isinstance(value, list):
+        return ", ".join(map(shown, value))
+    return "none" if value is None else f"{value:g}" if isinstance(value, float) else str(value)

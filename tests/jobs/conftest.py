@@ -1,0 +1,26 @@
+"""How the small job ends when nothing disturbs it."""
+
+import pytest
+from folders import go, job_in, outcome
+
+from ldm.jobs import driver, worker
+
+
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch):
+    """Look often, for these jobs are short."""
+    monkeypatch.setattr(driver, "WATCH", 0.02)
+    monkeypatch.setattr(worker, "POLL", 0.02)
+
+
+@pytest.fixture(scope="session")
+def finished(pipe, tmp_path_factory):
+    """The folder of a job that nothing disturbed: copy it."""
+    folder = tmp_path_factory.mktemp("jobs") / "finished"
+    assert go(job_in(folder, pipe), pipe) == 0
+    return folder
+
+
+@pytest.fixture(scope="session")
+def undisturbed(finished):
+    return outcome(finished)

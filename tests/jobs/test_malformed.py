@@ -1,0 +1,285 @@
+"""Malformed input: each file ends in one error that names the line, and nothing is written."""
+
+import io
+import json
+import os
+import tracemalloc
+
+import pytest
+from PIL import Image
+
+from ldm.jobs.kinds import MAX_YAML
+from ldm.jobs.lines import MAX_LINE
+from ldm.jobs.source import open_source
+from ldm.request import Request
+
+
+def line(**record):
+    """A good line, and a second one of these fields."""
+    return '{"prompt": "a"}\n' + json.dumps({"prompt": "a", **record}) + "\n"
+
+
+def parquet(**columns):
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    file = io.BytesIO()
+    parquet.write_table(pa.table(columns), file)
+    return file.getvalue()
+
+
+DEEP = "[" * 100_000
+ROWS = parquet(prompt=["a"] * 9)
+CASES = [  # file, content, line (0: the file as a whole), what is said
+    # bytes
+    ("p.txt", b"a\nb \xff\n", 2, "byte 3 is not UTF-8"),
+    ("p.jsonl", b'{"prompt": "a"}\n{"prompt": "\xe9"}\n', 2, "byte 13 is not UTF-8"),
+    ("p.csv", b"prompt\na\nb\n\xc3(\n", 4, "byte 1 is not UTF-8"),
+    ("p.yaml", b"prompts:\n- a\n- \xff\n", 3, "byte 3 is not UTF-8"),
+    ("p.txt", "a\n".encode("utf-16"), 1, "is UTF-16: save it as UTF-8"),
+    ("p.jsonl", "\ufeffa".encode("utf-16-be"), 1, "is UTF-16"),
+    ("p.txt", b"a\nb\0c\n", 2, "character 2 is a NUL"),
+    ("p.csv", b"prompt\na\0\n", 2, "character 2 is a NUL"),
+    ("p.jsonl", '{"prompt": "a\\u0000"}', 1, "must be text without a NUL"),
+    ("p.jsonl", line(negative="\ud800"), 2, "prompt: not valid UTF-8"),
+    ("p.txt", b"a\n" + b"b" * (MAX_LINE + 1) + b"\nc", 2, f"longer than {MAX_LINE} bytes"),
+    ("p.csv", b"prompt\n" + b"b" * (MAX_LINE + 1), 2, f"longer than {MAX_LINE} bytes"),
+    ("p.jsonl", b"a" * 2 * MAX_LINE, 1, f"longer than {MAX_LINE} bytes"),
+    ("p.yaml", b"#" + b"a\n#" * (MAX_YAML // 3 + 1), MAX_YAML // 3 + 1, f"more than {MAX_YAML} bytes"),
+    # nothing to draw
+    ("p.txt", b"", 0, "no prompts in it"),
+    ("p.txt", b"\xef\xbb\xbf", 0, "no prompts in it"),
+    ("p.txt", "# a\n\n \t\n  # b", 0, "no prompts in it"),
+    ("p.jsonl", "\n\n", 0, "no prompts in it"),
+    ("p.csv", "prompt,seed\r\n", 0, "no prompts in it"),
+    ("p.parquet", parquet(prompt=[]), 0, "no prompts in it"),
+    ("p.yaml", "prompts: []\n", 0, "no prompts in it"),
+    ("p.yaml", "steps: 4\n", 0, "no prompts in it"),
+    ("p.yaml", "", 1, "not YAML of fields"),
+    # JSON
+    ("p.jsonl", '{"prompt": "a"}\n{"prompt": "b"\n', 2, "not JSON: Expecting ',' delimiter, at character"),
+    ("p.jsonl", '{"prompt": "a"}{"prompt": "b"}\n', 1, "not JSON: Extra data"),
+    ("p.jsonl", "a cat\n", 1, "not JSON"),
+    ("p.jsonl", '["a"]\n', 1, "not a JSON object"),
+    ("p.jsonl", '"a"\n', 1, "not a JSON object"),
+    ("p.jsonl", DEEP, 1, "not JSON: nested too deeply"),
+    ("p.jsonl", '{"prompt": "a", "seed": 1, "seed": 2}', 1, "seed is given twice"),
+    ("p.jsonl", '{"prompt": "a", "prompt": "b"}', 1, "prompt is given twice"),
+    ("p.jsonl", line(steps=4, num_inference_steps=4), 2, "num_inference_steps and steps are one"),
+    ("p.jsonl", line(prompt={"a": 1}), 2, "prompt {'a': 1}: must be text"),
+    ("p.jsonl", line(prompt=5), 2, "prompt 5: must be text"),
+    ("p.jsonl", line(prompt="  "), 2, "must not be blank"),
+    ("p.jsonl", '{"prompt": null}', 1, "no prompt"),
+    ("p.jsonl", '{"prompt": "a"}\n{"negative": "b"}', 2, "no prompt"),
+    ("p.jsonl", line(promt="b"), 2, "unknown field 'promt'; did you mean 'prompt'?"),
+    ("p.jsonl", line(latents=[1]), 2, "unknown field 'latents'"),
+    ("p.jsonl", line(**{"a" * 1000: 1}), 2, f"unknown field '{'a' * 59}..."),
+    # values
+    ("p.jsonl", line(steps="many"), 2, "steps 'many': must be a whole number"),
+    ("p.jsonl", line(steps=4.5), 2, "steps 4.5: must be a whole number"),
+    ("p.jsonl", line(steps=True), 2, "steps True: must be a whole number"),
+    ("p.jsonl", line(steps=[4]), 2, "steps [4]: must be a whole number"),
+    ("p.jsonl", line(steps=0), 2, "steps 0: must be from 1"),
+    ("p.jsonl", line(steps=2000), 2, "2000 steps"),
+    ("p.jsonl", line(width=512.5), 2, "width 512.5: must be a whole number"),
+    ("p.jsonl", line(width=10**12), 2, f"width {10**12}: must be a multiple of 4"),
+    ("p.jsonl", line(width=-64), 2, "width -64: must be"),
+    ("p.jsonl", '{"prompt": "a", "height": ' + "9" * 5000 + "}", 1, "height inf: must be a whole number"),
+    ("p.jsonl", line(guidance=float("nan")), 2, "guidance nan: must be from 0 to 1000"),
+    ("p.jsonl", line(guidance=float("inf")), 2, "guidance inf: must be"),
+    ("p.jsonl", line(guidance=10**30), 2, "guidance 1e+30: must be"),
+    ("p.jsonl", line(guidance="high"), 2, "guidance 'high': must be a number"),
+    ("p.jsonl", line(guidance={}), 2, "guidance {}: must be a number"),
+    ("p.jsonl", line(eta="0x1"), 2, "eta '0x1': must be a number"),
+    ("p.jsonl", line(seed=-1), 2, "seed -1: must be from 0"),
+    ("p.jsonl", line(seed=2**63), 2, f"seed {2**63}: must be from 0"),
+    ("p.jsonl", line(seed="9-3"), 2, "seed '9-3': must run upwards"),
+    ("p.jsonl", line(seed="1,,2"), 2, "seed '1,,2': must be a whole number"),
+    ("p.jsonl", line(seed="1-3", count=2), 2, "count 2: is of one seed, and several are given"),
+    ("p.jsonl", line(count=0), 2, "count 0: must be from 1"),
+    ("p.jsonl", line(count=10**30), 2, "must be from 1"),
+    ("p.jsonl", line(sampler="dpm"), 2, "sampler 'dpm': choose from ddpm"),
+    ("p.jsonl", line(sampler=3), 2, "sampler 3: must be text"),
+    ("p.jsonl", line(guidance_interval=[1]), 2, "guidance_interval [1]: must be two numbers"),
+    ("p.jsonl", line(guidance_interval=[5, 1]), 2, "guidance interval 5 to 1"),
+    ("p.jsonl", line(original_size="large"), 2, "original_size 'large': must be two numbers, such as 512x768"),
+    ("p.jsonl", line(original_size=[-1, 5]), 2, "original_size (-1, 5)"),
+    ("p.jsonl", line(strength=0.5), 2, "strength: is of an image, and none is given"),
+    ("p.jsonl", line(prompt="(a:1000)"), 2, "prompt weight 1000"),
+    ("p.jsonl", line(prompt="a " * 9999), 2, "chunks of"),
+    # pictures
+    ("p.jsonl", line(image="../x.png"), 2, "image '../x.png': must lie in the file's folder or below it"),
+    ("p.jsonl", line(image="a/../../x.png"), 2, "must lie in the file's folder"),
+    ("p.jsonl", line(image="/etc/passwd"), 2, "must lie in the file's folder"),
+    ("p.jsonl", line(image="..\\x.png"), 2, "must lie in the file's folder"),
+    ("p.jsonl", line(image="C:\\x.png"), 2, "must lie in the file's folder"),
+    ("p.jsonl", line(image="none.png"), 2, "image 'none.png': No such file"),
+    ("p.jsonl", line(image="a" * 5000), 2, "File name too long"),
+    ("p.jsonl", line(image="."), 2, "not a file"),
+    ("p.jsonl", line(image="pipe"), 2, "image 'pipe': not a file"),
+    ("p.jsonl", line(image="p.jsonl"), 2, "p.jsonl: not a picture"),
+    ("p.jsonl", line(image="torn.png"), 2, "torn.png: "),
+    ("p.jsonl", line(image="\ud800"), 2, "not a file"),
+    ("p.jsonl", line(image=["x.png"]), 2, "must be text"),
+    ("p.jsonl", line(mask="good.png"), 2, "mask: is of an image, and none is given"),
+    # lines of text
+    ("p.txt", "a\nb --w wide\n", 2, "width 'wide': must be a whole number"),
+    ("p.txt", "a --d\n", 1, "--d: no value"),
+    ("p.txt", "a --w 64 --W 64\n", 1, "--W: width is given twice"),
+    ("p.txt", "a --am 0.5\n", 1, "--am: adapters weigh the same in a whole job"),
+    ("p.txt", "a --ow 64\n", 1, "--ow: of kohya's options this one is not known"),
+    ("p.txt", "a --stpes 20\n", 1, "--stpes: unknown option; did you mean --steps?"),
+    ("p.txt", "--n bad\n", 1, "prompt '': must not be blank"),
+    ("p.txt", '--prompt "a\n', 1, "a quote is not closed"),
+    ("p.txt", '--prompt "a" --tiling true\n', 1, "--tiling: unknown option"),
+    ("p.txt", "--steps 4\n", 1, "no prompt"),
+    ("p.txt", "--prompt a --steps\n", 1, "--steps: no value"),
+    # wildcards
+    ("p.txt", "a\n{a|b\n", 2, "wildcards: { at character 1 is not closed"),
+    ("p.txt", "a}\n", 1, "wildcards: } at character 2 closes nothing"),
+    ("p.txt", "{{a}|b\n", 1, "wildcards: { at character 1 is not closed"),
+    ("p.txt", "{0::a|0::b}\n", 1, "must not all be 0"),
+    ("p.txt", "{2$$a|b}\n", 1, "wildcards: $$, for several at once, is not known"),
+    ("p.txt", "{" * 99 + "}" * 99, 1, "wildcards: nested more than 32 deep"),
+    ("p.txt", "__none__\n", 1, "wildcard __none__: no file"),
+    ("p.txt", "__god__\n", 1, "did you mean __good__?"),
+    ("p.txt", "__../p__\n", 1, "wildcard '../p': not a name of a file below"),
+    ("p.txt", "__/etc/passwd__\n", 1, "wildcard '/etc/passwd': not a name"),
+    ("p.txt", "__a/../../p__\n", 1, "not a name"),
+    ("p.txt", "__..\\p__\n", 1, "not a name"),
+    ("p.txt", f"__{'a' * 5000}__\n", 1, "aaa...: not a name of a file"),
+    ("p.txt", "__pipe__\n", 1, "wildcard __pipe__: no file"),
+    ("p.txt", "__self__\n", 1, "wildcard __self__: is within itself (self > self)"),
+    ("p.txt", "__ring__\n", 1, "is within itself (ring > round > ring)"),
+    ("p.txt", "__empty__\n", 1, "empty.txt has no lines"),
+    ("p.txt", "__torn__\n", 1, "torn.txt:2: wildcards: { at character 3 is not closed"),
+    ("p.txt", "__latin__\n", 1, "latin.txt:1: byte 1 is not UTF-8"),
+    ("p.txt", "__bomb9__\n", 1, "wildcards: up to"),
+    ("p.jsonl", line(negative="{a"), 2, "wildcards: { at character 1"),
+    # CSV
+    ("p.csv", "seed,steps\n1,2\n", 1, "no column 'prompt' among 'seed', 'steps'"),
+    ("p.csv", "prompt;seed\na;1\n", 1, "unknown field 'prompt;seed'"),
+    ("p.csv", "prompt,step\na,1\n", 1, "unknown field 'step'; did you mean 'steps'?"),
+    ("p.csv", "prompt,seed,seed\na,1,2\n", 1, "seed is given twice"),
+    ("p.csv", "prompt,text\na,b\n", 1, "text and prompt are one"),
+    ("p.csv", "prompt,seed\na,1\nb\n", 3, "1 cells under 2 columns"),
+    ("p.csv", "prompt,seed\na,1,2\n", 2, "3 cells under 2 columns"),
+    ("p.csv", 'prompt,seed\n"a\nb",1\n"c,2\n', 4, "not CSV: unexpected end of data"),
+    ("p.csv", 'prompt\n"a"b\n', 2, "not CSV"),
+    ("p.csv", 'prompt\n"' + "a\n" * 99_999, 2, "not CSV: field larger than field limit"),
+    ("p.csv", "prompt,seed\na,1\n,2\n", 3, "no prompt"),
+    ("p.csv", "prompt,guidance\na,nan\n", 2, "guidance nan: must be"),
+    # parquet
+    ("p.parquet", ROWS[:-9], 0, "not parquet"),
+    ("p.parquet", ROWS[: len(ROWS) // 2], 0, "not parquet"),
+    ("p.parquet", b"PAR1", 0, "not parquet"),
+    ("p.parquet", b"prompt\na\n", 0, "not parquet"),
+    ("p.parquet", ROWS[:4] + b"\xff" * 40 + ROWS[44:], 0, "not parquet"),
+    ("p.parquet", parquet(prompts=["a"], step=[1]), 0, "unknown field 'step'; did you mean 'steps'?"),
+    ("p.parquet", parquet(seed=[1]), 0, "no column 'prompt'"),
+    ("p.parquet", parquet(prompt=["a", None]), 2, "no prompt"),
+    ("p.parquet", parquet(prompt=[b"a"]), 1, "must be text"),
+    ("p.parquet", parquet(prompt=["a", "b"], guidance=[1.0, float("nan")]), 2, "guidance nan: must be"),
+    ("p.parquet", parquet(prompt=["a", "b"], seed=[1, -1]), 2, "seed -1: must be"),
+    # YAML
+    ("p.yaml", "prompts: [a\n", 2, "not YAML"),
+    ("p.yaml", "- a\n- b\n", 1, "not YAML of fields"),
+    ("p.yaml", "prompts: a\nprompts: b\n", 2, "prompts is given twice"),
+    ("p.yaml", "prompts: a\nprompt: b\n", 2, "prompt and prompts are one"),
+    ("p.yaml", "prompts: a\nguidence: 3\n", 2, "unknown field 'guidence'; did you mean 'guidance'?"),
+    ("p.yaml", "prompts: a\n? [x]\n: 3\n", 2, "unknown field"),
+    ("p.yaml", "prompts:\n- a\n- ~\n", 3, "prompts None: must be text"),
+    ("p.yaml", "prompts: a\nsteps: [4,\n five]\n", 3, "steps 'five': must be a whole number"),
+    ("p.yaml", "prompts: a\nseeds: 9-0\n", 2, "seeds '9-0': must run upwards"),
+    ("p.yaml", "prompts: a\nseeds: {from: 1}\n", 2, "nested too deeply"),
+    ("p.yaml", "prompts: [[a, b]]\n", 1, "must be text"),
+    ("p.yaml", "prompts: &a [*a]\n", 1, "nested too deeply"),
+    ("p.yaml", "prompts: a\nseeds: 0-999999999\n", 1, "1000000000 pictures of one record"),
+    (
+        "p.yaml",
+        "prompts: a\n" + "".join(f"{k}: [{'1, ' * 999}]\n" for k in ("steps", "eta", "width")),
+        0,
+        "combinations",
+    ),
+    ("p.yaml", f"prompts: {DEEP}\n", 0, "not YAML"),
+    ("p.yaml", "prompts: a\0\n", 1, "is a NUL"),
+    ("p.yaml", "prompts: a\x07\n", 0, "not YAML"),
+    ("p.yaml", "prompts: !!python/name:os.system\n", 1, "must not be blank"),
+    # names
+    ("p.json", '{"prompt": "a"}', 0, ".json is not read; choose from .txt, .jsonl"),
+    ("p.xlsx", "a", 0, ".xlsx is not read"),
+]
+BOMB = {f"bomb{k}": f"__bomb{k - 1}__ __bomb{k - 1}__ {{__bomb{k - 1}__}}" for k in range(1, 20)}
+WILDCARDS = {
+    "good": "a",
+    "self": "a\nb __self__",
+    "ring": "__round__",
+    "round": "{a|__ring__}",
+    "empty": "# none\n\n",
+    "torn": "a\nb {c",
+    "bomb0": "a" * 99,
+    **BOMB,
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A folder with pictures and wildcards, good and bad; a case's file is written into it and taken out again."""
+    folder = tmp_path_factory.mktemp("input")
+    (folder / "wildcards").mkdir()
+    for name, content in WILDCARDS.items():
+        (folder / "wildcards" / f"{name}.txt").write_text(content)
+    (folder / "wildcards" / "latin.txt").write_bytes(b"\xe9t\xe9")
+    Image.effect_noise((64, 64), 50).save(folder / "good.png")
+    (folder / "torn.png").write_bytes((folder / "good.png").read_bytes()[:500])
+    for pipe in ("pipe", "wildcards/pipe.txt"):
+        os.mkfifo(folder / pipe)
+    return folder
+
+
+@pytest.fixture
+def case(folder, request):
+    name, content, number, said = request.param
+    path = folder / name
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    yield path, f"{path}:{number}: " if number else f"{path}: ", said
+    path.unlink()
+
+
+IDS = [f"{k}-{name}-{said[:40].replace(' ', '_')}" for k, (name, _, _, said) in enumerate(CASES)]
+
+
+@pytest.mark.parametrize("case", CASES, indirect=True, ids=IDS)
+def test_a_malformed_file_is_one_error_with_its_line(case, pipe):
+    path, place, said = case
+    with pytest.raises(ValueError) as error:
+        open_source(path, Request("")).check(pipe.resolve)
+    message = str(error.value)
+    assert message.startswith(place) and said in message and "\n" not in message and len(message) < 500
+
+
+@pytest.mark.parametrize("case", CASES[::16], indirect=True, ids=IDS[::16])
+def test_the_command_refuses_it_and_writes_nothing(case, refused, tiny, tmp_path):
+    path, place, _ = case
+    before = sorted(path.parent.rglob("*"))
+    refused("batch", path, "--model", tiny, "--out", tmp_path / "out", said=place)
+    assert not list(tmp_path.iterdir()) and sorted(path.parent.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    "path, said", [("none.txt", "none.txt: No such file"), (".", "not a file"), ("/dev/zero", "/dev/zero: not a file")]
+)
+def test_what_is_no_file_is_refused(path, said):
+    with pytest.raises(ValueError, match=said):
+        open_source(path, Request(""))
+
+
+def test_a_line_of_a_hundred_megabytes_is_refused_without_being_read(tmp_path):
+    for name in ("a.txt", "a.jsonl", "a.csv", "a.yaml"):
+        with (path := tmp_path / name).open("wb") as file:
+            file.truncate(100 * 2**20)
+        tracemalloc.start()
+        with pytest.raises(ValueError, match=f"{name}:1: longer than {MAX_LINE} bytes"):
+            open_source(path, Request("")).check(lambda request: None)
+        assert tracemalloc.get_traced_memory()[1] < 8 * MAX_LINE
+        tracemalloc.stop()

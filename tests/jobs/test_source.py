@@ -1,0 +1,386 @@
+"""Sources: the same requests whatever kind of file they are in; wildcards are a function of the record and its seed."""
+
+import csv
+import io
+import itertools
+import json
+import os
+import pickle
+import sys
+import threading
+import tracemalloc
+from collections import Counter
+
+import pytest
+from PIL import Image
+
+from ldm.jobs.source import open_source
+from ldm.request import Request
+
+RECORDS = [
+    {"prompt": "a red fox, é 雪", "negative_prompt": "blurry, (bad:1.3)", "seed": 7, "num_inference_steps": 4},
+    {"prompt": 'two "stars"', "guidance_scale": 1e-1, "width": 48, "height": 32, "sampler": "euler_ancestral"},
+    {"prompt": "a cat", "sampler": "dpmpp_2m", "spacing": "karras", "eta": 0.0, "original_size": [512, 768]},
+]
+REQUESTS = [Request(**record) for record in RECORDS]
+PLAIN = Request("")
+
+
+def write(path, data):
+    path.write_bytes(data.encode() if isinstance(data, str) else data)
+    return path
+
+
+def jsonl(records):
+    return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+
+
+def web(record):
+    """A record as a line of the web UI's."""
+    size = {"original_size": lambda pair: f"{pair[0]}x{pair[1]}"}
+    return " ".join(f"--{name} {json.dumps(size.get(name, str)(value))}" for name, value in record.items())
+
+
+def text(records):
+    return "# ours\n\n" + "".join(web(record).encode().decode("unicode_escape") + "\n" for record in records)
+
+
+def table(records):
+    file, names = io.StringIO(), sorted({name for record in records for name in record})
+    rows = csv.DictWriter(file, names, lineterminator="\n")
+    rows.writeheader()
+    for record in records:
+        pair = {"original_size": "{} x {}".format(*record["original_size"])} if "original_size" in record else {}
+        rows.writerow({**record, **pair})
+    return file.getvalue()
+
+
+def parquet(records):
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    file = io.BytesIO()
+    parquet.write_table(pa.Table.from_pylist(records, pa.schema(_columns(pa))), file, row_group_size=2)
+    return file.getvalue()
+
+
+def _columns(pa):
+    numbers = {"seed": pa.int32(), "num_inference_steps": pa.float64(), "guidance_scale": pa.float64()}
+    sizes = {"width": pa.int64(), "height": pa.int64(), "eta": pa.float32(), "original_size": pa.list_(pa.int16())}
+    return {
+        **dict.fromkeys(("prompt", "negative_prompt", "sampler", "spacing"), pa.string()),
+        **numbers,
+        **sizes,
+    }.items()
+
+
+def crlf(records):
+    return "\ufeff" + jsonl(records).replace("\n", "\r\n").rstrip()
+
+
+KINDS = {
+    "a.jsonl": jsonl,
+    "b.JSONL": crlf,
+    "c.txt": jsonl,
+    "plain": jsonl,
+    "d.csv": table,
+    "e.csv": lambda records: "\ufeff" + table(records).replace("\n", "\r\n"),
+    "f.parquet": parquet,
+    "g": parquet,
+}
+
+
+def requests(path, defaults=PLAIN, **options):
+    source = open_source(path, defaults, **options)
+    found = [entry.request for entry in source]
+    assert source.check(lambda request: None) == len(found)
+    return found
+
+
+def drawn(tmp_path, content, name="p.txt", **options):
+    """(prompt, seed) of a file's requests."""
+    return [(r.prompt, r.seed) for r in requests(write(tmp_path / name, content), **options)]
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_a_record_is_the_same_request_in_any_kind_of_file(tmp_path, name):
+    assert requests(write(tmp_path / name, KINDS[name](RECORDS))) == REQUESTS
+
+
+def test_lines_are_those_of_the_file(tmp_path):
+    content = "# one\n\na\n  # two\n\n\nb\n"
+    assert [entry.line for entry in open_source(write(tmp_path / "a.txt", content), PLAIN)] == [3, 7]
+    content = 'prompt,seed\na,1\n\n"b\nc",2\nd,3\n'
+    assert [entry.line for entry in open_source(write(tmp_path / "a.csv", content), PLAIN)] == [2, 4, 6]
+
+
+@pytest.mark.parametrize(
+    "line, wanted",
+    [
+        ("a cat", {"prompt": "a cat"}),
+        ("  a cat \r", {"prompt": "a cat"}),
+        (  # kohya, gen_img.py
+            "a cat, best --n bad, (ugly:1.2) --w 512 --h 768 --s 28 --l 7.5 --t 0.6 --d 12",
+            {
+                "prompt": "a cat, best",
+                "negative_prompt": "bad, (ugly:1.2)",
+                "width": 512,
+                "height": 768,
+                "num_inference_steps": 28,
+                "guidance_scale": 7.5,
+                "strength": 0.6,
+                "seed": 12,
+            },
+        ),
+        ("a cat --W 64 --D 3", {"prompt": "a cat", "width": 64, "seed": 3}),
+        ("a cat --n", {"prompt": "a cat", "negative_prompt": ""}),
+        (  # the web UI, prompts_from_file.py
+            '--prompt "a \'big\' cat" --negative_prompt bad dog --steps 20 --cfg_scale 7 --sampler_name "Euler a"',
+            {
+                "prompt": "a 'big' cat",
+                "negative_prompt": "bad dog",
+                "num_inference_steps": 20,
+                "guidance_scale": 7.0,
+                "sampler": "euler_ancestral",
+            },
+        ),
+        (
+            '--width 64 --height 32 --seed 5 --prompt "x -- y" --sampler_name "DPM++ 2M Karras"',
+            {"prompt": "x -- y", "width": 64, "height": 32, "seed": 5, "sampler": "dpmpp_2m", "spacing": "karras"},
+        ),
+        ("a cat --steps 9 --sampler heun", {"prompt": "a cat", "num_inference_steps": 9, "sampler": "heun"}),
+        ("a cat -- a dog", {"prompt": "a cat -- a dog"}),
+        ("1990--1999, --fluffy-- and --very round", {"prompt": "1990--1999, --fluffy-- and --very round"}),
+        ("--fluffy cat", {"prompt": "--fluffy cat"}),
+        ("a cat --ar 16:9 --n x --y z", {"prompt": "a cat --ar 16:9", "negative_prompt": "x --y z"}),
+        (r"(a:1.2) [b] \(c\) d|e \_ BREAK", {"prompt": r"(a:1.2) [b] \(c\) d|e \_ BREAK"}),
+    ],
+)
+def test_options_in_a_line_of_text(tmp_path, line, wanted):
+    assert requests(write(tmp_path / "a.txt", line + "\n")) == [Request(**wanted)]
+
+
+def test_several_seeds_of_a_line_are_several_pictures(tmp_path):
+    assert [seed for _, seed in drawn(tmp_path, "a --d 5,9-11,2\n", count=4)] == [5, 9, 10, 11, 2]
+
+
+def test_what_a_record_leaves_unsaid_is_the_command_s(tmp_path):
+    """Record k, picture j uses S + j."""
+    defaults = Request("", negative_prompt="bad", seed=40, num_inference_steps=5, sampler="heun")
+    path = write(
+        tmp_path / "a.jsonl",
+        jsonl([{"prompt": "a"}, {"prompt": "b", "seed": 7, "count": 3}, {"prompt": "c", "negative": ""}]),
+    )
+    found = requests(path, defaults, count=2)
+    assert [(r.prompt, r.seed) for r in found] == [
+        ("a", 40),
+        ("a", 41),
+        ("b", 7),
+        ("b", 8),
+        ("b", 9),
+        ("c", 40),
+        ("c", 41),
+    ]
+    assert [r.negative_prompt for r in found] == ["bad"] * 5 + [""] * 2
+    assert {(r.num_inference_steps, r.sampler) for r in found} == {(5, "heun")}
+
+
+def test_yaml_is_every_combination_in_the_order_of_the_file(tmp_path):
+    content = "prompts: [a, no, 12]\nseeds: [0-2, 7]\nguidance: [1, 2e0]\nsampler: [Euler a, heun]\nsteps: 3\neta: ~\n"
+    found = requests(write(tmp_path / "a.yaml", content))
+    axes = (["a", "no", "12"], [1.0, 2.0], ["euler_ancestral", "heun"], [0, 1, 2, 7])
+    assert [(r.prompt, r.guidance_scale, r.sampler, r.seed) for r in found] == list(itertools.product(*axes))
+    assert {r.num_inference_steps for r in found} == {3}
+
+
+def test_yaml_tells_the_prompt_s_line_and_repeats_one_that_is_counted(tmp_path):
+    source = open_source(write(tmp_path / "a.yml", "seed: 3\ncount: 2\nprompts:\n- a\n- |\n  b\n  c\n"), PLAIN)
+    assert [(e.line, e.request.prompt, e.request.seed) for e in source] == [
+        (4, "a", 3),
+        (4, "a", 4),
+        (5, "b\nc\n", 3),
+        (5, "b\nc\n", 4),
+    ]
+
+
+def test_a_hundred_million_seeds_are_neither_listed_nor_asked_about(tmp_path):
+    source = open_source(write(tmp_path / "a.yaml", "prompts: [a, b]\nseeds: 5-100000004\n"), PLAIN)
+    asked = []
+    assert source.check(asked.append) == 2 * 10**8
+    assert sorted((r.prompt, r.seed) for r in asked) == [(p, s) for p in "ab" for s in (5, 100000004)]
+    tracemalloc.start()
+    assert next(iter(source)).request == Request("a", seed=5)
+    assert tracemalloc.get_traced_memory()[1] < 2**21
+    tracemalloc.stop()
+
+
+def test_standard_input_and_pipes_are_read_once_and_iterated_often(tmp_path, monkeypatch):
+    for content in (jsonl(RECORDS), text_of(["a cat", "two stars"])):
+        wanted = requests(write(tmp_path / "a.txt", content))
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content.encode())))
+        assert requests("-") == wanted
+        os.mkfifo(pipe := tmp_path / "pipe")
+        writer = threading.Thread(target=pipe.write_bytes, args=[content.encode()])
+        writer.start()
+        assert requests(pipe) == wanted
+        writer.join()
+        pipe.unlink()
+
+
+def text_of(prompts):
+    return "".join(f"{prompt}\n" for prompt in prompts)
+
+
+# Wildcards
+
+
+def wild(folder, **files):
+    for name, content in files.items():
+        path = folder / "wildcards" / f"{name.replace('/', os.sep)}.txt"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(content)
+
+
+TEMPLATES = [
+    ("a {red|blue} cat", ["a red cat", "a blue cat"]),
+    ("{a|{b|c} d|}e", ["ae", "b de", "c de", "e"]),
+    ("{2::a|0.5::b}{x|y}", ["ax", "ay", "bx", "by"]),
+    (r"\{a\|b\} {\}|\||\{}", [r"{a\|b} }", r"{a\|b} |", r"{a\|b} {"]),
+    (r"\(x\) (y:1.2) \\{a} | z", [r"\(x\) (y:1.2) \\a | z"]),
+    ("{only}", ["only"]),
+    (r"a \__colour__ b", ["a __colour__ b"]),
+    ("snake__case__name, ____, __ x __, a_b", ["snake__case__name, ____, __ x __, a_b"]),
+    (
+        "__colour__ {cat|__deep/pet__}",
+        [f"{c} {p}" for c in ("red", "blue é") for p in ("cat", "dog", "red hen", "blue é hen")],
+    ),
+]
+
+
+@pytest.fixture
+def wildcards(tmp_path):
+    wild(tmp_path, colour="# colours\nred\n\n3::blue é\r\n", **{"deep/pet": "\ufeffdog\n__colour__ hen"})
+    return tmp_path
+
+
+@pytest.mark.parametrize("template, texts", TEMPLATES)
+def test_all_enumerates_and_one_is_among_them(wildcards, template, texts):
+    assert [p for p, _ in drawn(wildcards, template, expand="all")] == texts
+    chosen = [p for p, _ in drawn(wildcards, template, count=200)]
+    assert set(chosen) == set(texts)
+    assert drawn(wildcards, template, expand="none") == [(template, 0)]
+
+
+def test_all_draws_each_text_with_each_seed_and_combines_it_with_the_negative_prompt(tmp_path):
+    found = requests(write(tmp_path / "p.txt", "{a|b} --n {x|y}"), expand="all", count=2)
+    every = itertools.product("ab", "xy", (0, 1))
+    assert [(r.prompt, r.negative_prompt, r.seed) for r in found] == list(every)
+
+
+def test_the_same_record_gives_the_same_prompt_wherever_it_stands(tmp_path):
+    record = {"prompt": "{a|b|c|d} {a|b|c|d} {a|b|c|d}", "negative_prompt": "{a|b|c|d}", "seed": 5}
+    lone = requests(write(tmp_path / "a.jsonl", jsonl([record])))
+    others = [{"prompt": "{x|y}"}, {"prompt": "z", "count": 3}, record]
+    assert requests(write(tmp_path / "b.jsonl", jsonl(others)))[-1:] == lone
+    counted = requests(write(tmp_path / "c.jsonl", jsonl([{**record, "seed": 3, "count": 4}])))
+    assert counted[2:3] == lone
+
+
+def test_choices_have_their_weights_and_are_independent(tmp_path):
+    n = 4000
+    seen = Counter(p for p, _ in drawn(tmp_path, "{3::a|b}{c|d}", count=n))
+    for word, share in {"ac": 3 / 8, "ad": 3 / 8, "bc": 1 / 8, "bd": 1 / 8}.items():
+        assert abs(seen[word] - n * share) < 4 * (n * share * (1 - share)) ** 0.5
+    assert {p for p, _ in drawn(tmp_path, "{0::a|b}", count=50)} == {"b"}
+
+
+def test_a_file_s_lines_have_their_weights(wildcards):
+    seen = Counter(p for p, _ in drawn(wildcards, "__colour__", count=2000))
+    assert abs(seen["red"] - 500) < 4 * (2000 * 3 / 16) ** 0.5
+
+
+def test_the_wildcards_may_lie_elsewhere(tmp_path, wildcards):
+    path = write(tmp_path / "wildcards" / "p.txt", "__colour__")
+    assert requests(path, wildcards=tmp_path / "wildcards", expand="all")[0].prompt == "red"
+
+
+# Pictures
+
+
+def test_pictures_lie_beside_the_file_wherever_that_is(tmp_path, pipe):
+    for name in ("a", "b"):
+        folder = tmp_path / name / "in"
+        folder.mkdir(parents=True)
+        Image.new("RGB", (48, 32), "red").save(folder / "x.png")
+        Image.new("L", (48, 32), 255).save(folder / "m.png")
+        write(
+            tmp_path / name / "p.jsonl", jsonl([{"prompt": "a", "image": "in/x.png", "mask": "in/m.png", "count": 2}])
+        )
+    one, two = (requests(tmp_path / name / "p.jsonl") for name in ("a", "b"))
+    assert [r.record() for r in one] == [r.record() for r in two]
+    resolved = pipe.resolve(one[0])
+    assert (resolved.width, resolved.height, resolved.strength) == (48, 32, 1.0)
+    assert resolved.record()["image"]["size"] == [48, 32]
+
+
+# Checking
+
+
+def test_each_fault_is_told_with_its_line_and_what_is_beyond_five_is_counted(tmp_path, pipe):
+    good = {"prompt": "a"}
+    faults = [{"prompt": "a", "guidance": float("nan")}, {"prompt": "b", "width": 30}, {"prompt": "(a:1000)"}]
+    path = write(tmp_path / "p.jsonl", jsonl([good, *faults, good]))
+    with pytest.raises(ValueError) as error:
+        open_source(path, PLAIN).check(pipe.resolve)
+    first, second, third = str(error.value).split("; ")
+    assert first == f"{path}:2: guidance nan: must be from 0 to 1000"
+    assert second.startswith(f"{path}:3: width 30: must be a multiple of 4") and third.startswith(
+        f"{path}:4: prompt weight"
+    )
+    write(path, jsonl(faults * 3))
+    with pytest.raises(ValueError) as error:
+        open_source(path, PLAIN).check(pipe.resolve)
+    assert str(error.value).endswith("; and 4 more") and str(error.value).count(f"{path}:") == 5
+
+
+def test_the_last_of_counted_seeds_is_asked_about_and_every_text_of_a_wildcard(tmp_path, pipe):
+    path = write(tmp_path / "p.jsonl", jsonl([{"prompt": "a", "seed": 2**63 - 3, "count": 3}]))
+    assert open_source(path, PLAIN).check(pipe.resolve) == 3
+    write(path, jsonl([{"prompt": "a", "seed": 2**63 - 3, "count": 4}]))
+    with pytest.raises(ValueError, match=f":1: seed {2**63}: must be"):
+        open_source(path, PLAIN).check(pipe.resolve)
+    write(path, jsonl([{"prompt": "{a|b|c|(d:1000)}", "count": 40}]))
+    with pytest.raises(ValueError, match=":1: prompt weight 1000"):
+        open_source(path, PLAIN).check(pipe.resolve)
+
+
+def test_a_source_goes_to_other_processes(wildcards):
+    source = open_source(write(wildcards / "p.txt", "__colour__ a --d 1-9"), PLAIN)
+    assert list(pickle.loads(pickle.dumps(source))) == list(source)
+
+
+def test_a_hundred_thousand_lines_leave_no_more_behind_than_a_thousand(tmp_path):
+    path = write(tmp_path / "p.txt", text_of(f"a red cat {k}" for k in range(100_000)))
+    held = {}  # blocks of memory at some lines
+
+    def probe(request):
+        number = int(request.prompt.rsplit(" ", 1)[1])
+        if number % 1000 == 0:
+            held[number] = sys.getallocatedblocks()
+
+    assert open_source(path, PLAIN).check(probe) == 100_000 and len(held) == 100
+    assert max(held.values()) < held[1000] + 5000
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "d.csv", "f.parquet"])
+def test_no_kind_of_file_is_held_whole(tmp_path, name):
+    path = write(tmp_path / name, KINDS[name]([{"prompt": f"{k} {'cat ' * 4000}"} for k in range(2000)]))
+    tracemalloc.start()
+    open_source(path, PLAIN).check(lambda request: None)
+    assert tracemalloc.get_traced_memory()[1] < 2**23 < 2000 * 16000
+    tracemalloc.stop()
+
+
+def test_entries_are_given_while_the_file_is_still_read(tmp_path):
+    path = write(tmp_path / "a.txt", text_of(["a"] * 100_000) + "{\n")
+    assert [entry.line for entry in itertools.islice(open_source(path, PLAIN), 3)] == [1, 2, 3]
