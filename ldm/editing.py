@@ -56,8 +56,8 @@ def canvas(request: Request, vae: AutoencoderKL, inpaints: bool) -> Canvas | Non
     if request.image is None:
         return None
     size, f = (request.width or 0, request.height or 0), downscale(vae)
-    picture = request.image.convert("RGB").resize(size, Image.Resampling.LANCZOS)
-    mask = None if request.mask is None else request.mask.convert("L").resize(size, Image.Resampling.LANCZOS)
+    picture = request.image.resize(size, Image.Resampling.LANCZOS)
+    mask = None if request.mask is None else request.mask.resize(size, Image.Resampling.LANCZOS)
     pixels = from_uint8(np.asarray(picture)[None].copy()).to(vae.device)
     redrawn = torch.ones_like(pixels[:, :1])
     if mask is not None:

@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryFile
 
 
 @contextmanager
@@ -34,6 +35,28 @@ def publish(path: Path) -> Iterator[Path]:
         sync(path.parent)
     finally:
         remove(draft)
+
+
+def writable(folder: Path) -> None:
+    """Make the folder; ValueError where it cannot be made, or nothing can be written in it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ValueError(f"{folder}: {error.strerror}") from None
+
+
+def creatable(folder: Path) -> None:
+    """ValueError where the folder is not there and could not be made; nothing is made."""
+    try:
+        nearest = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    except OSError as error:
+        raise ValueError(f"{folder}: {error.strerror}") from None
+    if not nearest.is_dir():
+        raise ValueError(f"{folder}: Not a directory")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise ValueError(f"{folder}: not writable")
 
 
 def sync(path: Path) -> None:

@@ -12,10 +12,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageChops, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
+from ldm.decode import Decoded, decode
 from ldm.files import publish
 
 # Our names in the words of AUTOMATIC1111's web UI; what it has no word for keeps our name.
@@ -169,19 +170,40 @@ def save_png(picture: Image.Image, path: Path, texts: Mapping[str, str]) -> None
 
 
 def read_picture(path: Path) -> Image.Image:
-    """A picture file as RGB, upright (EXIF); ValueError where it is not one."""
-    try:
-        with Image.open(path) as picture:
-            return ImageOps.exif_transpose(picture).convert("RGB")
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path}: {getattr(error, 'strerror', None) or 'not a picture'}") from None
+    """A picture file as RGB, as `decode` shows it: upright, in sRGB, transparency on white; ValueError by its name."""
+    return _read(path).rgb
+
+
+def read_mask(path: Path) -> Image.Image:
+    """A mask file as grey, of which white is redrawn, as `redrawn` says; ValueError by its name."""
+    return redrawn(_read(path))
+
+
+def redrawn(mask: Decoded) -> Image.Image:
+    """A mask as grey, of which white is redrawn: it is its brightness, or of one with transparency, its holes.
+
+    So do ComfyUI, and whoever erases what is to be redrawn; white strokes on nothing are no holes, but are redrawn
+    themselves. (AUTOMATIC1111's web UI redraws what is opaque, whatever its colour.)
+    """
+    grey = mask.rgb.convert("L")
+    if mask.alpha is None or mask.alpha.getextrema()[0] == 255:
+        return grey
+    strokes = grey.getextrema()[0] == 255  # on white, nothing else is to be seen
+    return mask.alpha if strokes else ImageChops.invert(mask.alpha)
 
 
 def read_texts(path: Path) -> dict[str, str]:
-    """The texts in a PNG; ValueError where the file is not one."""
+    """The texts in a PNG; ValueError by its name where the file is not a whole picture."""
     try:
         with Image.open(path) as picture:
             picture.load()
             return dict(getattr(picture, "text", {}))
-    except (OSError, SyntaxError) as error:
+    except Exception as error:  # Pillow's readers raise what they like
         raise ValueError(f"{path}: {getattr(error, 'strerror', None) or 'not a picture'}") from None
+
+
+def _read(path: Path) -> Decoded:
+    try:
+        return decode(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: {getattr(error, 'strerror', None) or error}") from None

@@ -14,8 +14,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ldm.checkpoints import hub
+from ldm.checkpoints.embeddings import word_of
 from ldm.checkpoints.files import sha256
-from ldm.checkpoints.formats import Checkpoint, load
+from ldm.checkpoints.formats import PICTO, Checkpoint, load, locate, of_hub
 from ldm.checkpoints.lora import open_adapter
 from ldm.conditioning import Conditioning
 from ldm.diffusion.denoiser import Denoise
@@ -31,7 +33,9 @@ from ldm.texts import Texts
 from ldm.version import VERSION
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-PICTO = Path(__file__).resolve().parent.parent / "weights" / "picto"
+WHOLE = "seed", "height", "width", "num_inference_steps", "clip_skip"  # numbers of a request
+KINDS = (float, int, np.floating, np.integer), (int, np.integer)  # of real numbers, of whole ones
+REAL = "guidance_scale", "guidance_rescale", "eta", "strength", "upscale", "upscale_strength"
 
 
 @dataclass(frozen=True)
@@ -89,15 +93,19 @@ class Pipeline:
     def load_lora_weights(self, path: str | Path, weight: Weight = 1.0, adapter_name: str | None = None) -> None:
         """Merge an adapter of any dialect into the weights, so much of it (or so much of U-Net and text encoders).
 
-        It is named by its file unless `adapter_name` is given. Nothing may be drawn meanwhile. ValueError, with nothing
-        changed, for a file that does not fit; see `ldm.checkpoints.lora.open_adapter`.
+        `path` is a file, a folder or a hub id; it names the adapter unless `adapter_name` is given. Nothing may be
+        drawn meanwhile. ValueError, with nothing changed, for a file that does not fit; see
+        `ldm.checkpoints.lora.open_adapter`.
         """
-        adapter = open_adapter(Path(path), self.model.networks, self.model.family)
-        self.adapters.load(replace(adapter, name=adapter_name or adapter.name), weight)
+        adapter = open_adapter(locate(path, kind="adapter"), self.model.networks, self.model.family)
+        name = adapter_name or (hub.name(str(path)) if of_hub(path) else adapter.name)
+        self.adapters.load(replace(adapter, name=name), weight)
         self.texts.clear()
 
     def set_adapters(self, names: Sequence[str], weights: Sequence[Weight]) -> None:
-        """Give loaded adapters their weights; those not named get 0."""
+        """Give loaded adapters their weights; those not named get 0. ValueError for unequal lists and unknown names."""
+        if isinstance(names, str) or len(names) != len(weights):
+            raise ValueError(f"set_adapters: names {names!r} and weights {weights!r} must be two lists of one length")
         self.adapters.set(dict(zip(names, weights, strict=True)))
         self.texts.clear()
 
@@ -106,10 +114,17 @@ class Pipeline:
         self.adapters.unload(name)
         self.texts.clear()
 
-    def load_textual_inversion(self, path: str | Path, token: str) -> None:
-        """Let a word of prompts stand for the vectors in a file; ValueError as `Texts.add_embedding` says."""
-        self.texts.add_embedding(token, Path(path))
-        self.embeddings[token] = sha256(Path(path))
+    def load_textual_inversion(self, path: str | Path, token: str | None = None) -> str:
+        """Let a word of prompts, which is returned, stand for the vectors in a file, or of a hub id.
+
+        It is the file's own, as `word_of` says, unless `token` is given. ValueError as `Texts.add_embedding` says.
+        """
+        file = locate(path, kind="embedding")
+        word = word_of(file) if token is None else token
+        digest = sha256(file)
+        self.texts.add_embedding(word, file)
+        self.embeddings[word] = digest
+        return word
 
     def unload_textual_inversion(self, token: str) -> None:
         """Forget such a word."""
@@ -123,7 +138,7 @@ class Pipeline:
     def __call__(
         self,
         prompt: str | Sequence[str],
-        negative_prompt: str | None = None,
+        negative_prompt: str | Sequence[str | None] | None = None,
         num_images_per_prompt: int = 1,
         seed: int | Sequence[int] = 0,
         latents: Tensor | None = None,
@@ -131,25 +146,32 @@ class Pipeline:
     ) -> Output:
         """Draw each prompt `num_images_per_prompt` times, picture k of a prompt with seed + k; names as in diffusers.
 
-        `seed` may be one per prompt; `latents` [B, C, h, w] (N(0, I), prompt by prompt) replaces the initial noise;
-        `settings` are the other fields of `Request`. ValueError for what cannot be drawn.
+        `seed` and `negative_prompt` may be one per prompt; `latents` [B, C, h, w] (N(0, I), prompt by prompt) replaces
+        the initial noise; `settings` are the other fields of `Request`. ValueError for what cannot be drawn.
         """
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        seeds = [seed] * len(prompts) if isinstance(seed, int) else list(seed)
-        if len(seeds) != len(prompts):
-            raise ValueError(f"seed: {len(seeds)} given for {len(prompts)} prompts")
+        seeds = [seed] * len(prompts) if isinstance(seed, int | np.integer) else list(seed)
+        negatives = (
+            list(negative_prompt)
+            if isinstance(negative_prompt, Sequence) and not isinstance(negative_prompt, str)
+            else [negative_prompt] * len(prompts)
+        )
+        lists: dict[str, Sequence[Any]] = {"seed": seeds, "negative_prompt": negatives}
+        for name, given in lists.items():
+            if len(given) != len(prompts):
+                raise ValueError(f"{name}: {len(given)} given for {len(prompts)} prompts")
         count = len(prompts) * num_images_per_prompt
         if latents is not None and len(latents) != count:
             raise ValueError(f"latents: {len(latents)} given for {count} pictures")
         requests = [
             Request(
                 text,
-                negative_prompt,
-                first + k,
+                negative,
+                int(first) + k,
                 latents=None if latents is None else latents[row * num_images_per_prompt + k],
                 **settings,
             )
-            for row, (text, first) in enumerate(zip(prompts, seeds, strict=True))
+            for row, (text, negative, first) in enumerate(zip(prompts, negatives, seeds, strict=True))
             for k in range(num_images_per_prompt)
         ]
         return Output(self.generate(requests), [request.seed for request in requests])
@@ -214,19 +236,22 @@ class Pipeline:
         record = {
             "version": VERSION,
             "model": model,
+            "load": dict(self.model.options),
+            "dtype": str(self.model.unet.dtype).removeprefix("torch."),
             "weights": hashes,
             "adapters": [{"name": k, "sha256": a.sha256, "weight": w} for k, (a, w) in adapters.items()],
             "embeddings": self.embeddings,
             "request": settings,
         }
         tower, skip = self.model.towers[0], request.clip_skip
+        tags = "".join(f"<lora:{name}:{said(weight)}>" for name, (_, weight) in adapters.items())
         words = parameters(
-            settings | {"clip_skip": skip and skip + tower.dropped - tower.layer},
+            settings | {"prompt": request.prompt + tags, "clip_skip": skip and skip + tower.dropped - tower.layer},
             model,
             hashes["unet"],
             VERSION,
             vae=None if self.model.vae_name is None else (self.model.vae_name, hashes["vae"]),
-            loras={name: adapter.sha256 for name, (adapter, _) in adapters.items()},
+            loras={name: adapter.web_hash for name, (adapter, _) in adapters.items()},
             embeddings=self.embeddings,
         )
         return {"parameters": words, "ldm": json.dumps(record)}
@@ -237,7 +262,7 @@ class Pipeline:
 
     def resolve(self, request: Request) -> Request:
         """The request with the model's defaults filled in; ValueError in the user's words for what cannot be drawn."""
-        multiple = downscale(self.model.vae)
+        multiple, request = downscale(self.model.vae), plain(request)
         height, width = self._size(request.image)
         filled = replace(
             request,
@@ -272,6 +297,27 @@ class Pipeline:
             raise ValueError(f"U-Net of {beside + latents} channels: only {latents} and {2 * latents + 1} are known")
         if beside and request.image is None:
             raise ValueError("image: this model inpaints, so an image is needed, and a mask of what to redraw in it")
+
+
+def plain(request: Request) -> Request:
+    """The request with numbers of other libraries as Python's own; ValueError names what is no number or picture."""
+    changes: dict[str, Any] = {}
+    for name in (*WHOLE, *REAL):
+        value, kind = getattr(request, name), KINDS[name in WHOLE]
+        if value is None or type(value) in kind:
+            continue
+        if not isinstance(value, kind):
+            raise ValueError(f"{name} {value!r}: must be a {'whole ' if name in WHOLE else ''}number")
+        changes[name] = kind[0](value)
+    for name in ("image", "mask"):
+        if not isinstance(getattr(request, name), Image.Image | None):
+            raise ValueError(f"{name} {getattr(request, name)!r:.60}: must be a picture of PIL, as Image.open reads it")
+    return replace(request, **changes)
+
+
+def said(weight: Weight) -> str:
+    """An adapter's weight in a prompt of the web UI, which names the text encoders' before the U-Net's."""
+    return f"{weight[1]:g}:{weight[0]:g}" if isinstance(weight, tuple) else f"{weight:g}"
 
 
 def choose_device(name: str) -> torch.device:

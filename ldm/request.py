@@ -9,10 +9,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ldm.decode import shown
 from ldm.diffusion.guidance import EVERYWHERE
 from ldm.diffusion.samplers import SAMPLERS
 from ldm.diffusion.spacing import SPACINGS, choose
-from ldm.images import fingerprint
+from ldm.images import fingerprint, redrawn
 
 MAX_SIDE = 8192  # pixels
 MAX_STEPS = 10_000
@@ -27,7 +28,9 @@ class Request:
     A negative prompt of None is the model's own empty one: zeros for SDXL, the embedding of "" otherwise. `clip_skip`
     counts layers of the text encoders as diffusers does: 0 is the model's own, 1 the one before it; unlike there, it is
     the negative prompt's too. `image` is redrawn by the last `strength` of the steps, and of it only what is white in
-    `mask`; it gives the size where none is said. `upscale` draws the finished picture again, that much larger, with
+    `mask`, which has its proportions or those of what is drawn. It gives the size where none is said, and is stretched
+    to one that is, as in diffusers; it is kept as RGB, its transparency on white, the mask as grey, as
+    `ldm.images.redrawn` reads it. `upscale` draws the finished picture again, that much larger, with
     `upscale_strength`. SDXL is told of an original size, a crop's corner and a target size, each (height, width); None
     is the picture's own size.
     """
@@ -59,6 +62,10 @@ class Request:
         for name in TUPLES:
             if isinstance(getattr(self, name), list):  # JSON has no tuples
                 object.__setattr__(self, name, tuple(getattr(self, name)))
+        for name, mode, read in (("image", "RGB", lambda found: found.rgb), ("mask", "L", redrawn)):
+            picture = getattr(self, name)
+            if isinstance(picture, Image.Image) and picture.mode != mode:
+                object.__setattr__(self, name, read(shown(picture)))
 
     def record(self) -> dict[str, Any]:
         """The request as JSON values, fingerprints in place of pictures.
@@ -91,17 +98,20 @@ def time_ids(request: Request) -> Tensor:
 
 def again(request: Request, picture: Image.Image, multiple: int) -> Request:
     """The second pass of a request with `upscale`: its finished picture, larger, drawn again (A1111's "hires. fix")."""
-    width, height = (round(side * (request.upscale or 1)) // multiple * multiple for side in picture.size)
+    width, height = larger(picture.size, request.upscale or 1, multiple)
     strength = request.upscale_strength
     return replace(request, image=picture, width=width, height=height, strength=strength, upscale=None, latents=None)
 
 
+def larger(size: tuple[int, int], factor: float, multiple: int) -> tuple[int, int]:
+    """A size that much larger, rounded down to fit."""
+    width, height = (round(side * factor) // multiple * multiple for side in size)
+    return width, height
+
+
 def check(request: Request, multiple: int) -> None:
     """ValueError for a value that no picture can have, in a request with all defaults filled in."""
-    for name in ("height", "width"):
-        side = getattr(request, name)
-        if not (multiple <= side <= MAX_SIDE and side % multiple == 0):
-            raise ValueError(f"{name} {side}: must be a multiple of {multiple} from {multiple} to {MAX_SIDE}")
+    check_size(request, multiple)
     steps, scale = request.num_inference_steps, request.guidance_scale
     if steps is None or not 1 <= steps <= MAX_STEPS:
         raise ValueError(f"steps {steps}: must be from 1 to {MAX_STEPS}")
@@ -120,6 +130,19 @@ def check(request: Request, multiple: int) -> None:
         raise ValueError(f"eta {request.eta}: must be from 0 to 1, and 0 for samplers other than ddim")
     check_sizes(request)
     check_edit(request)
+    check_upscale(request, multiple)
+
+
+def check_size(request: Request, multiple: int) -> None:
+    """ValueError for a size that cannot be drawn."""
+    for name in ("height", "width"):
+        side, image = getattr(request, name), request.image
+        if multiple <= side <= MAX_SIDE and side % multiple == 0:
+            continue
+        if image is not None and side == getattr(image, name) // multiple * multiple:
+            own = f"image of {image.width}x{image.height}"
+            raise ValueError(f"{own}: {name} must be from {multiple} to {MAX_SIDE}, unless another size is said")
+        raise ValueError(f"{name} {side}: must be a multiple of {multiple} from {multiple} to {MAX_SIDE}")
 
 
 def check_sizes(request: Request) -> None:
@@ -142,7 +165,24 @@ def check_edit(request: Request) -> None:
             raise ValueError(f"{name} {share}: must be from 0 to 1")
         if share > 0 and int(steps * share) == 0:
             raise ValueError(f"{name} {share} of {steps} steps: leaves none")
-    if request.upscale is not None:
-        longest = max(request.height or 0, request.width or 0)
-        if not 1 < request.upscale <= MAX_SIDE / longest:
-            raise ValueError(f"upscale {request.upscale}: must be above 1, and draw at most {MAX_SIDE} pixels a side")
+    if request.image is not None and request.mask is not None:
+        mask, sizes = request.mask, (request.image.size, (request.width or 0, request.height or 0))
+        if not any(proportional(mask.size, size) for size in sizes):
+            image = "x".join(map(str, request.image.size))
+            raise ValueError(f"mask of {mask.width}x{mask.height}: its image is {image}, other proportions")
+
+
+def check_upscale(request: Request, multiple: int) -> None:
+    """ValueError for a second pass that is not larger, or too large."""
+    if (factor := request.upscale) is None:
+        return
+    size = request.width or 0, request.height or 0
+    if not 1 < factor <= MAX_SIDE / max(size):
+        raise ValueError(f"upscale {factor}: must be above 1, and draw at most {MAX_SIDE} pixels a side")
+    if any(new <= old for new, old in zip(larger(size, factor, multiple), size, strict=True)):
+        raise ValueError(f"upscale {factor} of {size[0]}x{size[1]}: must add {multiple} pixels to each side, or more")
+
+
+def proportional(size: tuple[int, int], other: tuple[int, int]) -> bool:
+    """Is one size the other times a factor, its sides rounded?"""
+    return abs(size[0] * other[1] - size[1] * other[0]) <= max(sum(size), sum(other)) / 2

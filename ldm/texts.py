@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import replace
 from functools import lru_cache, partial
 from pathlib import Path
+from threading import Lock
 
 import torch
 from torch import Tensor
@@ -14,7 +17,9 @@ from ldm.checkpoints.formats import TEXT_ENCODERS, Checkpoint
 from ldm.conditioning import Conditioning
 from ldm.nn.text import Chunk, chunks, spelled
 
-CHUNKS_KEPT = 256  # whose keys and values stay at hand
+CHUNKS_KEPT = 256  # as tokens
+BYTES_KEPT = 2**29  # of keys and values: 20 chunks for SDXL's U-Net, 26 MB each, or 140 for SD 1's
+Encoded = tuple[Conditioning, Tensor | None]  # of a chunk: with keys and values, and its pooled vector
 ZEROS = Chunk((), ())  # stands for states and a pooled vector of zeros
 
 
@@ -34,7 +39,7 @@ class Texts:
         self.embeddings: dict[str, tuple[Tensor, ...]] = {}  # word: [n, C] for each tower
         self._words: dict[str, range] = {}
         self.chunks = lru_cache(CHUNKS_KEPT)(partial(read, model, self._words))
-        self._encoded = lru_cache(CHUNKS_KEPT)(partial(encoded, model))
+        self._encoded = Kept(partial(encoded, model))
 
     def __call__(
         self, prompt: str | None, length: int = 1, *, skip: int = 0, time_ids: Tensor | None = None
@@ -62,7 +67,7 @@ class Texts:
     def clear(self) -> None:
         """Forget what was encoded."""
         self.chunks.cache_clear()
-        self._encoded.cache_clear()
+        self._encoded.clear()
 
     def add_embedding(self, word: str, path: Path) -> None:
         """Let a word of prompts stand for the vectors in a file (textual inversion, Gal et al. 2022, arXiv:2208.01618).
@@ -102,6 +107,43 @@ class Texts:
         self.clear()
 
 
+class Kept:
+    """A function's latest answers by what it was asked, `limit` bytes of them at most, or one; threads may share it."""
+
+    def __init__(self, ask: Callable[[Chunk, int], Encoded], limit: int = BYTES_KEPT) -> None:
+        self.ask, self.limit, self.lock = ask, limit, Lock()
+        self.answers: OrderedDict[tuple[Chunk, int], tuple[Encoded, int]] = OrderedDict()
+        self.size = 0
+
+    def __call__(self, chunk: Chunk, skip: int) -> Encoded:
+        key = chunk, skip
+        with self.lock:
+            if key in self.answers:
+                self.answers.move_to_end(key)
+                return self.answers[key][0]
+        answer = self.ask(chunk, skip)
+        with self.lock:
+            if key not in self.answers:
+                self.answers[key] = answer, (size := occupied(answer))
+                self.size += size
+            while self.size > self.limit and len(self.answers) > 1:
+                self.size -= self.answers.popitem(last=False)[1][1]
+        return answer
+
+    def clear(self) -> None:
+        """Forget them all."""
+        with self.lock:
+            self.answers.clear()
+            self.size = 0
+
+
+def occupied(answer: Encoded) -> int:
+    """The bytes of a chunk's tensors."""
+    sizes: list[int] = []
+    answer[0].map(lambda a: sizes.append(a.nbytes))
+    return sum(sizes)
+
+
 def read(model: Checkpoint, words: dict[str, range], prompt: str | None) -> tuple[Chunk, ...]:
     """The chunks of a prompt, or of none."""
     if prompt is None and model.zero_negative:
@@ -109,7 +151,7 @@ def read(model: Checkpoint, words: dict[str, range], prompt: str | None) -> tupl
     return chunks(model.towers[0].tokenizer, prompt or "", words)
 
 
-def encoded(model: Checkpoint, chunk: Chunk, skip: int) -> tuple[Conditioning, Tensor | None]:
+def encoded(model: Checkpoint, chunk: Chunk, skip: int) -> Encoded:
     """A chunk of a prompt [1, T, C] with every cross-attention's keys and values, and its pooled vector [1, P]."""
     with torch.inference_mode(False), torch.no_grad():  # kept for later calls, which may want gradients in x
         states, pooled = zip(*(tower.encode(chunk, skip) for tower in model.towers), strict=True)

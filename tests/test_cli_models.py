@@ -1,6 +1,9 @@
 """The command line with other models: adapters, words, pictures to begin from, inspect and convert."""
 
+import hashlib
 import json
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,8 +13,10 @@ from safetensors.torch import load_file, save_file
 
 from ldm.checkpoints.formats import load
 from ldm.checkpoints.lora_save import save_adapter
+from ldm.commands.options import weighted
 from ldm.images import read_parameters, read_texts
 from ldm.nn.lora import Adapter, Delta, LoRA
+from ldm.pipeline import PICTO, Pipeline
 from ldm.request import Request
 
 TARGET = "unet/down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_v"
@@ -60,13 +65,103 @@ def test_an_adapter_changes_the_picture_by_its_weight_and_is_recorded(draw, lora
     assert (plain == none).all() and (plain != some).mean() > 0.1
     (record,) = json.loads(texts["ldm"])["adapters"]
     assert record["name"] == "style" and record["weight"] == 0.5
-    assert read_parameters(texts["parameters"])["Lora hashes"] == f"style: {record['sha256'][:12]}"
+    data = lora.read_bytes()
+    behind = hashlib.sha256(data[8 + int.from_bytes(data[:8], "little") :]).hexdigest()  # what the web UI hashes
+    read = read_parameters(texts["parameters"])
+    assert read["Lora hashes"] == f"style: {behind[:12]}" and record["sha256"] == hashlib.sha256(data).hexdigest()
+    assert read["Prompt"] == "a cat<lora:style:0.5>" and json.loads(texts["ldm"])["request"]["prompt"] == "a cat"
     pipe.load_lora_weights(lora, 0.5)
     try:
         again = pipe.generate([Request(**json.loads(texts["ldm"])["request"])])[0]
     finally:
         pipe.unload_lora_weights()
     assert (np.asarray(again, int) == some).all()
+
+
+def test_an_adapter_has_two_weights_and_the_hash_that_kohya_gave_it(draw, lora):
+    save_file(load_file(lora), lora, {"sshs_model_hash": "0123456789abcdef"})
+    (plain, _), (half, texts) = draw("--lora", f"a={lora}:0:0.25"), draw("--lora", f"a={lora}:0.5:0.25")
+    assert (plain == draw()[0]).all() and (plain != half).any()
+    read = read_parameters(texts["parameters"])
+    assert read["Lora hashes"] == "a: 0123456789ab" and read["Prompt"] == "a cat<lora:a:0.25:0.5>"
+    assert json.loads(texts["ldm"])["adapters"][0]["weight"] == [0.5, 0.25]
+
+
+def test_adapters_of_one_file_s_name_are_called_by_their_folders(draw, lora, tmp_path):
+    words = []
+    for name in ("x-v1.5", "y"):
+        (tmp_path / name).mkdir()
+        words += ["--lora", shutil.copy(lora, tmp_path / name / "pytorch_lora_weights.safetensors")]
+    _, texts = draw(*words[:3], tmp_path / "y")
+    assert [record["name"] for record in json.loads(texts["ldm"])["adapters"]] == ["x-v1.5", "y"]
+
+
+@pytest.mark.parametrize(
+    ("word", "parts"),
+    [
+        ("a.safetensors", ("a.safetensors", 1.0, None)),
+        ("a.safetensors:-.5", ("a.safetensors", -0.5, None)),
+        ("b=a.safetensors:1:0", ("a.safetensors", (1.0, 0.0), "b")),
+        ("owner/name:a.safetensors:0.8", ("owner/name:a.safetensors", 0.8, None)),
+        ("a:b", ("a:b", 1.0, None)),
+        ("a:nan", ("a", pytest.approx(float("nan"), nan_ok=True), None)),
+    ],
+)
+def test_an_adapter_s_option_is_read_in_parts(word, parts):
+    assert weighted(word) == parts
+
+
+def test_an_equals_sign_of_a_file_s_own_is_no_name(tmp_path):
+    (tmp_path / "a=b.safetensors").touch()
+    assert weighted(f"{tmp_path}/a=b.safetensors:2") == (f"{tmp_path}/a=b.safetensors", 2.0, None)
+
+
+def test_the_model_is_loaded_again_from_the_record_alone(ldm_, tiny, tmp_path):
+    tensors = load_file(tiny / "vae" / "diffusion_pytorch_model.safetensors")
+    other = shutil.copytree(tiny, tmp_path / "other")
+    save_file({n: 0.5 * a for n, a in tensors.items()}, other / "vae" / "diffusion_pytorch_model.safetensors")
+    words = "generate", "a cat", "--model", tiny, *QUICK
+    (plain,), (changed,) = (
+        json.loads(ldm_(*words, "--out", tmp_path / "out", "--json", *more)[1])["images"]
+        for more in ([], ["--prediction", "eps", "--vae", other])
+    )
+    record = json.loads(read_texts(changed["file"])["ldm"])
+    assert record["load"] == {"path": str(tiny), "prediction": "eps", "vae": str(other)}
+    pipe = Pipeline.from_pretrained(**record["load"], dtype=record["dtype"], device="cpu")
+    again = pipe.generate([Request(**record["request"])])[0]
+    pixels = [np.asarray(Image.open(image["file"])) for image in (plain, changed)]
+    assert (np.asarray(again) == pixels[1]).all() and (pixels[0] != pixels[1]).any()
+
+
+def test_pictures_of_an_earlier_command_stay(ldm_, tiny, tmp_path):
+    words = "generate", "a cat", "--count", 2, "--model", tiny, *QUICK, "--out", tmp_path
+    first, second = (ldm_(*words)[1].split() for _ in range(2))
+    names = [path.name for path in sorted(tmp_path.iterdir())]
+    assert names == ["0000-a-cat-0.png", "0001-a-cat-1.png", "0002-a-cat-0.png", "0003-a-cat-1.png"]
+    for old, new in zip(first, second, strict=True):
+        assert old != new and Path(old).read_bytes() == Path(new).read_bytes()
+
+
+@pytest.mark.parametrize("words", [["--sampler", "x"], ["--spacing", "x"], ["--out", "/dev/null/x"]])
+def test_what_needs_no_model_is_checked_before_one_is_loaded(refused, words):
+    refused("generate", "a cat", "--model", "no/such/folder", *words, said=words[0].removeprefix("--"))
+
+
+def test_what_is_not_drawn_of_the_web_ui_s_syntax_is_said(ldm_, tiny, tmp_path):
+    words = "--model", tiny, *QUICK, "--out", tmp_path
+    status, _, err = ldm_("generate", "a cat <lora:x:0.8> AND [cat:dog:0.5]", *words)
+    assert status == 0 and err.count("\n") == 1
+    assert "warning: " in err and "<lora:x:0.8>, AND, [cat:dog:0.5]" in err and "--lora" in err
+    assert ldm_("generate", "a [cat] (dog:1.2) and BREAK", *words)[2] == ""
+
+
+def test_a_word_is_the_file_s_own_unless_another_is_said(draw, ldm_, tiny, tmp_path):
+    vectors = torch.randn(2, 32, generator=torch.Generator().manual_seed(1))
+    save_file({"<cat-toy>": vectors}, tmp_path / "learned_embeds.safetensors")
+    _, texts = draw("--embedding", tmp_path / "learned_embeds.safetensors")
+    assert set(json.loads(texts["ldm"])["embeddings"]) == {"<cat-toy>"}
+    words = "--model", tiny, *QUICK, "--out", tmp_path, "--embedding", tmp_path / "learned_embeds.safetensors"
+    assert "its word is <cat-toy>" in ldm_("generate", "a", *words)[2]
 
 
 def test_a_word_stands_for_its_vectors_and_is_recorded(draw, word):
@@ -145,7 +240,39 @@ def test_inspect_tells_models_from_adapters_and_words(ldm_, tiny, lora, word):
     status, out, _ = ldm_("inspect", lora)
     assert status == 0 and "kohya" in out
     status, out, _ = ldm_("inspect", word)
-    assert status == 0 and "emb_params" in out or "textual inversion" in out
+    assert (status == 0 and "emb_params" in out) or "textual inversion" in out
+
+
+@pytest.mark.parametrize("place", ["/dev/null/x", "/proc/x/y"])
+def test_a_place_that_cannot_be_made_is_refused(refused, tiny, lora, place):
+    refused("convert", tiny, place, said=f"{Path(place).parent}: ")
+    refused("convert", lora, place, "--to", "kohya", "--family", "sd1", said="")
+
+
+def test_an_adapter_s_conversion_refuses_a_model_s_options_by_name(refused, lora, tmp_path):
+    words = "--to", "peft", "--trust", "--dtype", "float16", "--no-zero-snr", "--ema", "--prediction", "v"
+    refused(
+        "convert", lora, tmp_path / "x", *words, said="--trust and --dtype and --prediction and --zero-snr and --ema"
+    )
+
+
+def test_an_adapter_s_and_an_autoencoder_s_folder_are_described(ldm_, lora, tmp_path):
+    (tmp_path / "a").mkdir()
+    shutil.copy(lora, tmp_path / "a" / "pytorch_lora_weights.safetensors")
+    status, out, _ = ldm_("inspect", tmp_path / "a", "--json")
+    assert status == 0 and json.loads(out)["dialect"] == "kohya"
+    status, out, _ = ldm_("inspect", PICTO / "vae", "--json")
+    assert status == 0 and "--vae" in json.loads(out)["kind"]
+
+
+def test_a_name_cannot_write_on_the_terminal(ldm_, tmp_path):
+    header = {"\x1b[2J\ud800.lora_A.weight": {"dtype": "F32", "shape": [1, 1], "data_offsets": [0, 4]}}
+    header["a.lora_x"] = {"dtype": "F32", "shape": [1], "data_offsets": [4, 8]}
+    header["\x1b[2J\ud800"] = {"dtype": "F32", "shape": [1], "data_offsets": [8, 12]}
+    text = json.dumps(header).encode()
+    (tmp_path / "x.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + bytes(12))
+    status, out, _ = ldm_("inspect", tmp_path / "x.safetensors")
+    assert status == 0 and "\x1b" not in out and r"\x1b[2J\ud800" in out
 
 
 def test_an_adapter_is_rewritten_in_another_dialect(ldm_, refused, tmp_path):

@@ -11,7 +11,7 @@ from PIL import Image
 from ldm.checkpoints.formats import Checkpoint
 from ldm.diffusion.samplers import SAMPLERS, sample
 from ldm.diffusion.spacing import SPACINGS, cut
-from ldm.images import to_pil
+from ldm.images import fingerprint, to_pil
 from ldm.nn.unet import UNet
 from ldm.nn.vae import decode
 from ldm.pipeline import Pipeline
@@ -37,7 +37,7 @@ MIXED = [
     Request("a cat", seed=2, image=IMAGE, strength=0.7),
     Request("a cat", seed=4, image=IMAGE, strength=0.7, guidance_scale=1.0, clip_skip=1),
     Request("two stars", "a dog", seed=3, image=OTHER, mask=white(4, 4, 20, 20), guidance_scale=5.0),
-    Request("a dog", seed=5, image=TALL, mask=white(0, 0, 9, 9), sampler="ddpm", strength=0.8),
+    Request("a dog", seed=5, image=TALL, mask=white(0, 0, 9, 9, height=48, width=35), sampler="ddpm", strength=0.8),
     Request("a cat", seed=6, clip_skip=1),
     Request("a dog", seed=7, image=IMAGE, mask=white(3, 0, 30, 5, level=120), sampler="heun"),
     Request("a cat", seed=8, image=OTHER, strength=0.4, sampler="rk45"),
@@ -199,10 +199,29 @@ def test_threads_on_one_pipeline_draw_what_each_draws_alone(pipe):
             assert max(difference(a, b) for a, b in zip(half.result(), pictures, strict=True)) == 0
 
 
+def test_four_threads_share_prompts_of_several_chunks(pipe):
+    """All ask for the same long prompts at the same time, in orders of their own, and nobody has read them yet."""
+    long = "a (red apple:1.3) to the left of a dog, two stars, " * 3
+    texts = [long, "a cat", f"{long} BREAK a cat", "two stars"]
+    requests = [Request(t, long[k:], k, num_inference_steps=2) for k, t in enumerate(texts)]
+    wanted = [pipe.generate([request])[0] for request in requests]
+    assert len({pipe.texts.length(r.prompt, r.negative_prompt, 3.0) for r in requests}) > 1
+
+    def draw(first):
+        order = [*range(first, 4), *range(first)]
+        return [(k, pipe.generate([requests[k]])[0]) for k in order]
+
+    for _ in range(5):
+        pipe.texts.clear()
+        with ThreadPoolExecutor(4) as threads:
+            drawn = [pair for pairs in threads.map(draw, range(4)) for pair in pairs]
+        assert len(drawn) == 16 and all(difference(picture, wanted[k]) == 0 for k, picture in drawn)
+
+
 def test_a_record_tells_pictures_by_their_pixels(pipe):
     records = [Request("a", image=i, mask=m).record() for i, m in ((IMAGE, None), (IMAGE.copy(), OTHER), (OTHER, None))]
-    assert records[0]["image"] == records[1]["image"] != records[2]["image"] == records[1]["mask"]
-    assert records[0]["mask"] is None
+    assert records[0]["image"] == records[1]["image"] != records[2]["image"] != records[1]["mask"]
+    assert records[0]["mask"] is None and records[1]["mask"] == fingerprint(OTHER.convert("L"))
     turned = [Request("a", image=Image.new("RGB", size)).record()["image"] for size in ((2, 3), (3, 2))]
     assert turned[0] != turned[1]
 
@@ -215,10 +234,18 @@ def test_a_record_tells_pictures_by_their_pixels(pipe):
         ({"image": IMAGE, "strength": 1.5}, "strength 1.5: must be from 0 to 1"),
         ({"image": IMAGE, "strength": float("nan")}, "strength nan"),
         ({"image": IMAGE, "strength": 0.1, "num_inference_steps": 5}, "strength 0.1 of 5 steps: leaves none"),
-        ({"image": Image.new("RGB", (3, 40))}, "width 0: must be a multiple of 4"),
+        ({"image": Image.new("RGB", (3, 40))}, "image of 3x40: width must be from 4 to 8192"),
+        ({"image": Image.new("RGB", (8, 9000))}, "image of 8x9000: height must be from 4 to 8192"),
+        ({"image": Image.new("RGB", (3, 40)), "width": 0}, "image of 3x40: width"),
+        ({"image": Image.new("RGB", (3, 40)), "width": 6}, "width 6: must be a multiple of 4"),
+        ({"image": IMAGE, "mask": white(0, 0, 9, 9, width=28)}, "mask of 28x32: its image is 32x32"),
+        ({"image": TALL, "mask": white(0, 0, 9, 9), "width": 40, "height": 36}, "mask of 32x32: its image is 35x48"),
+        ({"image": Image.new("F", (32, 32))}, "mode F"),
         ({"image": IMAGE, "width": 30}, "width 30"),
         ({"upscale": 1.0}, "upscale 1.0: must be above 1"),
         ({"upscale": 1000.0}, "upscale 1000.0"),
+        ({"upscale": 1.1}, "upscale 1.1 of 32x32: must add 4 pixels"),
+        ({"upscale": 1.2, "width": 16}, "upscale 1.2 of 16x32"),
         ({"upscale": 2.0, "upscale_strength": -1.0}, "upscale strength -1.0"),
         ({"upscale": 2.0, "upscale_strength": 0.01}, "upscale strength 0.01 of 6 steps"),
         ({"clip_skip": 9}, "clip skip 9"),

@@ -1,6 +1,8 @@
 """Pictures survive the way to tensors, to files and back; their texts are what other tools read."""
 
+import io
 import re
+import struct
 
 import numpy as np
 import pytest
@@ -12,7 +14,9 @@ from ldm.images import (
     from_uint8,
     parameters,
     quoted,
+    read_mask,
     read_parameters,
+    read_picture,
     read_texts,
     save_png,
     to_pil,
@@ -120,8 +124,91 @@ def test_a_png_keeps_pixels_and_texts_and_its_bytes_are_a_function_of_them(tmp_p
 def test_what_is_no_picture_is_refused_by_name(tmp_path):
     (tmp_path / "x.png").write_text("no")
     for name in ("x.png", "absent.png"):
-        with pytest.raises(ValueError, match=name):
-            read_texts(tmp_path / name)
+        for read in (read_texts, read_picture, read_mask):
+            with pytest.raises(ValueError, match=name):
+                read(tmp_path / name)
+
+
+HALF = np.repeat([[255] * 4 + [0] * 4], 6, 0).astype(np.uint8)  # redrawn on the left
+COLOURS = np.random.default_rng(0).integers(0, 255, (6, 8, 3), dtype=np.uint8)
+
+
+def cut(colours, alpha):
+    return Image.fromarray(np.dstack([np.broadcast_to(colours, (6, 8, 3)).astype(np.uint8), alpha]))
+
+
+MASKS = {
+    "grey": Image.fromarray(HALF),
+    "16 bits": Image.fromarray(np.where(HALF > 0, 65535, 300).astype(np.uint16)),
+    "1 bit": Image.fromarray(HALF > 0),
+    "palette": Image.fromarray(HALF).convert("RGB").quantize(2),
+    "opaque, with an alpha channel": cut(HALF[..., None], np.full_like(HALF, 255)),
+    "a picture with holes": cut(COLOURS, 255 - HALF),
+    "a picture with holes, white beneath": cut(np.where(HALF[..., None] > 0, 255, COLOURS), 255 - HALF),
+    "black with holes": cut(np.zeros(3), 255 - HALF),
+    "white strokes on nothing": cut(np.full(3, 255), HALF),
+    "white strokes on black nothing": cut(HALF[..., None], HALF),
+}
+
+
+@pytest.mark.parametrize("name", MASKS)
+def test_a_mask_is_read_whatever_its_mode(tmp_path, name):
+    """The same from a file, and from one that a person opened."""
+    MASKS[name].save(tmp_path / "mask.png")
+    wanted = np.where(HALF == 0, MASKS[name].mode == "I;16", HALF)  # 300 of 65535 is 1 of 255
+    assert np.array_equal(np.asarray(read_mask(tmp_path / "mask.png")), wanted)
+    with Image.open(tmp_path / "mask.png") as opened:
+        assert np.array_equal(np.asarray(Request("", mask=opened).mask), wanted)
+
+
+def test_a_soft_mask_keeps_its_levels(tmp_path):
+    levels = np.arange(48, dtype=np.uint8).reshape(6, 8) * 5
+    cut(COLOURS, levels).save(tmp_path / "holes.png")
+    assert np.array_equal(np.asarray(read_mask(tmp_path / "holes.png")), 255 - levels)
+    Image.fromarray(levels).save(tmp_path / "grey.png")
+    assert np.array_equal(np.asarray(read_mask(tmp_path / "grey.png")), levels)
+
+
+def test_a_picture_s_transparency_is_white_and_its_sixteen_bits_are_scaled(tmp_path):
+    cut(COLOURS, HALF).save(tmp_path / "a.png")
+    Image.fromarray(COLOURS[..., 0].astype(np.uint16) * 257).save(tmp_path / "b.png")
+    white = np.where(HALF[..., None] > 0, COLOURS, 255)
+    for name, wanted in (("a.png", white), ("b.png", np.repeat(COLOURS[..., :1], 3, 2))):
+        with Image.open(tmp_path / name) as opened:
+            pictures = read_picture(tmp_path / name), Request("", image=opened).image
+        assert all(p.mode == "RGB" and np.array_equal(np.asarray(p), wanted) for p in pictures)
+
+
+def file_of(form):
+    """A small picture in that format."""
+    file, pixels = io.BytesIO(), np.random.default_rng(0).integers(0, 255, (16, 16, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(file, "PNG" if form == "ICNS" else form)
+    data = file.getvalue()
+    if form == "ICNS":  # Pillow writes sizes of up to 1024
+        data = b"icns" + struct.pack(">I", len(data) + 16) + b"icp4" + struct.pack(">I", len(data) + 8) + data
+    return data
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:PIL")
+@pytest.mark.parametrize("form", ["PPM", "DDS", "SGI", "ICNS", "JPEG2000", "GIF", "WEBP", "TIFF", "PNG", "JPEG", "PCX"])
+def test_whatever_is_wrong_with_a_file_is_one_line_with_its_name(tmp_path, form):
+    """Random bytes in place of some, most of them in the head; every third file is cut short."""
+    rng, path, refused = np.random.default_rng(0), tmp_path / "x.png", 0
+    whole = np.frombuffer(file_of(form), np.uint8)
+    path.write_bytes(whole.tobytes())
+    assert read_picture(path).size == (16, 16)
+    for k in range(150):
+        data, reach = whole.copy(), len(whole) if k % 2 else min(len(whole), 120)
+        places = rng.integers(0, reach, rng.integers(1, 6))
+        data[places] = rng.integers(0, 256, len(places))
+        path.write_bytes(data[: rng.integers(len(data)) if k % 3 == 0 else None].tobytes())
+        for read in (read_picture, read_mask, read_texts):
+            try:
+                read(path)
+            except ValueError as error:
+                assert str(error).startswith(f"{path}: ") and "\n" not in str(error)
+                refused += 1
+    assert refused > 50
 
 
 def test_a_contact_sheet_shows_every_picture_over_its_caption():

@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # A module imports from the rows above its own and from its own package, never from another name of its row.
 LAYERS = (
-    {"conditioning", "rng", "files", "version"},
+    {"conditioning", "rng", "decode", "files", "version"},
     {"config"},
     {"diffusion", "nn"},
     {"checkpoints"},
@@ -38,13 +38,13 @@ HOMES = {
     "open_clip": ("nn/text.py", "evaluate"),
     "torchvision": ("nn/_torchvision.py",),
     "xformers": ("nn/attention.py",),
-    "peft": ("nn/lora.py",),
+    "peft": ("nn/lora_train.py",),
     "huggingface_hub": ("checkpoints/hub.py",),
     "accelerate": ("train",),
     "bitsandbytes": ("train/optimizers.py",),
     "prodigyopt": ("train/optimizers.py",),
     "ray": ("jobs/engines.py",),
-    "pyarrow": ("data/tables.py",),
+    "pyarrow": ("data/tables.py", "jobs/kinds.py"),
     "datasets": (),  # what it saves is read by pyarrow alone
     "webdataset": (),
     "scripts": (),

@@ -30,7 +30,7 @@ from ldm.checkpoints.single import read_single, scheduler_config
 from ldm.checkpoints.tensors import TensorFile
 from ldm.checkpoints.unpickle import is_pickle
 from ldm.checkpoints.writer import TensorWriter
-from ldm.files import publish
+from ldm.files import creatable, publish, writable
 from ldm.nn import text
 
 ARCHITECTURES = {  # modelspec.architecture
@@ -43,7 +43,7 @@ ARCHITECTURES = {  # modelspec.architecture
 }
 IMPLEMENTATION = "https://github.com/Stability-AI/generative-models"  # whose names the file has, as kohya's scripts say
 SPEC_PREDICTIONS = {"eps": "epsilon", "v": "v", "x0": "sample"}  # modelspec.prediction_type
-DIFFUSERS = "0.42.1"  # whose layout it is; its inpainting asks
+DIFFUSERS_VERSION = "0.42.1"  # whose layout it is; its inpainting asks
 Report = dict[str, Any]
 
 
@@ -66,21 +66,25 @@ def convert(
     dtype: torch.dtype | None = None,
     prediction: str | None = None,
     zero_snr: bool | None = None,
+    revision: str | None = None,
+    variant: str | None = None,
 ) -> Report:
-    """A folder or file as `dst`: a single file, if its name ends in .safetensors, else a folder; returns a report.
+    """A folder, file or hub id as `dst`, a single file if its name ends in .safetensors, else a folder; a report.
 
     A folder becomes a single file in its makers' layout, a single file a folder in diffusers', and what would stay as
     it is is written again. `trust` opens pickles (see `ldm.checkpoints.unpickle`), `dtype` is that of the real numbers,
     None each tensor's own. `family`, `prediction` and `zero_snr` overrule what the source says, `ema` takes a single
-    file's moving average. `dst` must not exist, or be an empty folder; it appears whole or not at all. The report lists
-    what was `ignored`, `left_out` and `dropped`. ValueError in one line that names the file.
+    file's moving average; `revision` is a hub id's, `variant` chooses among its weights or a folder's. `dst` must not
+    exist, or be an empty folder; it appears whole or not at all. The report lists what was `ignored`, `left_out` and
+    `dropped`. ValueError in one line that names the file.
     """
-    src, dst = formats.local(src), Path(dst).expanduser()
-    _check_destination(dst)
+    dst, given = _destination(Path(dst).expanduser()), src
+    src = formats.locate(src, revision, None, variant)
+    writable(dst.parent)
     asked, same = Asked(family, prediction, zero_snr, ema), src.is_dir() != (dst.suffix == SAFETENSORS)
-    if same and asked != Asked():
+    if same and (asked != Asked() or (variant and not formats.of_hub(given))):
         raise ValueError(
-            f"{dst}: the layout stays the same, of family, prediction, zero_snr and ema nothing can be said"
+            f"{dst}: the layout stays the same, of family, prediction, zero_snr, ema and variant nothing can be said"
         )
     with ExitStack() as stack:
         plain, dropped = (src, {}) if same else stack.enter_context(_plain(src, dst, trust))
@@ -88,19 +92,22 @@ def convert(
         if same:
             report = rewrite(src, draft, dtype, trust)
         elif src.is_dir():
-            report = _to_single(plain, draft, dst.stem, dtype, asked)
+            report = _to_single(plain, draft, dst.stem, dtype, asked, variant)
         else:
             report = _to_directory(plain, draft, dtype, asked)
-    return {"source": str(src), "destination": str(dst), "dropped": dropped, **report}
+    return {"source": str(given), "destination": str(dst), "dropped": dropped, **report}
 
 
-def _check_destination(dst: Path) -> None:
+def _destination(dst: Path) -> Path:
+    """Where to write, a link to an empty folder followed; ValueError where there is something, or nothing can be."""
     if dst.suffix in PICKLES:
         raise ValueError(f"{dst}: weights are written as .safetensors or as a folder")
     if dst.is_dir() and dst.suffix != SAFETENSORS and not any(dst.iterdir()):
-        return
+        return dst.resolve()
     if dst.exists() or dst.is_symlink():
         raise ValueError(f"{dst}: there is something of that name")
+    creatable(dst.parent)
+    return dst
 
 
 @contextmanager
@@ -165,7 +172,7 @@ def _verdict(file: TensorFile, asked: Asked) -> detect.Verdict:
 
 def _describe(family: Family, verdict: detect.Verdict, folder: Path) -> None:
     """Write all of a directory but its weights: configurations, tokenizers, schedule, index."""
-    index: dict[str, Any] = {"_class_name": family.pipeline, "_diffusers_version": DIFFUSERS}
+    index: dict[str, Any] = {"_class_name": family.pipeline, "_diffusers_version": DIFFUSERS_VERSION}
     for name, config in family.configs.items():
         library, (kind, *_) = CLASSES[name]
         marks = {"architectures": [kind], "model_type": "clip_text_model"} if library == "transformers" else {}
@@ -185,11 +192,13 @@ def _describe(family: Family, verdict: detect.Verdict, folder: Path) -> None:
     write_json(index, folder / INDEX)
 
 
-def _to_single(src: Path, draft: Path, title: str, dtype: torch.dtype | None, asked: Asked) -> Report:
+def _to_single(
+    src: Path, draft: Path, title: str, dtype: torch.dtype | None, asked: Asked, variant: str | None
+) -> Report:
     """A folder as a single file, which says what it predicts, so that nobody has to guess."""
     if asked.ema:
         raise ValueError(f"{src}: ema cannot be said of a folder")
-    model = read_directory(src, prediction=asked.prediction, zero_snr=asked.zero_snr)
+    model = read_directory(src, variant, prediction=asked.prediction, zero_snr=asked.zero_snr)
     scheduler = read_json(src / "scheduler" / "scheduler_config.json")
     kind = asked.prediction or PREDICTION_TYPES[scheduler.get("prediction_type", "epsilon")]
     zero = bool(scheduler.get("rescale_betas_zero_snr")) if asked.zero_snr is None else asked.zero_snr

@@ -28,10 +28,11 @@ from ldm.rng import Noise
 INPUT = UNET_PREFIX + "input_blocks.0.0.weight"
 CONTEXT = re.compile(re.escape(UNET_PREFIX) + r".+\.attn2\.to_k\.weight")
 TEXT = re.compile(r"(cond_stage_model|conditioner\.embedders\.\d+)\.(transformer|model)\.")
+LORA, VAE, ADVICE = "a LoRA file: --lora", "a VAE: --vae", ": say --prediction eps or v"
 EMBEDDING = r"string_to_param.*|emb_params|clip_[gl]|<.+>"
 NOT_A_MODEL = {  # tensors (whole names, as regular expressions) that no Stable Diffusion has: what has them
     r"(lora_(unet|te\d?)_|.*\.(lora_(A|B|down|up)|lora_linear_layer|hada_w1|lokr_w[12])).*|.*_lora\.(down|up)\..+": (
-        "a LoRA file: --lora"
+        LORA
     ),
     EMBEDDING: "an embedding (textual inversion), which adds a word to a model",
     r"control_.+|.*\b(controlnet_cond_embedding|input_hint_block)\..+": "a ControlNet: not supported",
@@ -47,7 +48,7 @@ NOT_A_MODEL = {  # tensors (whole names, as regular expressions) that no Stable 
     r"noise_augmentor\..+": "an unCLIP model: not supported",
 }
 PARTS = {  # likewise, of a model where there is no U-Net
-    r"(first_stage_model\.)?decoder\.conv_in\.weight": "a VAE: --vae",
+    r"(first_stage_model\.)?decoder\.conv_in\.weight": VAE,
     r"(diffusion_model\.)?input_blocks\.0\.0\.weight|conv_in\.weight": "a U-Net alone, without text encoder and VAE",
     r"(.+\.)?(encoder\.layers|resblocks)\.0\..+": "a text encoder alone",
 }
@@ -245,7 +246,7 @@ def judged(reply: Reply) -> tuple[str, str]:
     for name, answer in ANSWERS.items():
         if math.dist(reply, answer) < REACH:
             return name, f"prediction {name}: measured, {shares} ({answer.noise:.2f} and {answer.x0:.2f} are {name})"
-    raise ValueError(f"cannot tell what the U-Net predicts (it answers {shares}): say --prediction eps or v")
+    raise ValueError(f"cannot tell what the U-Net predicts (it answers {shares}){ADVICE}")
 
 
 def predicting(families: Sequence[str], prediction: str | None) -> str:

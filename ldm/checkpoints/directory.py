@@ -15,7 +15,7 @@ from ldm.checkpoints.configs import configured, number
 from ldm.checkpoints.families import FAMILIES
 from ldm.checkpoints.files import read_json
 from ldm.checkpoints.networks import TEXT_ENCODERS, Source, skeleton, sources
-from ldm.checkpoints.schedule import PREDICTION_TYPES, SCHEDULERS, load_schedule
+from ldm.checkpoints.schedule import DIFFUSERS_TYPES, PREDICTION_TYPES, SCHEDULERS, load_schedule
 from ldm.checkpoints.tensors import PICKLE, TensorFile, open_tensors
 from ldm.diffusion.prediction import PREDICTIONS, Prediction
 from ldm.diffusion.samplers import SAMPLERS
@@ -98,8 +98,7 @@ def read_directory(
         groups.append(files)
     overrides: dict[str, Any] = {"_class_name": index["scheduler"][1]}
     if prediction is not None:
-        theirs = {ours: theirs for theirs, ours in PREDICTION_TYPES.items()}
-        overrides["prediction_type"] = choose(theirs, prediction, "prediction")
+        overrides["prediction_type"] = choose(DIFFUSERS_TYPES, prediction, "prediction")
     if zero_snr is not None:
         overrides["rescale_betas_zero_snr"] = zero_snr
     schedule = load_schedule(folder / "scheduler" / "scheduler_config.json", **overrides)

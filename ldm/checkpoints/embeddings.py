@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
+from ldm.checkpoints.files import save_tensors
 from ldm.checkpoints.tensors import TensorFile, open_tensors
 
 TOWERS = {"clip_l": "text_encoder", "clip_g": "text_encoder_2"}  # a tensor of SDXL's files: the folder of its tower
+WEB_UI = "emb_params"  # the only tensor of a file of the web UI
 
 
 def load_embeddings(path: Path) -> dict[str, Tensor]:
@@ -44,3 +48,16 @@ def _towers(file: TensorFile) -> dict[str, str]:
         f"{file.path}: not an embedding: holds {', '.join(names[:3]) or 'nothing'}{more}, expected one tensor, "
         f"or {' and '.join(TOWERS)}"
     )
+
+
+def word_of(path: Path) -> str:
+    """The word that a file says it is: diffusers' name of the tensor, or the header's; else the file's stem."""
+    file = open_tensors(path)
+    names = [name for name in _towers(file) if name not in (*TOWERS, WEB_UI)]
+    return next(iter(names), file.metadata.get("name", "*").replace("*", "") or path.stem)
+
+
+def save_embeddings(path: Path, word: str, found: Mapping[str, Tensor]) -> None:
+    """Write what `load_embeddings` reads: for one text encoder under the word itself, as diffusers does."""
+    names = {folder: name for name, folder in TOWERS.items()} if len(found) > 1 else dict.fromkeys(found, word)
+    save_tensors({names[folder]: vectors for folder, vectors in found.items()}, path, torch.float32)

@@ -53,6 +53,11 @@ class Family:
     zero_negative: bool = False
 
     @property
+    def defaults(self) -> dict[str, Any]:
+        """The settings of a request that its makers recommend."""
+        return {"num_inference_steps": self.num_inference_steps, "guidance_scale": self.guidance_scale}
+
+    @property
     def configs(self) -> dict[str, Mapping[str, Any]]:
         """The configurations of the networks, by folder."""
         return {"unet": self.unet, "vae": self.vae, **{name: tower.config for name, tower in self.towers.items()}}

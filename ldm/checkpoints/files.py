@@ -17,19 +17,27 @@ TRANSFORMERS = "model.safetensors"
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file; ValueError names the file where there is none, or a name is given twice, or a NaN."""
+    """The JSON object in a file; ValueError, as `parse_json` says, names the file."""
     try:
-        values = json.loads(path.read_bytes(), object_pairs_hook=unique, parse_constant=_constant)
+        return parse_json(path.read_bytes())
     except OSError as error:
         raise ValueError(f"{path}: {error.strerror}") from None
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def parse_json(text: str | bytes) -> dict[str, Any]:
+    """The JSON object in a text; ValueError where there is none, or a name is given twice, or a NaN."""
+    try:
+        values = json.loads(text, object_pairs_hook=_unique, parse_constant=_constant)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not JSON ({error})") from None
+        raise ValueError(f"not JSON ({error})") from None
     if not isinstance(values, dict):
-        raise ValueError(f"{path}: not a JSON object")
+        raise ValueError("not a JSON object")
     return values
 
 
-def unique(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+def _unique(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
     """The members of a JSON object; ValueError where a name is given twice."""
     found = dict(pairs)
     if len(found) < len(pairs):
@@ -70,7 +78,8 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path, dtype: torch.dtype =
     save_file(cast, path, metadata={"format": "pt"})
 
 
-def sha256(path: Path) -> str:
-    """The SHA-256 of a file, in hex."""
+def sha256(path: Path, start: int = 0) -> str:
+    """The SHA-256 of a file, or of it from a byte on, in hex."""
     with path.open("rb") as file:
+        file.seek(start)
         return hashlib.file_digest(file, "sha256").hexdigest()

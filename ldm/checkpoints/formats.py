@@ -37,6 +37,7 @@ MODEL_INDEX = {  # what makes a folder a diffusers.StableDiffusionPipeline
     "vae": ["diffusers", "AutoencoderKL"],
 }
 CPU = torch.device("cpu")
+PICTO = Path(__file__).resolve().parents[2] / "weights" / "picto"  # the model that is shipped
 TIME_IDS = 6  # numbers of SDXL: original size, crop, target size
 PROBED = 32  # latents a side, of which the U-Net is asked what it predicts
 
@@ -48,7 +49,8 @@ class Checkpoint:
     `defaults` are the settings that its makers recommend; `hashes` the SHA-256 of each network's file (of its shards'
     bytes, one after another), by folder. `zero_negative`: an empty negative prompt stands for zeros rather than for
     the embedding of "". `family` is a name of `FAMILIES`, None where it is another model; `vae_name` the file's of an
-    autoencoder that replaces the model's own.
+    autoencoder that replaces the model's own. `options` are those that `load` was given, as JSON values:
+    `Pipeline.from_pretrained(**options)` loads the same again.
     """
 
     unet: UNet
@@ -61,6 +63,7 @@ class Checkpoint:
     zero_negative: bool = False
     family: str | None = None
     vae_name: str | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def networks(self) -> dict[str, nn.Module]:
@@ -104,23 +107,36 @@ def load(
     unknown, torn or of another shape.
     """
     path = locate(source, revision, token, variant)
-    options = {"variant": variant, "family": family, "prediction": prediction, "zero_snr": zero_snr, "ema": ema or None}
     kind = "folder" if path.is_dir() else "single file"
-    given = {name: value for name, value in options.items() if value is not None}
+    own = {"variant": variant, "family": family, "prediction": prediction, "zero_snr": zero_snr, "ema": ema or None}
+    given = {name: value for name, value in own.items() if value is not None}
     if stray := given.keys() - FORMATS[kind].options:
         raise ValueError(f"{path}: {' and '.join(sorted(stray))} cannot be said of a {kind}")
     model = FORMATS[kind].read(path, **given)
     if vae is not None:
-        model = with_vae(model, local(vae))
+        model = with_vae(model, locate(vae, None, token, None, "vae"))
     check(model, path)
-    return replace(built(model, device, dtype), vae_name=None if vae is None else local(vae).name)
+    elsewhere = {"path": None if source == PICTO else source, "revision": revision, "vae": vae}
+    options = {**{name: str(value) for name, value in elsewhere.items() if value is not None}, **given}
+    return replace(built(model, device, dtype), vae_name=None if vae is None else Path(vae).name, options=options)
 
 
-def locate(source: str | Path, revision: str | None, token: str | None, variant: str | None) -> Path:
-    """Where a model lies on this machine: an existing file or folder, or else brought from the hub."""
-    if isinstance(source, str) and hub.is_id(source) and not Path(source).exists():
-        return hub.fetch(source, revision, token, variant)
+def locate(
+    source: str | Path,
+    revision: str | None = None,
+    token: str | None = None,
+    variant: str | None = None,
+    kind: str = "model",
+) -> Path:
+    """Where a model, or another `kind` of `hub.KINDS`, lies on this machine, if need be brought from the hub."""
+    if of_hub(source):
+        return hub.fetch(str(source), revision, token, variant, kind)
     return local(source)
+
+
+def of_hub(source: str | Path) -> bool:
+    """Is it a name on the hub, rather than something here?"""
+    return isinstance(source, str) and hub.is_id(source) and not Path(source).exists()
 
 
 def local(source: str | Path) -> Path:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import glob
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 from huggingface_hub import HfApi, hf_hub_download, snapshot_download
 from huggingface_hub.errors import (
@@ -19,11 +20,13 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from ldm.checkpoints.directory import INDEX, needed
+from ldm.checkpoints.directory import INDEX, WEIGHTS, choose_weights, needed
+from ldm.checkpoints.lora_save import DIFFUSERS_FILE, PEFT_CONFIG, PEFT_FILE
 
 WORD = r"[A-Za-z0-9_][\w.-]*"
 ID = re.compile(rf"({WORD}/{WORD})(?::(.+\.safetensors))?")
-TOKEN = "a token of yours is needed, by --token or HF_TOKEN"
+TOKEN = "a token of yours is needed, in HF_TOKEN"
+EMBEDS_FILE = "learned_embeds.safetensors"  # as diffusers' training script calls a word
 
 
 def is_id(source: str) -> bool:
@@ -32,9 +35,67 @@ def is_id(source: str) -> bool:
     return match is not None and not match[1].endswith((".safetensors", ".ckpt", ".pt", ".bin"))
 
 
-def fetch(source: str, revision: str | None = None, token: str | None = None, variant: str | None = None) -> Path:
-    """The folder of a repository `owner/name`, or the file of `owner/name:file`, in the hub's local cache.
+def name(source: str) -> str:
+    """What a file or repository is called: its stem, or the repository's name where all such files have that stem."""
+    match = ID.fullmatch(source)
+    assert match, source
+    file = Path(match[2] or DIFFUSERS_FILE)
+    return match[1].rpartition("/")[2] if file.name in (DIFFUSERS_FILE, PEFT_FILE, EMBEDS_FILE) else file.stem
 
+
+class Kind(NamedTuple):
+    """Something that repositories hold: its name in errors, and which of their files it is, none where it is not."""
+
+    name: str
+    pick: Callable[[Sequence[str], str | None], list[str]]
+
+
+def _model(names: Sequence[str], variant: str | None) -> list[str]:
+    return needed(names, variant) if INDEX in names else []
+
+
+def _autoencoder(names: Sequence[str], variant: str | None) -> list[str]:
+    for folder in ("", "vae/"):
+        if f"{folder}config.json" in names:
+            own = [name.removeprefix(folder) for name in names if name.startswith(folder)]
+            return [f"{folder}{name}" for name in ("config.json", *choose_weights(own, WEIGHTS["vae"], variant))]
+    return _only(names)
+
+
+def _adapter(names: Sequence[str], variant: str | None) -> list[str]:
+    if DIFFUSERS_FILE in names:
+        return [DIFFUSERS_FILE]
+    return [PEFT_FILE, PEFT_CONFIG] if {PEFT_FILE, PEFT_CONFIG} <= {*names} else _only(names)
+
+
+def _embedding(names: Sequence[str], variant: str | None) -> list[str]:
+    return [EMBEDS_FILE] if EMBEDS_FILE in names else _only(names)
+
+
+def _only(names: Sequence[str]) -> list[str]:
+    """The weights where they are one file."""
+    found = [name for name in names if name.endswith(".safetensors")]
+    return found if len(found) == 1 else []
+
+
+KINDS = {
+    "model": Kind(f"a model (no {INDEX})", _model),
+    "vae": Kind("an autoencoder", _autoencoder),
+    "adapter": Kind(f"an adapter (no {DIFFUSERS_FILE})", _adapter),
+    "embedding": Kind(f"an embedding (no {EMBEDS_FILE})", _embedding),
+}
+
+
+def fetch(
+    source: str,
+    revision: str | None = None,
+    token: str | None = None,
+    variant: str | None = None,
+    kind: str = "model",
+) -> Path:
+    """The folder of a repository `owner/name`, or a file of it, in the hub's local cache.
+
+    It is the file of `owner/name:file`, or what in the repository is of that kind of `KINDS`.
     Without the network (HF_HUB_OFFLINE, or none is reached) it is what the cache has. ValueError in one line names the
     repository: no such one, no such revision, gated, not a model, or neither reached nor in the cache.
     """
@@ -44,25 +105,33 @@ def fetch(source: str, revision: str | None = None, token: str | None = None, va
     with told(source, revision):
         try:
             siblings = HfApi(token=token).model_info(repo_id, revision=revision).siblings or ()
+            names, folder = [sibling.rfilename for sibling in siblings], None
         except (HTTPError, OSError) as error:
             if isinstance(error, RepositoryNotFoundError | RevisionNotFoundError):
                 raise
-            return _cached(repo_id, revision, file)
+            if file:
+                return Path(hf_hub_download(repo_id, file, revision=revision, local_files_only=True))
+            folder = _cached(repo_id, revision)
+            names = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
         if file:
             return Path(hf_hub_download(repo_id, file, revision=revision, token=token))
-        names = [sibling.rfilename for sibling in siblings]
-        if INDEX not in names:
-            offered = [name for name in names if name.endswith(".safetensors")]
-            hint = f"; name one of its files, as in {repo_id}:{offered[0]}" if offered else ""
-            raise ValueError(f"not a model (no {INDEX}){hint}")
-        patterns = [glob.escape(name) for name in needed(names, variant)]
-        return Path(snapshot_download(repo_id, revision=revision, token=token, allow_patterns=patterns))
+        if not (picked := KINDS[kind].pick(names, variant)):
+            raise ValueError(f"not {KINDS[kind].name}{_offer(repo_id, names)}")
+        if folder is None:
+            patterns = [glob.escape(name) for name in picked]
+            folder = Path(snapshot_download(repo_id, revision=revision, token=token, allow_patterns=patterns))
+        return folder / picked[0] if picked[0].endswith(".safetensors") else folder
 
 
-def _cached(repo_id: str, revision: str | None, file: str | None) -> Path:
+def _offer(repo_id: str, names: Sequence[str]) -> str:
+    """The files of a repository that can be named."""
+    offered = [name for name in names if name.endswith(".safetensors")]
+    also = f" or {', '.join(offered[1:])}" if offered[1:] else ""
+    return f"; name one of its files, as in {repo_id}:{offered[0]}{also}" if offered else ""
+
+
+def _cached(repo_id: str, revision: str | None) -> Path:
     """What the cache has of a repository, be it a part: the reader names what is missing."""
-    if file:
-        return Path(hf_hub_download(repo_id, file, revision=revision, local_files_only=True))
     try:
         return Path(snapshot_download(repo_id, revision=revision, local_files_only=True))
     except IncompleteSnapshotError as error:

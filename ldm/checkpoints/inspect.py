@@ -14,7 +14,7 @@ import torch
 
 from ldm.checkpoints import detect, formats, keys, lora
 from ldm.checkpoints.dialects import dialect, place
-from ldm.checkpoints.directory import INDEX, family_of, read_directory, read_index
+from ldm.checkpoints.directory import INDEX, component, family_of, read_directory, read_index
 from ldm.checkpoints.families import FAMILIES, Family
 from ldm.checkpoints.files import read_json, sha256
 from ldm.checkpoints.schedule import PREDICTION_TYPES, schedule_of
@@ -32,25 +32,32 @@ SCHEDULE = (  # fields of a scheduler's configuration that make its SDE
 )
 
 
-def report(source: str | Path, probe: bool = True) -> dict[str, Any]:
+def report(
+    source: str | Path, probe: bool = True, revision: str | None = None, variant: str | None = None
+) -> dict[str, Any]:
     """What a model on this machine or the hub is, as values of JSON; `table` has them for people.
 
     `probe` asks the U-Net what it predicts, which loads the model; without it, a file that does not say it has
     `prediction` None. What is no model is described by its kind. ValueError, in one line that names the file, for what
     cannot be read, and for a single file that contradicts itself.
     """
-    path = formats.locate(source, None, None, None)
-    found = _folder(path) if path.is_dir() else _file(path)
+    path = formats.locate(source, revision, None, variant)
+    found = _folder(path, variant) if path.is_dir() else _file(path)
     if probe and "prediction" in found:
-        _measure(path, found)
+        _measure(path, found, variant)
     return {"source": str(source), **found}
 
 
 def table(report: Mapping[str, Any]) -> str:
     """A report in lines."""
     return "\n".join(
-        f"{name:14} {line}".rstrip() for name, value in report.items() for name, line in _lines(name, value)
+        escaped(f"{name:14} {line}".rstrip()) for name, value in report.items() for name, line in _lines(name, value)
     )
+
+
+def escaped(line: str) -> str:
+    """A line without control characters and halves of characters, which names of tensors may hold."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in line)
 
 
 def _lines(name: str, value: Any) -> Iterable[tuple[str, str]]:
@@ -119,7 +126,7 @@ def _file(path: Path) -> dict[str, Any]:
         "prediction": prediction,
         "zero_snr": zero,
         "evidence": [detect.of_shapes(tensors, fitting), *said, why],
-        **_drawn(config),
+        **_drawn(config, **FAMILIES[name].defaults),
         **uses,
         "ema": any(name.startswith(keys.EMA_PREFIX) for name in tensors),
         **hashed,
@@ -154,9 +161,11 @@ def _faults(file: TensorFile, family: Family) -> list[str]:
     return []
 
 
-def _folder(path: Path) -> dict[str, Any]:
+def _folder(path: Path, variant: str | None = None) -> dict[str, Any]:
     """A folder by its configurations and headers; its tensors are compared with its networks, strictly."""
-    index, model = read_index(path), read_directory(path)
+    if not (path / INDEX).exists() and (part := _part(path)):
+        return part
+    index, model = read_index(path), read_directory(path, variant)
     config = read_json(path / "scheduler" / "scheduler_config.json") | {"_class_name": index["scheduler"][1]}
     prediction = PREDICTION_TYPES[config.get("prediction_type", "epsilon")]
     zero = bool(config.get("rescale_betas_zero_snr"))
@@ -183,6 +192,21 @@ def _folder(path: Path) -> dict[str, Any]:
         "ema": False,
         "sha256": {str(s.file.path.relative_to(path)): sha256(s.file.path) for group in model.groups for s in group},
     }
+
+
+def _part(path: Path) -> dict[str, Any] | None:
+    """A folder of an adapter or an autoencoder; None for another."""
+    config = read_json(path / "config.json") if (path / "config.json").is_file() else {}
+    if "latent_channels" in config and config.get("_class_name", "AutoencoderKL") == "AutoencoderKL":
+        files = [source.file for source in component(path, "vae")[1]]
+        kind: dict[str, Any] = {"format": "folder of AutoencoderKL", "kind": detect.VAE}
+    elif lora.in_folder(path):
+        files = [open_tensors(file) for file in lora.files(path)]
+        kind = {"format": "folder of an adapter", "kind": detect.LORA, **_adapter(files[0])}
+    else:
+        return None
+    content = size(slot for file in files for slot in file.slots.values())
+    return {**kind, "content": content, "sha256": {str(f.path.relative_to(path)): sha256(f.path) for f in files}}
 
 
 def _drawn(config: Mapping[str, Any], **defaults: Any) -> dict[str, Any]:
@@ -215,15 +239,16 @@ def _adapter(file: TensorFile) -> dict[str, Any]:
     }
 
 
-def _measure(path: Path, found: dict[str, Any]) -> None:
+def _measure(path: Path, found: dict[str, Any], variant: str | None) -> None:
     """Ask the U-Net; write into the report what it predicts where nothing said so, and the evidence."""
     try:
         # said, so that `load` does not ask
-        options: dict[str, Any] = {} if path.is_dir() else {"prediction": "eps", "zero_snr": False}
+        options: dict[str, Any] = {"variant": variant} if path.is_dir() else {"prediction": "eps", "zero_snr": False}
         model = formats.load(path, CPU, torch.bfloat16, **options)
         kind, line = detect.judged(formats.asked(model.unet, model.towers, model.sde))
     except ValueError as error:
-        found["evidence"].append(f"prediction not measured: {error}")
+        why = str(error).removesuffix(detect.ADVICE) if found["prediction"] else str(error)
+        found["evidence"].append(f"prediction not measured: {why}")
         return
     against = found["prediction"] not in (None, kind)
     found["evidence"].append(f"{line}{', against what is said' if against else ''}")

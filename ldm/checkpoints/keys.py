@@ -63,7 +63,7 @@ IGNORED = {
     r"(alphas_cumprod|sqrt_|log_one_minus_|posterior_)\w*|betas|lvlb_weights|logvar|scale_factor|denoiser\.sigmas": (
         "the noise schedule and the latents' scale: the family's record has them"
     ),
-    r"v_pred|ztsnr|edm_vpred\.sigma_(max|min)": "a mark of what the network predicts: read when the family is found",
+    r"v_pred|ztsnr": "a mark of what the network predicts: read when the family is found",
     r"model_ema\..+": "a moving average of the U-Net, which `ema` puts in its place",
     r".+\.position_ids": "the numbers 0 to 76",
     r".+\.logit_scale": "the temperature of CLIP's own training",
@@ -91,7 +91,7 @@ def plan(tensors: Mapping[str, Tensor], family: Family, ema: bool = False) -> di
     names = canonical((name for name in tensors if not ignored(name, family)), SINGLE_ALIASES)
     if ema:
         names |= _averages(tensors)
-    _check({name: tensors[given] for name, given in names.items()}, {n: e.whole for n, e in entries.items()})
+    compare({name: tensors[given] for name, given in names.items()}, {n: e.whole for n, e in entries.items()})
     return {given: entries[name] for name, given in names.items()}
 
 
@@ -103,7 +103,7 @@ def plan_directory(components: Components, family: Family) -> dict[str, tuple[En
     flat = {f"{folder}/{name}": a for folder, tensors in components.items() for name, a in tensors.items()}
     parts = {f"{e.folder}/{name}": (e, name) for e in layout(family) for name in e.parts}
     names = canonical((name for name in flat if not ignored(name, family)), DIRECTORY_ALIASES)
-    _check({name: flat[given] for name, given in names.items()}, {n: e.parts[part] for n, (e, part) in parts.items()})
+    compare({name: flat[given] for name, given in names.items()}, {n: e.parts[part] for n, (e, part) in parts.items()})
     return {given: parts[name] for name, given in names.items()}
 
 
@@ -237,7 +237,7 @@ def _query_key_value(part: tuple[str, Tensor]) -> int:
     return "qkv".find(part[0].split(".")[-2][0])
 
 
-def _check(given: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
+def compare(given: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
     """ValueError unless the names are the same, and the shapes but for ones at their ends."""
     faults = [f"missing {name}" for name in wanted if name not in given]
     faults += [f"unknown {name}" for name in given if name not in wanted]

@@ -38,7 +38,7 @@ def chosen_family(model: Blueprint, scheduler: Mapping[str, Any], prediction: st
     if alike := [name for name, faults in found.items() if not faults]:
         usual = (n for n in alike if PREDICTION_TYPES[FAMILIES[n].scheduler["prediction_type"]] == prediction)
         return next(usual, alike[0])
-    name = min(found, key=lambda name: len(found[name]))
+    name = min(found, key=lambda name: (model.towers.keys() != FAMILIES[name].towers.keys(), len(found[name])))
     faults = ", ".join(found[name][:3])
     raise ValueError(f"{src}: of no family that a single file could stand for; unlike {name}: {faults}")
 

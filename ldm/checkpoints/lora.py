@@ -6,8 +6,8 @@ What a file is, its content decides. Everything in it is used, or is an error.
 from __future__ import annotations
 
 import hashlib
-import json
 import math
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,11 +17,12 @@ from torch import Tensor, nn
 
 from ldm.checkpoints.dialects import KOHYA_ENDS, NEEDS, Networks, Part, Place, dialect, place, spellings
 from ldm.checkpoints.families import FAMILIES
-from ldm.checkpoints.files import read_json
+from ldm.checkpoints.files import parse_json, read_json, sha256
 from ldm.checkpoints.lora_save import DIFFUSERS_CONFIG, DIFFUSERS_FILE, PEFT_CONFIG, PEFT_FILE, save_adapter
 from ldm.checkpoints.networks import skeleton
 from ldm.checkpoints.tensors import TensorFile, open_tensors
 from ldm.diffusion.spacing import choose
+from ldm.files import creatable, writable
 from ldm.nn.lora import Adapter, Delta, LoHa, LoKr, LoRA, listed, misfits
 
 if TYPE_CHECKING:
@@ -58,15 +59,28 @@ def open_adapter(path: Path, networks: Networks, family: str | None = None) -> A
     is unknown, missing, of another shape or not a number; a pickle is not opened.
     """
     digest = hashlib.sha256()
-    files = [open_tensors(file) for file in _files(path)]
+    opened = [open_tensors(file) for file in files(path)]
     targets: dict[str, Delta] = {}
-    for file in files:
+    for file in opened:
         try:
             targets |= _read(file, networks, digest)
         except ValueError as error:
             raise ValueError(f"{file.path}: {_stranger(file, family)}{error}") from None
-    spoken = "peft" if files[0].path.name == PEFT_FILE else dialect(files[0].slots)
-    return Adapter(path.stem, targets, digest.hexdigest(), spoken, files[0].metadata)
+    spoken = "peft" if opened[0].path.name == PEFT_FILE else dialect(opened[0].slots)
+    return Adapter(name_of(path), targets, digest.hexdigest(), web_hash(opened[0]), spoken, opened[0].metadata)
+
+
+def web_hash(file: TensorFile) -> str:
+    """What the web UI knows an adapter by: kohya's `sshs_model_hash`, or the SHA-256 of all behind the header."""
+    return file.metadata.get("sshs_model_hash") or sha256(file.path, file.offset)
+
+
+def name_of(path: Path) -> str:
+    """A folder's name or a file's stem; the folder's too where the file has the name that a tool gives to all."""
+    path = Path(os.path.abspath(path))
+    if path.name in (DIFFUSERS_FILE, PEFT_FILE):
+        path = path.parent
+    return path.name if path.is_dir() else path.stem
 
 
 def convert_adapter(src: Path, dst: Path, to: str, family: str | None = None) -> Adapter:
@@ -77,16 +91,18 @@ def convert_adapter(src: Path, dst: Path, to: str, family: str | None = None) ->
     """
     if dst.exists():
         raise ValueError(f"{dst}: exists already")
+    creatable(dst.parent)
     family = family or made_for(src)
     networks = skeletons(family)
     adapter = open_adapter(src, networks, family)
+    writable(dst.parent)
     save_adapter(adapter, dst, to, networks, family)
     return adapter
 
 
 def made_for(path: Path) -> str:
     """The family that an adapter was made for, by its shapes, names or metadata; ValueError where none tells."""
-    lines = [line for file in _files(path) if (line := _line(open_tensors(file)))]
+    lines = [line for file in files(path) if (line := _line(open_tensors(file)))]
     if not lines:
         raise ValueError(f"{path}: does not tell what it was made for: choose a family from {', '.join(FAMILIES)}")
     return LINES[lines[0]].family
@@ -94,24 +110,26 @@ def made_for(path: Path) -> str:
 
 def skeletons(family: str) -> dict[str, nn.Module]:
     """The networks that adapters change, on the meta device."""
-    record = choose(FAMILIES, family, "family")
-    configs = {"unet": record.unet, **{folder: tower.config for folder, tower in record.towers.items()}}
-    return {folder: skeleton(folder, config) for folder, config in configs.items()}
+    configs = choose(FAMILIES, family, "family").configs
+    return {folder: skeleton(folder, config) for folder, config in configs.items() if folder != "vae"}
 
 
-def _files(path: Path) -> list[Path]:
+def files(path: Path) -> list[Path]:
     """The file or files of an adapter: itself, or those of a folder."""
     if not path.is_dir():
         return [path]
-    whole = [path / name for name in (DIFFUSERS_FILE, PEFT_FILE) if (path / name).is_file()]
-    parts = [path / folder / PEFT_FILE for folder in FOLDERS if (path / folder / PEFT_FILE).is_file()]
-    if len(whole) > 1 or (whole and parts):
-        raise ValueError(
-            f"{path}: more than one adapter ({', '.join(str(f.relative_to(path)) for f in whole + parts)})"
-        )
-    if not whole + parts:
+    found = in_folder(path)
+    if len(found) > 1 and any(file.parent == path for file in found):
+        raise ValueError(f"{path}: more than one adapter ({', '.join(str(f.relative_to(path)) for f in found)})")
+    if not found:
         raise ValueError(f"{path}: no adapter in this folder ({DIFFUSERS_FILE} or {PEFT_FILE})")
-    return whole or parts
+    return found
+
+
+def in_folder(path: Path) -> list[Path]:
+    """The files of a folder that have the names of diffusers' and peft's adapters."""
+    names = DIFFUSERS_FILE, PEFT_FILE, *(f"{folder}/{PEFT_FILE}" for folder in FOLDERS)
+    return [path / name for name in names if (path / name).is_file()]
 
 
 def _read(file: TensorFile, networks: Networks, digest: _Hash) -> dict[str, Delta]:
@@ -209,9 +227,10 @@ def _settings(file: TensorFile, folder: str) -> Mapping[str, Any]:
     """peft's configuration of a network: in the header, as diffusers writes it, or beside peft's own file."""
     if file.path.name == PEFT_FILE and (beside := file.path.with_name(PEFT_CONFIG)).is_file():
         return read_json(beside)
-    values = json.loads(file.metadata.get(DIFFUSERS_CONFIG, "{}"))
-    if not isinstance(values, dict):
-        raise ValueError(f"{DIFFUSERS_CONFIG} of its header is no object")
+    try:
+        values = parse_json(file.metadata.get(DIFFUSERS_CONFIG, "{}"))
+    except ValueError as error:
+        raise ValueError(f"{DIFFUSERS_CONFIG} of its header: {error}") from None
     return {name.removeprefix(f"{folder}."): a for name, a in values.items() if name.startswith(f"{folder}.")}
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ldm.checkpoints.configs import TEXT_FIELDS, VAE_FIELDS
-from ldm.checkpoints.keys import DIRECTORY_ALIASES, SAME, Entry
+from ldm.checkpoints.keys import DIRECTORY_ALIASES, SAME, Entry, compare
 from ldm.checkpoints.tensors import TensorFile
 from ldm.nn import text, vae
 from ldm.nn.unet import UNet, UNetConfig
@@ -96,22 +96,11 @@ def sources(folder: str, network: nn.Module, files: Iterable[TensorFile]) -> tup
             given[known] = tensors[name]
         entries = {n: Entry(n, folder, {known: wanted[known]}, SAME) for n, known in names.items() if known in wanted}
         found.append(Source(file, entries))
-    compare(given, wanted, " and ".join(str(source.file.path) for source in found[:1]))
+    try:
+        compare(given, wanted)
+    except ValueError as error:
+        raise ValueError(f"{found[0].file.path}: {error}") from None
     return tuple(found)
-
-
-def compare(given: Mapping[str, Tensor], wanted: Mapping[str, Tensor], path: str) -> None:
-    """ValueError unless names and shapes are the same, but for ones at the end of a shape, and all are numbers."""
-    faults = [f"missing {name}" for name in wanted if name not in given]
-    faults += [f"unknown {name}" for name in given if name not in wanted]
-    faults += [
-        f"{name} has shape {list(given[name].shape)}, expected {list(tensor.shape)}"
-        for name, tensor in wanted.items()
-        if name in given and _core(given[name]) != _core(tensor)
-    ]
-    if faults:
-        more = f" and {len(faults) - 3} more" if len(faults) > 3 else ""
-        raise ValueError(f"{path}: {', '.join(faults[:3])}{more}")
 
 
 def fill(
@@ -178,11 +167,3 @@ def _canonical(folder: str, name: str) -> str:
     for pattern, replacement in DIRECTORY_ALIASES.items():
         found = re.sub(rf"\A{pattern}", replacement, found)
     return found.removeprefix(f"{folder}/")
-
-
-def _core(tensor: Tensor) -> list[int]:
-    """The shape without ones at its end: the same for a linear map and a 1x1 convolution."""
-    shape = list(tensor.shape)
-    while shape and shape[-1] == 1:
-        shape.pop()
-    return shape

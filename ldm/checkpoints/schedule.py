@@ -14,6 +14,7 @@ from ldm.diffusion.sde import SCHEDULES, VPSDE, zero_terminal_snr
 from ldm.diffusion.spacing import choose
 
 PREDICTION_TYPES = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}  # diffusers' names: ours
+DIFFUSERS_TYPES = {ours: theirs for theirs, ours in PREDICTION_TYPES.items()}
 MAX_STEPS = 100_000
 
 
@@ -142,13 +143,12 @@ def table(config: Mapping[str, Any]) -> torch.Tensor:
 
 def schedule_config(schedule: str, prediction: str) -> dict[str, Any]:
     """A scheduler_config.json for weights trained on a schedule of `SCHEDULES` without parameters of its own."""
-    kinds = {ours: theirs for theirs, ours in PREDICTION_TYPES.items()}
     return {
         "_class_name": "DDIMScheduler",
         "beta_schedule": schedule,
         "clip_sample": False,
         "num_train_timesteps": 1000,
-        "prediction_type": choose(kinds, prediction, "prediction"),
+        "prediction_type": choose(DIFFUSERS_TYPES, prediction, "prediction"),
         "set_alpha_to_one": True,
         "steps_offset": 1,
         "timestep_spacing": "trailing",

@@ -15,7 +15,7 @@ from ldm.checkpoints.blueprint import Blueprint, Probe, Told
 from ldm.checkpoints.directory import component
 from ldm.checkpoints.families import FAMILIES, Family
 from ldm.checkpoints.networks import Source, skeleton, sources
-from ldm.checkpoints.schedule import PREDICTION_TYPES, schedule_of
+from ldm.checkpoints.schedule import DIFFUSERS_TYPES, schedule_of
 from ldm.checkpoints.tensors import open_tensors
 from ldm.diffusion.spacing import choose
 from ldm.nn import text
@@ -62,9 +62,8 @@ def read_single(
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
 
-    configs = {"unet": record.unet, "vae": record.vae, **{name: tower.config for name, tower in record.towers.items()}}
     return Blueprint(
-        {folder: skeleton(folder, config) for folder, config in configs.items()},
+        {folder: skeleton(folder, config) for folder, config in record.configs.items()},
         ((Source(file, {given: entry for given, entry in entries.items() if given in tensors}),),),
         {
             folder: partial(
@@ -78,15 +77,14 @@ def read_single(
             for folder, tower in record.towers.items()
         },
         told,
-        {"num_inference_steps": record.num_inference_steps, "guidance_scale": record.guidance_scale},
+        record.defaults,
         record.zero_negative,
     )
 
 
 def scheduler_config(family: Family, prediction: str, zero_snr: bool) -> dict[str, Any]:
     """The scheduler_config.json of a family whose network predicts so; only trailing steps begin at zero SNR."""
-    theirs = {ours: theirs for theirs, ours in PREDICTION_TYPES.items()}
-    changes = {"prediction_type": choose(theirs, prediction, "prediction"), "rescale_betas_zero_snr": zero_snr}
+    changes = {"prediction_type": choose(DIFFUSERS_TYPES, prediction, "prediction"), "rescale_betas_zero_snr": zero_snr}
     return {**family.scheduler, **changes, **({"timestep_spacing": "trailing"} if zero_snr else {})}
 
 
@@ -130,7 +128,8 @@ def with_vae(model: Blueprint, source: Path) -> Blueprint:
 
 def _autoencoder(source: Path, config: Mapping[str, Any]) -> tuple[Any, tuple[Source, ...]]:
     if source.is_dir():
-        return component(source, "vae")
+        whole = not (source / "config.json").is_file() and (source / "vae").is_dir()
+        return component(source / "vae" if whole else source, "vae")
     file = open_tensors(source)
     network = skeleton("vae", config)
     if any(name.startswith(("encoder.down_blocks.", "decoder.up_blocks.")) for name in file.slots):

@@ -6,7 +6,6 @@ What a file is, its content decides, never its name.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -17,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ldm.checkpoints.files import unique
+from ldm.checkpoints.files import parse_json
 
 if TYPE_CHECKING:
     from hashlib import _Hash
@@ -36,6 +35,7 @@ DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+MAX_NUMBERS = 2**63  # torch's own limit, of the sides of an empty tensor too
 MAX_HEADER = 100_000_000  # bytes: safetensors' own limit
 PICKLE = "{what}; it may run code when it is read, so it is not: `ldm convert --trust FILE DST` makes weights of it"
 STRANGERS = {  # beginnings of what is often taken for weights
@@ -106,7 +106,7 @@ def open_tensors(path: Path) -> TensorFile:
     except OSError as error:
         raise ValueError(f"{path}: {error.strerror or error}") from None
     try:
-        entries = json.loads(header, object_pairs_hook=unique)
+        entries = parse_json(header)
         metadata = entries.pop("__metadata__", {})
         if not all(isinstance(value, str) for value in metadata.values()):
             raise ValueError("metadata that is not text")
@@ -119,7 +119,7 @@ def open_tensors(path: Path) -> TensorFile:
             end = slot.end
         if (data := size - 8 - length) != end:
             raise ValueError(f"{data} bytes of data, expected {end}")
-    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}: not a whole safetensors file ({error})") from None
     return TensorFile(path, metadata, slots, 8 + length)
 
@@ -142,6 +142,8 @@ def _slot(name: str, entry: Any) -> Slot:
     if len(entry["data_offsets"]) != 2 or any(type(n) is not int or n < 0 for n in numbers):
         raise ValueError(f"{name} has a shape or place that is none")
     dtype, shape, (start, end) = DTYPES[entry["dtype"]], tuple(entry["shape"]), entry["data_offsets"]
+    if math.prod(filter(None, shape)) >= MAX_NUMBERS:
+        raise ValueError(f"{name} has shape {list(shape)}, beyond all memory")
     if math.prod(shape) * dtype.itemsize != end - start:
         raise ValueError(f"{name} has {end - start} bytes, expected {math.prod(shape) * dtype.itemsize}")
     return Slot(dtype, shape, start, end)

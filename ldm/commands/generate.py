@@ -5,18 +5,22 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ldm.commands.options import AsJson, Model, opens_model, within, writable
+from ldm.commands.options import AsJson, Loras, Model, Words, named, opens_model, weighted, within, writable
 
 if TYPE_CHECKING:
     from ldm.pipeline import Pipeline
     from ldm.request import Request
+
+
+NUMBERED = re.compile(r"(\d{4,7})-.*-\d+\.png")
 
 
 @opens_model()
@@ -41,14 +45,12 @@ def generate(
     width: Annotated[int | None, typer.Option(help="Pixels; the default is the image's or the model's.")] = None,
     height: Annotated[int | None, typer.Option(help="Pixels; the default is the image's or the model's.")] = None,
     image: Annotated[Path | None, typer.Option(help="Picture to begin from.")] = None,
-    mask: Annotated[Path | None, typer.Option(help="What of the image to redraw: white.")] = None,
+    mask: Annotated[Path | None, typer.Option(help="What of the image to redraw: white, or holes.")] = None,
     strength: Annotated[float | None, typer.Option(help="Share of the steps that change the image.")] = None,
     upscale: Annotated[float | None, typer.Option(help="Draw again this much larger, from the picture.")] = None,
     upscale_strength: Annotated[float, typer.Option(help="Strength of that second pass.")] = 0.5,
-    lora: Annotated[list[str] | None, typer.Option(metavar="FILE[:WEIGHT]", help="Adapter; may be repeated.")] = None,
-    embedding: Annotated[
-        list[str] | None, typer.Option(metavar="[TOKEN=]FILE", help="Textual inversion; may be repeated.")
-    ] = None,
+    lora: Loras = None,
+    embedding: Words = None,
     batch_size: Annotated[int, typer.Option(help="Pictures drawn at a time.")] = 8,
     out: Annotated[Path, typer.Option(help="Folder for the PNGs.")] = Path("out"),
     as_json: AsJson = False,
@@ -63,15 +65,25 @@ def generate(
     within("--count", count, 1, 100_000)
     within("--batch-size", batch_size, 1, 100_000)
     adapters, embeddings = [weighted(word) for word in lora or []], [named(word) for word in embedding or []]
-    from ldm.images import read_picture
+    writable(out, make=False)
+    from ldm.diffusion.samplers import SAMPLERS
+    from ldm.diffusion.spacing import SPACINGS, choose
+    from ldm.images import read_mask, read_picture
     from ldm.request import Request
 
-    begun, redrawn = (None if path is None else read_picture(path) for path in (image, mask))
+    for table, name, option in ((SAMPLERS, sampler, "sampler"), (SPACINGS, spacing, "spacing")):
+        if name is not None:
+            choose(table, name, option)
+
+    begun = None if image is None else read_picture(image)
+    redrawn = None if mask is None else read_mask(mask)
     pipe = model.open(batch_size)
-    for file, weight in adapters:
-        pipe.load_lora_weights(file, weight)
-    for token, file in embeddings:
-        pipe.load_textual_inversion(file, token)
+    for adapter in adapters:
+        pipe.load_lora_weights(*adapter)
+    for word in embeddings:
+        token = pipe.load_textual_inversion(*word)
+        if word.token is None:
+            print(f"{word.source}: its word is {token}", file=sys.stderr)
     settings = Request(
         prompt="",
         negative_prompt=negative,
@@ -93,6 +105,7 @@ def generate(
     )
     requests = [pipe.resolve(replace(settings, prompt=text, seed=seed + k)) for text in texts for k in range(count)]
     writable(out)
+    warn([*texts, negative or ""])
     files = draw(pipe, model.name, requests, out)
     for file in files if not as_json else ():
         print(file)
@@ -101,19 +114,13 @@ def generate(
         print(json.dumps({"images": records}))
 
 
-def weighted(word: str) -> tuple[Path, float]:
-    """FILE[:WEIGHT] in its parts."""
-    file, _, number = word.rpartition(":")
-    try:
-        return (Path(file), float(number)) if file else (Path(word), 1.0)
-    except ValueError:
-        return Path(word), 1.0  # a colon of the file's own
+def warn(prompts: Iterable[str]) -> None:
+    """Say on stderr, in a line, what of the web UI's syntax is drawn as mere text."""
+    from ldm.nn.prompts import unread
 
-
-def named(word: str) -> tuple[str, Path]:
-    """[TOKEN=]FILE in its parts; the token is the file's stem where none is said."""
-    token, _, file = word.partition("=")
-    return (token, Path(file)) if file else (Path(word).stem, Path(word))
+    if found := list(dict.fromkeys(part for prompt in prompts for part in unread(prompt))):
+        cure = "; adapters are given by --lora FILE:WEIGHT" if any("<" in part for part in found) else ""
+        print(f"warning: read as text, not as commands of the web UI: {', '.join(found)}{cure}", file=sys.stderr)
 
 
 def finite(value: float) -> float | None:
@@ -128,7 +135,7 @@ def draw(pipe: Pipeline, model: str, requests: Sequence[Request], out: Path) -> 
 
     from ldm.images import save_png
 
-    files = [out / name for name in names(requests)]
+    files = [out / name for name in names(requests, free(out))]
     console = Console(stderr=True)
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("drawing", total=len(requests))
@@ -137,8 +144,13 @@ def draw(pipe: Pipeline, model: str, requests: Sequence[Request], out: Path) -> 
     return files
 
 
-def names(requests: Sequence[Request]) -> list[str]:
+def free(out: Path) -> int:
+    """The number after the highest of the pictures in a folder, so that none is written over."""
+    return max((int(match[1]) + 1 for path in out.iterdir() if (match := NUMBERED.fullmatch(path.name))), default=0)
+
+
+def names(requests: Sequence[Request], first: int = 0) -> list[str]:
     """A file name for each request: its number, words of its prompt, its seed; safe whatever the prompt says."""
     words = (re.sub(r"[^a-z0-9]+", "-", r.prompt.lower()).strip("-")[:60].rstrip("-") or "picture" for r in requests)
-    digits = max(4, len(str(len(requests))))
-    return [f"{k:0{digits}d}-{w}-{r.seed}.png" for k, (w, r) in enumerate(zip(words, requests, strict=True))]
+    digits = max(4, len(str(first + len(requests))))
+    return [f"{k:0{digits}d}-{w}-{r.seed}.png" for k, (w, r) in enumerate(zip(words, requests, strict=True), first)]

@@ -9,23 +9,25 @@ from typing import Annotated
 
 import typer
 
-from ldm.commands.options import AsJson, report
+from ldm.commands.options import AsJson, Revision, Variant, report
 
 
 def inspect(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Folder, file or hub id.", show_default=False)],
     probe: Annotated[bool, typer.Option(help="Ask the U-Net what it predicts, where nothing else says it.")] = True,
+    revision: Revision = None,
+    variant: Variant = None,
     as_json: AsJson = False,
 ) -> None:
     """What a model, adapter or embedding is, with the evidence, and what each of its tensors is for."""
     from ldm.checkpoints import inspect as inspection
 
-    found = inspection.report(model, probe)
+    found = inspection.report(model, probe, revision, variant)
     print(json.dumps(found) if as_json else inspection.table(found))
 
 
 def convert(
-    source: Annotated[Path, typer.Argument(metavar="SRC", show_default=False)],
+    source: Annotated[str, typer.Argument(metavar="SRC", help="Folder, file or hub id.", show_default=False)],
     destination: Annotated[Path, typer.Argument(metavar="DST", show_default=False)],
     to: Annotated[str | None, typer.Option(help="Of an adapter: kohya, diffusers or peft.")] = None,
     trust: Annotated[bool, typer.Option("--trust", help="Open pickles, as weights alone, in a process apart.")] = False,
@@ -34,6 +36,8 @@ def convert(
     zero_snr: Annotated[bool | None, typer.Option(help="Zero terminal SNR: instead of what the file says.")] = None,
     ema: Annotated[bool, typer.Option("--ema", help="The moving average in a single file.")] = False,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; the default is as it is.")] = None,
+    revision: Revision = None,
+    variant: Variant = None,
     as_json: AsJson = False,
 ) -> None:
     """A model's folder as a single file or the other way round; an adapter in another dialect; a pickle as weights.
@@ -41,7 +45,17 @@ def convert(
     Into a single file where DST ends in .safetensors. DST must not exist, and appears whole or not at all.
     """
     if to is not None:
-        return report(adapted(source, destination, to, family), as_json)
+        models = {
+            "--trust": trust or None,
+            "--dtype": dtype,
+            "--prediction": prediction,
+            "--zero-snr": zero_snr,
+            "--ema": ema or None,
+            "--variant": variant,
+        }
+        if stray := [name for name, value in models.items() if value is not None]:
+            raise ValueError(f"{' and '.join(stray)}: of a model, --to is of an adapter")
+        return report(adapted(source, destination.expanduser(), to, family, revision), as_json)
     from ldm.checkpoints import convert as conversion
     from ldm.diffusion.spacing import choose
     from ldm.pipeline import DTYPES
@@ -55,15 +69,18 @@ def convert(
         dtype=None if dtype is None else choose(DTYPES, dtype, "dtype"),
         prediction=prediction,
         zero_snr=zero_snr,
+        revision=revision,
+        variant=variant,
     )
     report(made, as_json)
 
 
-def adapted(source: Path, destination: Path, to: str, family: str | None) -> dict[str, object]:
+def adapted(source: str, destination: Path, to: str, family: str | None, revision: str | None) -> dict[str, object]:
     """Write an adapter in another dialect; what was written."""
+    from ldm.checkpoints.formats import locate
     from ldm.checkpoints.lora import convert_adapter
 
-    adapter = convert_adapter(source, destination, to, family)
+    adapter = convert_adapter(locate(source, revision, kind="adapter"), destination, to, family)
     return {"destination": str(destination), "adapter": adapter.name, "dialect": to, "modules": len(adapter.targets)}
 
 

@@ -4,28 +4,39 @@ from __future__ import annotations
 
 import inspect
 import json
-import os
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
+
+from ldm import files
 
 if TYPE_CHECKING:
     from ldm.pipeline import Pipeline
 
+Weight = float | tuple[float, float]  # of an adapter, or its two: of the U-Net and of the text encoders
+WEIGHED = re.compile(r"(.+):([-+]?(?:\d+\.?\d*|\.\d+|inf|nan))", re.DOTALL)  # FILE:WEIGHT
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object, for programs.")]
+Loras = Annotated[
+    list[str] | None,
+    typer.Option(metavar="[NAME=]FILE[:WEIGHT[:TEXT_WEIGHT]]", help="Adapter, or a hub id; may be repeated."),
+]
+Words = Annotated[list[str] | None, typer.Option(metavar="[TOKEN=]FILE", help="Textual inversion; may be repeated.")]
+Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")]
+Variant = Annotated[str | None, typer.Option(help="fp16, ...: which of a folder's weights.")]
 MODEL: dict[str, Any] = {
     "model": Annotated[str, typer.Option(help="Folder, .safetensors file or hub id.", show_default="the one shipped")],
-    "revision": Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")],
-    "variant": Annotated[str | None, typer.Option(help="fp16, ...: which of a folder's weights.")],
+    "revision": Revision,
+    "variant": Variant,
     "family": Annotated[str | None, typer.Option(help="sd1, sd2-v, sdxl, ...: instead of what the file says.")],
     "prediction": Annotated[str | None, typer.Option(help="eps, v or x0: instead of what the file says.")],
     "zero_snr": Annotated[bool | None, typer.Option(help="Zero terminal SNR: instead of what the file says.")],
     "ema": Annotated[bool, typer.Option("--ema", help="The moving average in a single file.")],
-    "vae": Annotated[str | None, typer.Option(help="Folder or file of another VAE.")],
+    "vae": Annotated[str | None, typer.Option(help="Folder, file or hub id of another VAE.")],
     "device": Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")],
     "dtype": Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")],
 }
@@ -88,14 +99,49 @@ def within(name: str, value: float | None, low: float, high: float) -> None:
         raise ValueError(f"{name} {value}: must be from {low:g} to {high:g}")
 
 
-def writable(folder: Path) -> None:
-    """Make the folder; ValueError where nothing can be written to it."""
+def writable(folder: Path, make: bool = True) -> None:
+    """Make the folder of --out, or see whether it could be made; ValueError where nothing can be written to it."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"--out {folder}: {error.strerror}") from None
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise ValueError(f"--out {folder}: not writable")
+        (files.writable if make else files.creatable)(folder)
+    except ValueError as error:
+        raise ValueError(f"--out {error}") from None
+
+
+class Lora(NamedTuple):
+    """An option --lora, as `Pipeline.load_lora_weights` takes it."""
+
+    source: str
+    weight: Weight = 1.0
+    name: str | None = None
+
+
+class Embedding(NamedTuple):
+    """An option --embedding, as `Pipeline.load_textual_inversion` takes it."""
+
+    source: str
+    token: str | None = None
+
+
+def weighted(word: str) -> Lora:
+    """[NAME=]FILE[:WEIGHT[:TEXT_WEIGHT]] in its parts; a colon before what is no number is the file's own."""
+    numbers: list[float] = []
+    source = word
+    while len(numbers) < 2 and (match := WEIGHED.fullmatch(source)):
+        source, numbers = match[1], [float(match[2]), *numbers]
+    name, source = parted(source)
+    return Lora(source, (numbers[0], numbers[1]) if len(numbers) == 2 else [*numbers, 1.0][0], name)
+
+
+def named(word: str) -> Embedding:
+    """[TOKEN=]FILE in its parts."""
+    token, source = parted(word)
+    return Embedding(source, token)
+
+
+def parted(word: str) -> tuple[str | None, str]:
+    """[NAME=]FILE in its parts; an equals sign in the name of a file that is there is its own."""
+    name, _, file = word.partition("=")
+    return (None, word) if not file or Path(word).expanduser().exists() else (name, file)
 
 
 def report(record: Mapping[str, object], as_json: bool) -> None:
@@ -103,5 +149,5 @@ def report(record: Mapping[str, object], as_json: bool) -> None:
     if as_json:
         return print(json.dumps(record))
     for name, value in record.items():
-        for part in value if isinstance(value, list) else [value]:
+        for part in value if isinstance(value, list | tuple) else [value]:
             print(f"{name.replace('_', ' '):26} {f'{part:.4g}' if isinstance(part, float) else part}")

@@ -167,11 +167,15 @@ class Delta:
 
 @dataclass(frozen=True, eq=False)
 class Adapter:
-    """Changes of a model's modules, each by its folder and path (`unet/down_blocks.0.attentions.0.proj_in`)."""
+    """Changes of a model's modules, each by its folder and path (`unet/down_blocks.0.attentions.0.proj_in`).
+
+    `web_hash` is what AUTOMATIC1111's web UI knows its file by.
+    """
 
     name: str
     targets: Mapping[str, Delta]
     sha256: str = ""
+    web_hash: str = ""
     dialect: str = ""
     metadata: Mapping[str, str] = field(default_factory=dict)
 

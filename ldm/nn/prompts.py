@@ -18,6 +18,9 @@ SYNTAX = re.compile(
     """,
     re.VERBOSE,
 )
+UNREAD = re.compile(  # of the web UI's syntax: networks, prompts that change on the way, and several at once
+    r"<(?:lora|lyco|hypernet):[^<>]*>|\[[^\[\]]*:\s*(?:\d+(?:\.\d*)?|\.\d+)\s*\]|\[[^\[\]|]*\|[^\[\]]*\]|\bAND\b"
+)
 BREAK = re.compile(r"\bBREAK\b")
 EDGE = r"(?:(?<!\w)|(?!\w))"  # not between two letters of a word
 FACTORS = {"(": 1.1, "[": 1 / 1.1}
@@ -84,6 +87,11 @@ def parse(prompt: str) -> tuple[tuple[Part, ...], ...]:
             raise ValueError(f"prompt weight {weight:g}: must be from {-MAX_WEIGHT:g} to {MAX_WEIGHT:g}")
     bounds = [0, *breaks, len(texts)]
     return tuple(tuple(_merged(texts[a:b], weights[a:b])) for a, b in pairwise(bounds))
+
+
+def unread(prompt: str) -> list[str]:
+    """What in a prompt is the web UI's syntax and mere text to `parse`: <lora:...>, [a:b:0.5], [a|b], AND."""
+    return UNREAD.findall(prompt)
 
 
 def _merged(texts: Sequence[str], weights: Sequence[float]) -> Iterator[Part]:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from ldm.checkpoints.embeddings import load_embeddings
+from ldm.checkpoints.embeddings import load_embeddings, word_of
 
 ONE, MANY = torch.randn(768, generator=torch.Generator().manual_seed(0)), torch.arange(2304.0).reshape(3, 768)
 WIDE = torch.arange(3840.0).reshape(3, 1280)
@@ -49,6 +49,27 @@ def test_what_is_no_embedding_is_refused_by_name(tmp_path, tensors, said):
     with pytest.raises(ValueError, match=rf"word\.safetensors: .*{said}") as error:
         load_embeddings(tmp_path / "word.safetensors")
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "tensors, metadata, word",
+    [
+        ({"<cat-toy>": ONE}, None, "<cat-toy>"),
+        ({"emb_params": ONE}, {"name": "toy-1"}, "toy-1"),
+        ({"emb_params": ONE}, None, "word"),
+        ({"clip_l": MANY, "clip_g": WIDE}, {"name": "*"}, "word"),
+    ],
+)
+def test_a_file_says_its_word(tmp_path, tensors, metadata, word):
+    save_file(tensors, tmp_path / "word.safetensors", metadata)
+    assert word_of(tmp_path / "word.safetensors") == word
+
+
+def test_a_header_of_endless_sides_is_refused(tmp_path):
+    header = b'{"emb_params":{"dtype":"F32","shape":[0,%d],"data_offsets":[0,0]}}' % (2**70)
+    (tmp_path / "word.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
+    with pytest.raises(ValueError, match="beyond all memory"):
+        load_embeddings(tmp_path / "word.safetensors")
 
 
 def test_the_web_ui_s_pickle_names_the_way_to_convert_it(tmp_path):

@@ -193,6 +193,8 @@ CASES = {  # what is wrong: how it comes about, what is said
     "a fraction of a byte": (single(raw({"a": slot(0, 4.0)}, bytes(4))), TORN),
     "a shape that its bytes do not hold": (single(raw({"a": slot(shape=(2,))}, bytes(4))), "4 bytes, expected 8"),
     "a shape beyond all memory": (single(raw({"a": slot(shape=(2**40, 2**40))}, bytes(4))), TORN),
+    "nothing of endless length": (single(raw({"a": slot(0, 0, (0, 2**70))})), "beyond all memory"),
+    "nothing of endless size": (single(raw({"a": slot(0, 0, (0, 2**62, 2**40))})), "beyond all memory"),
     "a dtype of its own": (single(raw({"a": slot(dtype="F33")}, bytes(4))), "dtype F33"),
     "one name twice": (single(raw(b'{"a": %b, "a": %b}' % (2 * (json.dumps(slot()).encode(),)), bytes(4))), "twice"),
     "metadata of numbers": (single(raw({"__metadata__": {"a": 1}})), "metadata"),

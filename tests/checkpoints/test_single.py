@@ -4,14 +4,22 @@ import hashlib
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
 
+import ldm.nn._torchvision  # noqa: F401  must come before diffusers
 from ldm.checkpoints import formats, keys
+from ldm.checkpoints.convert import convert
 from ldm.checkpoints.families import FAMILIES
+from ldm.conditioning import Conditioning
 from ldm.diffusion.prediction import PREDICTIONS
 from ldm.nn import text
+from ldm.pipeline import Pipeline
+
+import diffusers  # isort: skip
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection  # isort: skip
 
 CPU = torch.device("cpu")
 WIDTHS = {"sd1": 16, "sd1-inpainting": 16, "sd2-base": 24, "sd2-v": 24, "sd2-inpainting": 24, "sdxl": 40}
@@ -256,3 +264,88 @@ def test_a_file_without_text_says_so(write):
 def test_what_cannot_be_said_of_a_file_is_refused(write, options):
     with pytest.raises(ValueError, match=f"model.safetensors: .*{next(iter(options))}"):
         load(write("sd1")[0], **options)
+
+
+def theirs(family, folder):
+    """A tiny pipeline of diffusers' and transformers' own classes, as `save_pretrained` writes it, and nothing more."""
+    torch.manual_seed(0)
+    steps = {"timestep_spacing": "trailing", "set_alpha_to_one": True}  # as ours, which end without noise
+    networks = {
+        "unet": diffusers.UNet2DConditionModel.from_config(family.unet),
+        "vae": diffusers.AutoencoderKL.from_config(family.vae),
+        "scheduler": diffusers.DDIMScheduler.from_config({**family.scheduler, **steps}),
+    }
+    for name, tower in family.towers.items():
+        kind = CLIPTextModelWithProjection if tower.projected else CLIPTextModel
+        networks[name] = kind(CLIPTextConfig(**tower.config))
+        networks[name.replace("text_encoder", "tokenizer")] = text.clip_tokenizer(tower.pad)
+    with torch.no_grad():
+        networks["vae"].decoder.conv_out.weight *= 3  # else the pictures are grey
+    getattr(diffusers, family.pipeline)(**networks, **unchecked(family)).save_pretrained(folder)
+    return networks
+
+
+def unchecked(family):
+    none = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+    return {} if family.zero_negative else none
+
+
+def spoken(name):
+    return "v" if name == "sd2-v" else "eps"
+
+
+@every_family
+def test_the_u_net_that_diffusers_saved_is_the_same_function(families, tmp_path, name):
+    """From its directory and from a single file: outputs and gradients in the input to 1e-5 of the largest."""
+    family, folder, file = families[name], tmp_path / "folder", tmp_path / "model.safetensors"
+    unet = theirs(family, folder)["unet"]
+    convert(folder, file)
+    g = torch.Generator().manual_seed(1)
+    x = torch.randn(2, unet.config.in_channels, 16, 24, generator=g)
+    t, context = torch.tensor([17.0, 803.5]), torch.randn(2, 5, WIDTHS[name], generator=g)
+    pooled, ids = torch.randn(2, 12, generator=g), torch.tensor([[64.0, 48, 0, 8, 64, 48]] * 2)
+    more = {"added_cond_kwargs": {"text_embeds": pooled, "time_ids": ids}} if family.zero_negative else {}
+    wanted = differentiated(lambda x: unet(x, t, context, **more).sample, x)
+    for path in (folder, file):
+        ours = load(path, prediction=spoken(name)).unet
+        added = ours.added(pooled, ids) if family.zero_negative else None
+        found = differentiated(lambda x, ours=ours, added=added: shown(ours, x, t, context, added), x)
+        for a, b in zip(found, wanted, strict=True):
+            assert (a - b).abs().max() <= 1e-5 * b.abs().max() and b.std() > 0
+
+
+def shown(unet, x, t, context, added):
+    """Our U-Net on all its input channels, of which those beside the latents are conditioning."""
+    x, channels = x.split([4, x.shape[1] - 4], dim=1)
+    return unet(x, t, Conditioning(context, added=added, channels=channels if channels.shape[1] else None))
+
+
+def differentiated(function, x):
+    """The output, and the gradient of its mean square."""
+    x = x.clone().requires_grad_()
+    y = function(x)
+    y.square().mean().backward()
+    return y.detach(), x.grad
+
+
+@pytest.mark.parametrize("name", ["sd1", "sd2-v", "sdxl"])
+def test_a_single_file_draws_what_diffusers_draws_from_it_and_from_its_directory(families, tmp_path, name):
+    family, folder, file = families[name], tmp_path / "folder", tmp_path / "model.safetensors"
+    theirs(family, folder)
+    convert(folder, file)
+    kind, options = getattr(diffusers, family.pipeline), {"local_files_only": True, **unchecked(family)}
+    options.pop("requires_safety_checker", None)
+    pipes = kind.from_single_file(str(file), config=str(folder), **options), kind.from_pretrained(folder, **options)
+    call = {"num_inference_steps": 3, "guidance_scale": 4.0, "height": 64, "width": 96}
+    prompt = "a red apple, two stars on a blue background"  # no "!", which transformers takes for SD 2's padding
+    wanted = []
+    for pipe in pipes:
+        pipe.set_progress_bar_config(disable=True)
+        g = torch.Generator().manual_seed(5)
+        wanted.append(pipe(prompt, negative_prompt="a dog", generator=g, **call).images[0])
+    for path in (file, folder):
+        ours = Pipeline.from_pretrained(path, device="cpu", dtype="float32", prediction=spoken(name))
+        drawn = ours(prompt, "a dog", seed=5, sampler="ddim", spacing="trailing", **call).images[0]
+        for picture in wanted:
+            assert np.abs(np.asarray(drawn, int) - np.asarray(picture, int)).max() <= 1
+    assert np.asarray(wanted[0], int).std() > 8
