@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 import yaml
+from trainings import COMMON, objective
 
 from ldm.data.sprites import Sprite, write_sprites
 from ldm.train import autoencoder, clip, diffusion
-from runs import COMMON, objective
 
 
 @pytest.fixture(scope="session")

@@ -4,12 +4,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
+from trainings import go
 
 from ldm.checkpoints.files import DIFFUSERS
 from ldm.train.average import average
 from ldm.train.ema import Average, exponential, gamma, power
 from ldm.train.posthoc import SIGMA_RELS, Profile, coefficients, inner, posthoc, snapshot
-from runs import go
 
 STEPS, EVERY = 4000, 250
 

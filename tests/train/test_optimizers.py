@@ -6,10 +6,10 @@ import itertools
 import pytest
 import torch
 from torch import nn
+from trainings import needs, recipe_of
 
 from ldm.train import optimizers
 from ldm.train.optimizers import Muon, adamw, optimizer_for, polar, rows
-from runs import needs, recipe_of
 
 RECIPE = recipe_of(learning_rate=0.01, adam_weight_decay=0.1)
 

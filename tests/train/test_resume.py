@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import nn
+from trainings import assert_equal, fork, go, launch, log_of, needs, recipe_of, status, tensors_of
 
 from ldm.config import load_recipe
 from ldm.train import state
@@ -20,7 +21,6 @@ from ldm.train.ema import Average, exponential
 from ldm.train.loop import train
 from ldm.train.optimizers import optimizer_for
 from ldm.train.setup import task_for
-from runs import assert_equal, fork, go, launch, log_of, needs, recipe_of, status, tensors_of
 
 KILLS = int(os.environ.get("LDM_STRESS_KILLS", "2"))  # scripts/stress_train.py asks for more
 FAULTY = {"max_train_steps": 10, "checkpointing_steps": 3, "logging_steps": 2, "posthoc_steps": 4}

@@ -3,9 +3,9 @@
 import math
 
 import pytest
+from trainings import recipe_of
 
 from ldm.train.schedules import SCHEDULES, rate
-from runs import recipe_of
 
 LONG = {"max_train_steps": 100, "lr_warmup_steps": 10}
 

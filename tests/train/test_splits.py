@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from trainings import forks, go, log_of, recipe_of, status, tensors_of
 
 from ldm.config import load_recipe
 from ldm.diffusion.objective import TIMES
@@ -11,7 +12,6 @@ from ldm.nn.blocks import ResnetBlock
 from ldm.train import state
 from ldm.train.learner import shares
 from ldm.train.setup import task_for
-from runs import forks, go, log_of, recipe_of, status, tensors_of
 
 EXACT = {
     "train_batch_size": 8,

@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from trainings import ROOT, go
 
 from ldm.config import load_recipe
 from ldm.nn.text import tokens
@@ -15,7 +16,6 @@ from ldm.train.clip import positives
 from ldm.train.diffusion import visited
 from ldm.train.setup import task_for
 from ldm.train.task import Visit
-from runs import ROOT, go
 
 
 def test_the_exported_folder_is_a_model(recipe_file):

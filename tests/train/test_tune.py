@@ -8,13 +8,13 @@ import yaml
 from diffusers import UNet2DConditionModel
 from PIL import Image
 from safetensors.torch import load_file
+from trainings import COMMON, assert_equal, go
 
 from ldm.checkpoints.formats import load
 from ldm.config import load_recipe
 from ldm.pipeline import Pipeline
 from ldm.train.loop import train
 from ldm.train.setup import task_for
-from runs import COMMON, assert_equal, go
 
 
 @pytest.fixture

@@ -5,13 +5,13 @@ import json
 import pytest
 import torch
 from PIL import Image
+from trainings import go, log_of, recipe_of, tensors_of
 
 from ldm.config import load_recipe
 from ldm.train import state, tracking
 from ldm.train.loop import train
 from ldm.train.progress import Progress
 from ldm.train.setup import task_for
-from runs import go, log_of, recipe_of, tensors_of
 
 
 def scalars(folder, name):
