@@ -1,4 +1,4 @@
-"""`ldm batch` and `ldm verify`: nothing is lost, nothing is drawn twice, and a picture is what it says it is."""
+"""`ldm batch`: files of prompts to a job's folder, again and again."""
 
 import json
 import os
@@ -7,118 +7,119 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
+from PIL import Image
 
-PROMPTS = "a cat\ntwo stars --s 3\na cat\n# nothing\na dog --d 7 --l 2\n"
+from ldm.images import read_texts
+
+PROMPTS = "a cat --d 7\ntwo stars\n# no prompt\na cat --d 7\na dog --w 48\n"
 
 
 @pytest.fixture
 def file(tmp_path):
-    (tmp_path / "prompts.txt").write_text(PROMPTS)
-    return tmp_path / "prompts.txt"
+    path = tmp_path / "prompts.txt"
+    path.write_text(PROMPTS)
+    return path
 
 
 @pytest.fixture
 def batch(ldm_, tiny, file, tmp_path):
-    """(status, stderr) of `ldm batch` of four records, three of them different, into a folder."""
-
-    def run(*words, out="job"):
-        status, _, err = ldm_("batch", file, "--model", tiny, "--steps", 2, "--out", tmp_path / out, *words)
-        return status, err
-
-    return run
+    """(status, stdout, stderr) of `ldm batch FILE WORDS...`, into out/."""
+    return lambda *words: ldm_("batch", file, "--model", tiny, "--steps", 2, "--out", tmp_path / "out", *words)
 
 
-def lines(folder):
-    return [json.loads(line) for file in sorted(folder.glob("manifest*.jsonl")) for line in file.open()]
+def manifest(folder):
+    return [json.loads(line) for line in (folder / "manifest.jsonl").read_text().splitlines()]
 
 
-def pictures(folder):
-    return {file.name: file.read_bytes() for file in folder.glob("images/*/*.png")}
+def test_a_file_is_drawn_once_and_the_same_command_again_does_what_is_missing(batch, pipe, tmp_path):
+    status, out, err = batch("--seed", 3)
+    lines = manifest(tmp_path / "out")
+    assert (status, out, err) == (0, "done 3, failed 0, left 0\n", "")
+    assert [(line["line"], line["request"]["seed"], line["request"]["width"]) for line in lines] == [
+        (1, 7, 32),
+        (2, 3, 32),
+        (5, 3, 48),
+    ]
+    files = [tmp_path / "out" / line["file"] for line in lines]
+    before = [path.stat().st_mtime_ns for path in files]
+    files[1].unlink()
+    status, out, err = batch("--seed", 3)
+    assert status == 0 and out == "done 3, failed 0, left 0\n" and err.startswith("1 finished pictures are missing")
+    assert [path.stat().st_mtime_ns == when for path, when in zip(files, before, strict=True)] == [True, False, True]
+    drawn = pipe("two stars", seed=3, num_inference_steps=2).images[0]
+    with Image.open(files[1]) as picture:
+        assert np.abs(np.asarray(picture, int) - np.asarray(drawn, int)).max() <= 1
+    assert json.loads(read_texts(files[1])["ldm"])["request"] == lines[1]["request"]
 
 
-def test_an_item_is_drawn_once_and_a_second_run_draws_nothing(batch, tmp_path):
+def test_options_are_every_record_s_defaults_and_count_gives_seeds(batch, tmp_path):
+    words = ["--negative", "a bird", "--sampler", "ddim", "--count", 2, "--seed", 5, "--guidance-interval", 0, "inf"]
+    status, out, _ = batch(*words, "--json")
+    found = [line["request"] for line in manifest(tmp_path / "out")]
+    assert (
+        status == 0
+        and {r["sampler"] for r in found} == {"ddim"}
+        and {r["negative_prompt"] for r in found} == {"a bird"}
+    )
+    assert [r["seed"] for r in found] == [7, 8, 5, 6, 5, 6] and found[0]["guidance_interval"] == [0.0, None]
+    last = json.loads(out.splitlines()[-1])
+    assert (last["done"], last["failed"], last["left"]) == (6, 0, 0)
+
+
+def test_shards_formats_and_strictness(batch, tmp_path):
+    for k in range(2):
+        assert batch("--shard", f"{k}/2", "--format", "webp", "--strict")[0] == 0
+    assert [line["file"].rsplit(".", 1)[1] for line in manifest(tmp_path / "out")] == ["webp"] * 3
+    settings = json.loads((tmp_path / "out" / "job.json").read_text())["settings"]
+    assert settings == {"dtype": "torch.float32", "output": "webp", "strict": True}
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        (["--engine", "slurm"], "--engine 'slurm': choose from inline, local, ray"),
+        (["--workers", "2"], "--workers 2: the engine inline has one"),
+        (["--workers", "0"], "--workers 0"),
+        (["--shard", "2/2"], "--shard 2/2: must be I/N"),
+        (["--shard", "-1/2"], "--shard -1/2"),
+        (["--shard", "1"], "--shard 1"),
+        (["--format", "gif"], "--format 'gif': choose from png"),
+        (["--strict", "--batch-size", "9"], "--batch-size 9: must be from 1 to 8"),
+        (["--timeout", "0"], "--timeout 0"),
+        (["--expiry", "nan"], "--expiry nan"),
+        (["--count", "0"], "count 0"),
+        (["--sampler", "dpm"], "sampler 'dpm'"),
+        (["--guidance", "nan"], "guidance nan"),
+        (["--expand", "some"], "'some': choose from one"),
+        (["--lora", "no.safetensors"], "no.safetensors"),
+        (["--image", "no.png"], "no.png"),
+    ],
+)
+def test_wrong_words_are_one_line_and_nothing_is_written(refused, tiny, file, tmp_path, words, said):
+    refused("batch", file, "--model", tiny, "--out", tmp_path / "out", *words, said=said)
+    assert not (tmp_path / "out").exists()
+
+
+def test_another_job_s_folder_is_refused(batch, refused, tiny, file, tmp_path):
     assert batch()[0] == 0
-    drawn = pictures(tmp_path / "job")
-    assert len(drawn) == len(lines(tmp_path / "job")) == 2 + 1
-    times = {file: file.stat().st_mtime_ns for file in (tmp_path / "job").rglob("*.png")}
-    assert batch()[0] == 0
-    assert times == {file: file.stat().st_mtime_ns for file in (tmp_path / "job").rglob("*.png")}
-    assert len(lines(tmp_path / "job")) == 3
+    words = ["batch", file, "--model", tiny, "--out", tmp_path / "out", "--dtype", "bfloat16"]
+    refused(*words, said="job.json: another job: its dtype is not this")
 
 
-def test_what_is_missing_or_spoilt_is_drawn_again_and_a_torn_manifest_is_mended(batch, tmp_path):
-    batch()
-    job, drawn = tmp_path / "job", pictures(tmp_path / "job")
-    first, second, _ = sorted(job.glob("images/*/*.png"))
-    first.unlink()
-    assert batch()[0] == 0 and pictures(job) == drawn
-    second.write_bytes(second.read_bytes()[:100])
-    assert batch("--check")[0] == 0 and pictures(job) == drawn
-    for manifest in job.glob("manifest*.jsonl"):
-        manifest.write_bytes(manifest.read_bytes()[:-20])
-    assert batch()[0] == 0 and pictures(job) == drawn
-    assert {line["id"] for line in lines(job) if line["status"] == "done"} == {name[:-4] for name in drawn}
-
-
-@pytest.mark.parametrize("words", [["--batch-size", 1], ["--batch-size", 3], ["--engine", "local", "--workers", 2]])
-def test_strict_pictures_are_the_same_bits_in_any_batch_and_engine(batch, tmp_path, words):
-    assert batch("--strict", "--batch-size", 2)[0] == batch("--strict", *words, out="other")[0] == 0
-    assert {line["id"]: line["pixels"] for line in lines(tmp_path / "job")} == {
-        line["id"]: line["pixels"] for line in lines(tmp_path / "other")
-    }
-
-
-def test_shards_draw_every_item_once_between_them(batch, tmp_path):
-    assert batch("--shard", "0/2")[0] == batch("--shard", "1/2")[0] == 0
-    found = lines(tmp_path / "job")
-    assert len(found) == len({line["id"] for line in found}) == 3
-
-
-@pytest.mark.parametrize("seconds", [0.0, 0.3])
-def test_a_killed_job_run_again_ends_as_if_it_had_not_been(batch, tiny, tmp_path, seconds):
-    (tmp_path / "many.txt").write_text("".join(f"a cat --d {k} --s 2\n" for k in range(40)))
-    words = ["batch", tmp_path / "many.txt", "--model", tiny, "--batch-size", 2, "--out", tmp_path / "killed"]
-    command = [sys.executable, "-m", "ldm.cli", *map(str, words)]
-    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
-    while process.poll() is None and not list(tmp_path.glob("killed/images/*/*.png")):
+def test_a_signal_finishes_what_is_being_drawn_and_the_job_goes_on(ldm_, tiny, tmp_path):
+    file, out = tmp_path / "many.txt", tmp_path / "out"
+    file.write_text("".join(f"a cat --d {k}\n" for k in range(400)))
+    words = ["batch", str(file), "--model", str(tiny), "--out", str(out), "--steps", "9", "--batch-size", "2"]
+    process = subprocess.Popen([sys.executable, "-m", "ldm.cli", *words], stderr=subprocess.PIPE, text=True)
+    while not list(out.glob("images/*/*.png")) and process.poll() is None:
         time.sleep(0.01)
-    time.sleep(seconds)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    before = {k: v for k, v in pictures(tmp_path / "killed").items() if k[:-4] in {x["id"] for x in whole(tmp_path)}}
-    assert subprocess.run(command, capture_output=True).returncode == 0
-    after, found = pictures(tmp_path / "killed"), lines(tmp_path / "killed")
-    assert len(after) == 40 and {line["id"] for line in found if line["status"] == "done"} == {k[:-4] for k in after}
-    assert before.items() <= after.items() and not list((tmp_path / "killed").rglob("*.part"))
-
-
-def whole(folder):
-    """The lines of a killed job's manifest, less a torn last one."""
-    texts = [line for file in folder.glob("killed/manifest*.jsonl") for line in file.read_text().splitlines()]
-    return [json.loads(text) for text in texts if text.endswith("}")]
-
-
-def test_the_whole_file_is_checked_before_the_first_picture(refused, tiny, file, tmp_path):
-    file.write_text("a cat\na dog --s many\na fish --w 30\n")
-    refused("batch", file, "--model", tiny, "--out", tmp_path / "job", said=":2")
-    assert not (tmp_path / "job").exists()
-
-
-def test_verify_tells_a_picture_that_is_what_it_says_from_one_that_is_not(batch, ldm_, tiny, tmp_path):
-    from PIL import Image
-    from PIL.PngImagePlugin import PngInfo
-
-    batch()
-    status, out, err = ldm_("verify", tmp_path / "job", "--model", tiny)
-    assert status == 0, out + err
-    one = sorted((tmp_path / "job").glob("images/*/*.png"))[0]
-    with Image.open(one) as picture:
-        picture.load()
-        info = PngInfo()
-        for key, value in picture.text.items():
-            info.add_itxt(key, value)
-        picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(one, pnginfo=info)
-    status, out, _ = ldm_("verify", one, "--model", tiny)
-    assert status == 1 and "differ" in out
-    os.remove(one)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate()
+    drawn = manifest(out)
+    assert process.returncode == 130 and err == "" and 0 < len(drawn) < 400
+    assert len(drawn) == len(list(out.glob("images/*/*"))) and not os.listdir(out / "leases")
+    file.write_text("".join(f"a cat --d {k}\n" for k in range(len(drawn) + 5)))
+    assert ldm_(*words)[0] == 0
+    assert len(manifest(out)) == len(drawn) + 5

@@ -7,7 +7,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import wraps
 from pathlib import Path
@@ -175,7 +175,12 @@ def run(
             status = interrupted(engine, watch, tell)
         except driver.Stuck as stuck:
             print(f"error: {stuck}", file=sys.stderr, flush=True)
+            sys.stdout.flush()
             os._exit(1)  # a thread that hangs cannot be ended otherwise; what is finished is on the disk
+        except RuntimeError:
+            with suppress(OSError):
+                settle(job.folder, leases)
+            raise
         settle(job.folder, leases)
         state = watch.state()
         tell(state, last=True)

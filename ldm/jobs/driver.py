@@ -20,6 +20,7 @@ from ldm.pipeline import Pipeline
 from ldm.version import VERSION
 
 WATCH = 0.2  # seconds between two looks at the workers
+GRACE = 10.0  # seconds that workers have to end after the last item
 RECENT = 30.0  # seconds over which the rate is taken
 SAME = ("weights", "settings")  # of job.json: what a job keeps; its source may grow
 
@@ -126,10 +127,9 @@ class Watch:
         sizes = [status.get("batch_size", 0) for status in statuses]
         return State(done, failed, len(self.left) - failed, rate, len(sizes), max(sizes, default=0))
 
-    def stalled(self) -> str | None:
-        """Why the job is to end, where nobody has finished a step within `timeout` seconds."""
-        passed = self.clock() - self._moved
-        return f"no step was finished in {passed:.0f} seconds: the job is stuck" if passed > self.timeout else None
+    def idle(self) -> float:
+        """For how many seconds nobody has finished a step."""
+        return self.clock() - self._moved
 
 
 class Stuck(RuntimeError):
@@ -139,12 +139,16 @@ class Stuck(RuntimeError):
 def drive(engine: Engine, watch: Watch, told: Callable[[State], None]) -> None:
     """Watch the workers to their end; RuntimeError with the reason where one ends too early, Stuck where all hang."""
     while engine.poll():
-        told(watch.state())
+        state = watch.state()
+        told(state)
         if engine.reasons:
             engine.stop()
-        if why := watch.stalled():
+        if state.left == 0 and watch.idle() > GRACE:  # a worker that has not even begun
             engine.kill()
-            raise Stuck(why)
+            break
+        if watch.idle() > watch.timeout:
+            engine.kill()
+            raise Stuck(f"no step was finished in {watch.idle():.0f} seconds: the job is stuck")
         time.sleep(WATCH)
     if engine.reasons:
         raise RuntimeError(engine.reasons[0])

@@ -115,11 +115,13 @@ def in_process(job: Job, device: str | None, threads: int, words: Connection) ->
         signal.signal(number, lambda *_: stop.set())
     threading.Thread(target=orphaned, args=(stop,), daemon=True).start()
     torch.set_num_threads(threads)
+    last = None
     try:
         work(job, stop, device)
     except Exception as error:
-        return words.send(reason(error))
-    words.send(None)
+        last = reason(error)
+    with contextlib.suppress(OSError):  # nobody may be there to hear it
+        words.send(last)
 
 
 def orphaned(stop: threading.Event) -> None:
@@ -138,8 +140,9 @@ def ending(code: int | None) -> str:
 class Ray:
     """A Ray Core actor for each device, wherever the cluster has room: Ray places them and begins the dead again.
 
-    It joins the cluster that RAY_ADDRESS names, or that runs here, or begins one. The job's folder, its source and its
-    model must have the same paths on all machines.
+    It joins the cluster that RAY_ADDRESS names, or that runs here, or begins one. A task is tried as long as its actor
+    lives, which is begun again `RESTARTS` times. The job's folder, its source and its model must have the same paths on
+    all machines.
     """
 
     def __init__(self, job: Job, devices: Sequence[str | None]) -> None:
@@ -149,7 +152,7 @@ class Ray:
             ray.init(log_to_driver=False, include_dashboard=False)
         place = {"num_gpus": 1} if any(d is not None for d in devices) else {"num_cpus": 1}
         actor = ray.remote(Actor).options(
-            **place, max_concurrency=2, max_restarts=RESTARTS, max_task_retries=RESTARTS, scheduling_strategy="SPREAD"
+            **place, max_concurrency=2, max_restarts=RESTARTS, max_task_retries=-1, scheduling_strategy="SPREAD"
         )
         self._actors = [actor.remote() for _ in devices]
         self._tasks = [a.run.remote(job, d and "cuda") for a, d in zip(self._actors, devices, strict=True)]

@@ -143,7 +143,7 @@ class Leases:
     def sweep(self, done: Container[str]) -> None:
         """Remove the beats of the dead, and the leases of what is done."""
         for path in list(self.folder.iterdir()):
-            if (path.suffix == ".beat" and not self.live(path.stem)) or path.stem in done:
+            if path.stem in done or (path.suffix == ".beat" and not self.live(path.stem)):
                 remove(path)
 
     def _all(self, name: str) -> list[Path]:

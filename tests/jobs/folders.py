@@ -7,7 +7,7 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import typer
 
@@ -60,6 +60,15 @@ def outcome(folder: Path) -> dict[str, Any]:
         files[name] = "" if name == "manifest.jsonl" else hashlib.sha256(path.read_bytes()).hexdigest()
     assert all(files[line["file"]] == line["sha256"] for line in lines if line["status"] == "done")
     return {"manifest": told, "files": files}
+
+
+class Opens(NamedTuple):
+    """Opens a model in any process."""
+
+    folder: Path
+
+    def __call__(self, device: str | None) -> Pipeline:
+        return Pipeline.from_pretrained(self.folder, device="cpu", dtype="float32")
 
 
 def fork(live: Callable[[], int]) -> int:

@@ -1,0 +1,127 @@
+"""Batch jobs of the shipped model: what continuous batching gains, what strictness costs, how long the device idles.
+
+    python scripts/bench_batch.py [--images 32] [--batch 8] [--steps 6 12 36] [--rounds 3] [--clock cpu|wall]
+
+Contestants draw the same requests, whose numbers of steps are mixed: continuously; in groups, each drawn to its end
+before the next begins; and continuously in strict mode. A group's gain depends on the device: on a CPU a call of few
+rows is cheap, on a GPU it takes about as long as a full one, so the numbers of calls are told too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import threading
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+from _bench import alternate, clock, report
+
+from ldm import Pipeline, Request
+from ldm.jobs import worker
+from ldm.jobs.source import Entry
+from ldm.jobs.worker import STRICT_ROWS, Job
+from ldm.rng import keyed
+from ldm.scheduler import Scheduler
+
+
+def draw(scheduler: Scheduler, requests: list[Request]) -> None:
+    """All of them, with continuous batching."""
+    list(scheduler.run(requests, lambda share: None))
+
+
+def draw_grouped(scheduler: Scheduler, requests: list[Request], size: int) -> None:
+    """Group after group."""
+    for start in range(0, len(requests), size):
+        draw(scheduler, requests[start : start + size])
+
+
+def calls(scheduler: Scheduler, run: Callable[[], None]) -> int:
+    """How often a run asks the network."""
+    ask, count = scheduler.calls.function, 0
+
+    def counted(*rows):
+        nonlocal count
+        count += 1
+        return ask(*rows)
+
+    scheduler.calls.function = counted
+    run()
+    scheduler.calls.function = ask
+    return count
+
+
+def idle(pipe: Pipeline, requests: list[Request], size: int) -> float:
+    """The share of a job's time, from its first call on, in which neither the network nor the decoder was asked."""
+    spans: list[tuple[float, float]] = []
+    make = worker.scheduled
+
+    def timed(function):
+        def ask(*rows):
+            start = time.perf_counter()
+            try:
+                return function(*rows)
+            finally:
+                spans.append((start, time.perf_counter()))
+
+        return ask
+
+    def watched(job: Job, pipe: Pipeline) -> Scheduler:
+        scheduler = make(job, pipe)
+        for part in (scheduler.calls, scheduler.decodes):
+            part.function = timed(part.function)
+        return scheduler
+
+    with TemporaryDirectory() as folder:
+        entries = [Entry(k + 1, request) for k, request in enumerate(requests)]
+        worker.scheduled = watched
+        worker.work(Job(Path(folder), entries, lambda device: pipe, batch_size=size), threading.Event())
+        end = time.perf_counter()
+        worker.scheduled = make
+    busy, reached = 0.0, min(start for start, _ in spans)
+    first = reached
+    for start, stop in sorted(spans):
+        busy += max(0.0, stop - max(start, reached))
+        reached = max(reached, stop)
+    return 1 - busy / (end - first)
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--images", type=int, default=32)
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--steps", type=int, nargs="+", default=[6, 12, 36])
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--clock", default="cpu", choices=["cpu", "wall"])
+    parser.add_argument("--out", type=Path)
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = arguments()
+    torch.set_num_threads(1)
+    pipe = Pipeline.from_pretrained(device=args.device)
+    steps = [args.steps[keyed(k) % len(args.steps)] for k in range(args.images)]
+    requests = [pipe.resolve(Request("a red apple", seed=k, num_inference_steps=n)) for k, n in enumerate(steps)]
+    scheduler = Scheduler(pipe.model, pipe.texts, args.batch)
+    strict = Scheduler(pipe.model, pipe.texts, args.batch, STRICT_ROWS)
+    contestants = {
+        "continuous": partial(draw, scheduler, requests),
+        "grouped": partial(draw_grouped, scheduler, requests, args.batch),
+        "continuous, strict": partial(draw, strict, requests),
+    }
+    counts = [calls(scheduler, contestants[name]) for name in ("continuous", "grouped")]
+    print(
+        f"calls of the network: continuous {counts[0]}, grouped {counts[1]}, {counts[1] / counts[0]:.2f} times as many"
+    )
+    print(f"device idle in a job of {len(requests)} images: {idle(pipe, requests, args.batch):.1%}")
+    about = {"images": args.images, "batch": args.batch, "steps": args.steps, "clock": args.clock, "calls": counts}
+    report("continuous", alternate(contestants, args.rounds, clock(args.clock)), about, args.out)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,283 @@
+"""A worker: pictures that depend on their requests alone, each drawn once, and what cannot be drawn said."""
+
+import itertools
+import json
+import os
+import threading
+import time
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from folders import ITEMS, REQUESTS, go, job_in, outcome
+from PIL import Image
+
+from ldm.jobs import worker
+from ldm.jobs.engines import Inline
+from ldm.jobs.worker import Entry, fitting
+from ldm.request import Request
+from ldm.scheduler import Scheduler, Thrifty
+
+BATCHES = range(1, 9) if os.environ.get("LDM_STRESS_KILLS") else (1, 3, 8)  # scripts/stress_batch.py does all
+
+
+def pixels(pipe, requests, **options):
+    """The pictures of requests in their order, by a scheduler of their own."""
+    return pixels_of(Scheduler(pipe.model, pipe.texts, **options), pipe, requests)
+
+
+def pixels_of(scheduler, pipe, requests):
+    found = dict(scheduler.run(map(pipe.resolve, requests), lambda share: None))
+    return [np.asarray(found[k], int) for k in range(len(requests))]
+
+
+@pytest.fixture(scope="module")
+def alone(pipe):
+    return {fixed: [pixels(pipe, [r], batch_size=1, fixed=fixed)[0] for r in REQUESTS] for fixed in (None, 16)}
+
+
+@pytest.mark.parametrize("batch_size", BATCHES)
+def test_pictures_are_the_same_in_any_batch_and_order_and_strict_ones_bit_for_bit(pipe, alone, batch_size):
+    for order, (fixed, near) in itertools.product(([*range(7)], [5, 2, 6, 0, 3, 1, 4]), ((None, 1), (16, 0))):
+        found = pixels(pipe, [REQUESTS[k] for k in order], batch_size=batch_size, fixed=fixed)
+        assert max(np.abs(a - alone[fixed][k]).max() for k, a in zip(order, found, strict=True)) <= near
+
+
+def test_strict_calls_are_of_one_size(pipe, monkeypatch):
+    seen = set()
+    scheduler = Scheduler(pipe.model, pipe.texts, 8, fixed=16)
+    ask, decode = scheduler.calls.function, scheduler.decodes.function
+    monkeypatch.setattr(scheduler.calls, "function", lambda x, *rest: seen.add(("call", len(x))) or ask(x, *rest))
+    monkeypatch.setattr(scheduler.decodes, "function", lambda x: seen.add(("decode", len(x))) or decode(x))
+    list(scheduler.run(map(pipe.resolve, REQUESTS), lambda share: None))
+    assert seen == {("call", 16), ("decode", 1)}
+
+
+@pytest.mark.parametrize("where", ["calls", "decodes"])
+def test_where_memory_runs_out_the_same_pictures_are_drawn_by_fewer_at_a_time(pipe, alone, where):
+    """No step that was finished is done again: the network answers as often as it would have, in more parts."""
+    requests = [replace(REQUESTS[0], seed=k, num_inference_steps=1 + k // 4) for k in range(8)]
+    plain, poor = (Scheduler(pipe.model, pipe.texts, 8) for _ in range(2))
+    wanted, rows, whole = pixels_of(plain, pipe, requests), [], []
+    ask, inner = getattr(poor, where).function, getattr(plain, where).function
+
+    def refuse(*parts):
+        if len(parts[0]) > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        rows.append(len(parts[0]))
+        return ask(*parts)
+
+    getattr(poor, where).function = refuse
+    getattr(plain, where).function = lambda *parts: whole.append(len(parts[0])) or inner(*parts)
+    pixels_of(plain, pipe, requests)
+    found = pixels_of(poor, pipe, requests)
+    assert max(np.abs(a - b).max() for a, b in zip(found, wanted, strict=True)) <= 1
+    assert max(rows) <= 3 < max(whole) and sum(rows) == sum(whole) and getattr(poor, where).limit <= 3
+
+
+def test_memory_for_less_than_one_row_is_an_error_and_a_fixed_size_stays():
+    def poor(x):
+        raise torch.OutOfMemoryError("out")
+
+    for calls in (Thrifty(poor, 8), Thrifty(poor, 8, fixed=True)):
+        with pytest.raises(torch.OutOfMemoryError):
+            calls(torch.zeros(8))
+    assert calls.limit == 8
+
+
+def test_requests_are_asked_for_when_there_is_room_and_none_means_not_yet(pipe):
+    scheduler, ahead, finished = Scheduler(pipe.model, pipe.texts, 2), [], 0
+
+    def requests():
+        for k in range(40):
+            if k % 3 == 2 and k > finished:
+                yield None
+            ahead.append(k + 1 - finished)
+            yield pipe.resolve(replace(REQUESTS[0], seed=k, num_inference_steps=1 + k % 3))
+
+    indexes = []
+    for index, _ in scheduler.run(requests(), lambda share: None):
+        finished += 1
+        indexes.append(index)
+    assert sorted(indexes) == list(range(40)) and max(ahead) <= 2 + 2 * 4
+
+
+def test_the_batch_fits_in_the_free_memory():
+    assert [fitting(free, 3, 5) for free in (0, 10, 20, 10**9)] == [1, 4, 8, worker.MOST] and fitting(100, 5, 5) == 64
+
+
+class Several:
+    """An engine of the tests: workers in threads."""
+
+    def __init__(self, job, count):
+        self.workers = [Inline(job, [None]) for _ in range(count)]
+
+    @property
+    def reasons(self):
+        return [reason for one in self.workers for reason in one.reasons]
+
+    def poll(self):
+        return sum(one.poll() for one in self.workers)
+
+    def stop(self):
+        for one in self.workers:
+            one.stop()
+
+
+@pytest.mark.parametrize("count, batch_size", [(1, 1), (2, 1), (4, 2), (2, 8)])
+def test_any_number_of_workers_draws_each_item_once(pipe, tmp_path, undisturbed, monkeypatch, count, batch_size):
+    drawn, run = [], Scheduler.run
+
+    def counted(self, requests, said):
+        for index, picture in run(self, requests, said):
+            drawn.append(index)
+            yield index, picture
+
+    monkeypatch.setattr(Scheduler, "run", counted)
+    job = job_in(tmp_path / "job", pipe, batch_size=batch_size)
+    assert go(job, pipe, start=lambda job: Several(job, count)) == 0
+    assert outcome(tmp_path / "job") == undisturbed and len(drawn) == ITEMS
+
+
+def test_what_another_finished_since_one_looked_is_not_taken(pipe, tmp_path):
+    job = job_in(tmp_path, pipe)
+    first, second, *_ = job.items(pipe)
+    with job.leases() as leases:
+        feed = worker.Feed(job, pipe, leases, threading.Event(), ahead=1)
+        line = {"id": first.id, "status": "done", "line": 1, "file": "a", "sha256": "0"}
+        worker.append(tmp_path, "other", line)
+        assert not feed._take(first) and leases.free(first.id)
+        assert feed._take(second) and leases.holds(second.id)
+
+
+def test_a_worker_that_slept_and_was_taken_for_dead_writes_nothing(pipe, tmp_path):
+    job = job_in(tmp_path, pipe)
+    item = next(job.items(pipe))
+    with job.leases() as leases:
+        for mine in (False, True):
+            assert not mine or leases.acquire(item.id)
+            with worker.Writer(job, pipe, leases) as writer:
+                writer.put(item, Image.new("RGB", (32, 32)), 1.0)
+            assert [path.is_file() for path in (tmp_path / item.file("png"), *tmp_path.glob("manifest*"))] == [mine] * (
+                1 + mine
+            )
+
+
+def test_an_item_that_is_asked_for_twice_is_drawn_once_and_listed_twice(finished):
+    rows = [json.loads(line) for line in (finished / "items.jsonl").read_text().splitlines()]
+    assert [row["line"] for row in rows] == list(range(1, len(REQUESTS) + 1))
+    assert rows[0]["id"] == rows[3]["id"] and len({row["id"] for row in rows}) == ITEMS
+    lines = [json.loads(line) for line in (finished / "manifest.jsonl").read_text().splitlines()]
+    assert [line["line"] for line in lines] == [1, 2, 3, 5, 6, 7]
+    assert {row["file"] for row in rows} == {line["file"] for line in lines}
+
+
+def test_shards_are_the_whole(pipe, tmp_path, undisturbed):
+    for k in (1, 0, 2):
+        job = job_in(tmp_path / "job", pipe, shard=(k, 3))
+        assert go(job, pipe) == 0
+    found = outcome(tmp_path / "job")
+    assert found["manifest"] == undisturbed["manifest"]
+    assert {k: v for k, v in found["files"].items() if not k.startswith("items")}.items() <= undisturbed[
+        "files"
+    ].items()
+
+
+def test_a_job_stops_between_batches_and_goes_on(pipe, tmp_path, undisturbed):
+    """By a request to stop, after each picture."""
+    folder = tmp_path / "job"
+    lives = 0
+    while not lives or len(list(folder.rglob("*.png"))) < ITEMS:
+
+        def start(job):
+            engine = Inline(job, [None])
+            before = len(list(folder.rglob("*.png")))
+
+            def watch():
+                while engine.poll() and len(list(folder.rglob("*.png"))) == before:
+                    time.sleep(0.005)
+                engine.stop()
+
+            threading.Thread(target=watch).start()
+            return engine
+
+        go(job_in(folder, pipe, batch_size=1), pipe, start=start)
+        lives += 1
+    assert lives > 1 and go(job_in(folder, pipe), pipe) == 0 and outcome(folder) == undisturbed
+
+
+def failing(pipe, monkeypatch, fails):
+    """Let drawing fail where `fails(request)`."""
+    start = Scheduler._start
+
+    def poor(self, members):
+        for drawing in members:
+            if fails(drawing.request):
+                raise RuntimeError("broken\nkernel")
+        return start(self, members)
+
+    monkeypatch.setattr(Scheduler, "_start", poor)
+
+
+def test_an_item_that_fails_is_recorded_alone_and_drawn_again_by_the_next_run(pipe, tmp_path, monkeypatch, undisturbed):
+    folder = tmp_path / "job"
+    failing(pipe, monkeypatch, lambda request: request.seed in (2, 5))
+    assert go(job_in(folder, pipe), pipe) == 1
+    lines = outcome(folder)["manifest"]
+    failed = [line for line in lines if line["status"] == "failed"]
+    assert [line["line"] for line in failed] == [2, 6] and len(lines) == ITEMS
+    assert all(line["reason"] == "broken kernel" and "file" not in line for line in failed)
+    monkeypatch.undo()
+    assert go(job_in(folder, pipe), pipe) == 0 and outcome(folder) == undisturbed
+
+
+def test_a_worker_by_whom_everything_fails_gives_up(pipe, tmp_path, monkeypatch, capsys):
+    requests = [Request("a cat", seed=k, num_inference_steps=1) for k in range(40)]
+    failing(pipe, monkeypatch, lambda request: True)
+    assert go(job_in(tmp_path / "job", pipe, requests=requests), pipe) == 1
+    assert capsys.readouterr().err.endswith("error: broken kernel\n")
+    assert len(outcome(tmp_path / "job")["manifest"]) == worker.PATIENCE
+
+
+def test_a_million_entries_stream(pipe, tmp_path, monkeypatch):
+    """Entries are asked for no further ahead than what waits to be drawn."""
+    asked = 0
+    drawn = threading.Event()
+
+    class Endless:
+        def __iter__(self):
+            nonlocal asked
+            for asked in itertools.count():
+                yield Entry(asked + 1, replace(REQUESTS[0], seed=asked))
+
+    job = replace(job_in(tmp_path, pipe, batch_size=2), entries=Endless())
+    stop = threading.Event()
+    monkeypatch.setattr(worker.Writer, "put", lambda self, item, picture, seconds: (drawn.set(), stop.set()))
+    worker.work(job, stop)
+    assert drawn.is_set() and asked < 40
+
+
+def test_texts_are_encoded_once_for_each_distinct_prompt(pipe, tmp_path, monkeypatch):
+    pipe.texts.clear()
+    asked, ask = [], pipe.texts._encoded.ask
+    monkeypatch.setattr(pipe.texts._encoded, "ask", lambda *chunk: asked.append(chunk) or ask(*chunk))
+    requests = [Request(f"a cat {k % 3}", seed=k, num_inference_steps=1) for k in range(12)]
+    assert go(job_in(tmp_path / "job", pipe, requests=requests, batch_size=1), pipe) == 0
+    assert len(set(asked)) == 4 and len(asked) <= 5  # the empty one too; two threads may meet at the first
+
+
+@pytest.mark.parametrize("output, suffix", [("png", "png"), ("webp", "webp"), ("jpeg", "jpg")])
+def test_every_kind_of_file_keeps_its_texts(pipe, tmp_path, output, suffix):
+    from ldm.jobs.outputs import open_output
+
+    requests = [Request("a cat, é 雪", seed=1, num_inference_steps=1)]
+    assert go(job_in(tmp_path / "job", pipe, requests=requests, output=output), pipe) == 0
+    (path,) = (tmp_path / "job").rglob(f"*.{suffix}")
+    picture, texts = open_output(path)
+    (drawn,) = pixels(pipe, requests, batch_size=1)
+    wanted = pipe.texts_of(pipe.resolve(requests[0]), "tiny")
+    assert texts == wanted
+    assert np.abs(np.asarray(picture, int) - drawn).max() <= (1 if output != "jpeg" else 60)
+    with Image.open(path) as opened:
+        assert opened.format.lower() == output
