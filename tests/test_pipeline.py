@@ -40,6 +40,26 @@ TEXTS = [
 ]
 
 
+def test_negative_prompts_may_be_one_per_prompt(pipe):
+    both = pipe(["a cat", "two stars"], negative_prompt=["a dog", None], num_inference_steps=2, seed=np.int64(3))
+    one = pipe.generate(
+        [Request("a cat", "a dog", 3, num_inference_steps=2), Request("two stars", None, 3, num_inference_steps=2)]
+    )
+    assert [a.tobytes() for a in both.images] == [a.tobytes() for a in one]
+    with pytest.raises(ValueError, match="negative_prompt: 1 given for 2 prompts"):
+        pipe(["a cat", "two stars"], negative_prompt=["a dog"])
+
+
+def test_numbers_of_numpy_are_numbers_and_what_is_none_is_named(pipe):
+    theirs = Request("a", height=np.int64(32), guidance_scale=np.float32(2.5), num_inference_steps=np.int32(2))
+    ours = Request("a", height=32, guidance_scale=2.5, num_inference_steps=2)
+    assert pipe.resolve(theirs) == pipe.resolve(ours)
+    json.dumps(pipe.resolve(theirs).record())
+    for name, value in (("height", 32.0), ("num_inference_steps", "2"), ("image", "a.png"), ("guidance_scale", "x")):
+        with pytest.raises(ValueError, match=f"{name} .*must be a"):
+            pipe.resolve(Request("a", **{name: value}))
+
+
 def difference(a, b):
     return np.abs(np.asarray(a, dtype=int) - np.asarray(b, dtype=int)).max()
 

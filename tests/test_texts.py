@@ -3,7 +3,7 @@
 import copy
 import gc
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ from ldm.checkpoints.families import FAMILIES
 from ldm.checkpoints.formats import Checkpoint
 from ldm.nn.text import Tower, clip_tokenizer, load_tokenizer, text_model
 from ldm.nn.unet import UNet, UNetConfig
-from ldm.texts import Texts
+from ldm.texts import Kept, Texts, encoded, read
 
 import ldm.nn._torchvision  # noqa: F401  isort: skip
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline  # isort: skip
@@ -176,6 +176,23 @@ def test_towers_of_two_vocabularies_are_refused(xl, tiny):
     other = replace(xl.towers[1], tokenizer=load_tokenizer(tiny / "tokenizer"))
     with pytest.raises(ValueError, match="the vocabularies of text_encoder and text_encoder_2 differ"):
         Texts(replace(xl, towers=(xl.towers[0], other)))
+
+
+def test_what_is_kept_is_bounded_by_bytes(model):
+    kept = Kept(partial(encoded, model))
+    chunks = [read(model, {}, f"a cat {k}")[0] for k in range(5)]
+    kept(chunks[0], 0)
+    kept.limit = 3 * kept.size
+    for chunk in chunks[1:3]:
+        kept(chunk, 0)
+    assert kept(chunks[0], 0) is kept(chunks[0], 0)  # now the latest
+    for chunk in chunks[3:]:
+        kept(chunk, 0)
+    assert [chunk for chunk, _ in kept.answers] == [chunks[0], *chunks[3:]] and kept.size == kept.limit
+    pairs = kept(chunks[0], 0)[0].keys_values
+    assert kept.size / 3 >= sum(a.nbytes for pair in pairs for a in pair)
+    kept.clear()
+    assert not kept.answers and kept.size == 0
 
 
 def vectors(model, n, seed=0):

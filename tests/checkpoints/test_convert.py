@@ -381,6 +381,13 @@ def test_an_empty_folder_is_filled(single, tmp_path):
     assert (tmp_path / "out" / "model_index.json").is_file() and len([*tmp_path.iterdir()]) == 2
 
 
+def test_a_link_to_an_empty_folder_stays_one(single, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "link").symlink_to("out")
+    convert(single("sd1")[0], tmp_path / "link", prediction="eps")
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "out" / "model_index.json").is_file()
+
+
 def test_a_pickled_model_becomes_a_file_and_a_folder(folders, tmp_path, monkeypatch):
     """A Lightning checkpoint of 2022: weights under state_dict, a step and optimizer states beside them."""
     tensors, ckpt = wholes("sd1"), tmp_path / "model.ckpt"

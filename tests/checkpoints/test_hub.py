@@ -26,6 +26,15 @@ STRAYS = (  # of a repository, beside what is read
 )
 
 
+REPOSITORIES = {
+    "owner/adapter": ["README.md", "a.safetensors", "pytorch_lora_weights.safetensors"],
+    "owner/peft": ["adapter_config.json", "adapter_model.safetensors", "optimizer.safetensors"],
+    "owner/lone": ["README.md", "style-v1.5.safetensors"],
+    "owner/two": ["a.safetensors", "b.safetensors"],
+    "owner/word": ["learned_embeds.bin", "learned_embeds.safetensors", "other.safetensors"],
+}
+
+
 def server(repositories, asked):
     """The hub's two questions, on a port of its own: what is in a repository, and a file of it."""
 
@@ -97,7 +106,12 @@ def site(repository, tiny, tmp_path_factory):
     plain = tmp_path_factory.mktemp("single")
     (plain / "model.safetensors").write_bytes(b"weights")
     asked = []
-    running = server({"owner/tiny": repository, "owner/single": plain}, asked)
+    found = {"owner/tiny": repository, "owner/single": plain, "owner/vae": repository / "vae"}
+    for name, files in REPOSITORIES.items():
+        found[name] = tmp_path_factory.mktemp("parts")
+        for file in files:
+            (found[name] / file).write_bytes(file.encode())
+    running = server(found, asked)
     threading.Thread(target=running.serve_forever, daemon=True).start()
     yield f"http://127.0.0.1:{running.server_port}", asked
     running.shutdown()
@@ -139,6 +153,36 @@ def test_what_is_read_is_fetched_and_nothing_else(site, fetch, tiny):
 
 def test_a_single_file_of_a_repository(fetch):
     assert Path(fetch("owner/single:model.safetensors")).read_bytes() == b"weights"
+
+
+@pytest.mark.parametrize(
+    "source, kind, files, called",
+    [
+        ("owner/adapter", "adapter", ["pytorch_lora_weights.safetensors"], "adapter"),
+        ("owner/adapter:a.safetensors", "adapter", ["a.safetensors"], "a"),
+        ("owner/peft", "adapter", ["adapter_model.safetensors", "adapter_config.json"], "peft"),
+        ("owner/lone", "adapter", ["style-v1.5.safetensors"], "lone"),
+        ("owner/word", "embedding", ["learned_embeds.safetensors"], "word"),
+        ("owner/lone", "vae", ["style-v1.5.safetensors"], "lone"),
+        ("owner/vae", "vae", ["config.json", "diffusion_pytorch_model.safetensors"], "vae"),
+        ("owner/tiny", "vae", ["vae/config.json", "vae/diffusion_pytorch_model.safetensors"], "tiny"),
+    ],
+)
+def test_of_each_kind_its_files_alone_are_fetched(site, fetch, source, kind, files, called):
+    _, asked = site
+    asked.clear()
+    path = Path(fetch(source, "", "", "", kind))
+    assert sorted(asked) == sorted(files) and hub.name(source) == called
+    assert path.is_file() == files[0].endswith(".safetensors") and (path.is_dir() or path.name == files[0])
+    asked.clear()
+    assert fetch(source, "", "", "", kind, offline=True) == str(path) and not asked
+
+
+def test_a_repository_of_several_adapters_lists_them(fetch):
+    said = fetch("owner/two", "", "", "", "adapter")
+    assert "not an adapter" in said and said.endswith(
+        "name one of its files, as in owner/two:a.safetensors or b.safetensors"
+    )
 
 
 @pytest.mark.parametrize(

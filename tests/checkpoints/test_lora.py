@@ -559,6 +559,12 @@ FAULTS = {  # the family of the model, the tensors, the metadata, what is said
         "fit text_encoder and text_encoder_2",
     ),
     "header": ("sd1", GOOD, {"lora_adapter_metadata": "[1]"}, "lora_adapter_metadata of its header: not a JSON object"),
+    "header of brackets": (
+        "sd1",
+        GOOD,
+        {"lora_adapter_metadata": "[" * 100_000},
+        "lora_adapter_metadata of its header",
+    ),
     "header's JSON": ("sd1", GOOD, {"lora_adapter_metadata": "{"}, "Expecting property name"),
     "header's alpha": (
         "sd1",

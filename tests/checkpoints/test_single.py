@@ -188,7 +188,8 @@ def test_an_average_takes_the_place_of_the_last_weights(write):
     path, parts = write("sd1", averaged)
     assert arrived(load(path, prediction="eps"), parts)
     parts["unet"] = {name: -a for name, a in parts["unet"].items()}
-    assert arrived(load(path, prediction="eps", ema=True), parts)
+    model = load(path, prediction="eps", ema=True)
+    assert arrived(model, parts) and model.options == {"path": str(path), "prediction": "eps", "ema": True}
     with pytest.raises(ValueError, match="average"):
         load(write("sd1")[0], prediction="eps", ema=True)
 

@@ -10,6 +10,7 @@ from torch import nn
 import ldm.nn._torchvision  # noqa: F401  isort: skip
 from peft import LoHaConfig, LoKrConfig, LoraConfig, inject_adapter_in_model  # isort: skip
 
+from ldm.checkpoints.lora_save import save_adapter
 from ldm.nn.lora import Adapter, Adapters, Delta, Full, LoHa, LoKr, LoRA
 from ldm.pipeline import Pipeline
 
@@ -305,6 +306,38 @@ def test_names_and_weights_are_checked(net, randn):
     for weight in (float("nan"), float("inf"), (1.0, float("nan"))):
         with pytest.raises(ValueError, match=r"adapter 'a': weight .*: must be finite"):
             adapters.set({"a": weight})
+
+
+def test_a_pipeline_s_adapters_are_set_by_two_lists_and_taken_out(tiny, tmp_path):
+    pipe = Pipeline.from_pretrained(tiny, device="cpu", dtype="float32")
+    g = torch.Generator().manual_seed(0)
+    for name in "ab":
+        factors = LoRA(torch.randn(2, 32, generator=g), torch.randn(32, 2, generator=g))
+        target = "unet/down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_q"
+        save_adapter(
+            Adapter(name, {target: Delta(factors)}), tmp_path / f"{name}.safetensors", "kohya", pipe.model.networks
+        )
+
+    def draw():
+        return pipe("two stars", num_inference_steps=2, seed=3).images[0].tobytes()
+
+    base = draw()
+    for name in "ab":
+        pipe.load_lora_weights(tmp_path / f"{name}.safetensors")
+    both = draw()
+    pipe.set_adapters(["b"], [0.5])
+    half = draw()
+    assert len({base, both, half}) == 3
+    for names, weights in ((["a", "b"], [1]), ("a", [1]), ("ab", [1, 1])):
+        with pytest.raises(ValueError, match="must be two lists of one length"):
+            pipe.set_adapters(names, weights)
+    with pytest.raises(ValueError, match="adapter 'c': choose from a, b"):
+        pipe.set_adapters(["c"], [1])
+    assert draw() == half
+    pipe.unload_lora_weights("a")
+    assert draw() == half and [*pipe.adapters.loaded] == ["b"]
+    pipe.unload_lora_weights()
+    assert draw() == base
 
 
 def test_a_picture_is_the_base_s_at_weight_zero_and_after(tiny):
