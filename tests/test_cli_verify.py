@@ -14,6 +14,7 @@ from ldm.checkpoints.lora_save import save_adapter
 from ldm.images import read_texts, save_png
 from ldm.nn.lora import Adapter, Delta, LoRA
 
+STEPS = "--steps", 2
 TARGET = "unet/down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_v"
 
 
@@ -169,3 +170,14 @@ def test_what_is_no_picture_is_refused(refused, tiny, tmp_path, name, said):
     path = tmp_path / name if name != "." else (tmp_path / "empty")
     (tmp_path / "empty").mkdir()
     refused("verify", path, "--model", tiny, said=said)
+
+
+def test_a_picture_says_which_model_drew_it_and_how_that_was_read(ldm_, refused, tiny, tmp_path):
+    moved = shutil.copytree(tiny, tmp_path / "moved")
+    status, out, _ = ldm_("generate", "a cat", "--model", moved, "--prediction", "eps", *STEPS, "--out", tmp_path / "e")
+    file = out.strip()
+    assert status == 0 and ldm_("verify", file)[0] == 0
+    assert ldm_("verify", file, "--prediction", "v")[0] == 1
+    shutil.rmtree(moved)
+    refused("verify", file, said="which is not here: give it by --model")
+    assert ldm_("verify", file, "--model", tiny)[0] == 0

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Iterator, Mapping
+from dataclasses import fields, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -27,7 +27,8 @@ def verify(
     """Draw a picture, or all in a folder, again from its metadata, and compare: status 0 where all are equal, else 1.
 
     Equal is within 1 of 255 in each pixel (8 in a JPEG). Where the weights, the autoencoder, an adapter or an embedding
-    are others, that is said instead. The dtype is the one that the first picture was drawn in, unless one is given.
+    are others, that is said instead. The model, what was said of it and the dtype are those of the first picture,
+    unless they are given; only what lies on this machine is opened for a picture's word.
     """
     files = pictures(path)
     from ldm.images import read_mask, read_picture
@@ -36,8 +37,7 @@ def verify(
     claim = next(claims(files), None) if path.is_dir() else read_claim(path)
     if claim is None:
         raise ValueError(f"{path}: no picture of ldm in it")
-    if model.dtype == "auto":
-        model = replace(model, dtype=claim.record.get("dtype", "auto"))
+    model = recorded(model, claim.record, claim.file)
     given = None if image is None else read_picture(image), None if mask is None else read_mask(mask)
     pipe = Opener(model, tuple(map(weighted, lora or [])), tuple(map(named, embedding or [])))()
     verdicts = []
@@ -48,6 +48,23 @@ def verify(
         else:
             print(f"{'ok  ' if verdict.equal else 'FAIL'} {verdict.file}: {verdict.said}", flush=True)
     raise typer.Exit(0 if all(verdicts) else 1)
+
+
+def recorded(model: Model, record: Mapping[str, Any], file: Path) -> Model:
+    """The options of a model, those not given as a picture's record has them; ValueError where a file is not here."""
+    load = record.get("load")
+    said: dict[str, Any] = dict(load) if isinstance(load, dict) else {}
+    said |= {"model": said.get("path"), "dtype": record.get("dtype")}
+    usual = Model()
+    taken = {
+        field.name: said[field.name]
+        for field in fields(Model)
+        if said.get(field.name) is not None and getattr(model, field.name) == getattr(usual, field.name)
+    }
+    for name in ("model", "vae"):
+        if name in taken and not Path(str(taken[name])).expanduser().exists():
+            raise ValueError(f"{file}: drawn with {taken[name]}, which is not here: give it by --{name}")
+    return replace(model, **taken)
 
 
 def pictures(path: Path) -> list[Path]:
