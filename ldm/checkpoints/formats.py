@@ -207,11 +207,6 @@ def asked(unet: UNet, towers: Sequence[text.Tower], sde: VPSDE) -> detect.Reply:
     return detect.probe(unet, sde, cond, (1, unet.config.out_channels, side, side), Noise([0]))
 
 
-def load_unet(folder: Path) -> UNet:
-    """Our U-Net from a `unet/` folder."""
-    return _alone(folder, "unet")
-
-
 def load_vae(folder: Path) -> vae.AutoencoderKL:
     """diffusers' autoencoder from a `vae/` folder."""
     return _alone(folder, "vae")
