@@ -224,8 +224,14 @@ def test_a_disk_that_is_full_or_fails_is_one_line_and_what_was_finished_stays(
 @pytest.mark.skipif(os.geteuid() == 0, reason="nothing is read-only to root")
 def test_a_folder_that_cannot_be_written_is_named(folder, pipe, capsys):
     undone(folder)
-    (folder / "images").chmod(0o500)
-    assert go(job_in(folder, pipe), pipe) == 1 and "Permission denied" in capsys.readouterr().err
+    below = [path for path in (folder / "images").rglob("*") if path.is_dir()]
+    for path in below:
+        path.chmod(0o500)
+    status, said = go(job_in(folder, pipe), pipe), capsys.readouterr().err
+    for path in below:
+        path.chmod(0o755)
+    assert status == 1 and "Permission denied" in said
+    assert go(job_in(folder, pipe), pipe) == 0
 
 
 @pytest.mark.parametrize(
