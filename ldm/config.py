@@ -85,7 +85,7 @@ class DiffusionObjective(ScoreObjective):
     kind: Literal["diffusion"]
     vae: Path
     text: Path
-    unet: dict[str, Any]  # diffusers' UNet2DConditionModel configuration
+    unet: dict[str, Any] | Path  # diffusers' UNet2DConditionModel configuration, or a folder of one to begin with
     prediction: str = "v"
     schedule: str = "squaredcos_cap_v2"
     rescale_betas_zero_snr: bool = False  # end in pure noise (Lin et al. 2024)
@@ -99,7 +99,7 @@ class TuneObjective(ScoreObjective):
     revision: str | None = None
     variant: str | None = None
     method: Literal["full", "lora", "textual_inversion"] = "lora"
-    frozen_dtype: Literal["bfloat16", "float32"] = "bfloat16"  # of all that does not learn; the rest is float32
+    frozen_dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # of all that does not learn; the rest is float32
     train_text_encoder: bool = False
     rank: int = Field(8, gt=0)
     alpha: float | None = Field(None, gt=0)  # None: the rank, for a scale of 1
@@ -163,7 +163,7 @@ class Recipe(Record):
     ema_decay: float = Field(0.999, ge=0, lt=1)
     posthoc_steps: int = Field(0, ge=0)  # between snapshots of two power-function averages; 0: none
     posthoc_dtype: Literal["float16", "bfloat16", "float32"] = "float16"
-    mixed_precision: Literal["no", "bf16", "fp16"] = "bf16"
+    mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "auto"  # auto: bf16 where the device multiplies it
     dataloader_num_workers: int = Field(1, ge=0)
     checkpointing_steps: int = Field(500, gt=0)
     checkpoints_total_limit: int = Field(2, gt=0)

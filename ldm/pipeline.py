@@ -23,6 +23,7 @@ from ldm.conditioning import Conditioning
 from ldm.diffusion.denoiser import Denoise
 from ldm.diffusion.guidance import EVERYWHERE, guide
 from ldm.diffusion.spacing import choose
+from ldm.hardware import best_device
 from ldm.images import from_uint8, parameters
 from ldm.nn.lora import Adapters, Weight
 from ldm.nn.text import skip_of
@@ -323,7 +324,7 @@ def said(weight: Weight) -> str:
 def choose_device(name: str) -> torch.device:
     """A device from its name; "auto" is CUDA where there is one."""
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
+        return best_device()
     try:
         torch.empty(0, device=name).tolist()  # also refuses the meta device, which holds no numbers
     except (RuntimeError, AssertionError, NotImplementedError) as error:

@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # A module imports from the rows above its own and from its own package, never from another name of its row.
 LAYERS = (
-    {"conditioning", "rng", "decode", "files", "version"},
+    {"conditioning", "rng", "decode", "files", "hardware", "version"},
     {"config"},
     {"diffusion", "nn"},
     {"checkpoints"},

@@ -217,6 +217,11 @@ def load_text(folder: Path) -> text.CLIPTextModel:
     return _alone(folder, "text_encoder")
 
 
+def load_unet(folder: Path) -> UNet:
+    """A U-Net from a `unet/` folder."""
+    return _alone(folder, "unet")
+
+
 def _alone(folder: Path, name: str) -> Any:
     network, sources = component(folder, name)
     fill({name: network}, [sources], CPU, {name: torch.float32})

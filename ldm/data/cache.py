@@ -17,6 +17,7 @@ from ldm.checkpoints.files import place
 from ldm.checkpoints.formats import load_vae
 from ldm.data.scenes import Scenes
 from ldm.files import publish
+from ldm.hardware import working
 from ldm.images import from_uint8
 from ldm.nn.vae import Posterior, encode
 
@@ -90,7 +91,7 @@ def _encode(
     device: torch.device,
     said: Callable[[int], None],
 ) -> None:
-    vae = place(load_vae(vae_folder), device, torch.bfloat16).eval()
+    vae = place(load_vae(vae_folder), device, working(device)).eval()
     drawn = DataLoader(_Drawn(scenes, count), batch_size=64, num_workers=1, collate_fn=_columns)
     parts: list[Sequence[Tensor]] = []
     captions: list[str] = []

@@ -14,6 +14,7 @@ from ldm.data.choices import centre
 from ldm.data.pictures import Surveyed
 from ldm.data.samples import Fault, Sample
 from ldm.decode import decode
+from ldm.hardware import best_device, working
 from ldm.images import from_uint8
 from ldm.nn.vae import AutoencoderKL, encode
 
@@ -25,8 +26,8 @@ def latent_faults(
     rows: Sequence[tuple[Sample, Surveyed]], vae: AutoencoderKL, said: Callable[[int], None]
 ) -> Iterator[Fault]:
     """A fault for each sample whose latents are not finite or are extreme; `said(done)` hears how many are done."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    vae = place(vae, device, torch.bfloat16).eval()
+    device = best_device()
+    vae = place(vae, device, working(device)).eval()
     for done, (sample, look) in enumerate(rows, 1):
         pixels = centred(decode(sample.open()).rgb, look.placement)
         mean, std = encode(vae, from_uint8(pixels[None]).to(device))

@@ -19,13 +19,13 @@ from ldm.data.buckets import Size
 from ldm.data.networks import Networks
 from ldm.data.pictures import Surveyed
 from ldm.data.samples import Fault
+from ldm.hardware import MIXED, best_device, frozen_dtype, mixed
 from ldm.nn.lora_train import inject
 from ldm.nn.unet import UNet
 
 FLOAT, HALF = 4, 2  # bytes
 MOMENTS = {"adamw8bit": 2, "prodigy": 4 * FLOAT, "muon": FLOAT}  # bytes that an optimizer keeps of a parameter, mostly
 ADAM = 2 * FLOAT
-PRECISIONS = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def memory(recipe: Recipe, networks: Networks, shapes: Iterable[Size]) -> dict[str, int]:
@@ -94,7 +94,7 @@ def frozen(recipe: Recipe, networks: Networks) -> int:
     objective = tuned(recipe)
     own = trainable(recipe, networks) if objective.method == "full" else 0
     count = sum(map(numbers, networks.model.networks.values())) - own
-    return count * (HALF if objective.frozen_dtype == "bfloat16" else FLOAT)
+    return count * frozen_dtype(objective.frozen_dtype, best_device()).itemsize
 
 
 def learner(network: nn.Module, objective: TuneObjective) -> nn.Module:
@@ -132,7 +132,7 @@ def activations(recipe: Recipe, networks: Networks, bucket: Size, batch: int) ->
         context = torch.zeros(batch, networks.tokenizer.model_max_length, config.cross_attention_dim)
         added = torch.zeros(batch, config.projection_class_embeddings_input_dim or 0)
         cond = Conditioning(context.requires_grad_(reads), added=added if config.addition_embed_type else None)
-        return saved(unet, x, cond, PRECISIONS[recipe.mixed_precision])
+        return saved(unet, x, cond, MIXED[mixed(recipe.mixed_precision, best_device())])
 
 
 def saved(unet: nn.Module, x: Tensor, cond: Conditioning, precision: torch.dtype) -> int:

@@ -121,7 +121,8 @@ class VPSDE:
         Written as the sine of the complement, which is exactly 0 at t = 1 and loses no digits near it.
         """
         quarter = math.pi / 2 / (1 + s)
-        return cls(lambda t: torch.log(torch.sin((1 - t) * quarter)) - math.log(math.sin(quarter)))
+        whole = torch.tensor(quarter, dtype=torch.float64).sin().log()  # not math's: log alpha(0) is 0 to the bit
+        return cls(lambda t: torch.log(torch.sin((1 - t) * quarter)) - whole)
 
     @classmethod
     def scaled_linear(cls, beta_start: float = 0.00085, beta_end: float = 0.012, steps: int = 1000) -> VPSDE:

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from ldm.checkpoints.files import save_module
 from ldm.config import AutoencoderObjective, Recipe
 from ldm.data.scenes import Scenes
+from ldm.hardware import autocast
 from ldm.images import from_uint8
 from ldm.nn import vae
 from ldm.rng import keyed
@@ -80,7 +81,7 @@ class AutoencoderTask:
         device = next(model.parameters()).device
         for pixels in np.array_split(self.held_out, len(self.held_out) // 16):
             images = from_uint8(pixels).to(device).contiguous(memory_format=torch.channels_last)
-            with torch.autocast(device.type, torch.bfloat16):
+            with autocast(device):
                 mean, _ = vae.moments(model.vae, images)
                 output = vae.reconstruct(model.vae, mean).float().clamp(-1, 1)
             mse = ((output - images) / 2).square().flatten(1).mean(1)

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from ldm.checkpoints.files import TRANSFORMERS, save_module, save_tensors
 from ldm.config import ClipObjective, Recipe
 from ldm.data.scenes import Scenes
+from ldm.hardware import autocast
 from ldm.images import from_uint8
 from ldm.nn import clip, text
 from ldm.train.task import Batch, Figures, Visit
@@ -82,7 +83,7 @@ class ClipTask:
     @torch.no_grad()
     def validate(self, model: Towers) -> dict[str, float]:
         """How many of the held-out pictures find their own caption among those of all the others, first or in five."""
-        with torch.autocast(next(model.parameters()).device.type, torch.bfloat16):
+        with autocast(next(model.parameters()).device):
             pictures, captions, _ = self._see(model, self.held_out)
         ranked = (pictures.float() @ captions.float().T).argsort(1, descending=True).cpu()
         hits = positives(self.held_out).gather(1, ranked)

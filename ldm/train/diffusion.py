@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ldm.checkpoints.directory import load_tokenizer
 from ldm.checkpoints.files import place, save_module, write_json
-from ldm.checkpoints.formats import MODEL_INDEX, load_text, load_vae
+from ldm.checkpoints.formats import MODEL_INDEX, load_text, load_unet, load_vae
 from ldm.checkpoints.schedule import schedule_config, schedule_of
 from ldm.conditioning import Conditioning
 from ldm.config import DiffusionObjective, Recipe
@@ -25,6 +25,7 @@ from ldm.diffusion.guidance import guide
 from ldm.diffusion.prediction import PREDICTIONS
 from ldm.diffusion.samplers import dpmpp_2m, sample
 from ldm.diffusion.spacing import choose, trailing
+from ldm.hardware import autocast, best_device, working
 from ldm.images import contact_sheet, to_pil
 from ldm.nn.text import Tower, tokens, warn_of_cuts
 from ldm.nn.unet import UNet, UNetConfig
@@ -43,14 +44,13 @@ class DiffusionTask:
     divisible = True
 
     def __init__(self, recipe: Recipe, objective: DiffusionObjective, said: Callable[[int], None]) -> None:
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        device = best_device()
         self.recipe, self.objective = recipe, objective
         self.tokenizer = load_tokenizer(objective.text / "tokenizer")
-        text = load_text(objective.text / "text_encoder").to(device, torch.bfloat16).eval()
+        text = load_text(objective.text / "text_encoder").to(device, working(device)).eval()
         self.tower = Tower(text, self.tokenizer)
-        self.vae = place(load_vae(objective.vae), device, torch.bfloat16).eval()
-        torch.manual_seed(recipe.seed)  # the initial weights
-        self.model = UNet(UNetConfig.from_dict(objective.unet), attention=objective.attention)
+        self.vae = place(load_vae(objective.vae), device, working(device)).eval()
+        self.model = initial(objective, recipe.seed)
         self.schedule = noise_schedule(objective)
         self.sde = schedule_of(self.schedule).sde
         prediction = choose(PREDICTIONS, objective.prediction, "prediction")
@@ -104,7 +104,7 @@ class DiffusionTask:
         if not prompts:
             return None
         device = next(model.parameters()).device
-        with torch.autocast(device.type, torch.bfloat16):
+        with autocast(device):
             cond, uncond = (self._text(tokens(self.tokenizer, p)) for p in (prompts, [""] * len(prompts)))
             denoise = guide(self.matching.denoiser(model), cond, uncond, self.recipe.validation_guidance)
             noise = Noise(range(len(prompts)))
@@ -125,6 +125,16 @@ class DiffusionTask:
         own = {"num_inference_steps": 30, "guidance_scale": self.recipe.validation_guidance}
         write_json({**own, "sampler": "dpmpp_2m", "spacing": "trailing"}, folder / "generation_config.json")
         write_json(MODEL_INDEX, folder / "model_index.json")
+
+
+def initial(objective: DiffusionObjective, seed: int) -> UNet:
+    """The U-Net to begin with: that of a folder, or random weights by the seed."""
+    if isinstance(objective.unet, Path):
+        unet = load_unet(objective.unet)
+        unet.attention = objective.attention
+        return unet
+    torch.manual_seed(seed)
+    return UNet(UNetConfig.from_dict(objective.unet), attention=objective.attention)
 
 
 def noise_schedule(objective: DiffusionObjective) -> dict[str, Any]:

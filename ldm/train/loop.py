@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from ldm.config import Recipe
 from ldm.files import publish, remove
+from ldm.hardware import mixed
 from ldm.train import processes, state, tracking
 from ldm.train.learner import Learner
 from ldm.train.posthoc import SIGMA_RELS, snapshot
@@ -54,7 +55,8 @@ def begin(recipe: Recipe) -> Accelerator:
     except OSError as error:
         raise ValueError(f"output_dir {folder}: {error.strerror}") from None
     trackers = tracking.installed(recipe.report_to) or None
-    return processes.accelerator(mixed_precision=recipe.mixed_precision, log_with=trackers, project_dir=folder)
+    precision = mixed(recipe.mixed_precision, processes.process().device)
+    return processes.accelerator(mixed_precision=precision, log_with=trackers, project_dir=folder)
 
 
 def run(recipe: Recipe, learner: Learner) -> None:

@@ -15,6 +15,7 @@ from ldm.diffusion.objective import TIMES, WEIGHTS, diffusion_loss
 from ldm.diffusion.prediction import Prediction
 from ldm.diffusion.sde import VPSDE, per_image
 from ldm.diffusion.spacing import choose
+from ldm.hardware import autocast
 from ldm.rng import Noise
 from ldm.train.draws import draw, draw_uniform
 from ldm.train.task import Batch, Visit
@@ -67,7 +68,7 @@ class Matching:
     def at_levels(self, network: Network, x0: Tensor, cond: Conditioning, seeds: Sequence[int]) -> Tensor:
         """The unweighted losses [B] of rows whose noise is fixed by seeds, row i in the middle of eighth i mod 8."""
         t = (torch.arange(len(x0)) % LEVELS + 0.5) / LEVELS
-        with torch.autocast(x0.device.type, torch.bfloat16):
+        with autocast(x0.device):
             return diffusion_loss(self.denoiser(network), x0, cond, t, Noise(seeds)(x0)).cpu()
 
 

@@ -20,6 +20,7 @@ from ldm.data import visits as order
 from ldm.data.latents import LatentCache, digest, fingerprint
 from ldm.data.pictures import FolderDataset, Kept
 from ldm.files import publish
+from ldm.hardware import autocast, frozen_dtype
 from ldm.images import contact_sheet, from_uint8
 from ldm.nn.prompts import Words, divided
 from ldm.nn.text import warn_of_cuts
@@ -49,6 +50,7 @@ class TuneTask:
     def __init__(self, recipe: Recipe, objective: TuneObjective, said: Said = lambda done, total: None) -> None:
         self.recipe, self.objective, self.method = recipe, objective, METHODS[objective.method]
         self.device = process().device
+        self.frozen_dtype = frozen_dtype(objective.frozen_dtype, self.device)
         model = opened(objective, self.device)
         data = recipe.folder
         if objective.prior_preservation:
@@ -59,7 +61,7 @@ class TuneTask:
         self.model = Learnable(self.method.prepare(model, objective))
         self.tuned = self.model.whole
         for network in self.tuned.networks.values():
-            lower(place(network, self.device), getattr(torch, objective.frozen_dtype))
+            lower(place(network, self.device), self.frozen_dtype)
         self.matching = Matching(recipe.seed, objective, model.sde, model.prediction)
         self.words = new_words(self.tuned, objective)
         self._read_pictures(data, said)
@@ -68,7 +70,7 @@ class TuneTask:
     def _read_pictures(self, data: FolderData, said: Said) -> None:
         """Find the pictures, those held out too, and encode what is kept."""
         recipe, objective, vae = self.recipe, self.objective, self.tuned.vae
-        cache = LatentCache(recipe.output_dir.parent / "cache", fingerprint(vae, "moments", objective.frozen_dtype))
+        cache = LatentCache(recipe.output_dir.parent / "cache", fingerprint(vae, "moments", str(self.frozen_dtype)))
         kept, make = Kept(cache, partial(moments, vae)), partial(FolderDataset, downscale=downscale(vae))
         self.dataset = make(
             data,
@@ -166,7 +168,7 @@ class TuneTask:
         if not prompts:
             return None
         pipe = self.method.drawing(self.plain, model.whole, self.objective)
-        with torch.autocast(self.device.type, torch.bfloat16):
+        with autocast(self.device):
             return contact_sheet(pipe.generate(requests(self.recipe, prompts)), prompts, 10)
 
     def export(self, model: Learnable, folder: Path) -> None:

@@ -1,0 +1,31 @@
+"""The number format that pays: asked of the hardware, not assumed."""
+
+import pytest
+import torch
+
+from ldm import hardware
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize(
+    "found, dtype, name",
+    [
+        ({"amx_bf16": True, "avx2": True}, torch.bfloat16, "bf16"),
+        ({"avx512_bf16": True}, torch.bfloat16, "bf16"),
+        ({"bf16": True, "neon": True}, torch.bfloat16, "bf16"),
+        ({"avx2": True, "avx512_f": True, "amx_bf16": False}, torch.float32, "no"),
+        ({}, torch.float32, "no"),
+    ],
+)
+def test_auto_is_bfloat16_only_where_the_cpu_multiplies_it(found, dtype, name, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: found, raising=False)
+    assert hardware.frozen_dtype("auto", CPU) == dtype
+    assert hardware.mixed("auto", CPU) == name
+    with hardware.autocast(CPU):
+        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == dtype
+
+
+def test_what_a_recipe_asks_for_by_name_is_taken():
+    assert hardware.frozen_dtype("bfloat16", CPU) == torch.bfloat16
+    assert [hardware.mixed(name, CPU) for name in ("no", "bf16", "fp16")] == ["no", "bf16", "fp16"]
