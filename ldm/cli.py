@@ -7,7 +7,7 @@ import sys
 
 import typer
 
-from ldm.commands import batch, check, generate, measure, models, train, verify
+from ldm.commands import batch, check, export, generate, measure, models, train, verify
 
 app = typer.Typer(
     add_completion=False,
@@ -18,6 +18,7 @@ app = typer.Typer(
 COMMANDS = (
     generate.generate,
     batch.batch,
+    export.export,
     train.train,
     check.check,
     train.average,

@@ -9,9 +9,16 @@ import time
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import save_file
 
+from ldm.checkpoints.formats import load
+from ldm.checkpoints.lora_save import save_adapter
+from ldm.commands.options import Model, named, weighted
 from ldm.images import read_texts
+from ldm.jobs import gallery
+from ldm.nn.lora import Adapter, Delta, LoRA
 
 PROMPTS = "a cat --d 7\ntwo stars\n# no prompt\na cat --d 7\na dog --w 48\n"
 
@@ -95,6 +102,8 @@ def test_shards_formats_and_strictness(batch, tmp_path):
         (["--expand", "some"], "'some': choose from one"),
         (["--lora", "no.safetensors"], "no.safetensors"),
         (["--image", "no.png"], "no.png"),
+        (["--grid", "colour"], "--grid 'colour': choose from prompt"),
+        (["--grid", "prompt", "--count", "101"], "--grid prompt: more than 100 sheets, one for each seed"),
     ],
 )
 def test_wrong_words_are_one_line_and_nothing_is_written(refused, tiny, file, tmp_path, words, said):
@@ -106,6 +115,85 @@ def test_another_job_s_folder_is_refused(batch, refused, tiny, file, tmp_path):
     assert batch()[0] == 0
     words = ["batch", file, "--model", tiny, "--out", tmp_path / "out", "--dtype", "bfloat16"]
     refused(*words, said="job.json: another job: its dtype is not this")
+
+
+@pytest.fixture
+def dressed(tiny, tmp_path):
+    """A folder with an adapter, twice, and an embedding, for the tiny model."""
+    g = torch.Generator().manual_seed(0)
+    factors = LoRA(torch.randn(2, 32, generator=g), torch.randn(32, 2, generator=g))
+    networks = load(tiny, torch.device("cpu"), torch.float32).networks
+    target = "unet/down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_v"
+    for name in ("style", "a:2"):
+        adapter = Adapter(name, {target: Delta(factors, 2.0)})
+        save_adapter(adapter, tmp_path / f"{name}.safetensors", "kohya", networks)
+    os.rename(tmp_path / "a:2.safetensors", tmp_path / "a:2")
+    save_file({"emb_params": torch.randn(2, 32, generator=g)}, tmp_path / "toy.safetensors")
+    return tmp_path
+
+
+def test_the_gallery_s_command_opens_the_job_s_model_adapters_and_words_and_draws_the_same(
+    ldm_, tiny, dressed, file, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    os.symlink(tiny, "model")
+    file.write_text("a cat and a toy --d 7\n")
+    opened = ["--model", "model", "--vae", "model/vae", "--prediction", "eps", "--no-zero-snr"]
+    opened += [
+        "--lora",
+        "style.safetensors:0.7",
+        "--lora",
+        "other=style.safetensors:-0.5:0",
+        "--embedding",
+        "toy=toy.safetensors",
+    ]
+    status, _, err = ldm_("batch", file, *opened, "--steps", 3, "--guidance", 2.5, "--batch-size", 1, "--out", "job")
+    assert status == 0, err
+    page = (tmp_path / "job" / "index.html").read_text()
+    header = json.loads(page.split('id="header">')[1].split("</script>")[0])
+    record = {name: value for name, value in manifest(tmp_path / "job")[0]["request"].items() if value is not None}
+    told = [word for name, option in gallery.OPTIONS.items() if name in record for word in (option, record[name])]
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    status, out, err = ldm_("generate", *header["words"], *told, record["prompt"])
+    assert status == 0, err
+    again, drawn = Image.open(out.strip()), Image.open(tmp_path / "job" / manifest(tmp_path / "job")[0]["file"])
+    assert again.tobytes() == drawn.tobytes()
+    texts = [json.loads(picture.text["ldm"]) for picture in (again, drawn)]
+    assert texts[0] == texts[1] and [a["weight"] for a in texts[0]["adapters"]] == [0.7, [-0.5, 0.0]]
+
+
+@pytest.mark.parametrize(
+    "word", ["a:2:1", "a:2:1:1", "a:2", "x=a:2:0.5:0.25", "a=b.safetensors:2", "hub/id:0.5", "x=y"]
+)
+def test_an_adapter_s_word_reads_back_as_it_was(dressed, monkeypatch, word):
+    monkeypatch.chdir(dressed)
+    given = weighted(word)
+    again = weighted(given.word())
+    assert (again.source, again.name) == (given.source, given.name)
+    assert np.array_equal(np.broadcast_to(again.weight, 2), np.broadcast_to(given.weight, 2))
+    assert named(named(word).word()) == named(word)
+
+
+def test_a_model_s_words_are_its_options_but_for_the_device(ldm_):
+    assert Model().words() == Model(device="cpu").words() == []
+    said = Model("m", "main", zero_snr=False, ema=True, dtype="float32").words()
+    assert said == ["--model", "m", "--revision", "main", "--no-zero-snr", "--ema", "--dtype", "float32"]
+    assert Model(zero_snr=True).words() == ["--zero-snr"]
+
+
+def test_grids_and_exports_lie_in_the_job_s_folder_and_verify_passes_them_by(ldm_, batch, tiny, tmp_path):
+    assert batch("--count", 2, "--grid", "seed,prompt")[:2] == (0, "done 6, failed 0, left 0\n")
+    out = tmp_path / "out"
+    sheets = [Image.open(path) for path in sorted((out / "grids" / "seed-prompt").iterdir())]
+    assert [sheet.text["Title"] for sheet in sheets] == ["size 32 × 32", "size 48 × 32"]
+    for kind in ("webdataset", "parquet"):
+        status, said, _ = ldm_("export", out, "--to", kind, "--out", out / kind)
+        assert (status, said) == (0, f"6 pictures in 1 files in {out / kind}\n")
+    status, said, err = ldm_("verify", out, "--model", tiny)
+    assert (status, err) == (0, "") and len(said.splitlines()) == 6
+    assert batch("--count", 2, "--check")[:2] == (0, "done 6, failed 0, left 0\n")
+    assert (out / "parquet" / "000000.parquet").is_file()
 
 
 def test_a_signal_finishes_what_is_being_drawn_and_the_job_goes_on(ldm_, tiny, tmp_path):
@@ -123,3 +211,11 @@ def test_a_signal_finishes_what_is_being_drawn_and_the_job_goes_on(ldm_, tiny, t
     file.write_text("".join(f"a cat --d {k}\n" for k in range(len(drawn) + 5)))
     assert ldm_(*words)[0] == 0
     assert len(manifest(out)) == len(drawn) + 5
+
+
+def test_processes_that_are_spawned_draw_what_one_process_does(batch, ldm_, file, tiny, tmp_path):
+    words = ["batch", file, "--model", tiny, "--steps", 2, "--batch-size", 1, "--out", tmp_path / "two"]
+    assert batch("--batch-size", 1)[0] == 0
+    assert ldm_(*words, "--engine", "local", "--workers", 2) == (0, "done 3, failed 0, left 0\n", "")
+    one, two = ([line["pixels"] for line in manifest(tmp_path / name)] for name in ("out", "two"))
+    assert one == two and not os.listdir(tmp_path / "two" / "leases")

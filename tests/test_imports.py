@@ -44,7 +44,7 @@ HOMES = {
     "bitsandbytes": ("train/optimizers.py",),
     "prodigyopt": ("train/optimizers.py",),
     "ray": ("jobs/engines.py",),
-    "pyarrow": ("data/tables.py", "jobs/kinds.py"),
+    "pyarrow": ("data/tables.py", "jobs/exports.py", "jobs/kinds.py"),
     "datasets": (),  # what it saves is read by pyarrow alone
     "webdataset": (),
     "scripts": (),

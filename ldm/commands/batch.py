@@ -6,7 +6,7 @@ import inspect
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import wraps
@@ -55,6 +55,12 @@ class Opener:
     adapters: tuple[Lora, ...] = ()
     embeddings: tuple[Embedding, ...] = ()
 
+    @property
+    def words(self) -> list[str]:
+        """What `ldm generate` opens the same by."""
+        adapters = [word for adapter in self.adapters for word in ("--lora", adapter.word())]
+        return self.model.words() + adapters + [w for word in self.embeddings for w in ("--embedding", word.word())]
+
     def __call__(self, device: str | None = None) -> Pipeline:
         pipe = replace(self.model, device=device or self.model.device).open()
         for adapter in self.adapters:
@@ -98,15 +104,18 @@ def batch(
     expand: Annotated[str, typer.Option(help="Wildcards: one (for each seed), all or none.")] = "one",
     timeout: Annotated[float, typer.Option(help="End a job in which no step is finished for so long, s.")] = 600.0,
     expiry: Annotated[float, typer.Option(help="Take silent workers of other machines for dead after, s.")] = 60.0,
+    grid: Annotated[
+        str | None, typer.Option(metavar="COLUMNS[,ROWS]", help="Contact sheets over seed, guidance, prompt, ...")
+    ] = None,
     lora: Loras = None,
     embedding: Words = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print progress as lines of JSON, for programs.")] = False,
 ) -> None:
     """Draw a file of prompts; the same command again does what is missing. Status 1: some items failed.
 
-    The folder holds images/, index.html (a wall of them), manifest.jsonl (a line for each item) and items.jsonl (the
-    item of each line of FILE). An item that is asked for twice is drawn once. Several such commands may work in one
-    folder.
+    The folder holds images/, index.html (a wall of them), manifest.jsonl (a line for each item), items.jsonl (the item
+    of each line of FILE) and, with --grid, grids/. An item that is asked for twice is drawn once. Several such commands
+    may work in one folder.
     """
     within("--batch-size", batch_size, 1, 8 if strict else 100_000)
     within("--workers", workers, 1, 1024)
@@ -114,7 +123,7 @@ def batch(
     within("--expiry", expiry, 1, 1e9)
     part = parted(shard)
     from ldm.diffusion.spacing import choose
-    from ldm.jobs import gallery
+    from ldm.jobs import gallery, grids
     from ldm.jobs.engines import ENGINES, places
     from ldm.jobs.outputs import OUTPUTS
     from ldm.jobs.source import open_source
@@ -123,7 +132,9 @@ def batch(
     start = choose(ENGINES, engine, "--engine")
     choose(OUTPUTS, format, "--format")
     devices = places(engine, workers, model.device)
-    model = replace(model, model=absolute(model.model), dtype=precision(model))
+    axes = None if grid is None else grids.axes(grid)
+    vae = model.vae and absolute(model.vae)
+    model = replace(model, model=absolute(model.model), vae=vae, dtype=precision(model))
     adapters, embeddings = map(weighted, lora or []), map(named, embedding or [])
     opener = Opener(
         model,
@@ -133,6 +144,8 @@ def batch(
     pipe = opener(None if engine == "inline" else "cpu")
     source = open_source(file, requested(settings, pipe), count=count, wildcards=wildcards, expand=expand)
     source.check(pipe.resolve)
+    if axes is not None:
+        grids.layout(((pipe.resolve(entry.request).record(), None) for entry in source), axes)
     writable(out)
     entries = source if engine == "inline" else replace(source, kept=None)
     job = Job(
@@ -147,13 +160,22 @@ def batch(
         expiry,
     )
     with faults():
-        status = run(job, pipe, source.name, lambda job: start(job, devices), check, timeout, as_json)
+        status = run(job, pipe, source.name, lambda job: start(job, devices), check, timeout, as_json, opener.words)
         gallery.write(job.folder)
+        if axes is not None:
+            grids.write(job.folder, axes)
     raise typer.Exit(status)
 
 
 def run(
-    job: Job, pipe: Pipeline, source: str, start: Callable[[Job], Engine], check: bool, timeout: float, as_json: bool
+    job: Job,
+    pipe: Pipeline,
+    source: str,
+    start: Callable[[Job], Engine],
+    check: bool,
+    timeout: float,
+    as_json: bool,
+    words: Sequence[str] = (),
 ) -> int:
     """The job from its folder's state to its end; the exit status."""
     from ldm.jobs import driver
@@ -161,7 +183,7 @@ def run(
 
     with job.leases() as leases, teller(as_json) as tell:
         with leases.alone(FOLDER):
-            driver.begin(job, pipe, source)
+            driver.begin(job, pipe, source, words)
             names = driver.plan(job, pipe)
         lost = settle(job.folder, leases, check, names.__contains__)
         watch = driver.Watch(job, leases, names, timeout)
@@ -170,6 +192,7 @@ def run(
         engine = start(job)
         try:
             driver.drive(engine, watch, tell)
+            driver.outlive(watch, job.expiry + driver.GRACE)
             status = None
         except KeyboardInterrupt:
             status = interrupted(engine, watch, tell)

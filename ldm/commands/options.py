@@ -62,6 +62,16 @@ class Model:
         """What pictures call it."""
         return Path(self.model).stem if self.model.endswith(".safetensors") else Path(self.model or "picto").name
 
+    def words(self) -> list[str]:
+        """The options that choose it again, on any device."""
+        said = []
+        for field in fields(self):
+            option, value = f"--{field.name.replace('_', '-')}", getattr(self, field.name)
+            if value == field.default or field.name == "device":
+                continue
+            said += [option, str(value)] if not isinstance(value, bool) else [option if value else f"--no-{option[2:]}"]
+        return said
+
     def open(self, batch_size: int = 8) -> Pipeline:
         """Load it."""
         from ldm.pipeline import PICTO, Pipeline
@@ -114,12 +124,21 @@ class Lora(NamedTuple):
     weight: Weight = 1.0
     name: str | None = None
 
+    def word(self) -> str:
+        """The option's value."""
+        weights = self.weight if isinstance(self.weight, tuple) else (self.weight,)
+        return ("" if self.name is None else f"{self.name}=") + ":".join([self.source, *map(str, weights)])
+
 
 class Embedding(NamedTuple):
     """An option --embedding, as `Pipeline.load_textual_inversion` takes it."""
 
     source: str
     token: str | None = None
+
+    def word(self) -> str:
+        """The option's value."""
+        return self.source if self.token is None else f"{self.token}={self.source}"
 
 
 def weighted(word: str) -> Lora:

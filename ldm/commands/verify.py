@@ -68,7 +68,9 @@ def recorded(model: Model, record: Mapping[str, Any], file: Path) -> Model:
 
 
 def pictures(path: Path) -> list[Path]:
-    """The picture file at a path, or all below a folder but hidden ones and a gallery's thumbnails."""
+    """The picture file at a path, or all below a folder but hidden ones, a gallery's thumbnails and contact sheets."""
+    from ldm.jobs.gallery import THUMBS
+    from ldm.jobs.grids import GRIDS
     from ldm.jobs.outputs import OUTPUTS
 
     if not path.exists():
@@ -77,7 +79,8 @@ def pictures(path: Path) -> list[Path]:
         return [path]
     suffixes = {f".{output.suffix}" for output in OUTPUTS.values()} | {".jpeg"}
     below = (file for file in path.rglob("*") if file.suffix.lower() in suffixes)
-    return sorted(f for f in below if not any(p.startswith(".") or p == "thumbs" for p in f.relative_to(path).parts))
+    made = THUMBS, GRIDS
+    return sorted(f for f in below if not any(p.startswith(".") or p in made for p in f.relative_to(path).parts))
 
 
 def claims(files: list[Path]) -> Iterator:

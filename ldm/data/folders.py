@@ -26,7 +26,7 @@ from ldm.data.samples import (
     told_once,
     utf8,
 )
-from ldm.data.tables import METADATA, WRONG_METADATA, Row, columns_of, open_saved, read_rows, saved
+from ldm.data.tables import METADATA, WRONG_METADATA, Row, columns_of, open_parquets, open_saved, read_rows, saved
 from ldm.data.tars import open_tar
 
 KOHYA = re.compile(r"(\d+)_(.+)")  # <repeats>_<class tokens>
@@ -40,7 +40,8 @@ def open_source(paths: Sequence[Path], options: Options | None = None) -> Source
 
     A place is a folder with metadata.jsonl, .csv or .parquet; a folder of pictures with captions beside them
     (.txt, .caption), in folders named <repeats>_<class tokens> (kohya), or without any; a folder of webdataset tars, or
-    one tar; or a data set that `datasets` saved. Keys from the second place on begin with its number.
+    one tar; a folder of parquet files that hold the pictures; or a data set that `datasets` saved. Keys from the second
+    place on begin with its number.
     """
     samples: list[Sample] = []
     faults: list[Fault] = []
@@ -65,6 +66,7 @@ def _open(path: Path, options: Options) -> Source:
     files = walk(path, faults)
     tars = [file for name, file in files.items() if name.lower().endswith(TARS)]
     tables = [name for name in METADATA if name in files]
+    parquets = {name: file for name, file in files.items() if name.lower().endswith(".parquet")}
     if tars:
         found = open_tars(tars, options)
         faults += [Fault("skipped", name, "lies beside tars") for name, file in files.items() if file not in tars]
@@ -72,6 +74,9 @@ def _open(path: Path, options: Options) -> Source:
         found = Source((), (Fault("two metadata files", tables[1], f"there is {tables[0]} too"),))
     elif tables:
         found = listed(files, tables[0], options)
+    elif parquets and not any(map(picture, files)):
+        found = open_parquets(parquets, options)
+        faults += [Fault("skipped", name, "lies beside parquet files") for name in files if name not in parquets]
     elif WRONG_METADATA in files:
         what = "not read: the file must be metadata.jsonl, one object a line"
         found = Source((), (Fault("metadata.json", WRONG_METADATA, what),))

@@ -1,11 +1,11 @@
-"""Columns of captions: metadata files beside pictures, and data sets that `datasets` saved to disk."""
+"""Columns of captions: metadata files beside pictures, and data sets of `datasets`, saved to disk or as parquet."""
 
 from __future__ import annotations
 
 import csv
 import io
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -100,13 +100,42 @@ class Cell:
     row: int
 
     def __call__(self) -> bytes:
-        value = _table(self.file)[self.column][self.row].as_py()
-        data = value.get("bytes") if isinstance(value, dict) else value
-        if data is None and isinstance(value, dict) and value.get("path"):
-            return File(Path(value["path"]))()
-        if not isinstance(data, bytes):
-            raise OSError(f"{self.file}: row {self.row} of {self.column!r} holds no picture")
-        return data
+        return content(_table(self.file)[self.column][self.row].as_py(), self)
+
+
+@dataclass(frozen=True, slots=True)
+class GroupCell:
+    """The picture in one cell of a parquet file: `row` counts from its row group, which is read as a whole."""
+
+    file: Path
+    column: str
+    row: int
+    group: int
+
+    def __call__(self) -> bytes:
+        return content(_group(self.file, self.group, self.column)[self.row].as_py(), self)
+
+
+def content(value: Any, cell: Cell | GroupCell) -> bytes:
+    """The picture in a cell's value, {bytes, path} or bytes; OSError where there is none."""
+    data = value.get("bytes") if isinstance(value, dict) else value
+    if data is None and isinstance(value, dict) and value.get("path"):
+        return File(Path(value["path"]))()
+    if not isinstance(data, bytes):
+        raise OSError(f"{cell.file}: row {cell.row} of {cell.column!r} holds no picture")
+    return data
+
+
+@lru_cache(maxsize=2)
+def _group(file: Path, group: int, column: str) -> Any:
+    """A column of a parquet file's row group."""
+    pa = arrow(file)
+    from pyarrow import parquet
+
+    try:
+        return parquet.ParquetFile(file).read_row_group(group, [column])[column]
+    except pa.ArrowException as error:
+        raise OSError(f"{file}: {str(error).splitlines()[0]}") from None
 
 
 @lru_cache(maxsize=16)
@@ -147,6 +176,39 @@ def open_saved(folder: Path, options: Options) -> Source:
                 samples.append(Sample(key, text, Cell(file, image, row), shade))
         count += len(table)
     return Source(samples, faults)
+
+
+def open_parquets(files: Mapping[str, Path], options: Options) -> Source:
+    """Parquet files whose rows hold pictures, as hubs keep them; a key is the file's name and the row's number."""
+    faults: list[Fault] = []
+    samples = [sample for name, path in files.items() for sample in _parquet_samples(name, path, options, faults)]
+    return Source(samples, faults)
+
+
+def _parquet_samples(name: str, path: Path, options: Options, faults: list[Fault]) -> Iterator[Sample]:
+    pa = arrow(path)
+    from pyarrow import parquet
+
+    image, caption, mask = (options.columns.image or "image", *options.columns[1:])
+    row = 0
+    try:
+        file = parquet.ParquetFile(path)
+        names = file.schema_arrow.names
+        for column in (image, caption) if options.caption is None else (image,):
+            if column not in names:
+                return faults.append(lacking(column, names, name))
+        masked = options.masks == "file" and mask in names
+        for group in range(file.num_row_groups):
+            count = file.metadata.row_group(group).num_rows
+            texts = file.read_row_group(group, [caption])[caption].to_pylist() if caption in names else [None] * count
+            for k, found in enumerate(texts):
+                key, row = f"{name}:{row:07d}", row + 1
+                text = captioned(key, found, options.caption, faults)
+                if text is not None:
+                    shade = masked and _group(path, group, mask)[k].is_valid and GroupCell(path, mask, k, group)
+                    yield Sample(key, text, GroupCell(path, image, k, group), shade or None)
+    except (pa.ArrowException, OSError) as error:
+        faults.append(Fault("torn data set", name, f"not parquet ({str(error).splitlines()[0]})"))
 
 
 def _filled(table: Any, column: str, row: int) -> bool:

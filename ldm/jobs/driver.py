@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from ldm.checkpoints.files import read_json, write_json
@@ -13,7 +15,7 @@ from ldm.files import publish
 from ldm.jobs.engines import Engine
 from ldm.jobs.items import fingerprint
 from ldm.jobs.leases import Leases
-from ldm.jobs.manifest import Manifest
+from ldm.jobs.manifest import WHOLE, Manifest, files, rows
 from ldm.jobs.outputs import OUTPUTS
 from ldm.jobs.worker import Job
 from ldm.pipeline import Pipeline
@@ -55,12 +57,13 @@ class State:
         }
 
 
-def begin(job: Job, pipe: Pipeline, source: str) -> None:
-    """Write `job.json`, once; ValueError where the folder is another job's."""
+def begin(job: Job, pipe: Pipeline, source: str, words: Sequence[str] = ()) -> None:
+    """Write `job.json`, once; ValueError where the folder is another job's. `words` open its model for a command."""
     found = fingerprint(pipe)
     record = {
         "source": source,
         "model": job.model,
+        "words": list(words),
         "weights": found,
         "settings": {"dtype": str(pipe.model.unet.dtype), "output": job.output, "strict": job.strict},
         "version": VERSION,
@@ -127,6 +130,16 @@ class Watch:
         sizes = [status.get("batch_size", 0) for status in statuses]
         return State(done, failed, len(self.left) - failed, rate, len(sizes), max(sizes, default=0))
 
+    def others(self) -> bool:
+        """Does a worker live that wrote of these items, as one whose driver was killed does for a while?"""
+        paths = [path for path in files(self.manifest.folder) if path.name != WHOLE]
+        return any(self.leases.live(path.stem.removeprefix("manifest-")) and self._ours(path) for path in paths)
+
+    def _ours(self, path: Path) -> bool:
+        with suppress(FileNotFoundError), path.open("rb") as file:  # joined with the rest meanwhile
+            return any(row.record["id"] in self.names for row in rows(file))
+        return False
+
     def idle(self) -> float:
         """For how many seconds nobody has finished a step."""
         return self.clock() - self._moved
@@ -134,6 +147,13 @@ class Watch:
 
 class Stuck(RuntimeError):
     """No worker makes progress."""
+
+
+def outlive(watch: Watch, seconds: float) -> None:
+    """Where nothing is left, wait for others that worked at these items: the lines of the living are not joined."""
+    end = watch.clock() + seconds
+    while watch.state().left == 0 and watch.others() and watch.clock() < end:
+        time.sleep(WATCH)
 
 
 def drive(engine: Engine, watch: Watch, told: Callable[[State], None]) -> None:

@@ -1,4 +1,4 @@
-"""A job's pictures on one page that opens from disk, and on contact sheets with labelled axes."""
+"""A job's pictures on one page that opens from disk."""
 
 from __future__ import annotations
 
@@ -10,9 +10,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from PIL import Image
-
-from ldm.diffusion.spacing import choose
 from ldm.files import publish
 from ldm.images import read_parameters
 from ldm.jobs import sheets
@@ -199,35 +196,3 @@ def make_thumbs(folder: Path, lines: Sequence[Mapping[str, Any]]) -> None:
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # Pillow works outside Python's lock
         for _ in pool.map(make, [line for line in lines if not thumb(folder, line).is_file()]):
             pass
-
-
-def grid(folder: Path, rows: str = "prompt", columns: str = "seed") -> Image.Image:
-    """A sheet of a job's pictures over two of their fields, both axes labelled; a cell with no picture is grey.
-
-    Fields have the names that the page shows or a request's own: "steps" or "num_inference_steps". Where pictures
-    differ in a third field, a cell shows the first as listed. ValueError for other fields, for one field twice, for a
-    folder that is no job's or has no picture, and for more cells than `ldm.jobs.sheets` draws.
-    """
-    folder, names = Path(folder), (field(rows, "rows"), field(columns, "columns"))
-    if names[0] == names[1]:
-        raise ValueError(f"rows and columns: both are {columns}, two fields are needed")
-    cells: dict[tuple[str, str], Path] = {}
-    for line in read(folder)[0]:
-        told = values(folder, line)
-        cells.setdefault((shown(told[names[0]]), shown(told[names[1]])), folder / line["file"])
-    if not cells:
-        raise ValueError(f"{folder}: no picture is finished")
-    return sheets.draw(cells, [f"{LABELS.get(name, name)} " if name != "prompt" else "" for name in names])
-
-
-def field(name: str, axis: str) -> str:
-    """A field by its label or its own name."""
-    labels = {LABELS.get(own, own): own for own in fields()}
-    return name if name in fields() else choose(labels, name, axis)
-
-
-def shown(value: Any) -> str:
-    """A value as text; lists and nothing as the page writes them."""
-    if isinstance(value, list):
-        return ", ".join(map(shown, value))
-    return "none" if value is None else f"{value:g}" if isinstance(value, float) else str(value)

@@ -13,29 +13,27 @@ GAP, MARGIN = 8, 16
 LETTER, LINE, TYPE = 7, 18, 14  # pixels: a letter's usual width, a line's height, the size of the type
 LABEL = 200  # pixels: the width of the rows' labels
 GROUND, INK, MISSING = "white", "#1b1b1f", "#d4d4d4"
-LARGEST = 100_000_000  # pixels
 
 Cells = Mapping[tuple[str, str], Path]
 
 
-def draw(cells: Cells, prefixes: Sequence[str]) -> Image.Image:
+def draw(cells: Cells, prefixes: Sequence[str], title: str) -> Image.Image:
     """Pictures by the texts of their row and column, each shrunk to fit its cell; what is missing is grey.
 
     The texts stand at the axes behind their prefix: rows, columns. Numbers stand in their order, other texts as they
-    come. ValueError for a sheet of more than `LARGEST` pixels.
+    come.
     """
     rows, columns = (ordered(key[axis] for key in cells) for axis in (0, 1))
     width, height = cell_size(cells)
-    top = MARGIN + LINE * max(len(lines(prefixes[1] + text, width)) for text in columns) + GAP
     left = MARGIN + min(LABEL, max(len(prefixes[0] + text) * LETTER for text in rows)) + GAP
     across, down = width + GAP, max(height, LINE) + GAP
-    size = left + len(columns) * across + MARGIN, top + len(rows) * down + MARGIN
-    if size[0] * size[1] > LARGEST:
-        raise ValueError(
-            f"sheet of {len(rows)} rows and {len(columns)} columns: {size[0]} x {size[1]} pixels, at most {LARGEST:,}"
-        )
-    canvas = Image.new("RGB", size, GROUND)
+    right = left + len(columns) * across + MARGIN
+    head = lines(title, right - 2 * MARGIN)
+    labels = LINE * max(len(lines(prefixes[1] + text, width)) for text in columns)
+    top = MARGIN + (LINE * len(head) + GAP if head else 0) + labels + GAP
+    canvas = Image.new("RGB", (right, top + len(rows) * down + MARGIN), GROUND)
     pen, font = ImageDraw.Draw(canvas), ImageFont.load_default(size=TYPE)
+    pen.multiline_text((MARGIN, MARGIN), "\n".join(head), INK, font, spacing=LINE - TYPE)
     for j, text in enumerate(columns):
         words = "\n".join(lines(prefixes[1] + text, width))
         at = left + j * across + width / 2, top - GAP

@@ -1,4 +1,4 @@
-"""The page and the sheets of a job: what they say of its pictures is what the manifest says, whatever the prompts."""
+"""The page of a job: what it says of its pictures is what the manifest says, whatever the prompts."""
 
 import json
 import re
@@ -10,12 +10,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from painted import COLOURS, SETTLED, line_of, write_job
 from PIL import Image
 from typer.main import get_command
 
 from ldm import cli
 from ldm.images import save_png
-from ldm.jobs import gallery, sheets
+from ldm.jobs import gallery, grids
 from ldm.request import Request
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -30,36 +31,6 @@ NASTY = [
     "HEADER <!-- a comment",
     "&amp; &lt;b&gt; %20 #hash ?query=1",
 ]
-SETTLED = Request("", "", 0, 32, 48, 6, 3.0, "dpmpp_2m", "trailing")
-COLOURS = [(255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 0)]
-
-
-def line_of(number, request, **changes):
-    name = f"{number:024x}"[::-1]
-    file = f"images/{name[:2]}/{name}.png"
-    line = {
-        "id": name,
-        "status": "done",
-        "file": file,
-        "sha256": "0" * 64,
-        "line": number + 1,
-        "seconds": 0.5,
-        "request": request.record(),
-        **changes,
-    }
-    return json.loads(json.dumps(line))
-
-
-def write_job(folder, requests, draw=True, model="tiny"):
-    """A finished job's folder: pictures of one colour each, a manifest, and the lines in it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    lines = [line_of(k, request) for k, request in enumerate(requests)]
-    for k, (request, line) in enumerate(zip(requests, lines, strict=True) if draw else ()):
-        colour = COLOURS[k % len(COLOURS)]
-        save_png(Image.new("RGB", (request.width, request.height), colour), folder / line["file"], {})
-    (folder / "job.json").write_text(json.dumps({"source": "prompts.txt", "model": model}))
-    (folder / "manifest.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return lines
 
 
 class Scripts(HTMLParser):
@@ -193,7 +164,7 @@ def test_a_thumbnail_is_the_picture_shrunk_never_enlarged_and_a_broken_picture_h
 
 
 def test_a_folder_without_a_manifest_is_refused_by_name(tmp_path):
-    for make in (gallery.write, gallery.grid):
+    for make in (gallery.write, lambda folder: grids.write(folder, ["seed"])):
         with pytest.raises(ValueError, match=r"no manifest\.jsonl"):
             make(tmp_path)
     assert not list(tmp_path.iterdir())
@@ -212,52 +183,6 @@ def test_every_field_of_a_request_is_an_option_of_generate_or_stated_to_have_non
 def test_the_template_is_part_of_the_package():
     data = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]
     assert gallery.TEMPLATE.name in data["ldm.jobs"] and gallery.TEMPLATE.is_file()
-
-
-def test_a_sheet_shows_each_picture_at_its_place_and_grey_where_there_is_none(tmp_path):
-    prompts, seeds = ["a cat", "a dog on a very long meadow " * 20], [10, 9, 2]
-    requests = [replace(SETTLED, prompt=p, seed=s, width=64, height=64) for p in prompts for s in seeds]
-    lines = write_job(tmp_path, requests)
-    (tmp_path / lines[4]["file"]).unlink()
-    picture = np.asarray(gallery.grid(tmp_path)).astype(int)
-    colour = [COLOURS[k % 4] if k != 4 else (0xD4,) * 3 for k in range(6)]
-    bottom, right = picture.shape[0] - sheets.MARGIN, picture.shape[1] - sheets.MARGIN
-    step = 64 + sheets.GAP
-    for i in range(2):
-        for j, seed in enumerate(sorted(seeds)):
-            y, x = bottom - (2 - i) * step, right - (3 - j) * step
-            wanted = colour[i * 3 + seeds.index(seed)]
-            assert (picture[y : y + 64, x : x + 64] == wanted).all(), (i, seed)
-    dark = picture.max(-1) < 100
-    assert dark[: sheets.MARGIN + sheets.LINE].any() and dark[:, : sheets.LABEL].any()  # both axes are labelled
-
-
-def test_a_sheet_s_axes_are_any_two_fields_by_either_name(tmp_path):
-    requests = [replace(SETTLED, num_inference_steps=n, guidance_scale=g) for n in (4, 6) for g in (1.0, 2.5)]
-    write_job(tmp_path, requests)
-    first = gallery.grid(tmp_path, "steps", "guidance")
-    assert first.tobytes() == gallery.grid(tmp_path, "num_inference_steps", "guidance_scale").tobytes()
-    turned = gallery.grid(tmp_path, "guidance", "steps")
-    across, down = 48 + sheets.GAP, 32 + sheets.GAP
-    for sheet, beside in ((first, COLOURS[2]), (turned, COLOURS[1])):
-        x, y = sheet.width - sheets.MARGIN - across, sheet.height - sheets.MARGIN - down
-        assert sheet.getpixel((x + 1, y + 1)) == COLOURS[3] and sheet.getpixel((x + 1 - across, y + 1)) == beside
-
-
-@pytest.mark.parametrize(
-    "axes, said",
-    [
-        (("colour", "seed"), "rows 'colour': choose from prompt, negative, seed"),
-        (("prompt", "step"), "columns 'step': choose from"),
-        (("guidance", "guidance_scale"), "rows and columns: both are"),
-        (("seed", "prompt"), "at most 1,000"),
-    ],
-)
-def test_a_sheet_that_cannot_be_drawn_is_refused(tmp_path, monkeypatch, axes, said):
-    write_job(tmp_path, [SETTLED, replace(SETTLED, seed=1)])
-    monkeypatch.setattr(sheets, "LARGEST", 1000)
-    with pytest.raises(ValueError, match=re.escape(said)):
-        gallery.grid(tmp_path, *axes)
 
 
 # ---- In a browser, where there is one ----

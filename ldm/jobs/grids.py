@@ -1,0 +1,98 @@
+"""Contact sheets of a job over one or two fields of its requests: a sheet for each combination of all others."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from ldm.diffusion.spacing import choose
+from ldm.files import publish
+from ldm.images import save_png
+from ldm.jobs import sheets
+from ldm.jobs.gallery import LABELS, fields, read
+
+GRIDS = "grids"
+SHEETS, CELLS = 100, 1000  # of a grid; of a sheet: about 70 million pixels
+
+T = TypeVar("T")
+Cells = dict[tuple[str, str], T]  # by the texts of row and column
+
+
+def axes(words: str) -> list[str]:
+    """The fields of `--grid COLUMNS[,ROWS]`, by their own names or those that the page shows."""
+    labels = {LABELS.get(own, own): own for own in fields()}
+    given = [word.strip().replace("-", "_") for word in words.split(",")]
+    found = [name if name in fields() else choose(labels, name, "--grid") for name in given]
+    if len(found) > 2 or len(set(found)) < len(found):
+        raise ValueError(f"--grid {words}: must be one field, for columns, or two, for columns and rows")
+    return found
+
+
+def layout(entries: Iterable[tuple[Mapping[str, Any], T]], axes: Sequence[str]) -> list[tuple[str, Cells[T]]]:
+    """The title of each sheet and its cells, of (request's record, what stands in its cell).
+
+    A title is the prompt and what differs between sheets. ValueError for more than `SHEETS`, or than `CELLS` in one.
+    """
+    others = [name for name in fields() if name not in axes]
+    found: dict[tuple[str, ...], Cells[T]] = {}
+    for record, item in entries:
+        told = {**record, "size": f"{record['width']} × {record['height']}"}
+        column, row = [shown(told[name]) for name in axes] + [""] * (2 - len(axes))
+        cells = found.setdefault(tuple(shown(told[name]) for name in others), {})
+        cells.setdefault((row, column), item)
+        if len(found) > SHEETS or len(cells) > CELLS:
+            break
+    differ = [others[k] for k in differing(found)]
+    if len(found) > SHEETS:
+        told_apart = ", ".join(LABELS.get(name, name) for name in differ)
+        raise ValueError(f"--grid {','.join(axes)}: more than {SHEETS} sheets, one for each {told_apart}")
+    if any(area(cells) > CELLS for cells in found.values()):
+        raise ValueError(f"--grid {','.join(axes)}: more than {CELLS} cells in a sheet")
+    titled = [name for name in others if name == "prompt" or name in differ]
+    return [
+        (" · ".join(prefix(name) + text for name, text in zip(others, key, strict=True) if name in titled), cells)
+        for key, cells in found.items()
+    ]
+
+
+def area(cells: Cells) -> int:
+    """The rows of a sheet times its columns."""
+    rows, columns = (len({key[axis] for key in cells}) for axis in (0, 1))
+    return rows * columns
+
+
+def differing(keys: Iterable[tuple[str, ...]]) -> list[int]:
+    """At which places some tuples differ."""
+    return [k for k, texts in enumerate(zip(*keys, strict=True)) if len(set(texts)) > 1]
+
+
+def write(folder: Path, axes: Sequence[str]) -> list[Path]:
+    """Write the sheets of a job's finished pictures as `grids/COLUMNS-ROWS/000.png` and on; their paths, of none none.
+
+    Both axes are labelled; a cell whose picture is missing is grey.
+    """
+    entries = [(line["request"], folder / line["file"]) for line in read(folder)[0]]
+    if not entries:
+        return []
+    target = folder / GRIDS / "-".join(axes)
+    names = []
+    with publish(target) as draft:
+        draft.mkdir()
+        for k, (title, cells) in enumerate(layout(entries, axes)):
+            names.append(f"{k:03d}.png")
+            prefixes = ["", *map(prefix, reversed(axes))][-2:]
+            save_png(sheets.draw(cells, prefixes, title), draft / names[-1], {"Title": title})
+    return [target / name for name in names]
+
+
+def prefix(name: str) -> str:
+    """What stands before a field's value; a prompt needs no word."""
+    return "" if name == "prompt" else f"{LABELS.get(name, name.replace('_', ' '))} "
+
+
+def shown(value: Any) -> str:
+    """A value as text; lists and nothing as the page writes them."""
+    if isinstance(value, list | tuple):
+        return ", ".join(map(shown, value))
+    return "none" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
