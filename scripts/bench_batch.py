@@ -1,6 +1,6 @@
 """Batch jobs of the shipped model: what continuous batching gains, what strictness costs, how long the device idles.
 
-    python scripts/bench_batch.py [--images 32] [--batch 8] [--steps 6 12 36] [--rounds 3] [--clock cpu|wall]
+    python scripts/bench_batch.py [--images 32] [--job 500] [--batch 8] [--steps 6 12 36] [--rounds 3] [--clock cpu]
 
 Contestants draw the same requests, whose numbers of steps are mixed: continuously; in groups, each drawn to its end
 before the next begins; and continuously in strict mode. A group's gain depends on the device: on a CPU a call of few
@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -92,6 +92,7 @@ def idle(pipe: Pipeline, requests: list[Request], size: int) -> float:
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, default=32)
+    parser.add_argument("--job", type=int, default=500, help="images of the job whose idle time is measured")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--steps", type=int, nargs="+", default=[6, 12, 36])
     parser.add_argument("--rounds", type=int, default=3)
@@ -101,12 +102,17 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def mixed(pipe: Pipeline, count: int, steps: Sequence[int]) -> list[Request]:
+    """Requests whose numbers of steps are drawn from some."""
+    numbers = [steps[keyed(k) % len(steps)] for k in range(count)]
+    return [pipe.resolve(Request("a red apple", seed=k, num_inference_steps=n)) for k, n in enumerate(numbers)]
+
+
 def main() -> None:
     args = arguments()
     torch.set_num_threads(1)
     pipe = Pipeline.from_pretrained(device=args.device)
-    steps = [args.steps[keyed(k) % len(args.steps)] for k in range(args.images)]
-    requests = [pipe.resolve(Request("a red apple", seed=k, num_inference_steps=n)) for k, n in enumerate(steps)]
+    requests = mixed(pipe, args.images, args.steps)
     scheduler = Scheduler(pipe.model, pipe.texts, args.batch)
     strict = Scheduler(pipe.model, pipe.texts, args.batch, STRICT_ROWS)
     contestants = {
@@ -118,8 +124,17 @@ def main() -> None:
     print(
         f"calls of the network: continuous {counts[0]}, grouped {counts[1]}, {counts[1] / counts[0]:.2f} times as many"
     )
-    print(f"device idle in a job of {len(requests)} images: {idle(pipe, requests, args.batch):.1%}")
-    about = {"images": args.images, "batch": args.batch, "steps": args.steps, "clock": args.clock, "calls": counts}
+    share = idle(pipe, mixed(pipe, args.job, args.steps), args.batch)
+    print(f"device idle in a job of {args.job} images: {share:.1%}", flush=True)
+    about = {
+        "images": args.images,
+        "batch": args.batch,
+        "steps": args.steps,
+        "clock": args.clock,
+        "calls": counts,
+        "job": args.job,
+        "idle": share,
+    }
     report("continuous", alternate(contestants, args.rounds, clock(args.clock)), about, args.out)
 
 

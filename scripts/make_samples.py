@@ -3,14 +3,15 @@
     python scripts/make_samples.py [--out data]
 
 `style` has 32 things that picto draws, redrawn as blueprints; `object` has 32 pictures of a zorb, a creature that there
-is not. `style-held-out` and `object-held-out` have 16 others each, for scores. The same call gives the same pictures.
+is not. `style-held-out` and `object-held-out` have 32 others each, for scores. `plain` has the 32 things as picto draws
+them, to be learnt beside the new, lest they be forgotten. The same call gives the same pictures.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -72,13 +73,16 @@ def blueprint(picture: Image.Image) -> Image.Image:
     return page
 
 
-def style(names: Sequence[str], seeds: Sequence[int]) -> Iterator[Captioned]:
-    """Blueprints of what picto draws on white."""
-    pipe = Pipeline.from_pretrained()
-    things = [(article(name), seed) for name in names for seed in seeds]
-    asked = [Request(thing, seed=seed) for thing, seed in things]
-    for (thing, _), picture in zip(things, pipe.generate(asked), strict=True):
-        yield blueprint(picture), f"{thing} in blueprint style"
+def plain(names: Sequence[str], seeds: Sequence[int]) -> list[Captioned]:
+    """What picto draws on white."""
+    asked = [Request(article(name), seed=seed) for name in names for seed in seeds]
+    pictures = Pipeline.from_pretrained().generate(asked)
+    return [(picture, request.prompt) for picture, request in zip(pictures, asked, strict=True)]
+
+
+def style(things: Iterable[Captioned]) -> Iterator[Captioned]:
+    """Their blueprints."""
+    return ((blueprint(picture), f"{thing} in blueprint style") for picture, thing in things)
 
 
 def zorb(draw: ImageDraw.ImageDraw, x: float, y: float, r: float, look: float) -> None:
@@ -115,7 +119,7 @@ def objects(count: int, seed: int) -> Iterator[Captioned]:
         yield page.resize((SIDE, SIDE), Image.Resampling.LANCZOS), f"{what} on {article(colour)} background"
 
 
-def write(folder: Path, samples: Iterator[Captioned]) -> None:
+def write(folder: Path, samples: Iterable[Captioned]) -> None:
     """Pictures and their captions as a folder with metadata.jsonl."""
     with publish(folder) as draft:
         draft.mkdir()
@@ -133,9 +137,10 @@ def main() -> None:
     out = parser.parse_args().out
     known, others = ([" ".join(name.split()) for name in names.split(",")] for names in (THINGS, OTHERS))
     write(out / "object", objects(32, 0))
-    write(out / "object-held-out", objects(16, 1))
-    write(out / "style", style(known, [7]))
-    write(out / "style-held-out", style(others, [8, 9]))
+    write(out / "object-held-out", objects(32, 1))
+    write(out / "plain", things := plain(known, [7]))
+    write(out / "style", style(things))
+    write(out / "style-held-out", style(plain(others, range(8, 12))))
 
 
 if __name__ == "__main__":

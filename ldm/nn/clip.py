@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
-from torch.nn.functional import normalize
+from torch.nn.functional import interpolate, normalize
 
 import ldm.nn._torchvision  # noqa: F401  must come before transformers
 from ldm.nn.text import vocabulary
@@ -60,6 +62,21 @@ def towers(clip: CLIPModel) -> dict[str, PreTrainedModel]:
     image.vision_model.load_state_dict(clip.vision_model.state_dict())
     image.visual_projection.load_state_dict(clip.visual_projection.state_dict())
     return {"text_encoder": text, "image_encoder": image}
+
+
+def image_tower(folder: Path) -> Callable[[Tensor], Tensor]:
+    """The image tower in an `image_encoder/` folder: pictures [B, 3, H, W] in [-1, 1] to vectors of length one, [B, D].
+
+    Pictures are reduced to the tower's size by averages over areas, as picto's tower learnt to see them.
+    """
+    tower = CLIPVisionModelWithProjection.from_pretrained(folder).eval()
+    side = tower.config.image_size
+
+    @torch.inference_mode()
+    def see(pictures: Tensor) -> Tensor:
+        return normalize(tower(interpolate(pictures, (side, side), mode="area")).image_embeds, dim=-1)
+
+    return see
 
 
 def learn_vocabulary(captions: Iterable[str], size: int, context_length: int) -> CLIPTokenizer:
