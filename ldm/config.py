@@ -189,7 +189,7 @@ class Recipe(Record):
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML in which a repeated key is an error and `1e-4` is a number (YAML 1.1 wants `1.0e-4`)."""
+    """YAML in which a repeated key is an error, `1e-4` a number (YAML 1.1 wants `1.0e-4`), and `no` a word."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         seen = set()
@@ -202,6 +202,11 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, regexp) for tag, regexp in resolvers if tag != "tag:yaml.org,2002:bool"]
+    for first, resolvers in _Loader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^([Tt]rue|[Ff]alse)$"), list("tTfF"))
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
 )

@@ -1,40 +1,52 @@
 """One optimizer step of picto's U-Net: ours, a bare PyTorch loop of the same model, and diffusers' training script.
 
     python scripts/bench_train.py [--batch 8] [--rounds 9] [--precision no|bf16] [--clock cpu|wall] [--threads 1]
+                                  [--pictures data/style] [--steps 10]
 
 No data are loaded: latents and text states are there. Every contestant clips gradients, steps AdamW and an exponential
 average of the weights; diffusers' (examples/text_to_image/train_text_to_image.py) uses its own classes and defaults.
+
+Then whether loading keeps up: `configs/tune-lora.yaml` on pictures that are read, decoded, bucketed and cropped by the
+worker process, latents cached and not, against the same steps on one batch that is there. Each round is so many steps
+of one long loop, whose worker makes two batches ahead, in seconds of the wall clock.
 """
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from itertools import islice
 from pathlib import Path
+from statistics import median
+from tempfile import TemporaryDirectory
 
 import torch
-from _bench import alternate, clock, report
+from _bench import alternate, clock, ratio, report
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import ldm.nn._torchvision  # noqa: F401  must come before diffusers
 from ldm.checkpoints.files import place, read_json
 from ldm.conditioning import Conditioning
-from ldm.config import Recipe
+from ldm.config import Recipe, load_recipe
 from ldm.diffusion.denoiser import Denoiser
 from ldm.diffusion.objective import diffusion_loss
 from ldm.diffusion.prediction import PREDICTIONS
 from ldm.diffusion.sde import SCHEDULES, VPSDE
+from ldm.hardware import best_device, mixed
 from ldm.nn.unet import UNet, UNetConfig
 from ldm.pipeline import PICTO
 from ldm.train.learner import Learner
+from ldm.train.loop import batches
 from ldm.train.processes import accelerator
+from ldm.train.setup import task_for
 from ldm.train.task import Batch
 
 from diffusers import DDPMScheduler, UNet2DConditionModel  # isort: skip
 from diffusers.training_utils import EMAModel  # isort: skip
 
 RATE, DECAY = 1e-4, 0.999
+LORA = Path(__file__).resolve().parents[1] / "configs" / "tune-lora.yaml"
 
 
 class Step:
@@ -115,13 +127,62 @@ def diffusers_step(model: UNet2DConditionModel, batch: Batch, precision: str) ->
     return step
 
 
+def tuning(args: argparse.Namespace, folder: Path, cached: bool) -> tuple[Callable[[], object], Callable[[], object]]:
+    """Some steps of LoRA on one batch that is there, and as many of the whole loop; `folder` takes what is cached."""
+    values = {
+        "data.train_data_dir": args.pictures,
+        "data.center_crop": cached,
+        "objective.validation_data_dir": "null",
+        "output_dir": folder / f"run-{cached}",
+        "train_batch_size": args.batch,
+        "mixed_precision": args.precision,
+        "max_train_steps": 1_000_000,
+        "lr_scheduler": "constant",
+    }
+    recipe = load_recipe(LORA, [f"{name}={value}" for name, value in values.items()])
+    task = task_for(recipe)
+    learner = Learner(recipe, task, accelerator(mixed_precision=args.precision))
+    learner.prepare()
+    same = [task.batch(0, rows) for rows in learner.rows]
+    stream = batches(task, 0, recipe, learner.rows)
+
+    def alone() -> None:
+        for _ in range(args.steps):
+            learner.step(same, False)
+
+    def loop() -> None:
+        for parts in islice(stream, args.steps):
+            learner.step(parts, False)
+
+    return alone, loop
+
+
+def loading(args: argparse.Namespace) -> None:
+    """Print how much of the step's own speed is left with loading."""
+    with TemporaryDirectory() as folder:
+        kinds = {"latents cached": True, "latents not cached": False}
+        pairs = {kind: tuning(args, Path(folder), cached) for kind, cached in kinds.items()}
+        contestants = {f"{kind}, {k}": run for kind, pair in pairs.items() for k, run in enumerate(pair)}
+        seconds = alternate(contestants, args.rounds, clock("wall"))
+    for kind in pairs:
+        alone, loop = (seconds[f"{kind}, {k}"] for k in range(2))
+        speeds = [args.steps * args.batch / median(s) for s in (loop, alone)]
+        share = ratio(alone, loop)
+        print(
+            f"{kind}: loop {speeds[0]:.2f} images/s, step alone {speeds[1]:.2f}: {share['ratio']:.0%} "
+            f"({share['low']:.0%} to {share['high']:.0%})"
+        )
+
+
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--precision", default="bf16", choices=["no", "bf16"])
+    parser.add_argument("--precision", default=mixed("auto", best_device()), choices=["no", "bf16"])
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--clock", default="cpu", choices=["cpu", "wall"])
+    parser.add_argument("--pictures", type=Path, default=Path("data/style"))
+    parser.add_argument("--steps", type=int, default=10, help="of the loop, in a round")
     parser.add_argument("--out", type=Path)
     return parser.parse_args()
 
@@ -152,7 +213,11 @@ def main() -> None:
     about = {"batch": args.batch, "precision": args.precision, "clock": args.clock}
     report("ldm", seconds, about, args.out)
     for name, each in seconds.items():
-        print(f"{name}: {args.batch / sorted(each)[len(each) // 2]:.2f} images/s")
+        print(f"{name}: {args.batch / median(each):.2f} images/s")
+    if args.pictures.is_dir():
+        loading(args)
+    else:
+        print(f"loading: no {args.pictures}: python scripts/make_samples.py makes it")
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from ldm.checkpoints.files import sha256
 from ldm.config import Recipe
 from ldm.files import publish, remove
 from ldm.train.ema import Average
@@ -21,6 +22,7 @@ from ldm.train.ema import Average
 SHAPING = ("objective", "data", "seed", "train_batch_size", "optimizer")  # with another value it is another training
 FREE = ("objective.attention",)
 OPTIMIZER = "optimizer.safetensors"
+SUMS = "sha256.json"  # of every other file
 
 
 class Stateful(Protocol):
@@ -62,6 +64,7 @@ def save(state: State, recipe: Recipe) -> None:
         }
         save_file(_contiguous(tensors), draft / OPTIMIZER)
         (draft / "state.json").write_text(json.dumps(record) + "\n")
+        (draft / SUMS).write_text(json.dumps({file.name: sha256(file) for file in sorted(draft.iterdir())}) + "\n")
     for old in checkpoints(recipe.output_dir)[: -recipe.checkpoints_total_limit]:
         remove(old)
 
@@ -69,8 +72,8 @@ def save(state: State, recipe: Recipe) -> None:
 def resume(state: State, recipe: Recipe) -> None:
     """Load the newest whole checkpoint of this recipe; nothing without one.
 
-    One that is torn, or another training's, is passed over with a warning that names it and what is wrong. ValueError
-    where all are.
+    One that is torn, damaged or another training's is passed over with a warning that names it and what is wrong.
+    ValueError where all are.
     """
     found, refused = checkpoints(recipe.output_dir), []
     for path in reversed(found):
@@ -107,6 +110,7 @@ def _flat(value: Any, name: str) -> Iterator[tuple[str, Any]]:
 
 def _load(state: State, path: Path, recipe: Recipe) -> None:
     """Read all of a checkpoint, then take it over."""
+    _check(path)
     record = json.loads((path / "state.json").read_text())
     asked = shape(recipe)
     for name, value in record.get("recipe", {}).items():  # none: written before they were recorded
@@ -124,6 +128,15 @@ def _load(state: State, path: Path, recipe: Recipe) -> None:
     if state.scaler and record.get("scaler"):
         state.scaler.load_state_dict(record["scaler"])
     state.figures, state.step = record.get("figures", []), record["step"]
+
+
+def _check(path: Path) -> None:
+    """ValueError for the first file of a checkpoint whose bytes are not those that were written."""
+    if not (path / SUMS).exists():  # written before they were recorded
+        return
+    for name, digest in json.loads((path / SUMS).read_text()).items():
+        if sha256(path / name) != digest:
+            raise ValueError(f"{name} is damaged: its SHA-256 is not the one in {SUMS}")
 
 
 def fold(tree: Any, tensors: dict[str, Tensor], name: str = "") -> Any:

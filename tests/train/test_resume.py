@@ -13,17 +13,33 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import nn
-from trainings import assert_equal, fork, go, launch, log_of, needs, recipe_of, status, tensors_of
+from trainings import (
+    FULL,
+    LORA,
+    assert_equal,
+    assert_goes_on,
+    fork,
+    go,
+    launch,
+    log_of,
+    needs,
+    recipe_of,
+    status,
+    tensors_of,
+)
 
 from ldm.config import load_recipe
 from ldm.train import state
 from ldm.train.ema import Average, exponential
-from ldm.train.loop import train
 from ldm.train.optimizers import optimizer_for
-from ldm.train.setup import task_for
 
 KILLS = int(os.environ.get("LDM_STRESS_KILLS", "2"))  # scripts/stress_train.py asks for more
-FAULTY = {"max_train_steps": 10, "checkpointing_steps": 3, "logging_steps": 2, "posthoc_steps": 4}
+FAULTY = {  # of a tuning, an epoch ends after steps 2, 5, 7 and 10
+    "max_train_steps": 10,
+    "checkpointing_steps": 4,
+    "logging_steps": 3,
+    "posthoc_steps": 5,
+}
 
 
 def mortal(path, fatal):
@@ -59,35 +75,24 @@ def mortal(path, fatal):
         ("diffusion", "prodigy"),
     ],
 )
-def test_a_run_that_was_interrupted_ends_with_the_bits_of_one_that_was_not(
-    kind, optimizer, recipe_file, tmp_path, monkeypatch
-):
+def test_a_run_that_was_interrupted_ends_with_the_bits_of_one_that_was_not(kind, optimizer, recipe_file, tmp_path):
     needs(optimizer)
     changes = {"optimizer": optimizer, "logging_steps": 4, "posthoc_steps": 2}
-    go(recipe_file(kind, "whole", **changes))
-    broken = load_recipe(recipe_file(kind, "broken", **changes))
-    task = task_for(broken)
-    loss, calls = task.loss, []
-
-    def dies(*words):
-        calls.append(1)
-        if len(calls) == 5:  # two steps past the checkpoint
-            raise RuntimeError("killed")
-        return loss(*words)
-
-    monkeypatch.setattr(task, "loss", dies)
-    with pytest.raises(RuntimeError, match="killed"):
-        train(broken, task)
-    go(recipe_file(kind, "broken", **changes))
-    assert_equal(tmp_path / "whole", tmp_path / "broken")
+    assert_goes_on(lambda folder: recipe_file(kind, folder, **changes), tmp_path)
     assert [line["step"] for line in log_of(tmp_path / "whole")] == [4, 6]
 
 
-def test_a_run_killed_anywhere_even_while_it_writes_ends_as_if_it_had_not_been(recipe_file, tmp_path):
-    assert mortal(recipe_file("diffusion", "whole", **FAULTY), 0) == 0
+@pytest.mark.parametrize("kind", ["diffusion", "lora", "full"])
+def test_a_run_killed_anywhere_even_while_it_writes_ends_as_if_it_had_not_been(kind, recipe_file, tuning, tmp_path):
+    def write(folder):
+        if kind == "diffusion":
+            return recipe_file(kind, folder, **FAULTY)
+        return tuning(folder, changes=FAULTY, **{"lora": LORA, "full": FULL}[kind])
+
+    assert mortal(write("whole"), 0) == 0
     events = int((tmp_path / "whole.events").read_text())
     for kill in range(KILLS):
-        path = recipe_file("diffusion", f"kill{kill}", **FAULTY)
+        path = write(f"kill{kill}")
         assert mortal(path, random.Random(kill).randrange(1, events + 1)) == -signal.SIGKILL
         go(path)
         assert_equal(tmp_path / "whole", tmp_path / f"kill{kill}")
@@ -170,6 +175,26 @@ def test_a_torn_checkpoint_is_named_and_the_one_before_it_used(small, tmp_path, 
         state.resume(fresh(small), small)
 
 
+@pytest.mark.parametrize("at", [0, 0.3, 0.6, 0.99])
+@pytest.mark.parametrize(
+    "file, said",
+    [
+        *((f"{name}.safetensors", rf"\({name}.safetensors is damaged") for name in ("model", "ema", "optimizer")),
+        ("state.json", r"\(state.json is damaged"),
+        ("sha256.json", ""),
+    ],
+)
+def test_one_flipped_bit_is_told_by_the_file_and_the_checkpoint_before_it_used(small, tmp_path, file, said, at):
+    path = tmp_path / "checkpoint-2" / file
+    data = bytearray(path.read_bytes())
+    data[int(at * len(data))] ^= 1
+    path.write_bytes(data)
+    now = fresh(small)
+    with pytest.warns(UserWarning, match=f"checkpoint-2: not a checkpoint of this recipe.*{said}"):
+        state.resume(now, small)
+    assert now.step == 1 and (now.model.weight == 1).all()
+
+
 @pytest.mark.parametrize(
     "changes, said",
     [
@@ -198,6 +223,7 @@ def test_what_does_not_shape_a_run_may_change(small, tmp_path):
 def test_a_checkpoint_from_before_recipes_were_recorded_still_loads(small, tmp_path):
     folder = tmp_path / "checkpoint-3"
     shutil.copytree(tmp_path / "checkpoint-2", folder)
+    (folder / "sha256.json").unlink()
     (folder / "state.json").write_text('{"step": 3}\n')
     moments = {f"weight:{name}": torch.full((2, 3), value) for name, value in (("exp_avg", 0.25), ("exp_avg_sq", 0.5))}
     save_file({**moments, "weight:step": torch.tensor(3.0)}, folder / "optimizer.safetensors")

@@ -4,8 +4,10 @@ import json
 
 import pytest
 import torch
-from trainings import forks, go, log_of, recipe_of, status, tensors_of
+from safetensors.torch import load_file
+from trainings import FULL, LORA, forks, go, log_of, recipe_of, status, tensors_of
 
+from ldm.checkpoints.lora_save import DIFFUSERS_FILE
 from ldm.config import load_recipe
 from ldm.diffusion.objective import TIMES
 from ldm.nn.blocks import ResnetBlock
@@ -52,6 +54,18 @@ def test_one_two_and_four_parts_and_two_processes_learn_the_same(recipe_file, tm
     assert log_of(tmp_path / "processes")[-1]["val_loss"] == pytest.approx(
         log_of(tmp_path / "whole")[-1]["val_loss"], rel=1e-3
     )  # bfloat16
+
+
+def test_two_processes_tune_as_one_does(tuning, tmp_path):
+    changes = {**EXACT, "logging_steps": 100}
+    go(tuning("whole", changes=changes, **LORA))
+    path = tuning("processes", changes=changes, **LORA)
+    assert [status(child) for child in forks(lambda: go(path, "gradient_accumulation_steps=2"), 2)] == [0, 0]
+    assert_close(tmp_path / "whole", tmp_path / "processes")
+    exports = [load_file(tmp_path / run / "export" / DIFFUSERS_FILE) for run in ("whole", "processes")]
+    assert exports[0].keys() == exports[1].keys()
+    for name, a in exports[0].items():
+        torch.testing.assert_close(a, exports[1][name], rtol=2e-5, atol=2e-6, msg=name)
 
 
 def test_an_autoencoder_learns_the_same_in_parts(recipe_file, tmp_path):
@@ -104,17 +118,22 @@ def test_a_contrastive_batch_is_not_accumulated(recipe_file):
         go(recipe_file("clip"), "gradient_accumulation_steps=2")
 
 
-def test_gradient_checkpointing_computes_twice_and_changes_nothing(recipe_file, tmp_path, monkeypatch):
+@pytest.mark.parametrize("method", [None, LORA, FULL], ids=["from scratch", "lora", "full"])
+def test_gradient_checkpointing_computes_twice_and_changes_nothing(method, recipe_file, tuning, tmp_path, monkeypatch):
+    def write(folder):
+        return tuning(folder, **method) if method else recipe_file("diffusion", folder)
+
     calls = []
     forward = ResnetBlock.forward
     monkeypatch.setattr(ResnetBlock, "forward", lambda *words: calls.append(torch.is_grad_enabled()) or forward(*words))
-    go(recipe_file("diffusion", "kept"))
+    go(write("kept"))
     kept = sum(calls)
     calls.clear()
-    go(recipe_file("diffusion", "again"), "gradient_checkpointing=true")
-    assert sum(calls) == 2 * kept
+    go(write("again"), "gradient_checkpointing=true")
+    assert kept and sum(calls) == 2 * kept
     a, b = tensors_of(tmp_path / "kept"), tensors_of(tmp_path / "again")
     assert [name for name in a if not torch.equal(a[name], b[name])] == []
+    assert log_of(tmp_path / "kept") == log_of(tmp_path / "again")
 
 
 def test_gradient_checkpointing_is_the_u_net_s_alone(recipe_file):

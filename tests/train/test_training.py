@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from trainings import ROOT, go
 
 from ldm.config import load_recipe
@@ -89,6 +90,24 @@ def test_yaml_refuses_a_repeated_key_and_reads_1e_4_as_a_number(tmp_path, recipe
     path.write_text(text + "\nlearning_rate: 2\n")
     with pytest.raises(ValueError, match="'learning_rate' is given twice"):
         load_recipe(path)
+
+
+def test_no_is_a_word_and_no_truth_value(tmp_path, recipe_file):
+    path = recipe_file("autoencoder")
+    assert load_recipe(path, ["mixed_precision=no"]).mixed_precision == "no"
+    path.write_text(path.read_text() + "\nmixed_precision: no\n")
+    assert load_recipe(path).mixed_precision == "no"
+    shown = load_recipe(ROOT / "configs" / "tune-lora.yaml", ["data.random_flip=yes", "data.center_crop=False"]).folder
+    assert shown.random_flip is True and shown.center_crop is False
+
+
+def test_a_training_begins_with_the_u_net_of_a_folder(recipe_file, tiny):
+    task = task_for(
+        load_recipe(recipe_file("diffusion"), [f"objective.unet={tiny / 'unet'}", "objective.attention=math"])
+    )
+    assert task.model.attention == "math"
+    for name, tensor in load_file(tiny / "unet" / "diffusion_pytorch_model.safetensors").items():
+        assert torch.equal(task.model.state_dict()[name], tensor.float()), name
 
 
 def test_offset_and_perturbation_are_noise_of_their_own_of_the_stated_deviation(recipe_file):

@@ -1,71 +1,23 @@
 """Tuning: what learns, what is written, and that a run which was killed ends as one that was not."""
 
-import json
+import copy
 
 import pytest
 import torch
-import yaml
 from diffusers import UNet2DConditionModel
-from PIL import Image
 from safetensors.torch import load_file
-from trainings import COMMON, assert_equal, go
+from trainings import FULL, LORA, WORD, assert_goes_on, go
 
 from ldm.checkpoints.formats import load
+from ldm.conditioning import Conditioning
 from ldm.config import load_recipe
 from ldm.pipeline import Pipeline
-from ldm.train.loop import train
 from ldm.train.setup import task_for
 
 
-@pytest.fixture
-def tuning(tiny, tmp_path):
-    """Writes a recipe that tunes the tiny model on six squares."""
-    pictures = tmp_path / "pictures"
-    pictures.mkdir()
-    names = ["red", "blue", "green", "yellow", "black", "white"]
-    for name in names:
-        Image.new("RGB", (32, 32), name).save(pictures / f"{name}.png")
-    lines = [json.dumps({"file_name": f"{n}.png", "text": f"a {n} zorb"}) for n in names]
-    (pictures / "metadata.jsonl").write_text("\n".join(lines) + "\n")
-    sizes = {"resolution": 32, "min_bucket_reso": 32, "max_bucket_reso": 32, "bucket_reso_steps": 16}
-
-    def write(folder="run", **objective):
-        values = {
-            **COMMON,
-            "output_dir": str(tmp_path / folder),
-            "objective": {"kind": "tune", "pretrained_model_name_or_path": str(tiny), **objective},
-            "data": {"train_data_dir": str(pictures), "center_crop": True, "random_flip": True, **sizes},
-            "validation_prompts": ["a red zorb"],
-        }
-        path = tmp_path / f"{folder}.yaml"
-        path.write_text(yaml.safe_dump(values))
-        return path
-
-    return write
-
-
-LORA = {"method": "lora", "rank": 2, "targets": ["attention", "convolutions"], "train_text_encoder": True}
-WORD = {"method": "textual_inversion", "placeholder_token": "zorb", "initializer_token": "red", "num_vectors": 2}
-
-
-@pytest.mark.parametrize("method", [{"method": "full"}, LORA, WORD], ids=lambda method: method["method"])
-def test_a_killed_tuning_ends_with_the_bits_of_one_that_was_not(method, tuning, tmp_path, monkeypatch):
-    go(tuning("whole", **method))
-    broken = load_recipe(tuning("broken", **method))
-    task = task_for(broken)
-    loss, calls = task.loss, []
-
-    def dies(*words):
-        calls.append(1)
-        if len(calls) == 5:  # two steps past the checkpoint
-            raise RuntimeError("killed")
-        return loss(*words)
-
-    monkeypatch.setattr(task, "loss", dies)
-    with pytest.raises(RuntimeError, match="killed"):
-        train(broken, task)
-    go(tuning("broken", **method))
-    assert_equal(tmp_path / "whole", tmp_path / "broken")
+@pytest.mark.parametrize("method", [FULL, LORA, WORD], ids=lambda method: method["method"])
+def test_a_killed_tuning_ends_with_the_bits_of_one_that_was_not(method, tuning, tmp_path):
+    assert_goes_on(lambda folder: tuning(folder, **method), tmp_path)
 
 
 @pytest.mark.parametrize("dora", [False, True])
@@ -81,8 +33,6 @@ def test_an_exported_adapter_is_what_was_learnt_in_ours_and_in_diffusers(dora, t
     task.method.export(task.tuned, task.objective, tmp_path / "out")
     x, text, t = (torch.randn(shape, generator=drawn) for shape in ((1, 4, 8, 8), (1, 16, 32), (1,)))
     t = t.abs() * 100
-    from ldm.conditioning import Conditioning
-
     with torch.no_grad():
         learnt = task.model(x, t, Conditioning(text))
         plain = Pipeline.from_pretrained(tiny, device="cpu")
@@ -98,11 +48,7 @@ def test_an_exported_adapter_is_what_was_learnt_in_ours_and_in_diffusers(dora, t
 
 
 def test_a_fresh_adapter_changes_nothing_and_a_copy_shares_what_is_frozen(tuning, tiny):
-    import copy
-
     task = task_for(load_recipe(tuning(**LORA, frozen_dtype="float32")))
-    from ldm.conditioning import Conditioning
-
     x, text, t = torch.ones(1, 4, 8, 8), torch.ones(1, 16, 32), torch.tensor([500.0])
     with torch.no_grad():
         base = load(tiny, torch.device("cpu"), torch.float32).unet(x, t, Conditioning(text))
@@ -126,8 +72,8 @@ def test_the_prior_counts_by_its_weight_however_many_pictures_it_has(tuning):
     prior = {"prior_preservation": True, "class_prompt": "a cat", "num_class_images": 3, "prior_loss_weight": 0.5}
     task = task_for(load_recipe(tuning(**LORA, **prior)))
     own = torch.tensor([not sample.key.startswith("2:") for sample in task.dataset.samples])
-    assert own.sum() == 6 and (~own).sum() == 3
-    assert task.weights[own].sum() == 6 and task.weights[~own].sum() == 0.5 * 6
+    assert own.sum() == 10 and (~own).sum() == 3
+    assert task.weights[own].sum() == 10 and task.weights[~own].sum() == 0.5 * 10
     assert {s.caption for s in task.dataset.samples if s.key.startswith("2:")} == {"a cat"}
 
 

@@ -32,6 +32,9 @@ COMMON = {
     "validation_steps": 6,
     "dataloader_num_workers": 1,
 }
+FULL = {"method": "full"}
+LORA = {"method": "lora", "rank": 2, "targets": ["attention", "convolutions"], "train_text_encoder": True}
+WORD = {"method": "textual_inversion", "placeholder_token": "zorb", "initializer_token": "red", "num_vectors": 2}
 TOWER = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
 
 
@@ -68,6 +71,29 @@ def recipe_of(**changes) -> Recipe:
 def go(path: Path, *overrides: str) -> Path:
     recipe = load_recipe(path, overrides)
     return train(recipe, task_for(recipe))
+
+
+def assert_goes_on(write: Callable[[str], Path], folder: Path) -> None:
+    """A run that dies two steps past its checkpoint and is run again ends with the bits of one that does not.
+
+    `write(name)` is the file of a recipe whose output is `folder / name`.
+    """
+    go(write("whole"))
+    recipe = load_recipe(write("broken"))
+    task = task_for(recipe)
+    loss, calls = task.loss, []
+
+    def dies(*words):
+        calls.append(1)
+        if len(calls) == 5:
+            raise RuntimeError("killed")
+        return loss(*words)
+
+    task.loss = dies
+    with pytest.raises(RuntimeError, match="killed"):
+        train(recipe, task)
+    go(write("broken"))
+    assert_equal(folder / "whole", folder / "broken")
 
 
 def fork(work: Callable[[], object], **environment: str) -> int:
