@@ -2,122 +2,27 @@
 
 import multiprocessing
 import os
-import signal
+import shutil
 import sys
 import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from folders import REQUESTS, Opens, fork, go, job_in, outcome
+from folders import Opens, fork, go, job_in, outcome
+from kills import until
 
 from ldm.jobs import driver, engines
 from ldm.jobs.driver import State, Stuck, Watch
-from ldm.jobs.engines import Inline, Local, Ray, places
+from ldm.jobs.engines import Inline, Local, places
 from ldm.scheduler import Scheduler
 
-KILLS = int(os.environ.get("LDM_STRESS_KILLS", "0"))  # scripts/stress_batch.py asks for some
-MANY = [replace(REQUESTS[0], seed=k, num_inference_steps=10) for k in range(60)]  # so that there is time to kill
-ALIKE = {"requests": MANY, "batch_size": 1, "strict": False}  # calls of one size are bit for bit the same anyway
 
-
-def pids(folder):
-    """Of the workers that live, by their names; the driver has the lowest."""
-    return sorted(int(path.stem.split("-")[-2]) for path in folder.glob("leases/*.beat"))
-
-
-def until(true, seconds=60):
-    end = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < end
-        time.sleep(0.02)
-
-
-def pictures(folder):
-    return len(list(folder.glob("images/*/[!.]*.png")))
-
-
-@pytest.fixture(scope="module")
-def slow(pipe, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("slow") / "job"
-    assert go(job_in(folder, pipe, **ALIKE), pipe) == 0
-    return outcome(folder)
-
-
-@pytest.fixture
-def patient(pipe, tiny, tmp_path):
-    """A job that can be sent to another process."""
-    return job_in(tmp_path / "job", pipe, expiry=2.0, **ALIKE)
-
-
-@pytest.mark.parametrize("story", range(1 + KILLS // 20))
-def test_a_killed_process_is_begun_again_and_those_of_a_killed_driver_end(pipe, tiny, patient, slow, story):
-    folder = patient.folder
-
-    def live():
-        def start(job):
-            local = Local(replace(job, open=Opens(tiny)), [None, None])
-            first, _ = (process.pid for process, *_ in local._workers)
-            until(lambda: first in pids(folder))
-            os.kill(first, signal.SIGKILL)
-            return local
-
-        return go(patient, pipe, start=start)
-
-    child = os.fork()
-    if not child:
-        os._exit(live())
-    until(lambda: pictures(folder) > 0 and len(pids(folder)) > 2)
-    os.kill(child, signal.SIGSTOP)
-    orphans = Path(f"/proc/{child}/task/{child}/children").read_text().split()
-    os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
-    until(lambda: not any(map(alive, orphans)))
-    assert len(orphans) >= 2 and pictures(folder) < len(MANY)
-    assert go(job_in(folder, pipe, **ALIKE), pipe) == 0
-    assert outcome(folder) == slow
-
-
-def alive(pid):
-    """Does a process live? One that nobody has buried does not."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
-
-
-def test_what_a_process_fails_by_is_the_job_s_reason_and_it_is_not_begun_again(patient, tmp_path, monkeypatch):
+def test_what_a_process_fails_by_is_the_job_s_reason_and_it_is_not_begun_again(pipe, tmp_path, monkeypatch):
     monkeypatch.setattr("multiprocessing.get_context", lambda kind, begin=multiprocessing.get_context: begin("fork"))
-    local = Local(replace(patient, open=Opens(tmp_path / "nothing")), [None])
+    local = Local(replace(job_in(tmp_path / "job", pipe), open=Opens(tmp_path / "nothing")), [None])
     until(lambda: not local.poll())
     assert len(local.reasons) == 1 and "nothing" in local.reasons[0]
-
-
-@pytest.mark.skipif(not KILLS, reason="takes 20 seconds: scripts/stress_batch.py does it")
-def test_ray_goes_on_when_a_node_of_two_is_killed(tiny, patient, pipe, slow, monkeypatch):
-    ray = pytest.importorskip("ray")
-    from ray.cluster_utils import Cluster
-
-    monkeypatch.setattr(driver, "GRACE", 1.0)
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([os.path.dirname(__file__), *filter(None, sys.path)]))
-    cluster = Cluster()
-    try:
-        for _ in range(2):
-            node = cluster.add_node(num_cpus=1, object_store_memory=80 * 2**20)
-        ray.init(address=cluster.address, log_to_driver=False)
-
-        def start(job):
-            engine = Ray(replace(job, open=Opens(tiny)), [None, None])
-            until(lambda: len(pids(job.folder)) == 3 and pictures(job.folder) > 0, 120)
-            cluster.remove_node(node, allow_graceful=False)
-            assert pictures(job.folder) < len(MANY)
-            return engine
-
-        assert go(patient, pipe, start=start) == 0
-    finally:
-        ray.shutdown()
-        cluster.shutdown()
-    assert outcome(patient.folder) == slow
 
 
 def test_ray_that_is_not_there_is_said_with_the_cure(monkeypatch):
@@ -174,6 +79,39 @@ def test_progress_of_anybody_keeps_a_job_alive(pipe, tmp_path):
             other.status = {"steps": step, "batch_size": 3}
             other._tell(other._beat)
             assert watch.state().batch_size == 3 and watch.idle() < 100
+
+
+def test_a_worker_of_a_killed_driver_is_waited_for_and_its_lines_are_joined(
+    pipe, finished, undisturbed, tmp_path, monkeypatch
+):
+    """It finished the last item, and leaves only when it has been waited for."""
+    folder, ask, asked = Path(shutil.copytree(finished, tmp_path / "job")), Watch.others, []
+    lines = (folder / "manifest.jsonl").read_bytes().splitlines(keepends=True)
+    orphan = job_in(folder, pipe).leases()
+    (folder / "manifest.jsonl").write_bytes(b"".join(lines[:-2]))
+    (folder / f"manifest-{orphan.worker}.jsonl").write_bytes(b"".join(lines[-2:]))
+
+    def others(watch):
+        asked.append(ask(watch))
+        if len(asked) == 3:
+            orphan.__exit__()
+        return asked[-1]
+
+    monkeypatch.setattr(Watch, "others", others)
+    assert go(job_in(folder, pipe), pipe) == 0
+    assert asked == [True, True, True, False] and outcome(folder) == undisturbed
+
+
+def test_a_worker_at_other_items_is_not_waited_for_nor_one_that_hangs_for_ever(pipe, finished, tmp_path):
+    folder, clock = Path(shutil.copytree(finished, tmp_path / "job")), iter(range(0, 10_000, 7))
+    with job_in(folder, pipe).leases() as leases, job_in(folder, pipe).leases() as other:
+        shutil.copy(folder / "manifest.jsonl", folder / f"manifest-{other.worker}.jsonl")
+        job = job_in(folder, pipe)
+        name = next(job.items(pipe)).id
+        watch = Watch(job, leases, {name}, 100.0, lambda: next(clock))
+        assert watch.others() and not Watch(job, leases, {"a"}, 100.0).others()
+        driver.outlive(watch, 50.0)
+        assert 50 < next(clock) < 200
 
 
 def test_when_one_worker_fails_the_others_are_asked_to_stop(pipe, tmp_path):

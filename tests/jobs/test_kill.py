@@ -1,62 +1,81 @@
 """A job that is killed anywhere, and run again, ends as one that was not."""
 
 import os
-import random
-import signal
-import sys
+from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 
+import kills
 import pytest
-from folders import fork, go, job_in, outcome
+from cluster import clustered
+from folders import Opens, fork, go, job_in, outcome
 
-KILLS = int(os.environ.get("LDM_STRESS_KILLS", "15"))  # scripts/stress_batch.py asks for more
-EVENTS = ("open", "os.rename", "os.remove", "os.mkdir", "os.chmod")  # of sys.audit
-LIVES = 5  # of a job, before it is let live to its end
-
-
-def mortal(folder, pipe, fatal, events=EVENTS):
-    """A run in a fork that dies at its event number `fatal` under the job's folder; how it ended.
-
-    Events are openings, renames, removals, new folders, and writes by `os.write`, of which half is written then.
-    """
-    seen, write = 0, os.write
-
-    def counts():
-        nonlocal seen
-        seen += 1
-        return seen == fatal
-
-    def watch(event, words):
-        if event in events and str(folder) in str(words[0]) and counts():
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    def half(handle, data):
-        if counts():
-            write(handle, data[: len(data) // 2])
-            os.kill(os.getpid(), signal.SIGKILL)
-        return write(handle, data)
-
-    def live():
-        os.write = half
-        sys.addaudithook(watch)
-        return go(job_in(folder, pipe), pipe)
-
-    return fork(live)
+KILLS = int(os.environ.get("LDM_STRESS_KILLS", "20"))  # scripts/stress_batch.py asks for more
+RAY_KILLS = int(os.environ.get("LDM_STRESS_KILLS", "4"))  # each takes seconds
 
 
-@pytest.mark.parametrize("story", range(-(-KILLS // LIVES)))
-def test_a_job_that_is_killed_anywhere_ends_as_one_that_was_not(pipe, tmp_path, undisturbed, story):
-    chance, folder = random.Random(story), tmp_path / "job"
-    ends = [mortal(folder, pipe, chance.randrange(1, 120)) for _ in range(LIVES)]
-    assert any(os.WIFSIGNALED(end) for end in ends)
-    assert go(job_in(folder, pipe), pipe) == 0
-    assert outcome(folder) == undisturbed
+@pytest.fixture(scope="module")
+def nodes(pipe, tiny):
+    """A cluster whose workers have the model already."""
+    if not find_spec("ray"):
+        pytest.skip("ray is not installed")
+    kills.WARM[tiny] = pipe
+    with clustered() as nodes:
+        yield nodes
+
+
+@pytest.fixture
+def killed(pipe, tiny, tmp_path, monkeypatch):
+    """Kills jobs on a bench, and prints what was done."""
+    monkeypatch.setitem(kills.WARM, tiny, pipe)
+
+    def run(bench, count, name):
+        told = kills.kill(bench, pipe, tiny, tmp_path, count, name)
+        print(told)
+        return told
+
+    return run
+
+
+def test_a_job_of_one_process_that_is_killed_ends_as_one_that_was_not(killed):
+    killed(kills.inline(), KILLS, "inline")
+
+
+def test_a_job_of_local_processes_that_are_killed_ends_as_one_that_was_not(killed):
+    killed(kills.local(), KILLS, "local")
+
+
+def test_a_job_on_a_cluster_of_two_nodes_that_are_killed_ends_as_one_that_was_not(killed, nodes):
+    assert "node" in killed(kills.ray(nodes, size=24 if RAY_KILLS < 100 else 60), RAY_KILLS, "ray").partition("(")[2]
+
+
+@pytest.mark.parametrize("name, count", [("local", 1), ("local", 2), ("local", 3), ("local", 4), ("ray", 3)])
+def test_pictures_are_the_same_by_any_number_of_workers_of_any_engine(
+    pipe, tiny, tmp_path, undisturbed, request, name, count
+):
+    """Bit for bit, drawn in one run and in two."""
+    bench = kills.local(count) if name == "local" else kills.ray(request.getfixturevalue("nodes"), count)
+    folder = tmp_path / "job"
+
+    def drawn():
+        job = job_in(folder, pipe)
+        return go(job, pipe, start=lambda job: bench.start(replace(job, open=Opens(tiny))))
+
+    for _ in range(2):
+        assert os.waitstatus_to_exitcode(fork(drawn)) == 0 and outcome(folder) == undisturbed
+        for path in sorted(folder.glob("images/*/*"))[::2]:
+            path.unlink()
 
 
 def test_a_line_that_is_torn_where_a_worker_dies_within_it_is_repaired(pipe, tmp_path, undisturbed):
     """Of the writes alone: the driver's lease, those of the items, their lines."""
     folder, torn = tmp_path / "job", 0
+
+    def live(fatal):
+        kills.doom(folder, fatal, events=("os.write",))
+        return go(job_in(folder, pipe), pipe)
+
     for fatal in (9, 8, 7):
-        mortal(folder, pipe, fatal, events=())
+        fork(lambda fatal=fatal: live(fatal))
         torn += any(data and not data.endswith(b"\n") for data in map(Path.read_bytes, folder.glob("manifest-*")))
     assert torn and go(job_in(folder, pipe), pipe) == 0 and outcome(folder) == undisturbed
