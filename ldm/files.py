@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryFile
 
 
 @contextmanager
-def publish(path: Path) -> Iterator[Path]:
+def publish(path: Path, place: Callable[[Path, Path], object] = os.replace) -> Iterator[Path]:
     """A path beside `path` to write to (a file, or a folder made by the caller); renamed to `path` on success.
 
     Write aside, fsync, chmod 0644, rename, fsync the folder. On an exception the draft is removed, `path` stays.
+    `place` is `claim` for a file that must not take another's place.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -31,10 +32,21 @@ def publish(path: Path) -> Iterator[Path]:
             draft.rename(path)
             remove(old)
         else:
-            draft.replace(path)
+            place(draft, path)
         sync(path.parent)
     finally:
         remove(draft)
+
+
+def claim(draft: Path, path: Path) -> None:
+    """Name a file; FileExistsError, and nothing done, where something has the name, whoever else claims it now."""
+    try:
+        os.link(draft, path)
+    except FileExistsError:
+        raise
+    except OSError:  # FAT and others know no links; an empty file is seen there for a moment
+        path.touch(exist_ok=False)
+        draft.replace(path)
 
 
 def writable(folder: Path) -> None:

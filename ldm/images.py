@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -160,12 +161,17 @@ def unquoted(value: str) -> str:
         return value
 
 
-def save_png(picture: Image.Image, path: Path, texts: Mapping[str, str]) -> None:
+def save_png(
+    picture: Image.Image,
+    path: Path,
+    texts: Mapping[str, str],
+    place: Callable[[Path, Path], object] = os.replace,
+) -> None:
     """Publish a PNG with texts in it (iTXt, UTF-8); the same picture and texts give the same bytes."""
     info = PngInfo()
     for key, value in texts.items():
         info.add_itxt(key, value)
-    with publish(path) as draft:
+    with publish(path, place) as draft:
         picture.save(draft, "PNG", pnginfo=info)
 
 

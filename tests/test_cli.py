@@ -6,11 +6,14 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import pytest
 from PIL import Image
 
+from ldm.commands.generate import draw
 from ldm.images import read_texts
+from ldm.pipeline import Pipeline
 from ldm.request import Request
 
 
@@ -39,6 +42,27 @@ def test_a_file_s_metadata_reproduces_it(ldm_, tiny, pipe, tmp_path):
     pairs = dict(pair.split(": ", 1) for pair in settings.split(", "))
     wanted = {"Steps": "6", "Sampler": "Heun", "CFG scale": "2.5", "Seed": "3", "Size": "48x32", "Model": "tiny"}
     assert wanted.items() <= pairs.items() and record["weights"]["unet"].startswith(pairs["Model hash"])
+
+
+def test_two_runs_at_once_into_one_folder_write_over_nothing(ldm_, tiny, tmp_path, monkeypatch):
+    stream, others = Pipeline.stream, []
+
+    def beside_another(self, requests, *rest):
+        monkeypatch.setattr(Pipeline, "stream", stream)
+        for k, drawn in enumerate(stream(self, requests, *rest)):
+            if k == 1:  # the names of the second and third picture
+                same = [replace(request, num_inference_steps=2) for request in requests[1:]]
+                others.extend(draw(self, "tiny", same, tmp_path))
+            yield drawn
+
+    monkeypatch.setattr(Pipeline, "stream", beside_another)
+    status, out, _ = ldm_("generate", "a cat", "--count", 3, "--model", tiny, "--out", tmp_path)
+    ours, theirs = out.split("\n")[:-1], [str(path) for path in others]
+    assert status == 0 and ours == sorted(ours) and sorted(ours + theirs) == sorted(map(str, tmp_path.iterdir()))
+    assert len({os.path.basename(file)[:4] for file in ours + theirs}) == 5
+    for files, steps, seeds in ((ours, 6, [0, 1, 2]), (theirs, 2, [1, 2])):
+        drawn = [json.loads(read_texts(file)["ldm"])["request"] for file in files]
+        assert [(r["num_inference_steps"], r["seed"]) for r in drawn] == [(steps, seed) for seed in seeds]
 
 
 def truncated(tiny, tmp_path):

@@ -61,6 +61,17 @@ def test_a_file_is_drawn_once_and_the_same_command_again_does_what_is_missing(ba
     assert json.loads(read_texts(files[1])["ldm"])["request"] == lines[1]["request"]
 
 
+def test_syntax_that_is_drawn_as_text_is_told_once_with_its_first_line(batch, file):
+    file.write_text(
+        "a cat\n\n<lora:x:0.8> a cat\n" + "".join(f"a [cat:dog:0.{k}] --n <lora:x:0.8>\n" for k in range(9))
+    )
+    status, out, err = batch("--steps", 1)
+    assert (status, out) == (0, "done 11, failed 0, left 0\n")
+    parts = ["<lora:x:0.8>", *(f"[cat:dog:0.{k}]" for k in range(4))]
+    said = f"{file}:3: read as text, not as commands of the web UI: {', '.join(parts)}, ..."
+    assert err == f"warning: {said}; adapters are given by --lora FILE:WEIGHT\n"
+
+
 def test_options_are_every_record_s_defaults_and_count_gives_seeds(batch, tmp_path):
     words = ["--negative", "a bird", "--sampler", "ddim", "--count", 2, "--seed", 5, "--guidance-interval", 0, "inf"]
     status, out, _ = batch(*words, "--json")

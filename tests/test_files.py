@@ -1,10 +1,14 @@
 """Publishing: the old file or the new one, never a piece."""
 
+import errno
+import os
 import stat
+from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier
 
 import pytest
 
-from ldm.files import publish
+from ldm.files import claim, publish
 
 
 def names(folder):
@@ -42,3 +46,30 @@ def test_a_folder_replaces_a_folder(tmp_path):
             draft.mkdir()
             (draft / name).write_text(name)
     assert names(tmp_path) == ["a"] and names(tmp_path / "a") == ["y"]
+
+
+@pytest.fixture(params=["links", "no links"])
+def links(request, monkeypatch):
+    """File systems that know hard links, and such as do not."""
+
+    def refuse(*_):
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    if request.param == "no links":
+        monkeypatch.setattr(os, "link", refuse)
+
+
+def test_of_many_that_claim_a_name_at_once_one_has_it(tmp_path, links):
+    gate = Barrier(8)
+
+    def write(k):
+        try:
+            with publish(tmp_path / f"{k}", lambda draft, _: (gate.wait(), claim(draft, tmp_path / "a"))) as draft:
+                draft.write_text(f"{k}")
+        except FileExistsError:
+            return None
+        return f"{k}"
+
+    with ThreadPoolExecutor(8) as pool:
+        (winner,) = filter(None, pool.map(write, range(8)))
+    assert names(tmp_path) == ["a"] and (tmp_path / "a").read_text() == winner

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import json
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -29,9 +28,10 @@ from ldm.commands.options import (
     within,
     writable,
 )
+from ldm.commands.teller import teller
+from ldm.commands.unread import Unread
 
 if TYPE_CHECKING:
-    from ldm.jobs.driver import State
     from ldm.jobs.engines import Engine
     from ldm.jobs.worker import Job
     from ldm.pipeline import Pipeline
@@ -44,7 +44,6 @@ SETTINGS = [
     for name, parameter in inspect.signature(generate).parameters.items()
     if name not in OWN
 ]
-EACH = 1.0  # seconds between two lines for programs
 
 
 @dataclass(frozen=True)
@@ -143,7 +142,8 @@ def batch(
     )
     pipe = opener(None if engine == "inline" else "cpu")
     source = open_source(file, requested(settings, pipe), count=count, wildcards=wildcards, expand=expand)
-    source.check(pipe.resolve)
+    unread = Unread()
+    source.check(pipe.resolve, unread.hear)
     if axes is not None:
         grids.layout(((pipe.resolve(entry.request).record(), None) for entry in source), axes)
     writable(out)
@@ -159,6 +159,7 @@ def batch(
         part,
         expiry,
     )
+    unread.say()
     with faults():
         status = run(job, pipe, source.name, lambda job: start(job, devices), check, timeout, as_json, opener.words)
         gallery.write(job.folder)
@@ -233,40 +234,6 @@ def faults() -> Iterator[None]:
 
         print(f"error: {reason(error)}", file=sys.stderr)
         raise typer.Exit(1) from None
-
-
-@contextmanager
-def teller(as_json: bool) -> Iterator[Callable[..., None]]:
-    """Says how far a job is: lines of JSON on stdout, or a bar on stderr and a last line on stdout."""
-    import time
-
-    from rich.console import Console
-    from rich.progress import Progress
-
-    console, told = Console(stderr=True), [0.0]
-    with Progress(console=console, transient=True, disable=as_json or not console.is_terminal) as bar:
-        task = bar.add_task("", total=None)
-
-        def tell(state: State, last: bool = False) -> None:
-            total = state.done + state.failed + state.left
-            bar.update(task, total=total, completed=state.done + state.failed, description=described(state))
-            if as_json and (last or time.monotonic() - told[0] >= EACH):
-                told[0] = time.monotonic()
-                print(json.dumps(state.record()), flush=True)
-            elif last:
-                print(f"done {state.done}, failed {state.failed}, left {state.left}")
-
-        yield tell
-
-
-def described(state: State) -> str:
-    """A state in a few words."""
-    seconds = state.seconds_left
-    left = "" if seconds is None else f", {seconds / 60:.0f} min left"
-    return (
-        f"done {state.done}, failed {state.failed}, left {state.left}; "
-        f"{state.rate:.2f} images/s{left}; {state.batch_size} at a time"
-    )
 
 
 def parted(word: str) -> tuple[int, int]:

@@ -6,7 +6,7 @@ import json
 import math
 import re
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ldm.commands.options import AsJson, Loras, Model, Words, named, opens_model, weighted, within, writable
+from ldm.commands.unread import Unread
 
 if TYPE_CHECKING:
     from ldm.pipeline import Pipeline
@@ -105,7 +106,10 @@ def generate(
     )
     requests = [pipe.resolve(replace(settings, prompt=text, seed=seed + k)) for text in texts for k in range(count)]
     writable(out)
-    warn([*texts, negative or ""])
+    unread = Unread()
+    for request in requests:
+        unread.hear(request)
+    unread.say()
     files = draw(pipe, model.name, requests, out)
     for file in files if not as_json else ():
         print(file)
@@ -114,34 +118,37 @@ def generate(
         print(json.dumps({"images": records}))
 
 
-def warn(prompts: Iterable[str]) -> None:
-    """Say on stderr, in a line, what of the web UI's syntax is drawn as mere text."""
-    from ldm.nn.prompts import unread
-
-    if found := list(dict.fromkeys(part for prompt in prompts for part in unread(prompt))):
-        cure = "; adapters are given by --lora FILE:WEIGHT" if any("<" in part for part in found) else ""
-        print(f"warning: read as text, not as commands of the web UI: {', '.join(found)}{cure}", file=sys.stderr)
-
-
 def finite(value: float) -> float | None:
     """None for infinity, which JSON does not have."""
     return value if value < math.inf else None
 
 
 def draw(pipe: Pipeline, model: str, requests: Sequence[Request], out: Path) -> list[Path]:
-    """Write each picture once it is finished, with progress on stderr; the files in the order of the requests."""
+    """Write each picture once it is finished, with progress on stderr; the files in the order of the requests.
+
+    Where another run has taken a name meanwhile, the pictures that are left are numbered anew, after all there are.
+    """
     from rich.console import Console
     from rich.progress import Progress
 
+    from ldm.files import claim
     from ldm.images import save_png
 
-    files = [out / name for name in names(requests, free(out))]
+    first, files = free(out), dict[int, Path]()
+    numbered = names(requests, first)
     console = Console(stderr=True)
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("drawing", total=len(requests))
         for k, picture in pipe.stream(requests, lambda share: bar.advance(task, share)):
-            save_png(picture, files[k], pipe.texts_of(requests[k], model))
-    return files
+            while k not in files:
+                path = out / numbered[k]
+                try:
+                    save_png(picture, path, pipe.texts_of(requests[k], model), claim)
+                    files[k] = path
+                except FileExistsError:
+                    first = max(first + 1, free(out))
+                    numbered = names(requests, first)
+    return [files[k] for k in range(len(requests))]
 
 
 def free(out: Path) -> int:

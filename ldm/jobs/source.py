@@ -87,11 +87,16 @@ class Source:
             except ValueError as error:
                 raise ValueError(self._said(row.line, error)) from None
 
-    def check(self, resolve: Callable[[Request], object]) -> int:
+    def check(
+        self,
+        resolve: Callable[[Request], object],
+        heard: Callable[[Request, str], object] = lambda request, where: None,
+    ) -> int:
         """Read the whole file, ask `resolve` (as `Pipeline.resolve`) about its requests, and count them.
 
-        Of pictures that differ in their seeds alone the first and the last are asked about. ValueError tells the first
-        five faults, each with its line, and the number of the rest.
+        Of pictures that differ in their seeds alone the first and the last are asked about; `heard` is told what was
+        asked, and its file and line. ValueError tells the first five faults, each with its line, and the number of the
+        rest.
         """
         told: list[str] = []
         faults = total = 0
@@ -99,7 +104,8 @@ class Source:
             try:
                 for record in self._records(row.read()):
                     for k in {0, record.size - 1} if record.fixed else range(record.size):
-                        resolve(record[k])
+                        resolve(request := record[k])
+                        heard(request, self._place(row.line))
                     total += record.size
             except ValueError as error:
                 faults += 1
@@ -150,8 +156,10 @@ class Source:
 
     def _said(self, line: int, error: ValueError) -> str:
         """A fault as it is told."""
-        line = error.line if isinstance(error, Fault) else line
-        return f"{self.name}:{line}: {error}" if line else f"{self.name}: {error}"
+        return f"{self._place(error.line if isinstance(error, Fault) else line)}: {error}"
+
+    def _place(self, line: int) -> str:
+        return f"{self.name}:{line}" if line else self.name
 
 
 PICTURES = {  # neighbouring records often share a picture
