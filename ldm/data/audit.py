@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from ldm.config import FolderData, Recipe
@@ -13,13 +13,14 @@ from ldm.data.captions import caption_faults, reading_faults
 from ldm.data.duplicates import near, same_files
 from ldm.data.encodings import latent_faults
 from ldm.data.networks import Networks, networks_of
-from ldm.data.pictures import Surveyed, buckets_of, source_of, survey
-from ldm.data.samples import NOTICES, Fault, Sample
+from ldm.data.pictures import Surveyed, buckets_of, held_out, source_of, survey
+from ldm.data.samples import HELD_OUT, NOTICES, Fault, Sample
 from ldm.data.scans import scans, shape_faults
 
 Severity = Literal["error", "warning", "notice"]
 SEVERITIES: tuple[Severity, ...] = ("error", "warning", "notice")
-AGAIN = ("same picture", "other caption")  # the same file
+AGAIN = ("same picture", "other caption", "held out too")  # the same file
+OF_ALL = {"one caption", "few pictures", "no new word", "buckets"}  # kinds that say nothing of what is held out
 SEVERITY: Mapping[str, Severity] = {  # by kind; all others are errors
     **dict.fromkeys(("file name", "markup", "mojibake", "says nothing", "cut caption", "one caption"), "warning"),
     **dict.fromkeys((*AGAIN, "looks the same", "few pictures"), "warning"),
@@ -68,15 +69,19 @@ def quick(recipe: Recipe) -> Report:
 def audit(recipe: Recipe, all_latents: bool = False, said: Said = lambda what, done, total: None) -> Report:
     """All that `quick` tells, and what only decoded pictures and their latents do; `said` hears how far it is.
 
-    The latents of 64 pictures, spread evenly, are looked at, or of all. ValueError as for `quick`.
+    The latents of 64 pictures, spread evenly, are looked at, or of all; what is held out is decoded, not encoded.
+    ValueError as for `quick`.
     """
     seen = _look(recipe)
     found = list(scans(seen.samples, recipe.folder.masks, lambda done: said("decoding", done, len(seen.samples))))
-    faults = [*seen.faults, *(fault for scan in found for fault in scan.faults)]
+    apart = [sample for sample, _ in seen.held]
+    others = list(scans(apart, "none", lambda done: said("decoding what is held out", done, len(apart))))
+    faults = [*seen.faults, *(fault for scan in (*found, *others) for fault in scan.faults)]
     if recipe.folder.masks != "none" and seen.samples and not any(scan.masked for scan in found):
         faults.append(Fault("no masks", "data.masks", f"{recipe.folder.masks!r}, and no picture has one"))
     again = {fault.key for fault in seen.faults if fault.kind in AGAIN}
-    prints = [(s, scan.print) for s, scan in zip(seen.samples, found, strict=True) if scan.print and s.key not in again]
+    both = zip((*seen.samples, *apart), (*found, *others), strict=True)
+    prints = [(sample, scan.print) for sample, scan in both if scan.print and sample.key not in again]
     faults += near([sample for sample, _ in prints], [print for _, print in prints])
     if seen.networks:
         rows = [row for row, scan in zip(seen.rows, found, strict=True) if scan.print]
@@ -87,13 +92,17 @@ def audit(recipe: Recipe, all_latents: bool = False, said: Said = lambda what, d
 
 @dataclass(frozen=True)
 class _Seen:
-    """A recipe's data, as far as heads of files and captions tell; `samples` are those that can be placed."""
+    """A recipe's data, as far as heads of files and captions tell; `samples` are those that can be placed.
+
+    `held` are those held out, whose keys say so.
+    """
 
     recipe: Recipe
     networks: Networks | None
     samples: Sequence[Sample]
     looks: Sequence[Surveyed]
     faults: Sequence[Fault]
+    held: Sequence[tuple[Sample, Surveyed]] = ()
 
     @property
     def rows(self) -> list[tuple[Sample, Surveyed]]:
@@ -101,14 +110,23 @@ class _Seen:
 
 
 def _look(recipe: Recipe) -> _Seen:
-    source, faults = source_of(recipe.folder), list[Fault]()
+    faults, apart, held = list[Fault](), list[Fault](), list[tuple[Sample, Surveyed]]()
     networks = _networks(recipe, faults)
-    samples, looks = _placed(source.samples, recipe.folder, faults)
-    faults += [*source.faults, *caption_faults(source.samples, recipe.folder.instance_prompt)]
-    faults += same_files(samples, [look.digest for look in looks])
+    rows = _read(recipe.folder, networks, faults)
+    if data := held_out(recipe):
+        held = [(replace(s, key=HELD_OUT + s.key), look) for s, look in _read(data, networks, apart)]
+    faults += [fault._replace(key=HELD_OUT + fault.key) for fault in apart if fault.kind not in OF_ALL]
+    faults += same_files([sample for sample, _ in (*rows, *held)], [look.digest for _, look in (*rows, *held)])
+    return _Seen(recipe, networks, [sample for sample, _ in rows], [look for _, look in rows], faults, held)
+
+
+def _read(data: FolderData, networks: Networks | None, faults: list[Fault]) -> list[tuple[Sample, Surveyed]]:
+    """The samples that have a place in a bucket, and what was seen of them."""
+    source = source_of(data)
+    faults += [*source.faults, *caption_faults(source.samples, data.instance_prompt)]
     if networks:
         faults += reading_faults(source.samples, networks.tokenizer, networks.words)
-    return _Seen(recipe, networks, samples, looks, faults)
+    return _placed(source.samples, data, faults)
 
 
 def _networks(recipe: Recipe, faults: list[Fault]) -> Networks | None:
@@ -125,17 +143,16 @@ def _networks(recipe: Recipe, faults: list[Fault]) -> Networks | None:
     return networks
 
 
-def _placed(samples: Sequence[Sample], data: FolderData, faults: list[Fault]) -> tuple[list[Sample], list[Surveyed]]:
-    """The samples that have a place in a bucket, and what was seen of them."""
+def _placed(samples: Sequence[Sample], data: FolderData, faults: list[Fault]) -> list[tuple[Sample, Surveyed]]:
     try:
         found = survey(samples, buckets_of(data))
     except ValueError as error:
         faults.append(Fault("buckets", "data.resolution", str(error)))
-        return [], []
+        return []
     placed = [(sample, look) for sample, look in zip(samples, found, strict=True) if isinstance(look, Surveyed)]
     faults += [look for look in found if isinstance(look, Fault)]
     faults += [fault for sample, look in placed for fault in shape_faults(sample, look)]
-    return [sample for sample, _ in placed], [look for _, look in placed]
+    return placed
 
 
 def _report(seen: _Seen, faults: Sequence[Fault], foreseen: Mapping[str, Any] | None = None) -> Report:
@@ -144,7 +161,7 @@ def _report(seen: _Seen, faults: Sequence[Fault], foreseen: Mapping[str, Any] | 
         needed = footprint.disk(seen.recipe, seen.networks, seen.looks)["total"]
         faults = [*faults, *footprint.room(seen.recipe.output_dir, needed)]
     order = sorted(set(faults), key=lambda fault: (SEVERITIES.index(severity_of(fault)), fault))
-    return Report(tuple(order), foreseen or {}, {sample.key: (sample, look) for sample, look in seen.rows})
+    return Report(tuple(order), foreseen or {}, {row[0].key: row for row in (*seen.rows, *seen.held)})
 
 
 def _foreseen(seen: _Seen) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 from scipy.fft import dctn
 
-from ldm.data.samples import Fault, Sample
+from ldm.data.samples import HELD_OUT, Fault, Sample
 
 SIDE = 32  # pixels a side of what is hashed
 DISTANCE = 10  # of 64 bits: pictures whose hashes differ in no more may be the same;
@@ -38,18 +38,23 @@ def perceptual_hash(picture: Image.Image) -> int:
 
 
 def same_files(samples: Sequence[Sample], digests: Sequence[str]) -> Iterator[Fault]:
-    """A fault for each sample whose file's bytes an earlier one has."""
+    """A fault for each sample whose file's bytes an earlier one has; those held out come last."""
     first: dict[str, Sample] = {}
     for sample, digest in zip(samples, digests, strict=True):
         other = first.setdefault(digest, sample)
-        if other.caption != sample.caption:
+        if leaks(sample, other):
+            yield Fault("held out too", sample.key, f"the same file as {other.key}, which is learnt from")
+        elif other.caption != sample.caption:
             yield Fault("other caption", sample.key, f"the same file as {other.key}, which says {other.caption[:60]!r}")
         elif other is not sample:
             yield Fault("same picture", sample.key, f"the same file as {other.key}")
 
 
 def near(samples: Sequence[Sample], prints: Sequence[Print]) -> Iterator[Fault]:
-    """A fault for each sample that nearly looks like an earlier one: n samples take n^2 / 2 comparisons of 64 bits."""
+    """A fault for each sample that nearly looks like an earlier one; those held out come last.
+
+    n samples take n^2 / 2 comparisons of 64 bits.
+    """
     bits = np.array([each.bits for each in prints], np.uint64)
     colours = np.array([each.colours for each in prints], np.int16).reshape(len(prints), 3 * THUMBNAIL**2)
     for row in range(1, len(bits)):
@@ -57,6 +62,12 @@ def near(samples: Sequence[Sample], prints: Sequence[Print]) -> Iterator[Fault]:
         alike = np.flatnonzero(apart <= DISTANCE)
         levels = np.abs(colours[alike] - colours[row]).mean(1)
         if (close := levels <= LEVELS).any():
-            other = int(alike[close][0])
-            what = f"looks like {samples[other].key}: {apart[other]} of 64 bits and {levels[close][0]:.1f} levels apart"
-            yield Fault("looks the same", samples[row].key, what)
+            number = int(alike[close][0])
+            sample, other = samples[row], samples[number]
+            what = f"looks like {other.key}: {apart[number]} of 64 bits and {levels[close][0]:.1f} levels apart"
+            yield Fault("held out too" if leaks(sample, other) else "looks the same", sample.key, what)
+
+
+def leaks(sample: Sample, other: Sample) -> bool:
+    """Is one held out that is learnt from as the other?"""
+    return sample.key.startswith(HELD_OUT) > other.key.startswith(HELD_OUT)

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from ldm.config import FolderData
+from ldm.config import FolderData, Recipe, TuneObjective
 from ldm.data import choices
 from ldm.data.buckets import Buckets, Placement, Size
 from ldm.data.folders import open_source
@@ -39,6 +39,15 @@ def source_of(data: FolderData) -> Source:
     """The samples and faults of a recipe's data."""
     columns = Columns(data.image_column, data.caption_column, data.mask_column)
     return open_source(data.train_data_dir, Options(columns, data.masks, data.instance_prompt))
+
+
+def held_out(recipe: Recipe) -> FolderData | None:
+    """The recipe's held-out pictures as data, read as the others are but always shown alike; None without any."""
+    objective = recipe.objective
+    if not isinstance(objective, TuneObjective) or not objective.validation_data_dir:
+        return None
+    still = {"center_crop": True, "random_flip": False, "shuffle_caption": False, "masks": "none"}
+    return recipe.folder.model_copy(update={**still, "train_data_dir": (objective.validation_data_dir,)})
 
 
 def buckets_of(data: FolderData) -> Buckets:

@@ -16,6 +16,7 @@ UNREADABLE = {".heic", ".heif", ".svg", ".psd", ".xcf", ".jxl", ".cr2", ".cr3", 
 CAPTIONS = (".txt", ".caption")
 MASK = ".mask.png"
 LITTER = {"thumbs.db", "desktop.ini", "__macosx"}
+HELD_OUT = "held out: "  # before the keys of pictures that are not learnt from
 NOTICES = {"skipped", "animated", "colour profile"}  # kinds of fault that no training needs to refuse
 
 

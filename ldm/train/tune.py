@@ -18,7 +18,7 @@ from ldm.conditioning import Conditioning
 from ldm.config import FolderData, Recipe, TuneObjective
 from ldm.data import visits as order
 from ldm.data.latents import LatentCache, digest, fingerprint
-from ldm.data.pictures import FolderDataset, Kept
+from ldm.data.pictures import FolderDataset, Kept, held_out
 from ldm.files import publish
 from ldm.hardware import autocast, frozen_dtype
 from ldm.images import contact_sheet, from_uint8
@@ -84,9 +84,7 @@ class TuneTask:
             self.dataset.fill(lambda done: said(done, ways))
         self.weights = row_weights(self.dataset, objective, len(data.train_data_dir))
         self.held_out = None
-        if objective.validation_data_dir:
-            still = {"center_crop": True, "random_flip": False, "shuffle_caption": False, "masks": "none"}
-            plain = data.model_copy(update={**still, "train_data_dir": (objective.validation_data_dir,)})
+        if plain := held_out(recipe):
             self.held_out = make(plain, 1, recipe.seed, kept=kept)
             self.held_out.fill()
 

@@ -7,7 +7,8 @@ from collections import Counter
 
 import pytest
 import torch
-from faults import FAULTS, PLACES, beside, file, sound
+from faults import FAULTS, PLACES, beside, caption, encoded, file, smooth, sound
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from shapes import write
 
@@ -150,6 +151,35 @@ def test_one_caption_for_all_is_told_unless_it_was_asked_for(tiny, tmp_path):
     assert len([path.unlink() for path in few]) == 6
     again = recipe_of(tiny, tmp_path, ["p"], {"instance_prompt": "a dog", "masks": "none"})
     assert told(audit(again)) == {("few pictures", "a dog")}
+
+
+def test_what_is_held_out_is_audited_too_and_must_not_be_learnt_from(tiny, root):
+    apart = root.parent / "apart"
+    tune = {"kind": "tune", "pretrained_model_name_or_path": str(tiny), "method": "full", "validation_data_dir": apart}
+    recipe = recipe_of(tiny, root, objective=tune)
+    assert told(audit(recipe)) == {("missing folder", "held out: apart")}
+    write(apart / "beside", {f"{k}.png": file(k) for k in range(300, 302)})  # few, and of one caption: no fault here
+    write(apart / "beside", {f"{k}.txt": "a red star" for k in range(300, 302)})
+    assert audit(recipe).faults == ()
+    again = encoded(smooth(3, 80, 80).resize((72, 72)), "JPEG", quality=80)
+    wall = encoded(Image.new("RGB", (64, 64), "teal"))
+    planted = {
+        ("held out too", beside(apart, "copy.png", file(2, 48, 96), "something else")),
+        ("held out too", beside(apart, "saved-again.jpg", again, caption(9))),
+        ("same picture", beside(apart, "twice.png", file(301), "a red star")),
+        ("broken picture", beside(apart, "words.png", "once upon a time")),
+        ("blank picture", beside(apart, "wall.png", wall)),
+        ("small picture", beside(apart, "icon.png", file(303, 24, 24))),
+        ("mojibake", beside(apart, "garbled.png", file(304), "a cafÃ©")),
+        ("cut caption", beside(apart, "long.png", file(305), "a red star, " * 12)),
+        ("empty caption", beside(apart, "blank.png", file(306), " ").replace("png", "txt")),
+    }
+    report = audit(recipe)
+    assert {(fault.kind, fault.key) for fault in report.faults} == {
+        (kind, f"held out: beside/{key}") for kind, key in planted
+    }
+    assert {fault.kind for fault in report.of("error")} == {"broken picture", "empty caption"}
+    assert report.forecast == audit(recipe_of(tiny, root)).forecast
 
 
 def test_a_word_to_be_learnt_must_be_said(tiny, tmp_path):
