@@ -47,11 +47,10 @@ def unlike(model: Blueprint, scheduler: Mapping[str, Any], family: Family) -> li
     """Where a directory differs from a family: fields of configurations, tokenizers, the noise schedule."""
     if model.towers.keys() != family.towers.keys():
         return [f"text encoders {' and '.join(model.towers)}"]
+    faults = []
     for folder, config in family.configs.items():
         ours, theirs = facts(folder, model.networks[folder].config), facts(folder, _resolved(folder, config))
-        if faults := [f"{folder} has {n} = {ours.get(n)}" for n in ours | theirs if ours.get(n) != theirs.get(n)]:
-            return faults
-    faults = []
+        faults += [f"{folder} has {n} = {ours.get(n)}" for n in ours | theirs if ours.get(n) != theirs.get(n)]
     alphas, usual = table({**scheduler, "rescale_betas_zero_snr": False}), table(family.scheduler)
     if alphas.shape != usual.shape or not torch.allclose(alphas, usual, rtol=1e-6):
         faults.append("another noise schedule")

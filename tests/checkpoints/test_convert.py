@@ -352,6 +352,14 @@ def test_a_fault_of_a_folder_is_named_and_leaves_no_trace(case, fault, folder, t
     assert str(folder) in message or case == "no family"
 
 
+@pytest.mark.parametrize("name, unlike", [("sd1", "sd1"), ("sd2-v", "sd2-base"), ("sdxl", "sdxl")])
+def test_a_spoilt_folder_is_compared_with_the_family_that_it_nearly_is(name, unlike, folders, tmp_path):
+    shutil.copytree(folders(name), tmp_path / "folder")
+    edit(tmp_path / "folder" / "scheduler/scheduler_config.json", beta_end=0.013)
+    with pytest.raises(ValueError, match=f"; unlike {unlike}: another noise schedule$"):
+        convert(tmp_path / "folder", tmp_path / "out.safetensors")
+
+
 def test_a_folder_of_no_family_is_no_single_file(tiny, tmp_path):
     with pytest.raises(ValueError, match=rf"{tiny}: of no family that a single file could stand for; unlike "):
         convert(tiny, tmp_path / "out.safetensors")
