@@ -135,6 +135,10 @@ Data = Annotated[
 ]
 
 
+# YAML reads no as false
+Precision = Annotated[Literal["auto", "no", "bf16", "fp16"], BeforeValidator(lambda v: "no" if v is False else v)]
+
+
 class Recipe(Record):
     """One training: what is learnt, from which data, and how long; option names are those of diffusers' scripts.
 
@@ -163,7 +167,7 @@ class Recipe(Record):
     ema_decay: float = Field(0.999, ge=0, lt=1)
     posthoc_steps: int = Field(0, ge=0)  # between snapshots of two power-function averages; 0: none
     posthoc_dtype: Literal["float16", "bfloat16", "float32"] = "float16"
-    mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "auto"  # auto: bf16 where the device multiplies it
+    mixed_precision: Precision = "auto"  # auto: bf16 where the device multiplies it
     dataloader_num_workers: int = Field(1, ge=0)
     checkpointing_steps: int = Field(500, gt=0)
     checkpoints_total_limit: int = Field(2, gt=0)
@@ -189,7 +193,7 @@ class Recipe(Record):
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML in which a repeated key is an error, `1e-4` a number (YAML 1.1 wants `1.0e-4`), and `no` a word."""
+    """YAML in which a repeated key is an error and `1e-4` is a number (YAML 1.1 wants `1.0e-4`)."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         seen = set()
@@ -202,11 +206,6 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-_Loader.yaml_implicit_resolvers = {
-    first: [(tag, regexp) for tag, regexp in resolvers if tag != "tag:yaml.org,2002:bool"]
-    for first, resolvers in _Loader.yaml_implicit_resolvers.items()
-}
-_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^([Tt]rue|[Ff]alse)$"), list("tTfF"))
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
 )

@@ -15,7 +15,7 @@ def publish(path: Path, place: Callable[[Path, Path], object] = os.replace) -> I
     """A path beside `path` to write to (a file, or a folder made by the caller); renamed to `path` on success.
 
     Write aside, fsync, chmod 0644, rename, fsync the folder. On an exception the draft is removed, `path` stays.
-    `place` is `claim` for a file that must not take another's place.
+    `place` is `claim` for what must not take another's place.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -26,7 +26,7 @@ def publish(path: Path, place: Callable[[Path, Path], object] = os.replace) -> I
         for file in [draft, *draft.rglob("*")] if draft.is_dir() else [draft]:
             file.chmod(0o755 if file.is_dir() else 0o644)
             sync(file)
-        if draft.is_dir() and path.exists():  # a folder cannot be renamed over a full one
+        if draft.is_dir() and path.exists() and place is not claim:  # a folder cannot be renamed over a full one
             old = path.parent / f".{path.name}.{os.getpid()}.old"
             path.rename(old)
             draft.rename(path)
@@ -39,7 +39,11 @@ def publish(path: Path, place: Callable[[Path, Path], object] = os.replace) -> I
 
 
 def claim(draft: Path, path: Path) -> None:
-    """Name a file; FileExistsError, and nothing done, where something has the name, whoever else claims it now."""
+    """Name a file or a folder; FileExistsError, and nothing done, where something has the name, even since just now."""
+    if draft.is_dir():
+        path.mkdir()
+        draft.rename(path)
+        return
     try:
         os.link(draft, path)
     except FileExistsError:

@@ -4,7 +4,7 @@
 
 Each job is run again until it ends, and then compared with one that nothing disturbed: manifest and files, bit for bit.
 A line for each engine says who was killed how often. `all` also compares pictures that were drawn in batches of 1 to 8,
-and by 1 to 4 workers. The test suite does 20 kills, 4 on Ray, and batches of 1, 3 and 8.
+and by 1 to 4 workers. The test suite does 20 kills, 4 on Ray where it is installed, and batches of 1, 3, 8.
 """
 
 from __future__ import annotations

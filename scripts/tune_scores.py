@@ -1,6 +1,6 @@
 """Did a tuning learn what it was shown, and what did it forget? The model before and after it, with 95 % intervals.
 
-    python scripts/tune_scores.py configs/tune-lora.yaml [--draws 4] [--keep "a banana" ...] [--json FILE]
+    python scripts/tune_scores.py configs/tune-lora.yaml [--draws 4] [--keep "a banana" ...]
 
 Held out are the pictures of the recipe's `validation_data_dir`. Before and after see the same noise.
 
@@ -9,7 +9,7 @@ Held out are the pictures of the recipe's `validation_data_dir`. Before and afte
   the held-out pictures and what the model drew from the same captions before it was tuned, with other seeds. Right is
   a held-out picture of the same caption. For prompts that are to stay as they were, right is a drawing of before.
 
-Intervals are of means over pictures, by Student's t, and of shares by Clopper and Pearson.
+Intervals are Student's, over pictures and over captions.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from torch import Tensor
 
 from ldm import Pipeline, Request
 from ldm.checkpoints.formats import locate
-from ldm.config import TuneObjective, load_recipe
-from ldm.data.folders import open_source
+from ldm.config import FolderData, TuneObjective, load_recipe
+from ldm.data.pictures import held_out, source_of
 from ldm.decode import decode
 from ldm.diffusion.likelihood import elbo
 from ldm.diffusion.spacing import log_snr
@@ -67,21 +67,14 @@ def bounds(pipe: Pipeline, z: Tensor, captions: Sequence[str], strata: int = 12,
     return torch.cat(found).double().numpy()
 
 
-def gain(name: str, before: np.ndarray, after: np.ndarray) -> dict[str, float]:
-    """The mean difference in nats and its interval; printed."""
+def gain(name: str, form: str, before: np.ndarray, after: np.ndarray) -> dict[str, float]:
+    """The mean difference of pairs and its interval, printed in a format."""
     more = after - before
     half = stats.t.ppf(0.975, len(more) - 1) * stats.sem(more)
-    low, high = more.mean() - half, more.mean() + half
-    print(f"{name}: {before.mean():.1f} to {after.mean():.1f} nats, {more.mean():+.1f} ({low:+.1f} to {high:+.1f})")
-    return {"before": before.mean(), "after": after.mean(), "gain": more.mean(), "low": low, "high": high}
-
-
-def share(name: str, right: np.ndarray) -> dict[str, float]:
-    """How many are right and the interval of their share; printed."""
-    test = stats.binomtest(int(right.sum()), len(right))
-    interval = test.proportion_ci()
-    print(f"{name}: {test.k} of {test.n}, {test.statistic:.0%} ({interval.low:.0%} to {interval.high:.0%})")
-    return {"right": test.k, "of": test.n, "share": test.statistic, "low": interval.low, "high": interval.high}
+    found = {"before": before.mean(), "after": after.mean(), "gain": more.mean()}
+    found = {**found, "low": found["gain"] - half, "high": found["gain"] + half}
+    print("{}: {} to {}, {} ({} to {})".format(name, *(format(value, form) for value in found.values())), flush=True)
+    return found
 
 
 class Judge:
@@ -95,17 +88,44 @@ class Judge:
         return self.tower(from_uint8(np.stack([np.array(picture) for picture in pictures])))
 
     def retrieved(self, asking: Shown, right: Shown, wrong: Shown) -> np.ndarray:
-        """Whether the nearest of all is among the right ones, and has the caption of the picture that asks."""
+        """Of each caption of pictures that ask, the share whose nearest of all is a right one of the same caption."""
         found = self.vectors([*right.pictures, *wrong.pictures])
         nearest = (self.vectors(asking.pictures) @ found.T).argmax(1).tolist()
         captions = [*right.captions, *[None] * len(wrong.captions)]
-        return np.array([captions[n] == caption for n, caption in zip(nearest, asking.captions, strict=True)])
+        hits = np.array([captions[n] == caption for n, caption in zip(nearest, asking.captions, strict=True)])
+        asked = np.array(asking.captions)
+        return np.array([hits[asked == caption].mean() for caption in dict.fromkeys(asking.captions)])
 
 
-def held_out(objective: TuneObjective) -> Shown:
-    assert objective.validation_data_dir, "validation_data_dir: no pictures are held out"
-    samples = open_source([objective.validation_data_dir]).samples
+def pictures_of(data: FolderData) -> Shown:
+    samples = source_of(data).samples
     return Shown([decode(sample.open()).rgb for sample in samples], [sample.caption for sample in samples])
+
+
+def likelihoods(pipes: Sequence[Pipeline], new: Shown, old: Shown) -> dict[str, dict[str, float]]:
+    """The bounds of held-out pictures and of those drawn before."""
+    found = {}
+    for name, shown in (("held out", new), ("drawn before", old)):
+        posterior = pipes[0].encode(shown.pictures)
+        z = posterior.sample(Noise(range(len(shown.pictures)))(posterior.mean))
+        before, after = (bounds(pipe, z, shown.captions) for pipe in pipes)
+        found[name] = gain(f"nats of {len(z)} pictures {name}", ",.1f", before, after)
+    return found
+
+
+def retrievals(
+    pipes: Sequence[Pipeline], judge: Judge, new: Shown, old: Shown, draws: int, guidance: float
+) -> dict[str, dict[str, float]]:
+    """The shares of drawings from held-out captions, and from old prompts, that find what they should."""
+    fresh, kept = (list(dict.fromkeys(shown.captions)) for shown in (new, old))
+    rivals = drawn(pipes[0], fresh, draws, BEFORE, guidance)
+    found = {}
+    for name, prompts, right, wrong in (("new", fresh, new, rivals), ("old", kept, old, new)):
+        asking = (drawn(pipe, prompts, draws, SECOND, guidance) for pipe in pipes)
+        before, after = (judge.retrieved(shown, right, wrong) for shown in asking)
+        told = f"of {draws} drawings each of {len(prompts)} {name} captions find their own"
+        found[name] = gain(told, ".1%", before, after)
+    return found
 
 
 def main() -> None:
@@ -113,27 +133,22 @@ def main() -> None:
     parser.add_argument("recipe", type=Path)
     parser.add_argument("--draws", type=int, default=4, help="pictures of a prompt")
     parser.add_argument("--keep", nargs="+", default=list(KEEP), help="prompts that are to stay as they were")
+    parser.add_argument("--scores", nargs="+", choices=["likelihood", "retrieval"], default=["likelihood", "retrieval"])
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     recipe = load_recipe(args.recipe)
-    objective, guidance = recipe.objective, recipe.validation_guidance
-    assert isinstance(objective, TuneObjective)
-    before = untuned(objective)
-    after = METHODS[objective.method].reopen(objective, recipe.output_dir / "export")
-    new = held_out(objective)
-    old = drawn(before, args.keep, args.draws, BEFORE, guidance)
+    objective, guidance, data = recipe.objective, recipe.validation_guidance, held_out(recipe)
+    if not isinstance(objective, TuneObjective) or data is None:
+        parser.error(f"{args.recipe}: no tuning with validation_data_dir")
+    tuned = METHODS[objective.method].reopen(objective, recipe.output_dir / "export")
+    pipes = untuned(objective), tuned
+    new, old = pictures_of(data), drawn(pipes[0], args.keep, args.draws, BEFORE, guidance)
     figures = {}
-    for name, shown in (("held out", new), ("drawn before", old)):
-        posterior = before.encode(shown.pictures)
-        z = posterior.sample(Noise(range(len(shown.pictures)))(posterior.mean))
-        values = [bounds(pipe, z, shown.captions) for pipe in (before, after)]
-        figures[f"elbo, {name}"] = gain(f"log p(z | caption) of {len(z)} pictures {name}", *values)
-    judge, captions = Judge(locate(source(objective)) / "image_encoder"), list(dict.fromkeys(new.captions))
-    rivals = drawn(before, captions, args.draws, BEFORE, guidance)
-    for when, pipe in (("before", before), ("after", after)):
-        for name, prompts, right, wrong in (("new", captions, new, rivals), ("old", args.keep, old, new)):
-            found = judge.retrieved(drawn(pipe, prompts, args.draws, SECOND, guidance), right, wrong)
-            figures[f"retrieval, {name}, {when}"] = share(f"{name} prompts find their pictures, {when}", found)
+    if "likelihood" in args.scores:
+        figures["likelihood"] = likelihoods(pipes, new, old)
+    if "retrieval" in args.scores:
+        judge = Judge(locate(source(objective)) / "image_encoder")
+        figures["retrieval"] = retrievals(pipes, judge, new, old, args.draws, guidance)
     if args.json:
         args.json.write_text(json.dumps(figures, indent=2) + "\n")
 

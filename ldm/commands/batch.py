@@ -124,6 +124,7 @@ def batch(
     from ldm.diffusion.spacing import choose
     from ldm.jobs import gallery, grids
     from ldm.jobs.engines import ENGINES, places
+    from ldm.jobs.manifest import FOLDER
     from ldm.jobs.outputs import OUTPUTS
     from ldm.jobs.source import open_source
     from ldm.jobs.worker import Job
@@ -145,7 +146,7 @@ def batch(
     unread = Unread()
     source.check(pipe.resolve, unread.hear)
     if axes is not None:
-        grids.layout(((pipe.resolve(entry.request).record(), None) for entry in source), axes)
+        grids.check(out, (pipe.resolve(entry.request).record() for entry in source), axes)
     writable(out)
     entries = source if engine == "inline" else replace(source, kept=None)
     job = Job(
@@ -164,7 +165,8 @@ def batch(
         status = run(job, pipe, source.name, lambda job: start(job, devices), check, timeout, as_json, opener.words)
         gallery.write(job.folder)
         if axes is not None:
-            grids.write(job.folder, axes)
+            with job.leases() as leases, leases.alone(FOLDER):  # two commands that end together come one at a time
+                grids.write(job.folder, axes)
     raise typer.Exit(status)
 
 

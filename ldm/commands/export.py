@@ -14,7 +14,7 @@ from ldm.commands.options import AsJson, within, writable
 
 def export(
     job: Annotated[Path, typer.Argument(metavar="JOB", help="Folder of `ldm batch`.", show_default=False)],
-    out: Annotated[Path, typer.Option(help="Folder of the data set: a new or an empty one.", show_default=False)],
+    out: Annotated[Path, typer.Option(help="Folder of the data set, a new one.", show_default=False)],
     to: Annotated[str, typer.Option(help="webdataset (tars) or parquet.")] = "webdataset",
     shard_size: Annotated[int, typer.Option(help="Pictures in a file.")] = 1000,
     as_json: AsJson = False,

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from ldm.pipeline import Pipeline
 
 Weight = float | tuple[float, float]  # of an adapter, or its two: of the U-Net and of the text encoders
-WEIGHED = re.compile(r"(.+):([-+]?(?:\d+\.?\d*|\.\d+|inf|nan))", re.DOTALL)  # FILE:WEIGHT
+WEIGHED = re.compile(r"(.+):([-+]?(?:(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?|inf|nan))", re.DOTALL)  # FILE:WEIGHT
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object, for programs.")]
 Loras = Annotated[
     list[str] | None,

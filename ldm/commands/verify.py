@@ -69,8 +69,6 @@ def recorded(model: Model, record: Mapping[str, Any], file: Path) -> Model:
 
 def pictures(path: Path) -> list[Path]:
     """The picture file at a path, or all below a folder but hidden ones, a gallery's thumbnails and contact sheets."""
-    from ldm.jobs.gallery import THUMBS
-    from ldm.jobs.grids import GRIDS
     from ldm.jobs.outputs import OUTPUTS
 
     if not path.exists():
@@ -79,8 +77,18 @@ def pictures(path: Path) -> list[Path]:
         return [path]
     suffixes = {f".{output.suffix}" for output in OUTPUTS.values()} | {".jpeg"}
     below = (file for file in path.rglob("*") if file.suffix.lower() in suffixes)
-    made = THUMBS, GRIDS
-    return sorted(f for f in below if not any(p.startswith(".") or p in made for p in f.relative_to(path).parts))
+    return sorted(file for file in below if not derived(file, path))
+
+
+def derived(file: Path, root: Path) -> bool:
+    """Is a file below a folder hidden, or what a job makes of its pictures?"""
+    from ldm.jobs.gallery import THUMBS
+    from ldm.jobs.grids import GRIDS
+
+    if any(part.startswith(".") for part in file.relative_to(root).parts):
+        return True
+    above = [folder for folder in file.parents if folder.is_relative_to(root)]
+    return any(folder.name in (THUMBS, GRIDS) and (folder.parent / "job.json").exists() for folder in above)
 
 
 def claims(files: list[Path]) -> Iterator:

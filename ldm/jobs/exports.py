@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import os
 import tarfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
@@ -14,7 +15,7 @@ from typing import IO, Any, NamedTuple
 
 from ldm.checkpoints.files import read_json
 from ldm.data.tables import arrow
-from ldm.files import publish
+from ldm.files import claim, publish
 from ldm.jobs.manifest import files, rows
 from ldm.request import Request
 
@@ -44,21 +45,25 @@ def export(folder: Path, out: Path, kind: str, size: int, told: Callable[[int, i
     """Write a job's finished pictures to `out` in shards of `size`, all or nothing; the numbers of pictures and shards.
 
     `kind` is one of `KINDS`; `told` hears how many pictures of how many are written. Of each picture about 350 bytes
-    are kept in memory. ValueError where `out` is there and not empty, the folder is no job's or has no picture, or a
-    picture is not the one that was finished; OSError with a file's name where `out` cannot be written.
+    are kept in memory. ValueError where `out` is there, the folder is no job's or has no picture, or a picture is not
+    the one that was finished; OSError with a file's name where `out` cannot be written.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"{out}: is there already, and is not an empty folder")
+    if os.path.lexists(out):
+        raise ValueError(f"{out}: is there already")
     with ExitStack() as stack:
         places, model, (suffix, write) = index(folder, stack), named(folder), KINDS[kind]
         starts = range(0, len(places), size)
-        with publish(out.absolute()) as draft:
+
+        def picture(at: int) -> Picture:
+            told(at, len(places))
+            return read(folder, places[at], model)
+
+        with publish(out.absolute(), claim) as draft:
             draft.mkdir()
             for k, start in enumerate(starts):
                 shard = draft / f"{k:06d}.{suffix}"
-                told(start, len(places))
                 try:
-                    write(shard, (read(folder, place, model) for place in places[start : start + size]))
+                    write(shard, (picture(at) for at in range(start, min(start + size, len(places)))))
                 except OSError as error:
                     error.filename = error.filename or str(out / shard.name)  # a write that fails names no file
                     raise

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -50,10 +51,18 @@ def layout(entries: Iterable[tuple[Mapping[str, Any], T]], axes: Sequence[str]) 
     if any(area(cells) > CELLS for cells in found.values()):
         raise ValueError(f"--grid {','.join(axes)}: more than {CELLS} cells in a sheet")
     titled = [name for name in others if name == "prompt" or name in differ]
-    return [
-        (" · ".join(prefix(name) + text for name, text in zip(others, key, strict=True) if name in titled), cells)
-        for key, cells in found.items()
-    ]
+
+    def title(key: tuple[str, ...]) -> str:
+        told = ((name, text) for name, text in zip(others, key, strict=True) if name in titled and text)
+        return " · ".join(prefix(name) + text for name, text in told)
+
+    return [(title(key), cells) for key, cells in found.items()]
+
+
+def check(folder: Path, records: Iterable[Mapping[str, Any]], axes: Sequence[str]) -> None:
+    """ValueError where requests, with those that a job's folder has already, make too large a grid."""
+    held = (line["request"] for line in read(folder)[0]) if folder.is_dir() else ()
+    layout(((record, None) for record in chain(records, held)), axes)
 
 
 def area(cells: Cells) -> int:
@@ -95,4 +104,6 @@ def shown(value: Any) -> str:
     """A value as text; lists and nothing as the page writes them."""
     if isinstance(value, list | tuple):
         return ", ".join(map(shown, value))
+    if isinstance(value, Mapping):  # a picture's pixels
+        return str(value["sha256"])[:8]
     return "none" if value is None else f"{value:g}" if isinstance(value, float) else str(value)

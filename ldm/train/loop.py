@@ -150,7 +150,7 @@ def tidy(recipe: Recipe) -> None:
         for draft in recipe.output_dir.glob(pattern):
             remove(draft)
     with publish(recipe.output_dir / "recipe.json") as draft:
-        draft.write_text(json.dumps(recipe.model_dump(mode="json"), indent=2) + "\n")
+        draft.write_text(json.dumps(state.resolved(recipe).model_dump(mode="json"), indent=2) + "\n")
 
 
 class Interrupt:

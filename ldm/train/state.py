@@ -15,9 +15,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ldm.checkpoints.files import sha256
-from ldm.config import Recipe
+from ldm.config import Recipe, TuneObjective
 from ldm.files import publish, remove
+from ldm.hardware import frozen_dtype, mixed
 from ldm.train.ema import Average
+from ldm.train.processes import process
 
 SHAPING = ("objective", "data", "seed", "train_batch_size", "optimizer")  # with another value it is another training
 FREE = ("objective.attention",)
@@ -95,9 +97,19 @@ def checkpoints(folder: Path) -> list[Path]:
 
 def shape(recipe: Recipe) -> dict[str, Any]:
     """What may not change in the middle of a training: the options of `SHAPING`, by dotted names."""
-    values = recipe.model_dump(mode="json")
+    values = resolved(recipe).model_dump(mode="json")
     flat = {name: value for key in SHAPING for name, value in _flat(values[key], key)}
     return {name: value for name, value in flat.items() if name not in FREE}
+
+
+def resolved(recipe: Recipe) -> Recipe:
+    """The recipe with what its automatic precisions mean on this machine."""
+    device, objective = process().device, recipe.objective
+    if isinstance(objective, TuneObjective):
+        dtype = str(frozen_dtype(objective.frozen_dtype, device)).removeprefix("torch.")
+        objective = objective.model_copy(update={"frozen_dtype": dtype})
+    precision = mixed(recipe.mixed_precision, device)
+    return recipe.model_copy(update={"objective": objective, "mixed_precision": precision})
 
 
 def _flat(value: Any, name: str) -> Iterator[tuple[str, Any]]:

@@ -57,12 +57,13 @@ def test_what_learns_is_counted(tiny, tmp_path, pipe):
     assert footprint.trainable(words, networks) == 2 * 32
 
 
-def test_memory_is_that_of_the_rows_that_are_on_a_device_at_a_time(tiny, tmp_path):
-    recipe, networks = tuned(tiny, tmp_path, "full")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_memory_is_that_of_the_rows_that_are_on_a_device_at_a_time(tiny, tmp_path, dtype):
+    recipe, networks = tuned(tiny, tmp_path, "full", frozen_dtype=dtype)
     found = footprint.memory(recipe, networks, [(32, 32), BUCKET])
     learns = footprint.trainable(recipe, networks)
     assert found["activations"] == footprint.activations(recipe, networks, BUCKET, 3)
     assert found["gradients"] == found["averages"] == 4 * learns and found["optimizer"] == 8 * learns
     assert found["total"] == sum(value for name, value in found.items() if name != "total")
     others = sum(p.numel() for n in ("vae", "text_encoder") for p in networks.model.networks[n].parameters())
-    assert found["frozen_weights"] == 2 * others
+    assert found["frozen_weights"] == getattr(torch, dtype).itemsize * others

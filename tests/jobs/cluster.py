@@ -40,8 +40,13 @@ def serve(listener: socket.socket) -> None:
     quiet = os.open(os.devnull, os.O_RDWR)
     for stream in range(3):
         os.dup2(quiet, stream)
-    while True:
-        caller, _ = listener.accept()
+    parent = os.getppid()
+    listener.settimeout(5)
+    while os.getppid() == parent:
+        try:
+            caller, _ = listener.accept()
+        except TimeoutError:
+            continue
         if os.fork():
             caller.close()
             continue
@@ -123,6 +128,7 @@ def clustered() -> Iterator[Nodes]:
         warm = os.fork()
         if not warm:
             serve(listener)
+            os._exit(0)
         path = os.pathsep.join([os.path.dirname(__file__), *filter(None, sys.path)])
         pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": log}
         environment = {**os.environ, "PYTHONPATH": path}

@@ -41,7 +41,7 @@ def go(job: Job, pipe: Pipeline, check: bool = False, start: Callable[[Job], Any
     """The exit status of `ldm batch` on a job whose model and source are at hand."""
     try:
         with faults():
-            return run(job, pipe, "list", start or (lambda job: Inline(job, [None])), check, 60.0, True)
+            return run(job, pipe, "list", start or (lambda job: Inline(job, [None])), check, 120.0, True)
     except typer.Exit as end:
         return end.exit_code
 

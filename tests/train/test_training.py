@@ -92,11 +92,12 @@ def test_yaml_refuses_a_repeated_key_and_reads_1e_4_as_a_number(tmp_path, recipe
         load_recipe(path)
 
 
-def test_no_is_a_word_and_no_truth_value(tmp_path, recipe_file):
+def test_no_precision_is_a_word_and_elsewhere_a_truth_value(tmp_path, recipe_file):
     path = recipe_file("autoencoder")
     assert load_recipe(path, ["mixed_precision=no"]).mixed_precision == "no"
     path.write_text(path.read_text() + "\nmixed_precision: no\n")
     assert load_recipe(path).mixed_precision == "no"
+    assert load_recipe(path, ["optimizer_options.amsgrad=no"]).optimizer_options == {"amsgrad": False}
     shown = load_recipe(ROOT / "configs" / "tune-lora.yaml", ["data.random_flip=yes", "data.center_crop=False"]).folder
     assert shown.random_flip is True and shown.center_crop is False
 
