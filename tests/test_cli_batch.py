@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from ldm.checkpoints.formats import load
 from ldm.checkpoints.lora_save import save_adapter
 from ldm.commands.options import Model, named, weighted
 from ldm.images import read_texts
-from ldm.jobs import gallery
+from ldm.jobs import gallery, grids
 from ldm.nn.lora import Adapter, Delta, LoRA
 
 PROMPTS = "a cat --d 7\ntwo stars\n# no prompt\na cat --d 7\na dog --w 48\n"
@@ -175,7 +176,7 @@ def test_the_gallery_s_command_opens_the_job_s_model_adapters_and_words_and_draw
 
 
 @pytest.mark.parametrize(
-    "word", ["a:2:1", "a:2:1:1", "a:2", "x=a:2:0.5:0.25", "a=b.safetensors:2", "hub/id:0.5", "x=y"]
+    "word", ["a:2:1", "a:2:1:1", "a:2", "a:5e-05", "x=a:2:0.5:0.25", "a=b.safetensors:2", "hub/id:0.5", "x=y"]
 )
 def test_an_adapter_s_word_reads_back_as_it_was(dressed, monkeypatch, word):
     monkeypatch.chdir(dressed)
@@ -205,6 +206,16 @@ def test_grids_and_exports_lie_in_the_job_s_folder_and_verify_passes_them_by(ldm
     assert (status, err) == (0, "") and len(said.splitlines()) == 6
     assert batch("--count", 2, "--check")[:2] == (0, "done 6, failed 0, left 0\n")
     assert (out / "parquet" / "000000.parquet").is_file()
+    lone = shutil.copytree(out / "images", tmp_path / "grids")  # of that name, and no job's
+    assert len(ldm_("verify", tmp_path / "grids", "--model", tiny)[1].splitlines()) == len([*lone.rglob("*.png")]) == 6
+
+
+def test_a_grid_counts_what_the_folder_has_already_before_anything_is_drawn(batch, tmp_path, monkeypatch):
+    assert batch()[0] == 0
+    drawn = manifest(tmp_path / "out")
+    monkeypatch.setattr(grids, "SHEETS", 3)
+    status, _, err = batch("--negative", "rain", "--grid", "seed")
+    assert status == 2 and "--grid seed: more than 3 sheets" in err and manifest(tmp_path / "out") == drawn
 
 
 def test_a_signal_finishes_what_is_being_drawn_and_the_job_goes_on(ldm_, tiny, tmp_path):

@@ -48,6 +48,18 @@ def test_a_folder_replaces_a_folder(tmp_path):
     assert names(tmp_path) == ["a"] and names(tmp_path / "a") == ["y"]
 
 
+def test_a_folder_that_is_claimed_replaces_nothing(tmp_path):
+    with pytest.raises(FileExistsError), publish(tmp_path / "a", claim) as draft:
+        draft.mkdir()
+        (tmp_path / "a").mkdir()
+        (tmp_path / "a" / "x").touch()
+    assert names(tmp_path) == ["a"] and names(tmp_path / "a") == ["x"]
+    with publish(tmp_path / "b", claim) as draft:
+        draft.mkdir()
+        (draft / "y").touch()
+    assert names(tmp_path / "b") == ["y"]
+
+
 @pytest.fixture(params=["links", "no links"])
 def links(request, monkeypatch):
     """File systems that know hard links, and such as do not."""

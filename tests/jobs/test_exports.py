@@ -180,7 +180,7 @@ def test_a_picture_that_is_not_as_it_was_finished_is_named_and_nothing_is_writte
         ),
         (lambda f: None, ["--to", "zip"], "--to 'zip': choose from webdataset, parquet"),
         (lambda f: None, ["--shard-size", 0], "--shard-size 0"),
-        (lambda f: None, ["--out", "JOB"], "is there already, and is not an empty folder"),
+        (lambda f: None, ["--out", "JOB/images"], "is there already"),
         (lambda f: None, ["--out", "JOB/job.json"], "Not a directory"),
     ],
 )
