@@ -1,10 +1,15 @@
 """The number format that pays: asked of the hardware, not assumed."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
 from ldm import hardware
+from ldm.config import load_recipe
+from ldm.train import state
 
+ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
 
 
@@ -29,3 +34,15 @@ def test_auto_is_bfloat16_only_where_the_cpu_multiplies_it(found, dtype, name, m
 def test_what_a_recipe_asks_for_by_name_is_taken():
     assert hardware.frozen_dtype("bfloat16", CPU) == torch.bfloat16
     assert [hardware.mixed(name, CPU) for name in ("no", "bf16", "fp16")] == ["no", "bf16", "fp16"]
+
+
+@pytest.mark.parametrize("found, dtype, name", [({"amx_bf16": True}, "bfloat16", "bf16"), ({}, "float32", "no")])
+def test_a_checkpoint_says_what_auto_meant_so_that_another_machine_cannot_go_on_otherwise(
+    found, dtype, name, monkeypatch
+):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: found, raising=False)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    recipe = load_recipe(ROOT / "configs" / "tune-lora.yaml")
+    assert recipe.mixed_precision == recipe.objective.frozen_dtype == "auto"
+    assert state.shape(recipe)["objective.frozen_dtype"] == dtype
+    assert state.resolved(recipe).mixed_precision == name
