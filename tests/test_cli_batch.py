@@ -210,6 +210,12 @@ def test_grids_and_exports_lie_in_the_job_s_folder_and_verify_passes_them_by(ldm
     assert len(ldm_("verify", tmp_path / "grids", "--model", tiny)[1].splitlines()) == len([*lone.rglob("*.png")]) == 6
 
 
+def test_a_grid_is_drawn_in_a_folder_that_was_there_already(batch, tmp_path):
+    (tmp_path / "out").mkdir()
+    assert batch("--grid", "seed")[0] == 0
+    assert len([*(tmp_path / "out" / "grids" / "seed").iterdir()]) == 3
+
+
 def test_a_grid_counts_what_the_folder_has_already_before_anything_is_drawn(batch, tmp_path, monkeypatch):
     assert batch()[0] == 0
     drawn = manifest(tmp_path / "out")

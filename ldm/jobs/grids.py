@@ -12,6 +12,7 @@ from ldm.files import publish
 from ldm.images import save_png
 from ldm.jobs import sheets
 from ldm.jobs.gallery import LABELS, fields, read
+from ldm.jobs.manifest import WHOLE
 
 GRIDS = "grids"
 SHEETS, CELLS = 100, 1000  # of a grid; of a sheet: about 70 million pixels
@@ -61,7 +62,7 @@ def layout(entries: Iterable[tuple[Mapping[str, Any], T]], axes: Sequence[str]) 
 
 def check(folder: Path, records: Iterable[Mapping[str, Any]], axes: Sequence[str]) -> None:
     """ValueError where requests, with those that a job's folder has already, make too large a grid."""
-    held = (line["request"] for line in read(folder)[0]) if folder.is_dir() else ()
+    held = (line["request"] for line in read(folder)[0]) if (folder / WHOLE).is_file() else ()
     layout(((record, None) for record in chain(records, held)), axes)
 
 
