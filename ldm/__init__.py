@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 from ldm.version import VERSION as __version__
 
 if TYPE_CHECKING:
-    from ldm.pipeline import Output, Pipeline
+    from ldm.pipeline import PipelineOutput, Pipeline
     from ldm.request import Request
 
-__all__ = ["Output", "Pipeline", "Request", "__version__"]
+__all__ = ["PipelineOutput", "Pipeline", "Request", "__version__"]
 
 
 def __getattr__(name: str) -> Any:

@@ -39,17 +39,19 @@ def main() -> None:
     try:
         status = app(args=sys.argv[1:] or ["--help"], standalone_mode=False)
     except ValueError as error:
-        status = fail(str(error))
+        status = print_error(str(error))
     except (KeyboardInterrupt, typer.Abort):
         status = 130
     except Exception as error:
         if not hasattr(error, "format_message"):
             raise
-        status = fail(error.format_message())  # typer's own: an unknown command or option, a value of the wrong type
+        status = print_error(
+            error.format_message()
+        )  # typer's own: an unknown command or option, a value of the wrong type
     sys.exit(status or 0)
 
 
-def fail(message: str) -> int:
+def print_error(message: str) -> int:
     print("error:", " ".join(message.split()), file=sys.stderr)
     return 2
 

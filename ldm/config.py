@@ -12,11 +12,11 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
 
 
-class Record(BaseModel):
+class FrozenConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class SceneData(Record):
+class SceneDataConfig(FrozenConfig):
     """Scenes composed from the sprites of `scripts/build_dataset.py`."""
 
     sprites: Path
@@ -25,7 +25,7 @@ class SceneData(Record):
     latents: int = Field(0, ge=0)  # scenes encoded beforehand and visited again and again (diffusion only)
 
 
-class FolderData(Record):
+class ImageDataConfig(FrozenConfig):
     """People's own captioned pictures; names are those of diffusers' scripts, and kohya's where those have none."""
 
     train_data_dir: Annotated[tuple[Path, ...], BeforeValidator(lambda v: (v,) if isinstance(v, str | Path) else v)]
@@ -46,7 +46,7 @@ class FolderData(Record):
     keep_tokens: int = Field(0, ge=0)  # but for the first few
 
 
-class AutoencoderObjective(Record):
+class AutoencoderObjective(FrozenConfig):
     """The KL autoencoder: L1 + squared error + image gradients + a small KL to N(0, I)."""
 
     kind: Literal["autoencoder"]
@@ -57,7 +57,7 @@ class AutoencoderObjective(Record):
     kl_weight: float = 3e-4
 
 
-class ClipObjective(Record):
+class ClipObjective(FrozenConfig):
     """Text and image towers, trained to find one another."""
 
     kind: Literal["clip"]
@@ -68,7 +68,7 @@ class ClipObjective(Record):
     projection_dim: int
 
 
-class ScoreObjective(Record):
+class ScoreMatchingObjective(FrozenConfig):
     """What all trainings of a score have in common."""
 
     weighting: str = "uniform"
@@ -79,7 +79,7 @@ class ScoreObjective(Record):
     attention: str = "sdpa"
 
 
-class DiffusionObjective(ScoreObjective):
+class DiffusionObjective(ScoreMatchingObjective):
     """The latent U-Net."""
 
     kind: Literal["diffusion"]
@@ -91,7 +91,7 @@ class DiffusionObjective(ScoreObjective):
     rescale_betas_zero_snr: bool = False  # end in pure noise (Lin et al. 2024)
 
 
-class TuneObjective(ScoreObjective):
+class FinetuneObjective(ScoreMatchingObjective):
     """A pretrained model, or a part of it, on people's own pictures; prediction and schedule are the model's own."""
 
     kind: Literal["tune"]
@@ -115,7 +115,7 @@ class TuneObjective(ScoreObjective):
     validation_data_dir: Path | None = None  # held-out pictures, read as the others are
 
     @model_validator(mode="after")
-    def _complete(self) -> TuneObjective:
+    def _check_required_fields(self) -> FinetuneObjective:
         needed = {"class_prompt"} if self.prior_preservation else set()
         if self.method == "textual_inversion":
             needed |= {"placeholder_token", "initializer_token"}
@@ -126,29 +126,33 @@ class TuneObjective(ScoreObjective):
         return self
 
 
-def _kind_of_data(values: Any) -> str:
-    return "scenes" if isinstance(values, SceneData) or (isinstance(values, dict) and "sprites" in values) else "folder"
+def _data_tag(values: Any) -> str:
+    return (
+        "scenes"
+        if isinstance(values, SceneDataConfig) or (isinstance(values, dict) and "sprites" in values)
+        else "folder"
+    )
 
 
-Data = Annotated[
-    Annotated[SceneData, Tag("scenes")] | Annotated[FolderData, Tag("folder")], Discriminator(_kind_of_data)
+DataConfig = Annotated[
+    Annotated[SceneDataConfig, Tag("scenes")] | Annotated[ImageDataConfig, Tag("folder")], Discriminator(_data_tag)
 ]
 
 
 # YAML reads no as false
-Precision = Annotated[Literal["auto", "no", "bf16", "fp16"], BeforeValidator(lambda v: "no" if v is False else v)]
+MixedPrecision = Annotated[Literal["auto", "no", "bf16", "fp16"], BeforeValidator(lambda v: "no" if v is False else v)]
 
 
-class Recipe(Record):
+class Recipe(FrozenConfig):
     """One training: what is learnt, from which data, and how long; option names are those of diffusers' scripts.
 
     `train_batch_size` is the whole batch of one optimizer step, however many processes and accumulated parts share it.
     """
 
     objective: Annotated[
-        AutoencoderObjective | ClipObjective | DiffusionObjective | TuneObjective, Field(discriminator="kind")
+        AutoencoderObjective | ClipObjective | DiffusionObjective | FinetuneObjective, Field(discriminator="kind")
     ]
-    data: Data
+    data: DataConfig
     output_dir: Path
     seed: int = Field(0, ge=0)
     max_train_steps: int = Field(gt=0)
@@ -167,7 +171,7 @@ class Recipe(Record):
     ema_decay: float = Field(0.999, ge=0, lt=1)
     posthoc_steps: int = Field(0, ge=0)  # between snapshots of two power-function averages; 0: none
     posthoc_dtype: Literal["float16", "bfloat16", "float32"] = "float16"
-    mixed_precision: Precision = "auto"  # auto: bf16 where the device multiplies it
+    mixed_precision: MixedPrecision = "auto"  # auto: bf16 where the device multiplies it
     dataloader_num_workers: int = Field(1, ge=0)
     checkpointing_steps: int = Field(500, gt=0)
     checkpoints_total_limit: int = Field(2, gt=0)
@@ -178,21 +182,21 @@ class Recipe(Record):
     validation_guidance: float = 2.5
 
     @property
-    def scenes(self) -> SceneData:
+    def scene_data(self) -> SceneDataConfig:
         """The data of a training on scenes; ValueError where it is people's own pictures."""
-        if isinstance(self.data, SceneData):
+        if isinstance(self.data, SceneDataConfig):
             return self.data
         raise ValueError(f"data: objective {self.objective.kind} learns from scenes: give sprites")
 
     @property
-    def folder(self) -> FolderData:
+    def image_data(self) -> ImageDataConfig:
         """The data of a training on people's own pictures; ValueError where it is scenes."""
-        if isinstance(self.data, FolderData):
+        if isinstance(self.data, ImageDataConfig):
             return self.data
         raise ValueError(f"data: objective {self.objective.kind} learns from pictures: give train_data_dir")
 
 
-class _Loader(yaml.SafeLoader):
+class _RecipeLoader(yaml.SafeLoader):
     """YAML in which a repeated key is an error and `1e-4` is a number (YAML 1.1 wants `1.0e-4`)."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
@@ -206,7 +210,7 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-_Loader.add_implicit_resolver(
+_RecipeLoader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
 )
 
@@ -214,7 +218,7 @@ _Loader.add_implicit_resolver(
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     """The recipe in a YAML file, with `key.path=value` overrides; ValueError names the file and the key."""
     try:
-        values = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_Loader)
+        values = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_RecipeLoader)
     except OSError as error:
         raise ValueError(f"{path}: {error.strerror}") from None
     except (yaml.YAMLError, ValueError) as error:
@@ -222,36 +226,44 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     if not isinstance(values, dict):
         raise ValueError(f"{path}: expected a mapping of options")
     for item in overrides:
-        _override(values, item)
+        _apply_override(values, item)
     try:
         return Recipe.model_validate(values)
     except ValidationError as error:
-        raise ValueError(f"{path}: {_explain(error)}") from None
+        raise ValueError(f"{path}: {_format_validation_error(error)}") from None
 
 
-def _override(values: dict, item: str) -> None:
-    key, equals, text = item.partition("=")
+def _apply_override(values: dict, override: str) -> None:
+    key, equals, text = override.partition("=")
     if not equals or not key:
-        raise ValueError(f"--set {item}: expected key.path=value")
+        raise ValueError(f"--set {override}: expected key.path=value")
     *parents, last = key.split(".")
     for name in parents:
         values = values.setdefault(name, {})
         if not isinstance(values, dict):
-            raise ValueError(f"--set {item}: {name!r} is not a group of options")
+            raise ValueError(f"--set {override}: {name!r} is not a group of options")
     try:
-        values[last] = yaml.load(text, Loader=_Loader)
+        values[last] = yaml.load(text, Loader=_RecipeLoader)
     except (yaml.YAMLError, ValueError) as error:
-        raise ValueError(f"--set {item}: {' '.join(str(error).split())}") from None
+        raise ValueError(f"--set {override}: {' '.join(str(error).split())}") from None
 
 
-def _explain(error: ValidationError) -> str:
+def _format_validation_error(error: ValidationError) -> str:
     """The first fault in one line, with the nearest valid name of an unknown key."""
     fault = error.errors()[0]
     tags = {"autoencoder", "clip", "diffusion", "tune", "scenes", "folder"}
     place = [str(p) for p in fault["loc"] if p not in tags]
     if fault["type"] != "extra_forbidden":
         return f"{'.'.join(place)}: {fault['msg']}"
-    models = (Recipe, SceneData, FolderData, AutoencoderObjective, ClipObjective, DiffusionObjective, TuneObjective)
+    models = (
+        Recipe,
+        SceneDataConfig,
+        ImageDataConfig,
+        AutoencoderObjective,
+        ClipObjective,
+        DiffusionObjective,
+        FinetuneObjective,
+    )
     close = difflib.get_close_matches(place[-1], {name for m in models for name in m.model_fields}, 1)
     hint = f"; did you mean {close[0]!r}?" if close else ""
     return f"{'.'.join(place)}: unknown option{hint}"

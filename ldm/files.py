@@ -11,34 +11,36 @@ from tempfile import TemporaryFile
 
 
 @contextmanager
-def publish(path: Path, place: Callable[[Path, Path], object] = os.replace) -> Iterator[Path]:
+def atomic_write(path: Path, rename: Callable[[Path, Path], object] = os.replace) -> Iterator[Path]:
     """A path beside `path` to write to (a file, or a folder made by the caller); renamed to `path` on success.
 
     Write aside, fsync, chmod 0644, rename, fsync the folder. On an exception the draft is removed, `path` stays.
-    `place` is `claim` for what must not take another's place.
+    `place` is `rename_noreplace` for what must not take another's place.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.parent / f".{path.name}.{os.getpid()}.part"
-    remove(draft)
+    remove_path(draft)
     try:
         yield draft
         for file in [draft, *draft.rglob("*")] if draft.is_dir() else [draft]:
             file.chmod(0o755 if file.is_dir() else 0o644)
-            sync(file)
-        if draft.is_dir() and path.exists() and place is not claim:  # a folder cannot be renamed over a full one
+            fsync_path(file)
+        if (
+            draft.is_dir() and path.exists() and rename is not rename_noreplace
+        ):  # a folder cannot be renamed over a full one
             old = path.parent / f".{path.name}.{os.getpid()}.old"
             path.rename(old)
             draft.rename(path)
-            remove(old)
+            remove_path(old)
         else:
-            place(draft, path)
-        sync(path.parent)
+            rename(draft, path)
+        fsync_path(path.parent)
     finally:
-        remove(draft)
+        remove_path(draft)
 
 
-def claim(draft: Path, path: Path) -> None:
+def rename_noreplace(draft: Path, path: Path) -> None:
     """Name a file or a folder; FileExistsError, and nothing done, where something has the name, even since just now."""
     if draft.is_dir():
         path.mkdir()
@@ -53,7 +55,7 @@ def claim(draft: Path, path: Path) -> None:
         draft.replace(path)
 
 
-def writable(folder: Path) -> None:
+def ensure_writable_dir(folder: Path) -> None:
     """Make the folder; ValueError where it cannot be made, or nothing can be written in it."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -63,7 +65,7 @@ def writable(folder: Path) -> None:
         raise ValueError(f"{folder}: {error.strerror}") from None
 
 
-def creatable(folder: Path) -> None:
+def check_creatable_dir(folder: Path) -> None:
     """ValueError where the folder is not there and could not be made; nothing is made."""
     try:
         nearest = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
@@ -75,7 +77,7 @@ def creatable(folder: Path) -> None:
         raise ValueError(f"{folder}: not writable")
 
 
-def sync(path: Path) -> None:
+def fsync_path(path: Path) -> None:
     """Flush a file or a folder to the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
@@ -84,7 +86,7 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
-def remove(path: Path) -> None:
+def remove_path(path: Path) -> None:
     """Remove a file or a folder, if it is there."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)

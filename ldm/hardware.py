@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 # accelerate's names of what a network works in
-MIXED = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-MULTIPLIES_BFLOAT16 = ("amx_bf16", "avx512_bf16", "avx10_2", "bf16")  # as torch names them; the last is ARM's
+MIXED_PRECISION_DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+BF16_CPU_FEATURES = ("amx_bf16", "avx512_bf16", "avx10_2", "bf16")  # as torch names them; the last is ARM's
 
 
 def best_device() -> torch.device:
@@ -17,35 +17,35 @@ def best_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def working(device: torch.device) -> torch.dtype:
+def preferred_dtype(device: torch.device) -> torch.dtype:
     """What networks work in where full precision is not asked: bfloat16 where the hardware multiplies it, else float32.
 
     A CPU without such units takes 85 times as long for a product in bfloat16 as for one in float32 (AMD Zen 3, torch
     2.13, 1024 x 1024), one with AMX a fifth to a tenth.
     """
-    return torch.bfloat16 if _multiplies_bfloat16(device) else torch.float32
+    return torch.bfloat16 if _supports_bf16(device) else torch.float32
 
 
-def _multiplies_bfloat16(device: torch.device) -> bool:
+def _supports_bf16(device: torch.device) -> bool:
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     if device.type == "cpu":
         found: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # early torch does not tell
-        return any(found.get(name) for name in MULTIPLIES_BFLOAT16)
+        return any(found.get(name) for name in BF16_CPU_FEATURES)
     return False
 
 
 def autocast(device: torch.device) -> torch.autocast:
     """A context in which matrix products and convolutions run in `working(device)`."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=working(device) == torch.bfloat16)
+    return torch.autocast(device.type, torch.bfloat16, enabled=preferred_dtype(device) == torch.bfloat16)
 
 
-def frozen_dtype(name: str, device: torch.device) -> torch.dtype:
+def resolve_frozen_dtype(name: str, device: torch.device) -> torch.dtype:
     """What weights that do not learn are kept in, by a recipe's name: a dtype's, or auto."""
-    return working(device) if name == "auto" else getattr(torch, name)
+    return preferred_dtype(device) if name == "auto" else getattr(torch, name)
 
 
-def mixed(name: str, device: torch.device) -> str:
+def resolve_mixed_precision(name: str, device: torch.device) -> str:
     """accelerate's name of a recipe's precision: itself, or for auto that of `working(device)`."""
-    names = {dtype: name for name, dtype in MIXED.items()}
-    return names[working(device)] if name == "auto" else name
+    names = {dtype: name for name, dtype in MIXED_PRECISION_DTYPES.items()}
+    return names[preferred_dtype(device)] if name == "auto" else name

@@ -17,8 +17,8 @@ from PIL import Image, ImageChops, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
-from ldm.decode import Decoded, decode
-from ldm.files import publish
+from ldm.decode import DecodedImage, decode_image
+from ldm.files import atomic_write
 
 # Our names in the words of AUTOMATIC1111's web UI; what it has no word for keeps our name.
 A1111_SAMPLERS = {
@@ -59,19 +59,19 @@ def to_pil(images: Tensor) -> list[Image.Image]:
     return [Image.fromarray(pixels) for pixels in to_uint8(images)]
 
 
-def fingerprint(picture: Image.Image) -> dict[str, Any]:
+def image_digest(image: Image.Image) -> dict[str, Any]:
     """What tells a picture from another, as JSON values: its size, and the SHA-256 of its RGB pixels, row by row."""
-    return {"size": list(picture.size), "sha256": hashlib.sha256(picture.convert("RGB").tobytes()).hexdigest()}
+    return {"size": list(image.size), "sha256": hashlib.sha256(image.convert("RGB").tobytes()).hexdigest()}
 
 
-def contact_sheet(pictures: Sequence[Image.Image], captions: Sequence[str], columns: int) -> Image.Image:
+def contact_sheet(images: Sequence[Image.Image], captions: Sequence[str], columns: int) -> Image.Image:
     """Pictures of one size in rows of `columns`, each over its caption."""
-    width, height = pictures[0].size
+    width, height = images[0].size
     wrapped = [textwrap.wrap(caption, width // 5) for caption in captions]
     cell = width + 8, height + 10 + 12 * max(map(len, wrapped))
-    sheet = Image.new("RGB", (columns * cell[0], -(-len(pictures) // columns) * cell[1]), "white")
+    sheet = Image.new("RGB", (columns * cell[0], -(-len(images) // columns) * cell[1]), "white")
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=10)
-    for k, (picture, lines) in enumerate(zip(pictures, wrapped, strict=True)):
+    for k, (picture, lines) in enumerate(zip(images, wrapped, strict=True)):
         x, y = k % columns * cell[0] + 4, k // columns * cell[1] + 4
         sheet.paste(picture, (x, y))
         draw.rectangle((x - 1, y - 1, x + width, y + height), outline="lightgray")
@@ -79,13 +79,15 @@ def contact_sheet(pictures: Sequence[Image.Image], captions: Sequence[str], colu
     return sheet
 
 
-PAIR = re.compile(r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)')  # as the web UI reads name: value
-NEGATIVE = "Negative prompt:"
+INFOTEXT_PATTERN = re.compile(
+    r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)'
+)  # as the web UI reads name: value
+NEGATIVE_PREFIX = "Negative prompt:"
 
 
-def parameters(
+def create_infotext(
     settings: Mapping[str, Any],
-    model: str,
+    model_name: str,
     model_hash: str,
     version: str,
     vae: tuple[str, str] | None = None,
@@ -99,7 +101,7 @@ def parameters(
     """
     lines = [settings["prompt"]]
     if settings["negative_prompt"]:
-        lines.append(f"{NEGATIVE} {settings['negative_prompt']}")
+        lines.append(f"{NEGATIVE_PREFIX} {settings['negative_prompt']}")
     upscale, skip = settings["upscale"], settings["clip_skip"]
     fields = {
         "Steps": settings["num_inference_steps"],
@@ -109,7 +111,7 @@ def parameters(
         "Seed": settings["seed"],
         "Size": f"{settings['width']}x{settings['height']}",
         "Model hash": model_hash[:10],
-        "Model": model,
+        "Model": model_name,
         "VAE hash": vae and vae[1][:10],
         "VAE": vae and vae[0],
         "Denoising strength": settings["upscale_strength"] if upscale else settings["strength"],
@@ -117,43 +119,43 @@ def parameters(
         "RNG": "CPU",
         "Hires upscale": upscale,
         "Hires upscaler": "Lanczos" if upscale else None,
-        "Lora hashes": hashes(loras),
-        "TI hashes": hashes(embeddings),
+        "Lora hashes": format_hashes(loras),
+        "TI hashes": format_hashes(embeddings),
         "Version": f"ldm {version}",
     }
-    pairs = (f"{name}: {quoted(str(value))}" for name, value in fields.items() if value is not None)
+    pairs = (f"{name}: {quote(str(value))}" for name, value in fields.items() if value is not None)
     return "\n".join([*lines, ", ".join(pairs)])
 
 
-def hashes(files: Mapping[str, str] | None) -> str | None:
+def format_hashes(digests: Mapping[str, str] | None) -> str | None:
     """The first digits of files' hashes by name, in one value."""
-    return ", ".join(f"{name}: {digits[:12]}" for name, digits in files.items()) if files else None
+    return ", ".join(f"{name}: {digits[:12]}" for name, digits in digests.items()) if digests else None
 
 
-def read_parameters(text: str) -> dict[str, str]:
-    """What `parameters` says, by its own names, with "Prompt" and "Negative prompt": the web UI's rules of reading.
+def parse_generation_parameters(text: str) -> dict[str, str]:
+    """What `create_infotext` says, by its own names, with "Prompt" and "Negative prompt": the web UI's rules of reading.
 
     Its lines are stripped; a last line of fewer than three pairs belongs to the prompts. The format has no word for a
     prompt with a line that begins with "Negative prompt:".
     """
     *lines, last = text.strip().split("\n")
-    pairs = PAIR.findall(last)
+    pairs = INFOTEXT_PATTERN.findall(last)
     if len(pairs) < 3:
         lines, pairs = [*lines, last], []
     lines = [line.strip() for line in lines]
-    turn = next((k for k, line in enumerate(lines) if line.startswith(NEGATIVE)), len(lines))
-    negative = [line.removeprefix(NEGATIVE).strip() for line in lines[turn:]]
-    prompts = {"Prompt": "\n".join(lines[:turn]), NEGATIVE[:-1]: "\n".join(negative)}
-    return {**prompts, **{name: unquoted(value) for name, value in pairs}}
+    turn = next((k for k, line in enumerate(lines) if line.startswith(NEGATIVE_PREFIX)), len(lines))
+    negative = [line.removeprefix(NEGATIVE_PREFIX).strip() for line in lines[turn:]]
+    prompts = {"Prompt": "\n".join(lines[:turn]), NEGATIVE_PREFIX[:-1]: "\n".join(negative)}
+    return {**prompts, **{name: unquote(value) for name, value in pairs}}
 
 
-def quoted(value: str) -> str:
+def quote(value: str) -> str:
     """A value as the web UI writes it: in JSON's quotes where a comma, colon, newline or quote would be misread."""
     misread = any(c in value for c in ",:\n") or value.startswith('"')
     return json.dumps(value, ensure_ascii=False) if misread else value
 
 
-def unquoted(value: str) -> str:
+def unquote(value: str) -> str:
     """A value as the web UI reads it."""
     try:
         return json.loads(value) if value[:1] == value[-1:] == '"' else value
@@ -162,30 +164,30 @@ def unquoted(value: str) -> str:
 
 
 def save_png(
-    picture: Image.Image,
+    image: Image.Image,
     path: Path,
     texts: Mapping[str, str],
-    place: Callable[[Path, Path], object] = os.replace,
+    rename: Callable[[Path, Path], object] = os.replace,
 ) -> None:
     """Publish a PNG with texts in it (iTXt, UTF-8); the same picture and texts give the same bytes."""
     info = PngInfo()
     for key, value in texts.items():
         info.add_itxt(key, value)
-    with publish(path, place) as draft:
-        picture.save(draft, "PNG", pnginfo=info)
+    with atomic_write(path, rename) as draft:
+        image.save(draft, "PNG", pnginfo=info)
 
 
-def read_picture(path: Path) -> Image.Image:
+def read_image(path: Path) -> Image.Image:
     """A picture file as RGB, as `decode` shows it: upright, in sRGB, transparency on white; ValueError by its name."""
-    return _read(path).rgb
+    return _decode_file(path).rgb
 
 
 def read_mask(path: Path) -> Image.Image:
-    """A mask file as grey, of which white is redrawn, as `redrawn` says; ValueError by its name."""
-    return redrawn(_read(path))
+    """A mask file as grey, of which white is redrawn, as `inpaint_mask` says; ValueError by its name."""
+    return inpaint_mask(_decode_file(path))
 
 
-def redrawn(mask: Decoded) -> Image.Image:
+def inpaint_mask(mask: DecodedImage) -> Image.Image:
     """A mask as grey, of which white is redrawn: it is its brightness, or of one with transparency, its holes.
 
     So do ComfyUI, and whoever erases what is to be redrawn; white strokes on nothing are no holes, but are redrawn
@@ -198,7 +200,7 @@ def redrawn(mask: Decoded) -> Image.Image:
     return mask.alpha if strokes else ImageChops.invert(mask.alpha)
 
 
-def read_texts(path: Path) -> dict[str, str]:
+def read_png_texts(path: Path) -> dict[str, str]:
     """The texts in a PNG; ValueError by its name where the file is not a whole picture."""
     try:
         with Image.open(path) as picture:
@@ -208,8 +210,8 @@ def read_texts(path: Path) -> dict[str, str]:
         raise ValueError(f"{path}: {getattr(error, 'strerror', None) or 'not a picture'}") from None
 
 
-def _read(path: Path) -> Decoded:
+def _decode_file(path: Path) -> DecodedImage:
     try:
-        return decode(path.read_bytes())
+        return decode_image(path.read_bytes())
     except (OSError, ValueError) as error:
         raise ValueError(f"{path}: {getattr(error, 'strerror', None) or error}") from None

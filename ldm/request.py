@@ -9,16 +9,19 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ldm.decode import shown
-from ldm.diffusion.guidance import EVERYWHERE
+from ldm.decode import convert_to_rgb
+from ldm.diffusion.guidance import FULL_INTERVAL
 from ldm.diffusion.samplers import SAMPLERS
 from ldm.diffusion.spacing import SPACINGS, choose
-from ldm.images import fingerprint, redrawn
+from ldm.images import image_digest, inpaint_mask
 
 MAX_SIDE = 8192  # pixels
-MAX_STEPS = 10_000
-STRENGTH, STRENGTH_MASKED = 0.8, 1.0  # diffusers' StableDiffusionImg2ImgPipeline and StableDiffusionInpaintPipeline
-TUPLES = "guidance_interval", "original_size", "crops_coords_top_left", "target_size"
+MAX_INFERENCE_STEPS = 10_000
+DEFAULT_IMG2IMG_STRENGTH, DEFAULT_INPAINT_STRENGTH = (
+    0.8,
+    1.0,
+)  # diffusers' StableDiffusionImg2ImgPipeline and StableDiffusionInpaintPipeline
+TUPLE_FIELDS = "guidance_interval", "original_size", "crops_coords_top_left", "target_size"
 
 
 @dataclass(frozen=True)
@@ -30,7 +33,7 @@ class Request:
     the negative prompt's too. `image` is redrawn by the last `strength` of the steps, and of it only what is white in
     `mask`, which has its proportions or those of what is drawn. It gives the size where none is said, and is stretched
     to one that is, as in diffusers; it is kept as RGB, its transparency on white, the mask as grey, as
-    `ldm.images.redrawn` reads it. `upscale` draws the finished picture again, that much larger, with
+    `ldm.images.inpaint_mask` reads it. `upscale` draws the finished picture again, that much larger, with
     `upscale_strength`. SDXL is told of an original size, a crop's corner and a target size, each (height, width); None
     is the picture's own size.
     """
@@ -59,67 +62,67 @@ class Request:
     latents: Tensor | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
-        for name in TUPLES:
+        for name in TUPLE_FIELDS:
             if isinstance(getattr(self, name), list):  # JSON has no tuples
                 object.__setattr__(self, name, tuple(getattr(self, name)))
-        for name, mode, read in (("image", "RGB", lambda found: found.rgb), ("mask", "L", redrawn)):
+        for name, mode, read in (("image", "RGB", lambda found: found.rgb), ("mask", "L", inpaint_mask)):
             picture = getattr(self, name)
             if isinstance(picture, Image.Image) and picture.mode != mode:
-                object.__setattr__(self, name, read(shown(picture)))
+                object.__setattr__(self, name, read(convert_to_rgb(picture)))
 
-    def record(self) -> dict[str, Any]:
+    def to_record(self) -> dict[str, Any]:
         """The request as JSON values, fingerprints in place of pictures.
 
         `Request(**record)` is the same request, less pictures and latents given from outside.
         """
         values = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "latents"}
-        return {name: fingerprint(v) if isinstance(v, Image.Image) else v for name, v in values.items()}
+        return {name: image_digest(v) if isinstance(v, Image.Image) else v for name, v in values.items()}
 
 
-def interval(request: Request) -> tuple[float, float]:
+def resolve_guidance_interval(request: Request) -> tuple[float, float]:
     """Where a request guides, in sigma/alpha: (low, high]."""
-    low, high = request.guidance_interval or (EVERYWHERE[0], None)
-    return low, EVERYWHERE[1] if high is None else high
+    low, high = request.guidance_interval or (FULL_INTERVAL[0], None)
+    return low, FULL_INTERVAL[1] if high is None else high
 
 
-def usual_strength(request: Request) -> float | None:
+def default_strength(request: Request) -> float | None:
     """The strength of a request that says none: diffusers' defaults; None where there is no image."""
     if request.image is None:
         return None
-    return STRENGTH if request.mask is None else STRENGTH_MASKED
+    return DEFAULT_IMG2IMG_STRENGTH if request.mask is None else DEFAULT_INPAINT_STRENGTH
 
 
-def time_ids(request: Request) -> Tensor:
+def get_add_time_ids(request: Request) -> Tensor:
     """What SDXL is told of sizes, [1, 6] float32: original height and width, the crop's top and left, target size."""
     own = request.height or 0, request.width or 0
     ids = *(request.original_size or own), *request.crops_coords_top_left, *(request.target_size or own)
     return torch.tensor([ids], dtype=torch.float32)
 
 
-def again(request: Request, picture: Image.Image, multiple: int) -> Request:
+def hires_pass(request: Request, image: Image.Image, multiple: int) -> Request:
     """The second pass of a request with `upscale`: its finished picture, larger, drawn again (A1111's "hires. fix")."""
-    width, height = larger(picture.size, request.upscale or 1, multiple)
+    width, height = upscale_size(image.size, request.upscale or 1, multiple)
     strength = request.upscale_strength
-    return replace(request, image=picture, width=width, height=height, strength=strength, upscale=None, latents=None)
+    return replace(request, image=image, width=width, height=height, strength=strength, upscale=None, latents=None)
 
 
-def larger(size: tuple[int, int], factor: float, multiple: int) -> tuple[int, int]:
+def upscale_size(size: tuple[int, int], factor: float, multiple: int) -> tuple[int, int]:
     """A size that much larger, rounded down to fit."""
     width, height = (round(side * factor) // multiple * multiple for side in size)
     return width, height
 
 
-def check(request: Request, multiple: int) -> None:
+def check_request(request: Request, multiple: int) -> None:
     """ValueError for a value that no picture can have, in a request with all defaults filled in."""
-    check_size(request, multiple)
+    check_image_size(request, multiple)
     steps, scale = request.num_inference_steps, request.guidance_scale
-    if steps is None or not 1 <= steps <= MAX_STEPS:
-        raise ValueError(f"steps {steps}: must be from 1 to {MAX_STEPS}")
+    if steps is None or not 1 <= steps <= MAX_INFERENCE_STEPS:
+        raise ValueError(f"steps {steps}: must be from 1 to {MAX_INFERENCE_STEPS}")
     if scale is None or not 0 <= scale <= 1000:  # also refuses NaN
         raise ValueError(f"guidance {scale}: must be from 0 to 1000")
     if not 0 <= request.guidance_rescale <= 1:
         raise ValueError(f"guidance rescale {request.guidance_rescale}: must be from 0 to 1")
-    low, high = interval(request)
+    low, high = resolve_guidance_interval(request)
     if not 0 <= low < high:
         raise ValueError(f"guidance interval {low:g} to {high:g}: must be 0 <= low < high, in sigma/alpha")
     if not 0 <= request.seed < 2**63:
@@ -128,12 +131,12 @@ def check(request: Request, multiple: int) -> None:
     choose(SPACINGS, request.spacing or "", "spacing")
     if not 0 <= request.eta <= 1 or (request.eta and request.sampler != "ddim"):
         raise ValueError(f"eta {request.eta}: must be from 0 to 1, and 0 for samplers other than ddim")
-    check_sizes(request)
-    check_edit(request)
+    check_micro_conditioning(request)
+    check_edit_inputs(request)
     check_upscale(request, multiple)
 
 
-def check_size(request: Request, multiple: int) -> None:
+def check_image_size(request: Request, multiple: int) -> None:
     """ValueError for a size that cannot be drawn."""
     for name in ("height", "width"):
         side, image = getattr(request, name), request.image
@@ -145,7 +148,7 @@ def check_size(request: Request, multiple: int) -> None:
         raise ValueError(f"{name} {side}: must be a multiple of {multiple} from {multiple} to {MAX_SIDE}")
 
 
-def check_sizes(request: Request) -> None:
+def check_micro_conditioning(request: Request) -> None:
     """ValueError for sizes that SDXL cannot be told."""
     for name in ("original_size", "crops_coords_top_left", "target_size"):
         pair = getattr(request, name)
@@ -153,7 +156,7 @@ def check_sizes(request: Request) -> None:
             raise ValueError(f"{name} {pair}: must be two whole numbers from 0 to {2**16}, height before width")
 
 
-def check_edit(request: Request) -> None:
+def check_edit_inputs(request: Request) -> None:
     """ValueError for a change of a picture that cannot be made."""
     steps, strength = request.num_inference_steps or 0, request.strength
     if request.image is None and (request.mask is not None or strength is not None):
@@ -167,7 +170,7 @@ def check_edit(request: Request) -> None:
             raise ValueError(f"{name} {share} of {steps} steps: leaves none")
     if request.image is not None and request.mask is not None:
         mask, sizes = request.mask, (request.image.size, (request.width or 0, request.height or 0))
-        if not any(proportional(mask.size, size) for size in sizes):
+        if not any(same_aspect_ratio(mask.size, size) for size in sizes):
             image = "x".join(map(str, request.image.size))
             raise ValueError(f"mask of {mask.width}x{mask.height}: its image is {image}, other proportions")
 
@@ -179,10 +182,10 @@ def check_upscale(request: Request, multiple: int) -> None:
     size = request.width or 0, request.height or 0
     if not 1 < factor <= MAX_SIDE / max(size):
         raise ValueError(f"upscale {factor}: must be above 1, and draw at most {MAX_SIDE} pixels a side")
-    if any(new <= old for new, old in zip(larger(size, factor, multiple), size, strict=True)):
+    if any(new <= old for new, old in zip(upscale_size(size, factor, multiple), size, strict=True)):
         raise ValueError(f"upscale {factor} of {size[0]}x{size[1]}: must add {multiple} pixels to each side, or more")
 
 
-def proportional(size: tuple[int, int], other: tuple[int, int]) -> bool:
+def same_aspect_ratio(size: tuple[int, int], other: tuple[int, int]) -> bool:
     """Is one size the other times a factor, its sides rounded?"""
     return abs(size[0] * other[1] - size[1] * other[0]) <= max(sum(size), sum(other)) / 2

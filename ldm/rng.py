@@ -11,11 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-RESOLUTION = 18  # levels of the Brownian tree beyond the distance to the nearer end
-DEEPEST = 44
+BROWNIAN_TREE_LEVELS = 18  # levels of the Brownian tree beyond the distance to the nearer end
+MAX_BROWNIAN_TREE_DEPTH = 44
 
 
-def keyed(*parts: int | str) -> int:
+def derive_seed(*parts: int | str) -> int:
     """A seed of 63 bits, BLAKE2b over the parts: the same in every process, machine and version.
 
     What is drawn for a sample is keyed by (seed, sample, visit, purpose), so that it depends on no batch or process.
@@ -23,9 +23,9 @@ def keyed(*parts: int | str) -> int:
     return int.from_bytes(hashlib.blake2b(json.dumps(parts).encode(), digest_size=8).digest(), "big") >> 1
 
 
-def keyed_uniform(*parts: int | str) -> float:
-    """A number in [0, 1), a function of the parts alone: `keyed` over 2^63, rounded down to a float64's 53 bits."""
-    return (keyed(*parts) >> 10) / 2**53
+def derive_uniform(*parts: int | str) -> float:
+    """A number in [0, 1), a function of the parts alone: `derive_seed` over 2^63, rounded down to a float64's 53 bits."""
+    return (derive_seed(*parts) >> 10) / 2**53
 
 
 class Noise:
@@ -36,16 +36,16 @@ class Noise:
     """
 
     def __init__(self, seeds: Sequence[int]) -> None:
-        self.streams = [torch.Generator().manual_seed(seed) for seed in seeds]
-        self.paths = [BrownianPath(seed) for seed in seeds]
+        self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        self.brownian_paths = [BrownianPath(seed) for seed in seeds]
 
     def __call__(self, like: Tensor) -> Tensor:
         """Fresh noise. Row i of the first draw is diffusers' latent of seed i.
 
         That is `torch.randn([1, C, h, w], generator=torch.Generator().manual_seed(seed))`.
         """
-        self._check(like)
-        drawn = [torch.randn(like.shape[1:], generator=g) for g in self.streams]
+        self._check_batch_size(like)
+        drawn = [torch.randn(like.shape[1:], generator=g) for g in self.generators]
         return torch.stack(drawn).to(like, non_blocking=True)
 
     def between(self, like: Tensor, sigma: float, to_sigma: float) -> Tensor:
@@ -53,15 +53,15 @@ class Noise:
 
         A finer grid refines the same path. 1 >= sigma > to_sigma > 0.
         """
-        self._check(like)
+        self._check_batch_size(like)
         shape = like.shape[1:]
         gain = 1 / to_sigma**2 - 1 / sigma**2  # of SNR
-        ends = [(path.at(sigma, shape), path.at(to_sigma, shape)) for path in self.paths]
+        ends = [(path.value_at(sigma, shape), path.value_at(to_sigma, shape)) for path in self.brownian_paths]
         return (torch.stack([b - a for a, b in ends]) / math.sqrt(gain)).to(like, non_blocking=True)
 
-    def _check(self, like: Tensor) -> None:
-        if len(like) != len(self.streams):
-            raise ValueError(f"{len(like)} images, but {len(self.streams)} noise streams")
+    def _check_batch_size(self, like: Tensor) -> None:
+        if len(like) != len(self.generators):
+            raise ValueError(f"{len(like)} images, but {len(self.generators)} noise streams")
 
 
 class BrownianPath:
@@ -74,22 +74,22 @@ class BrownianPath:
 
     def __init__(self, seed: int) -> None:
         self.seed = seed
-        self._known: dict[tuple[float, torch.Size], Tensor] = {}
+        self._cache: dict[tuple[float, torch.Size], Tensor] = {}
 
-    def at(self, sigma: float, shape: torch.Size) -> Tensor:
+    def value_at(self, sigma: float, shape: torch.Size) -> Tensor:
         """B at the noise scale sigma in (0, 1], float32."""
         key = sigma, shape
-        if key not in self._known:
-            if len(self._known) > 1:  # a sampler asks for the ends of its step: the first is the last one's second
-                self._known.pop(next(iter(self._known)))
-            self._known[key] = torch.from_numpy(self._bridge(sigma**2, tuple(shape)) / np.float32(sigma**2))
-        return self._known[key]
+        if key not in self._cache:
+            if len(self._cache) > 1:  # a sampler asks for the ends of its step: the first is the last one's second
+                self._cache.pop(next(iter(self._cache)))
+            self._cache[key] = torch.from_numpy(self._bridge(sigma**2, tuple(shape)) / np.float32(sigma**2))
+        return self._cache[key]
 
     def _bridge(self, u: float, shape: tuple[int, ...]) -> np.ndarray:
         low, high, node = 0.0, 1.0, 1
         left = right = np.zeros(shape, np.float32)
         nearer = min(u, 1 - u)
-        depth = min(DEEPEST, RESOLUTION - math.floor(math.log2(nearer))) if nearer > 0 else 0
+        depth = min(MAX_BROWNIAN_TREE_DEPTH, BROWNIAN_TREE_LEVELS - math.floor(math.log2(nearer))) if nearer > 0 else 0
         for _ in range(depth):
             middle = (low + high) / 2
             rng = np.random.Generator(np.random.Philox(key=np.array([self.seed, node], np.uint64)))

@@ -24,42 +24,42 @@ from _bench import alternate, clock, report
 
 from ldm import Pipeline, Request
 from ldm.jobs import worker
-from ldm.jobs.source import Entry
+from ldm.jobs.source import PromptEntry
 from ldm.jobs.worker import STRICT_ROWS, Job
-from ldm.rng import keyed
-from ldm.scheduler import Scheduler
+from ldm.rng import derive_seed
+from ldm.scheduler import BatchScheduler
 
 
-def draw(scheduler: Scheduler, requests: list[Request]) -> None:
+def draw(scheduler: BatchScheduler, requests: list[Request]) -> None:
     """All of them, with continuous batching."""
     list(scheduler.run(requests, lambda share: None))
 
 
-def draw_grouped(scheduler: Scheduler, requests: list[Request], size: int) -> None:
+def draw_grouped(scheduler: BatchScheduler, requests: list[Request], size: int) -> None:
     """Group after group."""
     for start in range(0, len(requests), size):
         draw(scheduler, requests[start : start + size])
 
 
-def calls(scheduler: Scheduler, run: Callable[[], None]) -> int:
+def calls(scheduler: BatchScheduler, run: Callable[[], None]) -> int:
     """How often a run asks the network."""
-    ask, count = scheduler.calls.function, 0
+    ask, count = scheduler.batched_unet.function, 0
 
     def counted(*rows):
         nonlocal count
         count += 1
         return ask(*rows)
 
-    scheduler.calls.function = counted
+    scheduler.batched_unet.function = counted
     run()
-    scheduler.calls.function = ask
+    scheduler.batched_unet.function = ask
     return count
 
 
 def idle(pipe: Pipeline, requests: list[Request], size: int) -> float:
     """The share of a job's time, from its first call on, in which neither the network nor the decoder was asked."""
     spans: list[tuple[float, float]] = []
-    make = worker.scheduled
+    make = worker.build_worker_scheduler
 
     def timed(function):
         def ask(*rows):
@@ -71,18 +71,18 @@ def idle(pipe: Pipeline, requests: list[Request], size: int) -> float:
 
         return ask
 
-    def watched(job: Job, pipe: Pipeline) -> Scheduler:
+    def watched(job: Job, pipe: Pipeline) -> BatchScheduler:
         scheduler = make(job, pipe)
-        for part in (scheduler.calls, scheduler.decodes):
+        for part in (scheduler.batched_unet, scheduler.batched_decode):
             part.function = timed(part.function)
         return scheduler
 
     with TemporaryDirectory() as folder:
-        entries = [Entry(k + 1, request) for k, request in enumerate(requests)]
-        worker.scheduled = watched
-        worker.work(Job(Path(folder), entries, lambda device: pipe, batch_size=size), threading.Event())
+        entries = [PromptEntry(k + 1, request) for k, request in enumerate(requests)]
+        worker.build_worker_scheduler = watched
+        worker.run_worker(Job(Path(folder), entries, lambda device: pipe, batch_size=size), threading.Event())
         end = time.perf_counter()
-        worker.scheduled = make
+        worker.build_worker_scheduler = make
     busy, reached = 0.0, min(start for start, _ in spans)
     first = reached
     for start, stop in sorted(spans):
@@ -108,7 +108,7 @@ def arguments() -> argparse.Namespace:
 def mixed(pipe: Pipeline, count: int, steps: Sequence[int], size: int) -> list[Request]:
     """Requests of a size whose numbers of steps are drawn from some."""
     asked = Request("a red apple", height=size, width=size)
-    numbers = [steps[keyed(k) % len(steps)] for k in range(count)]
+    numbers = [steps[derive_seed(k) % len(steps)] for k in range(count)]
     return [pipe.resolve(replace(asked, seed=k, num_inference_steps=n)) for k, n in enumerate(numbers)]
 
 
@@ -117,8 +117,8 @@ def main() -> None:
     torch.set_num_threads(1)
     pipe = Pipeline.from_pretrained(device=args.device)
     requests = mixed(pipe, args.images, args.steps, args.size)
-    scheduler = Scheduler(pipe.model, pipe.texts, args.batch)
-    strict = Scheduler(pipe.model, pipe.texts, args.batch, STRICT_ROWS)
+    scheduler = BatchScheduler(pipe.model, pipe.prompt_encoder, args.batch)
+    strict = BatchScheduler(pipe.model, pipe.prompt_encoder, args.batch, STRICT_ROWS)
     contestants = {
         "continuous": partial(draw, scheduler, requests),
         "grouped": partial(draw_grouped, scheduler, requests, args.batch),

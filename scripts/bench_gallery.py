@@ -79,8 +79,8 @@ def write_job(folder: Path, count: int) -> None:
             SETTLED, prompt=" ".join(chance.choices(WORDS, k=12)), seed=k % 1000, eta=chance.randrange(3) / 2
         )
         line: dict[str, Any] = {"id": name, "status": "done", "file": f"images/{name[:2]}/{name}.png", "sha256": ""}
-        lines.append(line | {"line": k + 1, "seconds": 0.4, "request": request.record()})
-        files = folder / str(line["file"]), gallery.thumb(folder, line)
+        lines.append(line | {"line": k + 1, "seconds": 0.4, "request": request.to_record()})
+        files = folder / str(line["file"]), gallery.thumbnail_path(folder, line)
         first = [folder / f"first-{k % KINDS}{file.suffix}" for file in files]
         if k < KINDS:
             save_png(picture(chance, SIDE), first[0], {})
@@ -107,9 +107,9 @@ def measure(browser: Browser, folder: Path, count: int) -> None:
     """Print how long the page of a job takes to be made, to open, to find and to scroll."""
     write_job(folder, count)
     start = time.perf_counter()
-    page = gallery.write(folder)
+    page = gallery.write_gallery(folder)
     made = time.perf_counter() - start
-    size = sum(file.stat().st_size for file in (folder / gallery.DATA).iterdir()) + page.stat().st_size
+    size = sum(file.stat().st_size for file in (folder / gallery.GALLERY_DATA).iterdir()) + page.stat().st_size
     start = time.perf_counter()
     browser.open(page, until="document.querySelectorAll('.tile').length > 0")
     first = time.perf_counter() - start
@@ -148,7 +148,7 @@ def thumbnails(size: int, count: int = 64) -> None:
         for line in lines:
             save_png(picture(chance, size), folder / line["file"], {})
         start = time.perf_counter()
-        gallery.make_thumbs(folder, lines)
+        gallery.make_thumbnails(folder, lines)
         print(f"\na thumbnail of {size}x{size}: {(time.perf_counter() - start) / count * 1e3:.1f} ms")
 
 
@@ -198,7 +198,7 @@ def decoding(browser: Browser, folder: Path, files: Iterable[Path], rounds: int 
 def figure(browser: Browser, job: Path, address: str, out: Path) -> None:
     """Write a picture of a job's page, its levels rounded to multiples of 4: half the bytes, and nothing to be seen."""
     browser.resize(1280, 720)
-    browser.open(gallery.write(job), address, "tiles.size > 0 && !filling")
+    browser.open(gallery.write_gallery(job), address, "tiles.size > 0 && !filling")
     browser.wait("[...document.images].every((img) => img.complete)")
     time.sleep(1)  # the last pictures are painted
     picture = Image.open(io.BytesIO(browser.screenshot())).convert("RGB")

@@ -16,7 +16,7 @@ from _bench import alternate, clock, report
 
 import ldm.nn._torchvision  # noqa: F401  must come before diffusers
 from ldm import Pipeline, Request
-from ldm.pipeline import PICTO
+from ldm.pipeline import PICTO_PATH
 
 from diffusers import DDIMScheduler, StableDiffusionPipeline  # isort: skip
 
@@ -26,7 +26,7 @@ GUIDANCE = 3.0
 
 def diffusers_pipeline(dtype: torch.dtype, channels_last: bool) -> StableDiffusionPipeline:
     """Their pipeline as its documentation makes it; channels_last is the documented tuning for CPUs."""
-    pipe = StableDiffusionPipeline.from_pretrained(PICTO, dtype=dtype, local_files_only=True)
+    pipe = StableDiffusionPipeline.from_pretrained(PICTO_PATH, dtype=dtype, local_files_only=True)
     pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
     pipe.set_progress_bar_config(disable=True)
     if channels_last:
@@ -52,7 +52,7 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     dtype = getattr(torch, args.dtype)
     prompts = (PROMPTS * args.batch)[: args.batch]
-    ours = Pipeline.from_pretrained(PICTO, device="cpu", dtype=dtype, batch_size=args.batch)
+    ours = Pipeline.from_pretrained(PICTO_PATH, device="cpu", dtype=dtype, batch_size=args.batch)
     native = ours.resolve(Request(prompts[0]))
     shape = args.batch, *ours.latent_shape(native)
     noise = torch.randn(shape, generator=torch.Generator().manual_seed(0))
@@ -79,8 +79,8 @@ def main() -> None:
 
 def agree(draw, draw_theirs, ours: Pipeline, theirs: StableDiffusionPipeline, dtype: torch.dtype) -> None:
     """float32: within 2 of 255. bfloat16: no further than 1.15 times diffusers' distance from the float32 picture."""
-    size = ours.scheduler.batch_size
-    exact = pixels(draw(Pipeline.from_pretrained(PICTO, device="cpu", dtype="float32", batch_size=size)))
+    size = ours.batch_scheduler.batch_size
+    exact = pixels(draw(Pipeline.from_pretrained(PICTO_PATH, device="cpu", dtype="float32", batch_size=size)))
     a, b = (pixels(images) for images in (draw(ours), draw_theirs(theirs)))
     if dtype == torch.float32:
         worst = (a - b).abs().max().item()

@@ -24,11 +24,11 @@ from typing import Any
 import torch
 
 from ldm import Pipeline
-from ldm.checkpoints.convert import convert
+from ldm.checkpoints.convert import convert_checkpoint
 from ldm.checkpoints.families import FAMILIES
 from ldm.checkpoints.files import save_tensors, write_json
-from ldm.checkpoints.formats import MODEL_INDEX, Checkpoint, load
-from ldm.checkpoints.keys import skeleton
+from ldm.checkpoints.formats import MODEL_INDEX, Checkpoint, load_checkpoint
+from ldm.checkpoints.keys import build_meta_state_dicts
 from ldm.nn import text
 
 from diffusers import StableDiffusionPipeline  # isort: skip
@@ -43,17 +43,19 @@ MOST = 8.0  # gigabytes of memory that ours may need
 def write(root: Path) -> None:
     """The model as a folder and as a single file; deviations small enough that nothing overflows."""
     folder, g = root / FOLDER, torch.Generator().manual_seed(0)
-    configs = {"unet": FAMILY.unet, "vae": FAMILY.vae, "text_encoder": FAMILY.towers["text_encoder"].config}
-    for name, tensors in skeleton(FAMILY).items():
+    configs = {"unet": FAMILY.unet, "vae": FAMILY.vae, "text_encoder": FAMILY.text_encoders["text_encoder"].config}
+    for name, tensors in build_meta_state_dicts(FAMILY).items():
         (folder / name).mkdir(parents=True)
         values = {n: torch.empty(a.shape, dtype=DTYPE).normal_(0, 0.02, generator=g) for n, a in tensors.items()}
         save_tensors(values, folder / name / f"{NAMES[name]}.safetensors", DTYPE)
         write_json(configs[name], folder / name / "config.json")
-    text.save_tokenizer(text.clip_tokenizer(FAMILY.towers["text_encoder"].pad), folder / "tokenizer")
+    text.save_clip_tokenizer(
+        text.build_clip_tokenizer(FAMILY.text_encoders["text_encoder"].pad_token_id), folder / "tokenizer"
+    )
     (folder / "scheduler").mkdir()
     write_json(FAMILY.scheduler, folder / "scheduler" / "scheduler_config.json")
     write_json({**MODEL_INDEX, "scheduler": ["diffusers", "PNDMScheduler"]}, folder / "model_index.json")
-    convert(folder, root / SINGLE)
+    convert_checkpoint(folder, root / SINGLE)
 
 
 def draw(root: Path) -> Checkpoint:
@@ -63,11 +65,11 @@ def draw(root: Path) -> Checkpoint:
 
 
 LOADERS: dict[str, Callable[[Path], Any]] = {
-    "ldm, folder": lambda root: load(root / FOLDER, CPU, DTYPE),
+    "ldm, folder": lambda root: load_checkpoint(root / FOLDER, CPU, DTYPE),
     "diffusers, folder": lambda root: StableDiffusionPipeline.from_pretrained(
         root / FOLDER, torch_dtype=DTYPE, local_files_only=True
     ),
-    "ldm, single file": lambda root: load(root / SINGLE, CPU, DTYPE, prediction="eps"),
+    "ldm, single file": lambda root: load_checkpoint(root / SINGLE, CPU, DTYPE, prediction="eps"),
     "diffusers, single file": lambda root: StableDiffusionPipeline.from_single_file(
         str(root / SINGLE), config=str(root / FOLDER), torch_dtype=DTYPE, local_files_only=True
     ),
@@ -84,7 +86,7 @@ def measured(name: str, root: Path) -> dict[str, float]:
 
 def touch(model: Any) -> None:
     """Look at each page of the weights: what is only mapped into memory is not there yet."""
-    text_encoder = model.towers[0].model if isinstance(model, Checkpoint) else model.text_encoder
+    text_encoder = model.text_encoders[0].model if isinstance(model, Checkpoint) else model.text_encoder
     for network in (model.unet, model.vae, text_encoder):
         for parameter in network.parameters():
             torch.empty(0, dtype=torch.uint8).set_(parameter.untyped_storage())[::4096].sum()

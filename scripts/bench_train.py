@@ -26,20 +26,20 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import ldm.nn._torchvision  # noqa: F401  must come before diffusers
-from ldm.checkpoints.files import place, read_json
+from ldm.checkpoints.files import to_device, read_json
 from ldm.conditioning import Conditioning
 from ldm.config import Recipe, load_recipe
 from ldm.diffusion.denoiser import Denoiser
 from ldm.diffusion.objective import diffusion_loss
 from ldm.diffusion.prediction import PREDICTIONS
-from ldm.diffusion.sde import SCHEDULES, VPSDE
-from ldm.hardware import best_device, mixed
+from ldm.diffusion.sde import BETA_SCHEDULES, VPSDE
+from ldm.hardware import best_device, resolve_mixed_precision
 from ldm.nn.unet import UNet, UNetConfig
-from ldm.pipeline import PICTO
-from ldm.train.learner import Learner
-from ldm.train.loop import batches
-from ldm.train.processes import accelerator
-from ldm.train.setup import task_for
+from ldm.pipeline import PICTO_PATH
+from ldm.train.learner import Trainer
+from ldm.train.loop import iterate_batches
+from ldm.train.processes import create_accelerator
+from ldm.train.setup import create_task
 from ldm.train.task import Batch
 
 from diffusers import DDPMScheduler, UNet2DConditionModel  # isort: skip
@@ -52,13 +52,13 @@ LORA = Path(__file__).resolve().parents[1] / "configs" / "tune-lora.yaml"
 class Step:
     """A task whose batch is always the same."""
 
-    divisible = True
+    supports_accumulation = True
 
     def __init__(self, model: UNet) -> None:
         self.model = model
-        self.denoiser = VPSDE.tabulated(SCHEDULES["squaredcos_cap_v2"](0, 0, 1000)), PREDICTIONS["v"]
+        self.denoiser = VPSDE.tabulated(BETA_SCHEDULES["squaredcos_cap_v2"](0, 0, 1000)), PREDICTIONS["v"]
 
-    def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+    def compute_loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         cond = Conditioning(batch["text"])
         return diffusion_loss(Denoiser(model, *self.denoiser), batch["x0"], cond, batch["t"], batch["noise"]), {}
 
@@ -75,9 +75,9 @@ def ours(model: UNet, batch: Batch, precision: str) -> Callable[[], object]:
             "mixed_precision": precision,
         }
     )
-    learner = Learner(recipe, Step(model), accelerator(mixed_precision=precision))  # type: ignore[arg-type]
+    learner = Trainer(recipe, Step(model), create_accelerator(mixed_precision=precision))  # type: ignore[arg-type]
     learner.prepare()
-    return lambda: learner.step([batch], False)
+    return lambda: learner.train_step([batch], False)
 
 
 def bare(model: UNet, batch: Batch, precision: str) -> Callable[[], object]:
@@ -103,7 +103,7 @@ def bare(model: UNet, batch: Batch, precision: str) -> Callable[[], object]:
 
 def diffusers_step(model: UNet2DConditionModel, batch: Batch, precision: str) -> Callable[[], object]:
     """The body of train_text_to_image.py's loop, from the latents on."""
-    engine = accelerator(mixed_precision=precision)
+    engine = create_accelerator(mixed_precision=precision)
     optimizer = torch.optim.AdamW(model.parameters(), lr=RATE)
     scheduler = DDPMScheduler(beta_schedule="squaredcos_cap_v2", prediction_type="v_prediction")
     average = EMAModel(model.parameters(), decay=DECAY)
@@ -140,19 +140,19 @@ def tuning(args: argparse.Namespace, folder: Path, cached: bool) -> tuple[Callab
         "lr_scheduler": "constant",
     }
     recipe = load_recipe(LORA, [f"{name}={value}" for name, value in values.items()])
-    task = task_for(recipe)
-    learner = Learner(recipe, task, accelerator(mixed_precision=args.precision))
+    task = create_task(recipe)
+    learner = Trainer(recipe, task, create_accelerator(mixed_precision=args.precision))
     learner.prepare()
-    same = [task.batch(0, rows) for rows in learner.rows]
-    stream = batches(task, 0, recipe, learner.rows)
+    same = [task.make_batch(0, rows) for rows in learner.row_ranges]
+    stream = iterate_batches(task, 0, recipe, learner.row_ranges)
 
     def alone() -> None:
         for _ in range(args.steps):
-            learner.step(same, False)
+            learner.train_step(same, False)
 
     def loop() -> None:
         for parts in islice(stream, args.steps):
-            learner.step(parts, False)
+            learner.train_step(parts, False)
 
     return alone, loop
 
@@ -178,7 +178,7 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--precision", default=mixed("auto", best_device()), choices=["no", "bf16"])
+    parser.add_argument("--precision", default=resolve_mixed_precision("auto", best_device()), choices=["no", "bf16"])
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--clock", default="cpu", choices=["cpu", "wall"])
     parser.add_argument("--pictures", type=Path, default=Path("data/style"))
@@ -191,7 +191,7 @@ def main() -> None:
     args = arguments()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
-    config = UNetConfig.from_dict(read_json(PICTO / "unet" / "config.json"))
+    config = UNetConfig.from_dict(read_json(PICTO_PATH / "unet" / "config.json"))
     side = config.sample_size if isinstance(config.sample_size, int) else 16
     shape = args.batch, config.in_channels, side, side
     batch = {
@@ -200,7 +200,7 @@ def main() -> None:
         "text": torch.randn(args.batch, 32, config.cross_attention_dim),
         "t": (torch.arange(args.batch, dtype=torch.float64) * 997 % 1000 + 1) / 1000,
     }
-    models = [place(UNet(config), torch.device("cpu")).train() for _ in range(2)]
+    models = [to_device(UNet(config), torch.device("cpu")).train() for _ in range(2)]
     models[1].load_state_dict(models[0].state_dict())
     theirs = UNet2DConditionModel.from_config(config.to_dict()).train()
     theirs.load_state_dict(models[0].state_dict())

@@ -4,7 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from ldm.data.emoji import FetchError, build
+from ldm.data.emoji import DownloadError, build_emoji_dataset
 
 
 def main() -> int:
@@ -13,8 +13,8 @@ def main() -> int:
     parser.add_argument("--size", type=int, default=128, help="side of a sprite in pixels")
     options = parser.parse_args()
     try:
-        made = build(options.out, options.size)
-    except FetchError as error:
+        made = build_emoji_dataset(options.out, options.size)
+    except DownloadError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(f"{options.out}: {'made' if made else 'already made'}")

@@ -14,25 +14,25 @@ import torch
 from torch.nn import functional as F
 
 from ldm import Pipeline, Request
-from ldm.diffusion.inverse import OPERATORS, posterior
+from ldm.diffusion.inverse import OPERATORS, tmpd
 from ldm.diffusion.samplers import ddim, sample
 from ldm.diffusion.spacing import SPACINGS
 from ldm.images import contact_sheet, from_uint8, to_pil
-from ldm.nn.vae import decode, downscale
-from ldm.pipeline import PICTO
+from ldm.nn.vae import decode_latents, vae_scale_factor
+from ldm.pipeline import PICTO_PATH
 from ldm.rng import Noise
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, default=PICTO)
+    parser.add_argument("--model", type=Path, default=PICTO_PATH)
     parser.add_argument("--prompt", default="a red apple on a blue background")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--noise", type=float, default=0.02, help="of the measurement, pixels in [-1, 1]")
     parser.add_argument("--out", type=Path, default=Path("out/inverse.png"))
     args = parser.parse_args()
     pipe = Pipeline.from_pretrained(args.model)
-    vae, denoise = pipe.model.vae, pipe.guided([args.prompt], [""])
+    vae, denoise = pipe.model.vae, pipe.cfg_denoiser([args.prompt], [""])
     (drawn,) = pipe.generate([Request(args.prompt, seed=1)])
     picture = from_uint8(torch.tensor(list(drawn.tobytes())).view(1, drawn.height, drawn.width, 3)).to(pipe.device)
     left = torch.zeros(picture.shape[-2:], device=pipe.device)
@@ -42,17 +42,17 @@ def main() -> None:
         "super_resolution": OPERATORS["super_resolution"](4),
         "colourise": OPERATORS["colourise"](),
     }
-    side = [length // downscale(vae) for length in picture.shape[-2:]]
+    side = [length // vae_scale_factor(vae) for length in picture.shape[-2:]]
     noise, grid = Noise([0]), SPACINGS["log_snr"](pipe.model.sde, args.steps)
     x = noise(torch.empty(1, pipe.model.unet.config.in_channels, *side, device=pipe.device))
     with torch.no_grad():
-        plain = decode(vae, sample(ddim, denoise, x, grid, noise))
+        plain = decode_latents(vae, sample(ddim, denoise, x, grid, noise))
     panels, captions = to_pil(torch.cat([picture, plain])), ["the picture", "unconditioned"]
     for name, operator in operators.items():
-        y = operator(picture) + args.noise * Noise([2])(operator(picture))
-        known = posterior(denoise, lambda z, operator=operator: operator(decode(vae, z)), y, args.noise)  # type: ignore[misc]
+        y = operator(picture) + args.noise_coef * Noise([2])(operator(picture))
+        known = tmpd(denoise, lambda z, operator=operator: operator(decode_latents(vae, z)), y, args.noise_coef)  # type: ignore[misc]
         with torch.no_grad():
-            restored = decode(vae, sample(ddim, known, x, grid, noise))
+            restored = decode_latents(vae, sample(ddim, known, x, grid, noise))
         residuals = [(operator(image) - y).square().mean().sqrt().item() for image in (restored, plain)]
         print(f"{name}: residual rms {residuals[0]:.4f}, unconditioned {residuals[1]:.4f}", flush=True)
         seen = F.interpolate(y.expand(-1, 3, -1, -1), picture.shape[-2:])

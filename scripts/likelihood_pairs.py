@@ -18,11 +18,11 @@ from scipy.stats import binomtest
 from torch import Tensor
 
 from ldm import Pipeline
-from ldm.config import SceneData
-from ldm.data.scenes import Scene, open_scenes
-from ldm.diffusion.likelihood import Estimate, elbo, hutchinson, log_likelihood
+from ldm.config import SceneDataConfig
+from ldm.data.scenes import Scene, make_scene_dataset
+from ldm.diffusion.likelihood import LikelihoodEstimate, estimate_elbo, hutchinson_trace, log_likelihood
 from ldm.diffusion.spacing import log_snr
-from ldm.pipeline import PICTO
+from ldm.pipeline import PICTO_PATH
 from ldm.rng import Noise
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -30,7 +30,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, default=PICTO)
+    parser.add_argument("--model", type=Path, default=PICTO_PATH)
     parser.add_argument("--sprites", type=Path, default=ROOT / "data" / "emoji")
     parser.add_argument("--concepts", type=Path, default=ROOT / "configs" / "picto" / "easy.txt")
     parser.add_argument("--pairs", type=int, default=50)
@@ -47,21 +47,23 @@ def others(captions: Sequence[str]) -> list[str]:
     return [next(c for c in twice[k + 1 :] if c != own) for k, own in enumerate(captions)]
 
 
-def measure(pipe: Pipeline, x: Tensor, captions: Sequence[str], method: str, steps: int, probes: int) -> Estimate:
+def measure(
+    pipe: Pipeline, x: Tensor, captions: Sequence[str], method: str, steps: int, probes: int
+) -> LikelihoodEstimate:
     """log p(x | caption) of each picture, its noise from its own seed whatever the caption."""
-    denoise, noise = pipe.guided(captions, [""] * len(captions)), Noise(range(1000, 1000 + len(captions)))
+    denoise, noise = pipe.cfg_denoiser(captions, [""] * len(captions)), Noise(range(1000, 1000 + len(captions)))
     grid = log_snr(pipe.model.sde, steps)
     if method == "ode":
-        return log_likelihood(denoise, x, grid, hutchinson(noise, probes))
-    return elbo(denoise, x, grid, noise, 2 * probes).bound
+        return log_likelihood(denoise, x, grid, hutchinson_trace(noise, probes))
+    return estimate_elbo(denoise, x, grid, noise, 2 * probes).bound
 
 
 def main() -> None:
     args = arguments()
     pipe = Pipeline.from_pretrained(args.model, dtype="float32")
-    scenes = open_scenes(SceneData(sprites=args.sprites, concepts=args.concepts, latents=0), 0, "held-out")
+    scenes = make_scene_dataset(SceneDataConfig(sprites=args.sprites, concepts=args.concepts, latents=0), 0, "held-out")
     pictures: list[Scene] = [scenes[k] for k in range(args.pairs)]
-    posterior = pipe.encode([Image.fromarray(scene.image) for scene in pictures])
+    posterior = pipe.encode_images([Image.fromarray(scene.image) for scene in pictures])
     x = posterior.sample(Noise(range(args.pairs))(posterior.mean))
     own = [scene.caption for scene in pictures]
     rows = {}

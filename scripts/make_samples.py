@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image, ImageChops, ImageDraw, ImageFilter
 
 from ldm import Pipeline, Request
-from ldm.files import publish
+from ldm.files import atomic_write
 
 SIDE, FINE = 128, 4  # pixels a side of a picture, and how much finer it is drawn
 THINGS = """
@@ -121,7 +121,7 @@ def objects(count: int, seed: int) -> Iterator[Captioned]:
 
 def write(folder: Path, samples: Iterable[Captioned]) -> None:
     """Pictures and their captions as a folder with metadata.jsonl."""
-    with publish(folder) as draft:
+    with atomic_write(folder) as draft:
         draft.mkdir()
         lines = []
         for k, (picture, caption) in enumerate(samples):

@@ -11,13 +11,13 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from ldm.diffusion.objective import TIMES, WEIGHTS, draw_moments
-from ldm.diffusion.sde import VPSDE, linear_table, scaled_linear_table
+from ldm.diffusion.objective import TIME_SAMPLERS, WEIGHTINGS, loss_mean_and_variance
+from ldm.diffusion.sde import VPSDE, linear_alphas_cumprod, scaled_linear_alphas_cumprod
 
 SDES = {
     "linear": VPSDE.linear(),
-    "discrete linear": VPSDE.tabulated(linear_table(1e-4, 0.02, 1000)),
-    "scaled_linear": VPSDE.tabulated(scaled_linear_table(0.00085, 0.012, 1000)),
+    "discrete linear": VPSDE.tabulated(linear_alphas_cumprod(1e-4, 0.02, 1000)),
+    "scaled_linear": VPSDE.tabulated(scaled_linear_alphas_cumprod(0.00085, 0.012, 1000)),
     "cosine": VPSDE.cosine(),
 }
 
@@ -30,7 +30,7 @@ def main() -> None:
     print("| schedule | mean loss | variance, uniform t | variance, importance | ratio |\n|---|---|---|---|---|")
     for name, sde in SDES.items():
         (_, uniform), (mean, importance) = (
-            draw_moments(TIMES[times], WEIGHTS["likelihood"], sde, exact_error(sde))
+            loss_mean_and_variance(TIME_SAMPLERS[times], WEIGHTINGS["likelihood"], sde, exact_error(sde))
             for times in ("truncated", "importance")
         )
         print(f"| {name} | {mean:.3f} | {uniform:.4g} | {importance:.4g} | {uniform / importance:.1f} |")

@@ -11,7 +11,7 @@ import argparse
 import shutil
 from pathlib import Path
 
-from ldm.train.curves import figure, panel, read_curve
+from ldm.train.curves import render_figure, render_panel, read_curve
 
 
 def main() -> None:
@@ -22,17 +22,17 @@ def main() -> None:
     shutil.copytree(args.runs / "unet" / "export", args.out, dirs_exist_ok=True)
     vae, clip, unet = (args.runs / name / "log.jsonl" for name in ("vae", "clip", "unet"))
     panels = [
-        panel("VAE: loss (log scale)", {"training": read_curve(vae, "loss")}, 0, log_scale=True),
-        panel("VAE: PSNR of held-out pictures, dB", {"held out": read_curve(vae, "val_psnr")}, 420),
-        panel("CLIP: contrastive loss", {"training": read_curve(clip, "loss")}, 840),
-        panel(
+        render_panel("VAE: loss (log scale)", {"training": read_curve(vae, "loss")}, 0, log_scale=True),
+        render_panel("VAE: PSNR of held-out pictures, dB", {"held out": read_curve(vae, "val_psnr")}, 420),
+        render_panel("CLIP: contrastive loss", {"training": read_curve(clip, "loss")}, 840),
+        render_panel(
             "U-Net: loss (log scale)",
             {"training": read_curve(unet, "loss"), "held out": read_curve(unet, "val_loss")},
             1260,
             log_scale=True,
         ),
     ]
-    (args.out / "curves.svg").write_text(figure(panels), encoding="utf-8")
+    (args.out / "curves.svg").write_text(render_figure(panels), encoding="utf-8")
 
 
 if __name__ == "__main__":

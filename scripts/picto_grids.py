@@ -12,7 +12,7 @@ from pathlib import Path
 
 from ldm import Pipeline, Request
 from ldm.images import contact_sheet
-from ldm.pipeline import PICTO
+from ldm.pipeline import PICTO_PATH
 
 EASY = """
 apple, banana, lemon, strawberry, pizza, hamburger, doughnut, ice cream, carrot, mushroom, cat face, dog face,
@@ -53,8 +53,8 @@ def article(name: str) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, default=PICTO)
-    parser.add_argument("--out", type=Path, default=PICTO)
+    parser.add_argument("--model", type=Path, default=PICTO_PATH)
+    parser.add_argument("--out", type=Path, default=PICTO_PATH)
     args = parser.parse_args()
     pipe = Pipeline.from_pretrained(args.model, batch_size=20)
     easy = [Request(article(" ".join(name.split())), seed=seed) for name in EASY.split(",") for seed in (0, 1)]

@@ -16,37 +16,37 @@ from typing import Any
 
 import torch
 
-from ldm.diffusion.denoiser import Counted
+from ldm.diffusion.denoiser import CountNFE
 from ldm.diffusion.oracle import (
     GAUSSIAN,
-    MIXTURE,
-    Problem,
-    errors_in_law,
-    errors_of_flow,
-    order,
-    python_per_step,
+    GAUSSIAN_MIXTURE,
+    AnalyticData,
+    weak_errors,
+    ode_errors,
+    convergence_order,
+    measure_step_overhead,
     strong_errors,
-    where_x0_forms,
+    mid_snr_grid,
 )
 from ldm.diffusion.samplers import SAMPLERS, predictor_corrector, rk45, sample
-from ldm.diffusion.sde import VPSDE, linear_table, scaled_linear_table
-from ldm.diffusion.spacing import SPACINGS, Grid
+from ldm.diffusion.sde import VPSDE, linear_alphas_cumprod, scaled_linear_alphas_cumprod
+from ldm.diffusion.spacing import SPACINGS, TimeGrid
 from ldm.rng import Noise
 
 SCHEDULES = {
     "linear": VPSDE.linear(),
-    "linear table": VPSDE.tabulated(linear_table(1e-4, 0.02, 1000)),
-    "scaled linear table": VPSDE.tabulated(scaled_linear_table(0.00085, 0.012, 1000)),
+    "linear table": VPSDE.tabulated(linear_alphas_cumprod(1e-4, 0.02, 1000)),
+    "scaled linear table": VPSDE.tabulated(scaled_linear_alphas_cumprod(0.00085, 0.012, 1000)),
     "cosine": VPSDE.cosine(),
 }
 X = torch.tensor([[0.3, -1.1], [1.4, 0.2]], dtype=torch.float64)
 FIXED = {name: solver for name, solver in SAMPLERS.items() if not solver.adaptive}
-PROBLEMS: dict[str, Problem] = {"Gaussian": GAUSSIAN, "mixture": MIXTURE}
+PROBLEMS: dict[str, AnalyticData] = {"Gaussian": GAUSSIAN, "mixture": GAUSSIAN_MIXTURE}
 WITHOUT_CORRECTOR = {"predictor_corrector": partial(predictor_corrector, r=0.0)}  # else no step is affine in x
 
 
-def grids(sde: VPSDE, first: int) -> list[Grid]:
-    return [where_x0_forms(sde, first * 2**k) for k in range(6)]
+def grids(sde: VPSDE, first: int) -> list[TimeGrid]:
+    return [mid_snr_grid(sde, first * 2**k) for k in range(6)]
 
 
 def of_the_flow() -> list[dict[str, Any]]:
@@ -57,8 +57,8 @@ def of_the_flow() -> list[dict[str, Any]]:
             row: dict[str, Any] = {"solver": name, "claimed": solver.order}
             for schedule, sde in SCHEDULES.items():
                 for kind, problem in PROBLEMS.items():
-                    errors = errors_of_flow(solver.function, problem, X, grids(sde, 32))
-                    row[f"{schedule}, {kind}"] = order(errors)
+                    errors = ode_errors(solver.function, problem, X, grids(sde, 32))
+                    row[f"{schedule}, {kind}"] = convergence_order(errors)
             rows.append(row)
     return rows
 
@@ -71,9 +71,9 @@ def in_law() -> list[dict[str, Any]]:
             row: dict[str, Any] = {"solver": name, "claimed": solver.order}
             for schedule, sde in SCHEDULES.items():
                 function = WITHOUT_CORRECTOR.get(name, solver.function)
-                of_mean, of_cov = errors_in_law(function, GAUSSIAN, grids(sde, 16))
-                row[f"{schedule}, mean"] = "exact" if of_mean.max() < 1e-12 else order(of_mean)
-                row[f"{schedule}, covariance"] = order(of_cov)
+                of_mean, of_cov = weak_errors(function, GAUSSIAN, grids(sde, 16))
+                row[f"{schedule}, mean"] = "exact" if of_mean.max() < 1e-12 else convergence_order(of_mean)
+                row[f"{schedule}, covariance"] = convergence_order(of_cov)
             rows.append(row)
     return rows
 
@@ -82,7 +82,7 @@ def strong() -> list[dict[str, Any]]:
     """Strong order of Euler and Maruyama."""
     function = SAMPLERS["euler_maruyama"].function
     measured = {
-        schedule: order(strong_errors(function, GAUSSIAN, [*grids(sde, 8), where_x0_forms(sde, 512)]))
+        schedule: convergence_order(strong_errors(function, GAUSSIAN, [*grids(sde, 8), mid_snr_grid(sde, 512)]))
         for schedule, sde in SCHEDULES.items()
     }
     return [{"solver": "euler_maruyama", "claimed": 1, **measured}]
@@ -91,13 +91,13 @@ def strong() -> list[dict[str, Any]]:
 def adaptive() -> list[dict[str, Any]]:
     """Error and questions of rk45 at each tolerance, over the schedule of Stable Diffusion."""
     grid = SPACINGS["log_snr"](SCHEDULES["scaled linear table"], 20)
-    noisy = Grid(grid.sde, grid[:-1])
-    exact, rows = MIXTURE.flow(X, grid[0], grid[-2]), []
+    noisy = TimeGrid(grid.sde, grid[:-1])
+    exact, rows = GAUSSIAN_MIXTURE.probability_flow(X, grid[0], grid[-2]), []
     for tolerance in [1e-3, 1e-4, 1e-5, 1e-6, 1e-8, 1e-10]:
-        denoise = Counted(MIXTURE.denoise)
+        denoise = CountNFE(GAUSSIAN_MIXTURE.denoise)
         end = sample(partial(rk45, atol=tolerance, rtol=tolerance), denoise, X, noisy, Noise([0, 1]))
         error = (end - exact).abs().max().item()
-        rows.append({"atol = rtol": f"{tolerance:g}", "questions": denoise.evaluations, "error": f"{error:.1e}"})
+        rows.append({"atol = rtol": f"{tolerance:g}", "questions": denoise.nfe, "error": f"{error:.1e}"})
     return rows
 
 
@@ -105,11 +105,11 @@ def overhead() -> list[dict[str, Any]]:
     """Questions and milliseconds of Python per step of fifty, and the source."""
     grid, rows = SPACINGS["trailing"](SCHEDULES["scaled linear table"], 50), []
     for name, solver in FIXED.items():
-        denoise = Counted(GAUSSIAN.denoise)
+        denoise = CountNFE(GAUSSIAN.denoise)
         sample(solver.function, denoise, X, grid, Noise([0, 1]))
         per_step = {
-            "questions per step": denoise.evaluations / 50,
-            "ms per step": 1000 * python_per_step(solver.function, grid),
+            "questions per step": denoise.nfe / 50,
+            "ms per step": 1000 * measure_step_overhead(solver.function, grid),
         }
         rows.append({"solver": name, **per_step, "source": solver.source})
     return rows

@@ -27,16 +27,16 @@ from scipy import stats
 from torch import Tensor
 
 from ldm import Pipeline, Request
-from ldm.checkpoints.formats import locate
-from ldm.config import FolderData, TuneObjective, load_recipe
-from ldm.data.pictures import held_out, source_of
-from ldm.decode import decode
-from ldm.diffusion.likelihood import elbo
+from ldm.checkpoints.formats import locate_weights
+from ldm.config import ImageDataConfig, FinetuneObjective, load_recipe
+from ldm.data.pictures import validation_data_config, source_from_config
+from ldm.decode import decode_image
+from ldm.diffusion.likelihood import estimate_elbo
 from ldm.diffusion.spacing import log_snr
 from ldm.images import from_uint8
-from ldm.nn.clip import image_tower
+from ldm.nn.clip import load_image_encoder
 from ldm.rng import Noise
-from ldm.train.methods import METHODS, source, untuned
+from ldm.train.methods import FINETUNE_METHODS, base_model_path, load_base_pipeline
 
 KEEP = ("a banana", "an owl", "a pizza", "a red heart", "a penguin", "a car", "a star", "a cat face")
 BEFORE, SECOND = 1000, 2000  # first seeds of the drawings that are looked among, and of those that look
@@ -60,10 +60,10 @@ def bounds(pipe: Pipeline, z: Tensor, captions: Sequence[str], strata: int = 12,
     """The ELBO of log p(z | caption) of each row in nats, noise by the row's number."""
     found = []
     for rows in torch.arange(len(z)).split(16):
-        denoise = pipe.guided([captions[row] for row in rows], [""] * len(rows))
+        denoise = pipe.cfg_denoiser([captions[row] for row in rows], [""] * len(rows))
         noise = Noise(rows.tolist())
         with torch.no_grad():
-            found.append(elbo(denoise, z[rows], log_snr(pipe.model.sde, strata), noise, draws).bound.nats)
+            found.append(estimate_elbo(denoise, z[rows], log_snr(pipe.model.sde, strata), noise, draws).bound.nats)
     return torch.cat(found).double().numpy()
 
 
@@ -81,11 +81,11 @@ class Judge:
     """The image tower of a model, as a measure of likeness."""
 
     def __init__(self, folder: Path) -> None:
-        self.tower = image_tower(folder)
+        self.text_encoder = load_image_encoder(folder)
 
     def vectors(self, pictures: Sequence[Image.Image]) -> Tensor:
         """Unit vectors [B, D]."""
-        return self.tower(from_uint8(np.stack([np.array(picture) for picture in pictures])))
+        return self.text_encoder(from_uint8(np.stack([np.array(picture) for picture in pictures])))
 
     def retrieved(self, asking: Shown, right: Shown, wrong: Shown) -> np.ndarray:
         """Of each caption of pictures that ask, the share whose nearest of all is a right one of the same caption."""
@@ -97,16 +97,16 @@ class Judge:
         return np.array([hits[asked == caption].mean() for caption in dict.fromkeys(asking.captions)])
 
 
-def pictures_of(data: FolderData) -> Shown:
-    samples = source_of(data).samples
-    return Shown([decode(sample.open()).rgb for sample in samples], [sample.caption for sample in samples])
+def pictures_of(data: ImageDataConfig) -> Shown:
+    samples = source_from_config(data).samples
+    return Shown([decode_image(sample.read_bytes()).rgb for sample in samples], [sample.caption for sample in samples])
 
 
 def likelihoods(pipes: Sequence[Pipeline], new: Shown, old: Shown) -> dict[str, dict[str, float]]:
     """The bounds of held-out pictures and of those drawn before."""
     found = {}
     for name, shown in (("held out", new), ("drawn before", old)):
-        posterior = pipes[0].encode(shown.pictures)
+        posterior = pipes[0].encode_images(shown.pictures)
         z = posterior.sample(Noise(range(len(shown.pictures)))(posterior.mean))
         before, after = (bounds(pipe, z, shown.captions) for pipe in pipes)
         found[name] = gain(f"nats of {len(z)} pictures {name}", ",.1f", before, after)
@@ -137,17 +137,17 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     recipe = load_recipe(args.recipe)
-    objective, guidance, data = recipe.objective, recipe.validation_guidance, held_out(recipe)
-    if not isinstance(objective, TuneObjective) or data is None:
+    objective, guidance, data = recipe.objective, recipe.validation_guidance, validation_data_config(recipe)
+    if not isinstance(objective, FinetuneObjective) or data is None:
         parser.error(f"{args.recipe}: no tuning with validation_data_dir")
-    tuned = METHODS[objective.method].reopen(objective, recipe.output_dir / "export")
-    pipes = untuned(objective), tuned
+    tuned = FINETUNE_METHODS[objective.method].load_pipeline(objective, recipe.output_dir / "export")
+    pipes = load_base_pipeline(objective), tuned
     new, old = pictures_of(data), drawn(pipes[0], args.keep, args.draws, BEFORE, guidance)
     figures = {}
     if "likelihood" in args.scores:
         figures["likelihood"] = likelihoods(pipes, new, old)
     if "retrieval" in args.scores:
-        judge = Judge(locate(source(objective)) / "image_encoder")
+        judge = Judge(locate_weights(base_model_path(objective)) / "image_encoder")
         figures["retrieval"] = retrievals(pipes, judge, new, old, args.draws, guidance)
     if args.json:
         args.json.write_text(json.dumps(figures, indent=2) + "\n")

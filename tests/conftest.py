@@ -11,7 +11,7 @@ import torch
 from ldm import cli
 from ldm.checkpoints.files import save_module, write_json
 from ldm.checkpoints.formats import MODEL_INDEX
-from ldm.checkpoints.schedule import schedule_config
+from ldm.checkpoints.schedule import build_scheduler_config
 from ldm.nn import clip, text, vae
 from ldm.nn.unet import UNet, UNetConfig
 from ldm.pipeline import Pipeline
@@ -39,11 +39,11 @@ def tiny(tmp_path_factory):
     """A model folder: latents of 4 channels, a quarter of the picture's side; v-prediction; native size 32."""
     folder = tmp_path_factory.mktemp("models") / "tiny"
     torch.manual_seed(0)
-    tokenizer = clip.learn_vocabulary(CAPTIONS * 10, 600, 16)
-    text.save_tokenizer(tokenizer, folder / "tokenizer")
+    tokenizer = clip.train_tokenizer(CAPTIONS * 10, 600, 16)
+    text.save_clip_tokenizer(tokenizer, folder / "tokenizer")
     tower = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
-    both = clip.clip_towers(tower, {**tower, "image_size": 32, "patch_size": 8}, 16, tokenizer)
-    text_encoder = clip.towers(both)["text_encoder"]
+    both = clip.build_clip(tower, {**tower, "image_size": 32, "patch_size": 8}, 16, tokenizer)
+    text_encoder = clip.split_clip(both)["text_encoder"]
     save_module(text_encoder, text_encoder.config.to_diff_dict(), folder / "text_encoder", "model.safetensors")
     config = UNetConfig(
         sample_size=8,
@@ -56,10 +56,10 @@ def tiny(tmp_path_factory):
         norm_num_groups=8,
     )
     save_module(UNet(config), config.to_dict(), folder / "unet")
-    autoencoder = vae.autoencoder(VAE)
-    save_module(autoencoder, vae.config_of(autoencoder), folder / "vae")
+    autoencoder = vae.build_vae(VAE)
+    save_module(autoencoder, vae.get_vae_config(autoencoder), folder / "vae")
     (folder / "scheduler").mkdir()
-    write_json(schedule_config("squaredcos_cap_v2", "v"), folder / "scheduler" / "scheduler_config.json")
+    write_json(build_scheduler_config("squaredcos_cap_v2", "v"), folder / "scheduler" / "scheduler_config.json")
     write_json({"num_inference_steps": 6, "guidance_scale": 3.0}, folder / "generation_config.json")
     write_json(MODEL_INDEX, folder / "model_index.json")
     return folder
@@ -85,7 +85,7 @@ def ldm_(monkeypatch, capsys):
 
 @pytest.fixture
 def refused(ldm_):
-    """Asserts that `ldm WORDS...` is refused: status 2, nothing on stdout, one `error:` line that says `said`."""
+    """Asserts that `ldm WORDS...` is refused: status 2, nothing on stdout, one `error:` line that says `format_lora_weight`."""
 
     def run(*words, said=""):
         status, out, err = ldm_(*words)

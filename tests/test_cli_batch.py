@@ -14,12 +14,12 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from ldm.checkpoints.formats import load
+from ldm.checkpoints.formats import load_checkpoint
 from ldm.checkpoints.lora_save import save_adapter
-from ldm.commands.options import Model, named, weighted
-from ldm.images import read_texts
+from ldm.commands.options import ModelOptions, parse_embedding, parse_lora
+from ldm.images import read_png_texts
 from ldm.jobs import gallery, grids
-from ldm.nn.lora import Adapter, Delta, LoRA
+from ldm.nn.lora import Adapter, ModuleDelta, LoRA
 
 PROMPTS = "a cat --d 7\ntwo stars\n# no prompt\na cat --d 7\na dog --w 48\n"
 
@@ -59,7 +59,7 @@ def test_a_file_is_drawn_once_and_the_same_command_again_does_what_is_missing(ba
     drawn = pipe("two stars", seed=3, num_inference_steps=2).images[0]
     with Image.open(files[1]) as picture:
         assert np.abs(np.asarray(picture, int) - np.asarray(drawn, int)).max() <= 1
-    assert json.loads(read_texts(files[1])["ldm"])["request"] == lines[1]["request"]
+    assert json.loads(read_png_texts(files[1])["ldm"])["request"] == lines[1]["request"]
 
 
 def test_syntax_that_is_drawn_as_text_is_told_once_with_its_first_line(batch, file):
@@ -134,10 +134,10 @@ def dressed(tiny, tmp_path):
     """A folder with an adapter, twice, and an embedding, for the tiny model."""
     g = torch.Generator().manual_seed(0)
     factors = LoRA(torch.randn(2, 32, generator=g), torch.randn(32, 2, generator=g))
-    networks = load(tiny, torch.device("cpu"), torch.float32).networks
+    networks = load_checkpoint(tiny, torch.device("cpu"), torch.float32).networks
     target = "unet/down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_v"
     for name in ("style", "a:2"):
-        adapter = Adapter(name, {target: Delta(factors, 2.0)})
+        adapter = Adapter(name, {target: ModuleDelta(factors, 2.0)})
         save_adapter(adapter, tmp_path / f"{name}.safetensors", "kohya", networks)
     os.rename(tmp_path / "a:2.safetensors", tmp_path / "a:2")
     save_file({"emb_params": torch.randn(2, 32, generator=g)}, tmp_path / "toy.safetensors")
@@ -164,7 +164,9 @@ def test_the_gallery_s_command_opens_the_job_s_model_adapters_and_words_and_draw
     page = (tmp_path / "job" / "index.html").read_text()
     header = json.loads(page.split('id="header">')[1].split("</script>")[0])
     record = {name: value for name, value in manifest(tmp_path / "job")[0]["request"].items() if value is not None}
-    told = [word for name, option in gallery.OPTIONS.items() if name in record for word in (option, record[name])]
+    told = [
+        word for name, option in gallery.GENERATE_OPTIONS.items() if name in record for word in (option, record[name])
+    ]
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
     status, out, err = ldm_("generate", *header["words"], *told, record["prompt"])
@@ -180,18 +182,18 @@ def test_the_gallery_s_command_opens_the_job_s_model_adapters_and_words_and_draw
 )
 def test_an_adapter_s_word_reads_back_as_it_was(dressed, monkeypatch, word):
     monkeypatch.chdir(dressed)
-    given = weighted(word)
-    again = weighted(given.word())
+    given = parse_lora(word)
+    again = parse_lora(given.to_option())
     assert (again.source, again.name) == (given.source, given.name)
     assert np.array_equal(np.broadcast_to(again.weight, 2), np.broadcast_to(given.weight, 2))
-    assert named(named(word).word()) == named(word)
+    assert parse_embedding(parse_embedding(word).to_option()) == parse_embedding(word)
 
 
 def test_a_model_s_words_are_its_options_but_for_the_device(ldm_):
-    assert Model().words() == Model(device="cpu").words() == []
-    said = Model("m", "main", zero_snr=False, ema=True, dtype="float32").words()
+    assert ModelOptions().cli_args() == ModelOptions(device="cpu").cli_args() == []
+    said = ModelOptions("m", "main", zero_snr=False, ema=True, dtype="float32").cli_args()
     assert said == ["--model", "m", "--revision", "main", "--no-zero-snr", "--ema", "--dtype", "float32"]
-    assert Model(zero_snr=True).words() == ["--zero-snr"]
+    assert ModelOptions(zero_snr=True).cli_args() == ["--zero-snr"]
 
 
 def test_grids_and_exports_lie_in_the_job_s_folder_and_verify_passes_them_by(ldm_, batch, tiny, tmp_path):
@@ -219,7 +221,7 @@ def test_a_grid_is_drawn_in_a_folder_that_was_there_already(batch, tmp_path):
 def test_a_grid_counts_what_the_folder_has_already_before_anything_is_drawn(batch, tmp_path, monkeypatch):
     assert batch()[0] == 0
     drawn = manifest(tmp_path / "out")
-    monkeypatch.setattr(grids, "SHEETS", 3)
+    monkeypatch.setattr(grids, "MAX_SHEETS", 3)
     status, _, err = batch("--negative", "rain", "--grid", "seed")
     assert status == 2 and "--grid seed: more than 3 sheets" in err and manifest(tmp_path / "out") == drawn
 

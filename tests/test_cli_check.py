@@ -15,7 +15,7 @@ from PIL import Image
 sys.path.append(str(Path(__file__).parent / "data"))
 from faults import beside, file, sound
 
-from ldm.commands.check import heed
+from ldm.commands.check import preflight
 from ldm.config import load_recipe
 
 
@@ -42,7 +42,7 @@ class Page(HTMLParser):
     def __init__(self, text):
         super().__init__()
         self.rows, self.boxes, self.addresses = [], [], []
-        self.feed(text)
+        self.prefetcher(text)
 
     def handle_starttag(self, tag, attrs):
         values = dict(attrs)
@@ -103,11 +103,11 @@ def test_the_page_shows_each_finding_and_needs_nothing_else(ldm_, recipe, tmp_pa
 
 def test_a_training_hears_of_warnings_and_is_refused_for_errors(recipe, tmp_path, capsys):
     beside(tmp_path / "data", "none.png", file(90), "None")
-    heed(load_recipe(recipe))
+    preflight(load_recipe(recipe))
     assert capsys.readouterr() == ("", "warning: none.png: 'None' says nothing\n")
     beside(tmp_path / "data", "torn.png", b"x")
     with pytest.raises(ValueError, match=r"^torn\.png: not a picture$"):
-        heed(load_recipe(recipe))
+        preflight(load_recipe(recipe))
 
 
 @pytest.mark.parametrize(

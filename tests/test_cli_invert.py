@@ -8,9 +8,9 @@ import torch
 from PIL import Image
 from safetensors import safe_open
 
-from ldm.diffusion.inversion import exact_decode, ode_decode
-from ldm.images import read_texts
-from ldm.scheduler import spaced
+from ldm.diffusion.inversion import bdia_decode, ode_decode
+from ldm.images import read_png_texts
+from ldm.scheduler import make_time_grid
 
 
 @pytest.fixture
@@ -37,12 +37,12 @@ def test_the_exact_scheme_returns_the_latent_and_its_file_leads_back(ldm_, tiny,
         "guidance": f"{guidance}.0",
     }
     assert record["noise_std"] == pytest.approx(state[0].std().item())
-    z = pipe.encode([Image.open(picture)]).mean
+    z = pipe.encode_images([Image.open(picture)]).mean
     with torch.inference_mode():
-        denoise = pipe.guided(["a cat"], [""], float(guidance))
-        returned = exact_decode(denoise, state, spaced(pipe.model.sde, "log_snr", 7))
+        denoise = pipe.cfg_denoiser(["a cat"], [""], float(guidance))
+        returned = bdia_decode(denoise, state, make_time_grid(pipe.model.sde, "log_snr", 7))
     torch.testing.assert_close(returned, z.double(), rtol=0, atol=1e-10)
-    assert json.loads(read_texts(back)["ldm-invert"])["scheme"] == "exact"
+    assert json.loads(read_png_texts(back)["ldm-invert"])["scheme"] == "exact"
     assert record["picture_rms_error"] == record["picture_rms_error_of_vae"]  # nothing was lost on the way
     assert record["evaluations"] == 8 + 6
 
@@ -55,9 +55,9 @@ def test_the_ode_s_error_is_that_of_the_way_back_from_its_file(ldm_, tiny, pipe,
         state, settings = (file.get_tensor("noise"),), file.metadata()
     assert status == 0 and (settings["rtol"], settings["atol"]) == ("0.01", "0.001")
     with torch.inference_mode():
-        grid = spaced(pipe.model.sde, "log_snr", 50)
-        back = ode_decode(pipe.guided([""], [""]), state, grid, rtol=1e-2, atol=1e-3)
-    error = (back - pipe.encode([Image.open(picture)]).mean).abs()
+        grid = make_time_grid(pipe.model.sde, "log_snr", 50)
+        back = ode_decode(pipe.cfg_denoiser([""], [""]), state, grid, rtol=1e-2, atol=1e-3)
+    error = (back - pipe.encode_images([Image.open(picture)]).mean).abs()
     assert record["latent_max_error"] == pytest.approx(error.max().item(), rel=1e-6)
     assert record["latent_rms_error"] == pytest.approx(error.square().mean().sqrt().item(), rel=1e-6)
 

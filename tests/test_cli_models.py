@@ -11,12 +11,12 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from ldm.checkpoints.formats import load
+from ldm.checkpoints.formats import load_checkpoint
 from ldm.checkpoints.lora_save import save_adapter
-from ldm.commands.options import weighted
-from ldm.images import read_parameters, read_texts
-from ldm.nn.lora import Adapter, Delta, LoRA
-from ldm.pipeline import PICTO, Pipeline
+from ldm.commands.options import parse_lora
+from ldm.images import parse_generation_parameters, read_png_texts
+from ldm.nn.lora import Adapter, ModuleDelta, LoRA
+from ldm.pipeline import PICTO_PATH, Pipeline
 from ldm.request import Request
 
 TARGET = "unet/down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_v"
@@ -25,11 +25,11 @@ QUICK = "--steps", 2, "--guidance", 2
 
 @pytest.fixture
 def lora(tiny, tmp_path):
-    networks = load(tiny, torch.device("cpu"), torch.float32).networks
+    networks = load_checkpoint(tiny, torch.device("cpu"), torch.float32).networks
     g = torch.Generator().manual_seed(0)
     factors = LoRA(torch.randn(2, 32, generator=g), torch.randn(32, 2, generator=g))
     file = tmp_path / "style.safetensors"
-    save_adapter(Adapter("style", {TARGET: Delta(factors, 2.0)}), file, "kohya", networks)
+    save_adapter(Adapter("style", {TARGET: ModuleDelta(factors, 2.0)}), file, "kohya", networks)
     return file
 
 
@@ -55,7 +55,7 @@ def draw(ldm_, tiny, tmp_path):
         status, out, err = ldm_("generate", "a cat", "--model", tiny, *QUICK, "--out", tmp_path / "out", *words)
         assert status == 0, err
         with Image.open(out.strip()) as drawn:
-            return np.asarray(drawn.convert("RGB"), int), read_texts(out.strip())
+            return np.asarray(drawn.convert("RGB"), int), read_png_texts(out.strip())
 
     return run
 
@@ -67,7 +67,7 @@ def test_an_adapter_changes_the_picture_by_its_weight_and_is_recorded(draw, lora
     assert record["name"] == "style" and record["weight"] == 0.5
     data = lora.read_bytes()
     behind = hashlib.sha256(data[8 + int.from_bytes(data[:8], "little") :]).hexdigest()  # what the web UI hashes
-    read = read_parameters(texts["parameters"])
+    read = parse_generation_parameters(texts["parameters"])
     assert read["Lora hashes"] == f"style: {behind[:12]}" and record["sha256"] == hashlib.sha256(data).hexdigest()
     assert read["Prompt"] == "a cat<lora:style:0.5>" and json.loads(texts["ldm"])["request"]["prompt"] == "a cat"
     pipe.load_lora_weights(lora, 0.5)
@@ -82,7 +82,7 @@ def test_an_adapter_has_two_weights_and_the_hash_that_kohya_gave_it(draw, lora):
     save_file(load_file(lora), lora, {"sshs_model_hash": "0123456789abcdef"})
     (plain, _), (half, texts) = draw("--lora", f"a={lora}:0:0.25"), draw("--lora", f"a={lora}:0.5:0.25")
     assert (plain == draw()[0]).all() and (plain != half).any()
-    read = read_parameters(texts["parameters"])
+    read = parse_generation_parameters(texts["parameters"])
     assert read["Lora hashes"] == "a: 0123456789ab" and read["Prompt"] == "a cat<lora:a:0.25:0.5>"
     assert json.loads(texts["ldm"])["adapters"][0]["weight"] == [0.5, 0.25]
 
@@ -108,12 +108,12 @@ def test_adapters_of_one_file_s_name_are_called_by_their_folders(draw, lora, tmp
     ],
 )
 def test_an_adapter_s_option_is_read_in_parts(word, parts):
-    assert weighted(word) == parts
+    assert parse_lora(word) == parts
 
 
 def test_an_equals_sign_of_a_file_s_own_is_no_name(tmp_path):
     (tmp_path / "a=b.safetensors").touch()
-    assert weighted(f"{tmp_path}/a=b.safetensors:2") == (f"{tmp_path}/a=b.safetensors", 2.0, None)
+    assert parse_lora(f"{tmp_path}/a=b.safetensors:2") == (f"{tmp_path}/a=b.safetensors", 2.0, None)
 
 
 def test_the_model_is_loaded_again_from_the_record_alone(ldm_, tiny, tmp_path):
@@ -125,7 +125,7 @@ def test_the_model_is_loaded_again_from_the_record_alone(ldm_, tiny, tmp_path):
         json.loads(ldm_(*words, "--out", tmp_path / "out", "--json", *more)[1])["images"]
         for more in ([], ["--prediction", "eps", "--vae", other])
     )
-    record = json.loads(read_texts(changed["file"])["ldm"])
+    record = json.loads(read_png_texts(changed["file"])["ldm"])
     assert record["load"] == {"path": str(tiny), "prediction": "eps", "vae": str(other)}
     pipe = Pipeline.from_pretrained(**record["load"], dtype=record["dtype"], device="cpu")
     again = pipe.generate([Request(**record["request"])])[0]
@@ -167,7 +167,7 @@ def test_a_word_is_the_file_s_own_unless_another_is_said(draw, ldm_, tiny, tmp_p
 def test_a_word_stands_for_its_vectors_and_is_recorded(draw, word):
     (plain, _), (other, texts) = draw(), draw("--embedding", f"cat2={word}", "--negative", "cat2")
     record = json.loads(texts["ldm"])["embeddings"]
-    assert (plain != other).any() and read_parameters(texts["parameters"])["TI hashes"].startswith("cat2: ")
+    assert (plain != other).any() and parse_generation_parameters(texts["parameters"])["TI hashes"].startswith("cat2: ")
     assert set(record) == {"cat2"} and len(record["cat2"]) == 64
 
 
@@ -180,18 +180,18 @@ def test_a_mask_keeps_what_is_black_bit_for_bit(draw, picture, tmp_path):
     assert (drawn[:, :16] == given[:, :16]).all() and (drawn[:, 16:] != given[:, 16:]).mean() > 0.5
     assert set(json.loads(texts["ldm"])["request"]["image"]) == {"size", "sha256"}
     kept, texts = draw("--image", picture, "--strength", 0)
-    assert (kept == given).all() and read_parameters(texts["parameters"])["Denoising strength"] == "0.0"
+    assert (kept == given).all() and parse_generation_parameters(texts["parameters"])["Denoising strength"] == "0.0"
 
 
 def test_a_second_pass_is_larger(draw):
     drawn, texts = draw("--upscale", 1.5)
-    assert drawn.shape == (48, 48, 3) and read_parameters(texts["parameters"])["Hires upscale"] == "1.5"
+    assert drawn.shape == (48, 48, 3) and parse_generation_parameters(texts["parameters"])["Hires upscale"] == "1.5"
 
 
 def test_clip_skip_counts_from_the_last_layer(draw):
     (plain, _), (last, _), (before, texts) = draw(), draw("--clip-skip", 1), draw("--clip-skip", 2)
     assert (plain == last).all() and (plain != before).any()
-    assert read_parameters(texts["parameters"])["Clip skip"] == "2"
+    assert parse_generation_parameters(texts["parameters"])["Clip skip"] == "2"
 
 
 def test_another_autoencoder_is_used_and_recorded(draw, tiny, tmp_path):
@@ -201,7 +201,7 @@ def test_another_autoencoder_is_used_and_recorded(draw, tiny, tmp_path):
     (tmp_path / "bright" / "config.json").write_bytes((tiny / "vae" / "config.json").read_bytes())
     save_file(tensors, tmp_path / "bright" / "diffusion_pytorch_model.safetensors")
     (plain, _), (bright, texts) = draw(), draw("--vae", tmp_path / "bright")
-    assert (bright - plain).mean() > 30 and read_parameters(texts["parameters"])["VAE"] == "bright"
+    assert (bright - plain).mean() > 30 and parse_generation_parameters(texts["parameters"])["VAE"] == "bright"
 
 
 @pytest.mark.parametrize(
@@ -261,7 +261,7 @@ def test_an_adapter_s_and_an_autoencoder_s_folder_are_described(ldm_, lora, tmp_
     shutil.copy(lora, tmp_path / "a" / "pytorch_lora_weights.safetensors")
     status, out, _ = ldm_("inspect", tmp_path / "a", "--json")
     assert status == 0 and json.loads(out)["dialect"] == "kohya"
-    status, out, _ = ldm_("inspect", PICTO / "vae", "--json")
+    status, out, _ = ldm_("inspect", PICTO_PATH / "vae", "--json")
     assert status == 0 and "--vae" in json.loads(out)["kind"]
 
 

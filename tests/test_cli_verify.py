@@ -9,10 +9,10 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from ldm.checkpoints.formats import load
+from ldm.checkpoints.formats import load_checkpoint
 from ldm.checkpoints.lora_save import save_adapter
-from ldm.images import read_texts, save_png
-from ldm.nn.lora import Adapter, Delta, LoRA
+from ldm.images import read_png_texts, save_png
+from ldm.nn.lora import Adapter, ModuleDelta, LoRA
 
 STEPS = "--steps", 2
 TARGET = "unet/down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_v"
@@ -44,8 +44,10 @@ def verify(ldm_, tiny):
 def lora(tiny, tmp_path):
     g = torch.Generator().manual_seed(0)
     factors = LoRA(torch.randn(2, 32, generator=g), torch.randn(32, 2, generator=g))
-    networks = load(tiny, torch.device("cpu"), torch.float32).networks
-    save_adapter(Adapter("style", {TARGET: Delta(factors, 2.0)}), tmp_path / "style.safetensors", "kohya", networks)
+    networks = load_checkpoint(tiny, torch.device("cpu"), torch.float32).networks
+    save_adapter(
+        Adapter("style", {TARGET: ModuleDelta(factors, 2.0)}), tmp_path / "style.safetensors", "kohya", networks
+    )
     return tmp_path / "style.safetensors"
 
 
@@ -65,7 +67,7 @@ def test_a_picture_regenerates_and_one_changed_pixel_shows(draw, verify, tmp_pat
     with Image.open(file) as picture:
         pixels = np.asarray(picture).copy()
     pixels[3, 5, 1] = np.where(pixels[3, 5, 1] > 100, pixels[3, 5, 1] - 9, pixels[3, 5, 1] + 9)
-    save_png(Image.fromarray(pixels), tmp_path / "wrong.png", read_texts(file))
+    save_png(Image.fromarray(pixels), tmp_path / "wrong.png", read_png_texts(file))
     status, out = verify(tmp_path / "wrong.png", "--json")
     found = json.loads(out)
     assert status == 1 and found["worst"] == 9 and found["share"] == 1 / (48 * 32) and not found["equal"]
@@ -73,7 +75,7 @@ def test_a_picture_regenerates_and_one_changed_pixel_shows(draw, verify, tmp_pat
 
 
 def test_the_version_is_named_where_pixels_differ(draw, verify, tmp_path):
-    texts = read_texts(draw())
+    texts = read_png_texts(draw())
     texts["ldm"] = json.dumps({**json.loads(texts["ldm"]), "version": "0.0.1"})
     save_png(Image.new("RGB", (32, 32)), tmp_path / "old.png", texts)
     status, out = verify(tmp_path / "old.png")
@@ -133,7 +135,7 @@ def test_a_job_s_folder_is_verified_file_by_file(ldm_, verify, tiny, tmp_path, k
         options = {"exif": picture.getexif()} if kind != "png" else {}
         changed = Image.fromarray(255 - np.asarray(picture.convert("RGB")))
     if kind == "png":
-        save_png(changed, first, read_texts(first))
+        save_png(changed, first, read_png_texts(first))
     else:
         changed.save(first, **options)
     Image.new("RGB", (8, 8)).save(job / f"stray.{suffix}")
@@ -154,7 +156,7 @@ def test_what_says_nothing_of_itself_is_refused(refused, tiny, tmp_path, record)
 
 @pytest.mark.parametrize("change", [{"height": "a"}, {"colour": 1}, {"seed": None}, {"num_inference_steps": 0}])
 def test_settings_that_cannot_be_drawn_are_said(draw, verify, tmp_path, change):
-    texts = read_texts(draw())
+    texts = read_png_texts(draw())
     record = json.loads(texts["ldm"])
     record["request"] |= change
     save_png(Image.new("RGB", (32, 32)), tmp_path / "x.png", {"ldm": json.dumps(record)})

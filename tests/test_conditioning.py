@@ -16,8 +16,8 @@ def projected(rows, seed=0, added=False, channels=False):
 def equal(a, b):
     flat = lambda c: [
         c.context,
-        *(t for pair in c.keys_values or () for t in pair),
-        *(t for t in (c.added, c.channels) if t is not None),
+        *(t for pair in c.kv_cache or () for t in pair),
+        *(t for t in (c.added, c.concat) if t is not None),
     ]
     return len(flat(a)) == len(flat(b)) and all(torch.equal(x, y) for x, y in zip(flat(a), flat(b), strict=True))
 
@@ -34,13 +34,13 @@ def test_joining_the_rows_of_a_conditioning_gives_it_back(added, channels):
 
 def test_a_part_without_keys_and_values_leaves_the_projection_to_the_network():
     joined = Conditioning.cat([projected(2), Conditioning(torch.zeros(1, 3, 4))])
-    assert joined.keys_values is None and len(joined) == 3
+    assert joined.kv_cache is None and len(joined) == 3
 
 
 def test_the_added_vector_and_the_channels_are_of_all_rows_or_of_none():
     rows = projected(2, added=True)
-    joined = Conditioning.cat([rows, Conditioning(rows.context, added=rows.added)])
-    assert joined.keys_values is None and torch.equal(joined.added[2:], rows.added)
+    joined = Conditioning.cat([rows, Conditioning(rows.context, vector=rows.vector)])
+    assert joined.kv_cache is None and torch.equal(joined.vector[2:], rows.vector)
     with pytest.raises(ValueError, match="1 of 2 parts have an added vector"):
         Conditioning.cat([rows, projected(1)])
     with pytest.raises(ValueError, match="1 of 2 parts have channels"):
@@ -49,10 +49,10 @@ def test_the_added_vector_and_the_channels_are_of_all_rows_or_of_none():
 
 def test_texts_in_a_chain_follow_one_another_and_the_first_one_s_vector_stands_for_all():
     first, second = projected(2, added=True), projected(2, seed=1, added=True)
-    whole = Conditioning.chain([first, second])
+    whole = Conditioning.cat_context([first, second])
     for part, rows in ((first, slice(0, 3)), (second, slice(3, 6))):
         cut = Conditioning(
-            whole.context[:, rows], tuple((k[:, rows], v[:, rows]) for k, v in whole.keys_values), part.added
+            whole.context[:, rows], tuple((k[:, rows], v[:, rows]) for k, v in whole.kv_cache), part.vector
         )
         assert equal(cut, part)
-    assert torch.equal(whole.added, first.added)
+    assert torch.equal(whole.vector, first.vector)

@@ -10,10 +10,10 @@ from PIL import Image
 
 from ldm.checkpoints.formats import Checkpoint
 from ldm.diffusion.samplers import SAMPLERS, sample
-from ldm.diffusion.spacing import SPACINGS, cut
-from ldm.images import fingerprint, to_pil
+from ldm.diffusion.spacing import SPACINGS, truncate_grid
+from ldm.images import image_digest, to_pil
 from ldm.nn.unet import UNet
-from ldm.nn.vae import decode
+from ldm.nn.vae import decode_latents
 from ldm.pipeline import Pipeline
 from ldm.request import Request
 from ldm.rng import Noise
@@ -126,13 +126,13 @@ def test_what_the_mask_keeps_steers_what_it_redraws(pipe):
 def test_image_to_image_is_the_sampler_on_the_noised_posterior_mean(pipe):
     """Of the last int(strength n) steps."""
     drawn = pipe("a cat", image=IMAGE, strength=0.5, num_inference_steps=7, sampler="heun", seed=4, guidance_scale=1.0)
-    grid, noise = cut(SPACINGS["trailing"](pipe.model.sde, 7), 0.5), Noise([4])
+    grid, noise = truncate_grid(SPACINGS["trailing"](pipe.model.sde, 7), 0.5), Noise([4])
     assert len(grid) == 4
     with torch.inference_mode():
-        z = pipe.encode([IMAGE]).mean
+        z = pipe.encode_images([IMAGE]).mean
         x = grid[0].alpha * z + grid[0].sigma * noise(z)
-        z = sample(SAMPLERS["heun"].function, pipe.guided(["a cat"], [""]), x, grid, noise)
-        (wanted,) = to_pil(decode(pipe.model.vae, z))
+        z = sample(SAMPLERS["heun"].function, pipe.cfg_denoiser(["a cat"], [""]), x, grid, noise)
+        (wanted,) = to_pil(decode_latents(pipe.model.vae, z))
     assert difference(drawn.images[0], wanted) == 0
 
 
@@ -160,7 +160,7 @@ def test_an_image_gives_the_size_unless_one_is_said(pipe):
 
 def test_a_network_of_nine_channels_sees_the_mask_and_the_picture_without_what_is_redrawn(nine):
     asked = []
-    hook = nine.model.unet.register_forward_pre_hook(lambda module, args: asked.append(args[2].channels))
+    hook = nine.model.unet.register_forward_pre_hook(lambda module, args: asked.append(args[2].concat))
     try:
         mask = white(5, 8, 12, 16)  # 5 begins within a latent, which is redrawn as a whole
         nine("a cat", image=IMAGE, mask=mask, guidance_scale=3.0, num_inference_steps=1)
@@ -173,7 +173,7 @@ def test_a_network_of_nine_channels_sees_the_mask_and_the_picture_without_what_i
     assert torch.equal(shown[0, 0], wanted)
     grey = IMAGE.copy()
     grey.paste((127, 127, 127), (5, 8, 12, 16))
-    near, far = ((shown[0, 1:] - nine.encode([image]).mean[0]).abs().max() for image in (grey, IMAGE))
+    near, far = ((shown[0, 1:] - nine.encode_images([image]).mean[0]).abs().max() for image in (grey, IMAGE))
     assert near < 3e-3 and far > 10 * near
 
 
@@ -188,9 +188,9 @@ def test_threads_on_one_pipeline_draw_what_each_draws_alone(pipe):
     """While a third one encodes; several rounds, each with texts that nobody has read yet."""
     halves = MIXED[:2], MIXED[2:5]
     wanted = [pipe.generate(half) for half in halves]
-    mean = pipe.encode([IMAGE]).mean
+    mean = pipe.encode_images([IMAGE]).mean
     for _ in range(4):
-        pipe.texts.clear()
+        pipe.prompt_encoder.clear()
         with ThreadPoolExecutor(3) as threads:
             drawn = [threads.submit(pipe.generate, half) for half in halves]
             encoded = [threads.submit(pipe.encode, [IMAGE]) for _ in range(10)]
@@ -205,24 +205,26 @@ def test_four_threads_share_prompts_of_several_chunks(pipe):
     texts = [long, "a cat", f"{long} BREAK a cat", "two stars"]
     requests = [Request(t, long[k:], k, num_inference_steps=2) for k, t in enumerate(texts)]
     wanted = [pipe.generate([request])[0] for request in requests]
-    assert len({pipe.texts.length(r.prompt, r.negative_prompt, 3.0) for r in requests}) > 1
+    assert len({pipe.prompt_encoder.num_chunks(r.prompt, r.negative_prompt, 3.0) for r in requests}) > 1
 
     def draw(first):
         order = [*range(first, 4), *range(first)]
         return [(k, pipe.generate([requests[k]])[0]) for k in order]
 
     for _ in range(5):
-        pipe.texts.clear()
+        pipe.prompt_encoder.clear()
         with ThreadPoolExecutor(4) as threads:
             drawn = [pair for pairs in threads.map(draw, range(4)) for pair in pairs]
         assert len(drawn) == 16 and all(difference(picture, wanted[k]) == 0 for k, picture in drawn)
 
 
 def test_a_record_tells_pictures_by_their_pixels(pipe):
-    records = [Request("a", image=i, mask=m).record() for i, m in ((IMAGE, None), (IMAGE.copy(), OTHER), (OTHER, None))]
+    records = [
+        Request("a", image=i, mask=m).to_record() for i, m in ((IMAGE, None), (IMAGE.copy(), OTHER), (OTHER, None))
+    ]
     assert records[0]["image"] == records[1]["image"] != records[2]["image"] != records[1]["mask"]
-    assert records[0]["mask"] is None and records[1]["mask"] == fingerprint(OTHER.convert("L"))
-    turned = [Request("a", image=Image.new("RGB", size)).record()["image"] for size in ((2, 3), (3, 2))]
+    assert records[0]["mask"] is None and records[1]["mask"] == image_digest(OTHER.convert("L"))
+    turned = [Request("a", image=Image.new("RGB", size)).to_record()["image"] for size in ((2, 3), (3, 2))]
     assert turned[0] != turned[1]
 
 
@@ -261,7 +263,7 @@ def test_a_model_that_inpaints_asks_for_an_image(nine, pipe):
     with pytest.raises(ValueError, match="this model inpaints, so an image is needed"):
         nine.stream([Request("a cat")])
     with pytest.raises(ValueError, match="takes 9 channels, and 4 are given"):
-        nine.guided(["a cat"], [""])(torch.zeros(1, 4, 8, 8), nine.model.sde.at(0.5))
+        nine.cfg_denoiser(["a cat"], [""])(torch.zeros(1, 4, 8, 8), nine.model.sde.level(0.5))
     eight = UNet(dataclasses.replace(pipe.model.unet.config, in_channels=8))
     with pytest.raises(ValueError, match="U-Net of 8 channels: only 4 and 9 are known"):
         Pipeline(dataclasses.replace(pipe.model, unet=eight)).stream([Request("a cat", image=IMAGE)])

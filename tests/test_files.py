@@ -8,7 +8,7 @@ from threading import Barrier
 
 import pytest
 
-from ldm.files import claim, publish
+from ldm.files import rename_noreplace, atomic_write
 
 
 def names(folder):
@@ -16,7 +16,7 @@ def names(folder):
 
 
 def test_a_file_appears_whole_and_readable_by_all(tmp_path):
-    with publish(tmp_path / "deep" / "a.txt") as draft:
+    with atomic_write(tmp_path / "deep" / "a.txt") as draft:
         draft.write_text("new")
         assert not (tmp_path / "deep" / "a.txt").exists()
     path = tmp_path / "deep" / "a.txt"
@@ -29,7 +29,7 @@ def test_an_exception_leaves_what_was_there(tmp_path, folder):
     path = tmp_path / "a"
     for text in ("old", "new"):
         try:
-            with publish(path) as draft:
+            with atomic_write(path) as draft:
                 if folder:
                     draft.mkdir()
                 (draft / "x" if folder else draft).write_text(text)
@@ -42,19 +42,19 @@ def test_an_exception_leaves_what_was_there(tmp_path, folder):
 
 def test_a_folder_replaces_a_folder(tmp_path):
     for name in ("x", "y"):
-        with publish(tmp_path / "a") as draft:
+        with atomic_write(tmp_path / "a") as draft:
             draft.mkdir()
             (draft / name).write_text(name)
     assert names(tmp_path) == ["a"] and names(tmp_path / "a") == ["y"]
 
 
 def test_a_folder_that_is_claimed_replaces_nothing(tmp_path):
-    with pytest.raises(FileExistsError), publish(tmp_path / "a", claim) as draft:
+    with pytest.raises(FileExistsError), atomic_write(tmp_path / "a", rename_noreplace) as draft:
         draft.mkdir()
         (tmp_path / "a").mkdir()
         (tmp_path / "a" / "x").touch()
     assert names(tmp_path) == ["a"] and names(tmp_path / "a") == ["x"]
-    with publish(tmp_path / "b", claim) as draft:
+    with atomic_write(tmp_path / "b", rename_noreplace) as draft:
         draft.mkdir()
         (draft / "y").touch()
     assert names(tmp_path / "b") == ["y"]
@@ -76,7 +76,9 @@ def test_of_many_that_claim_a_name_at_once_one_has_it(tmp_path, links):
 
     def write(k):
         try:
-            with publish(tmp_path / f"{k}", lambda draft, _: (gate.wait(), claim(draft, tmp_path / "a"))) as draft:
+            with atomic_write(
+                tmp_path / f"{k}", lambda draft, _: (gate.wait(), rename_noreplace(draft, tmp_path / "a"))
+            ) as draft:
                 draft.write_text(f"{k}")
         except FileExistsError:
             return None

@@ -25,15 +25,15 @@ CPU = torch.device("cpu")
 )
 def test_auto_is_bfloat16_only_where_the_cpu_multiplies_it(found, dtype, name, monkeypatch):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: found, raising=False)
-    assert hardware.frozen_dtype("auto", CPU) == dtype
-    assert hardware.mixed("auto", CPU) == name
+    assert hardware.resolve_frozen_dtype("auto", CPU) == dtype
+    assert hardware.resolve_mixed_precision("auto", CPU) == name
     with hardware.autocast(CPU):
         assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == dtype
 
 
 def test_what_a_recipe_asks_for_by_name_is_taken():
-    assert hardware.frozen_dtype("bfloat16", CPU) == torch.bfloat16
-    assert [hardware.mixed(name, CPU) for name in ("no", "bf16", "fp16")] == ["no", "bf16", "fp16"]
+    assert hardware.resolve_frozen_dtype("bfloat16", CPU) == torch.bfloat16
+    assert [hardware.resolve_mixed_precision(name, CPU) for name in ("no", "bf16", "fp16")] == ["no", "bf16", "fp16"]
 
 
 @pytest.mark.parametrize("found, dtype, name", [({"amx_bf16": True}, "bfloat16", "bf16"), ({}, "float32", "no")])
@@ -44,5 +44,5 @@ def test_a_checkpoint_says_what_auto_meant_so_that_another_machine_cannot_go_on_
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
     recipe = load_recipe(ROOT / "configs" / "tune-lora.yaml")
     assert recipe.mixed_precision == recipe.objective.frozen_dtype == "auto"
-    assert state.shape(recipe)["objective.frozen_dtype"] == dtype
-    assert state.resolved(recipe).mixed_precision == name
+    assert state.select_immutable_options(recipe)["objective.frozen_dtype"] == dtype
+    assert state.resolve_recipe(recipe).mixed_precision == name

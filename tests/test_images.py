@@ -12,20 +12,20 @@ from PIL import Image
 from ldm.images import (
     contact_sheet,
     from_uint8,
-    parameters,
-    quoted,
+    create_infotext,
+    quote,
     read_mask,
-    read_parameters,
-    read_picture,
-    read_texts,
+    parse_generation_parameters,
+    read_image,
+    read_png_texts,
     save_png,
     to_pil,
     to_uint8,
-    unquoted,
+    unquote,
 )
 from ldm.request import Request
 
-RECORD = Request("a red apple", "", 7, 32, 64, 20, 3.0, "dpmpp_2m", "karras").record()
+RECORD = Request("a red apple", "", 7, 32, 64, 20, 3.0, "dpmpp_2m", "karras").to_record()
 NASTY = [
     "",
     "a, (b:1.2): c\nSteps: 3, Sampler: x\n\nlast",
@@ -51,36 +51,38 @@ def test_rounding_is_to_nearest_and_what_lies_outside_is_clipped():
 
 
 def test_the_web_ui_s_own_pattern_reads_our_parameters():
-    text = parameters({**RECORD, "negative_prompt": "a dog"}, "my, model", "0123456789abcdef", "1.0")
+    text = create_infotext({**RECORD, "negative_prompt": "a dog"}, "my, model", "0123456789abcdef", "1.0")
     prompt, negative, last = text.split("\n")
     pairs = dict(re.findall(r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)', last))
     assert (prompt, negative) == ("a red apple", "Negative prompt: a dog")
     assert pairs["Sampler"] == "DPM++ 2M" and pairs["Schedule type"] == "Karras" and pairs["CFG scale"] == "3"
     assert pairs["Size"] == "64x32" and pairs["Model"] == '"my, model"' and pairs["Model hash"] == "0123456789"
-    assert "Negative" not in parameters(RECORD, "m", "h", "1")
+    assert "Negative" not in create_infotext(RECORD, "m", "h", "1")
 
 
 def test_what_the_web_ui_has_a_field_for_stands_where_it_has_it():
     edited = {**RECORD, "strength": 0.75, "clip_skip": 2, "upscale": 2.0, "upscale_strength": 0.4}
     given = {"loras": {"style": "0" * 64, "b": "1" * 64}, "embeddings": {"word": "2" * 64}}
-    text = parameters(edited, "m", "a" * 64, "1.0", vae=("other", "b" * 64), **given)
+    text = create_infotext(edited, "m", "a" * 64, "1.0", vae=("other", "b" * 64), **given)
     assert text.split("\n")[1] == (
         "Steps: 20, Sampler: DPM++ 2M, Schedule type: Karras, CFG scale: 3, Seed: 7, Size: 64x32, "
         "Model hash: aaaaaaaaaa, Model: m, VAE hash: bbbbbbbbbb, VAE: other, Denoising strength: 0.4, Clip skip: 2, "
         'RNG: CPU, Hires upscale: 2.0, Hires upscaler: Lanczos, Lora hashes: "style: 000000000000, b: 111111111111", '
         'TI hashes: "word: 222222222222", Version: ldm 1.0'
     )
-    assert read_parameters(text)["Lora hashes"] == "style: 000000000000, b: 111111111111"
-    assert "Denoising strength: 0.75" in parameters({**edited, "upscale": None}, "m", "h", "1")
+    assert parse_generation_parameters(text)["Lora hashes"] == "style: 000000000000, b: 111111111111"
+    assert "Denoising strength: 0.75" in create_infotext({**edited, "upscale": None}, "m", "h", "1")
     for word in ("VAE", "Denoising", "Clip skip", "Hires", "Lora", "TI"):
-        assert word not in parameters({**RECORD, "clip_skip": 0}, "m", "h", "1")
+        assert word not in create_infotext({**RECORD, "clip_skip": 0}, "m", "h", "1")
 
 
 @pytest.mark.parametrize("negative", NASTY)
 @pytest.mark.parametrize("prompt", NASTY)
 def test_parameters_are_read_back(prompt, negative):
-    text = parameters({**RECORD, "prompt": prompt, "negative_prompt": negative}, 'a "model", v: 1\\', "f" * 64, "1.0")
-    assert read_parameters(text) == {
+    text = create_infotext(
+        {**RECORD, "prompt": prompt, "negative_prompt": negative}, 'a "model", v: 1\\', "f" * 64, "1.0"
+    )
+    assert parse_generation_parameters(text) == {
         "Prompt": prompt,
         "Negative prompt": negative,
         "Steps": "20",
@@ -97,7 +99,7 @@ def test_parameters_are_read_back(prompt, negative):
 
 
 def test_a_text_without_settings_is_a_prompt():
-    assert read_parameters("a cat\nNegative prompt: a dog\nSteps: 3") == {
+    assert parse_generation_parameters("a cat\nNegative prompt: a dog\nSteps: 3") == {
         "Prompt": "a cat",
         "Negative prompt": "a dog\nSteps: 3",
     }
@@ -107,7 +109,7 @@ def test_a_text_without_settings_is_a_prompt():
     "value, wanted", [("a", "a"), ("a,b", '"a,b"'), ("a:b", '"a:b"'), ('a\n"', '"a\\n\\""'), ('"a"', '"\\"a\\""')]
 )
 def test_a_value_that_would_end_early_is_quoted(value, wanted):
-    assert quoted(value) == wanted and unquoted(wanted) == value
+    assert quote(value) == wanted and unquote(wanted) == value
 
 
 def test_a_png_keeps_pixels_and_texts_and_its_bytes_are_a_function_of_them(tmp_path):
@@ -115,7 +117,7 @@ def test_a_png_keeps_pixels_and_texts_and_its_bytes_are_a_function_of_them(tmp_p
     texts = {"parameters": "é 雪\nsecond line", "ldm": "{}"}
     for name in ("a.png", "b.png"):
         save_png(picture, tmp_path / name, texts)
-    assert read_texts(tmp_path / "a.png") == texts
+    assert read_png_texts(tmp_path / "a.png") == texts
     assert Image.open(tmp_path / "a.png").tobytes() == picture.tobytes()
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.png", "b.png"]
@@ -124,7 +126,7 @@ def test_a_png_keeps_pixels_and_texts_and_its_bytes_are_a_function_of_them(tmp_p
 def test_what_is_no_picture_is_refused_by_name(tmp_path):
     (tmp_path / "x.png").write_text("no")
     for name in ("x.png", "absent.png"):
-        for read in (read_texts, read_picture, read_mask):
+        for read in (read_png_texts, read_image, read_mask):
             with pytest.raises(ValueError, match=name):
                 read(tmp_path / name)
 
@@ -175,7 +177,7 @@ def test_a_picture_s_transparency_is_white_and_its_sixteen_bits_are_scaled(tmp_p
     white = np.where(HALF[..., None] > 0, COLOURS, 255)
     for name, wanted in (("a.png", white), ("b.png", np.repeat(COLOURS[..., :1], 3, 2))):
         with Image.open(tmp_path / name) as opened:
-            pictures = read_picture(tmp_path / name), Request("", image=opened).image
+            pictures = read_image(tmp_path / name), Request("", image=opened).image
         assert all(p.mode == "RGB" and np.array_equal(np.asarray(p), wanted) for p in pictures)
 
 
@@ -196,13 +198,13 @@ def test_whatever_is_wrong_with_a_file_is_one_line_with_its_name(tmp_path, form)
     rng, path, refused = np.random.default_rng(0), tmp_path / "x.png", 0
     whole = np.frombuffer(file_of(form), np.uint8)
     path.write_bytes(whole.tobytes())
-    assert read_picture(path).size == (16, 16)
+    assert read_image(path).size == (16, 16)
     for k in range(150):
         data, reach = whole.copy(), len(whole) if k % 2 else min(len(whole), 120)
         places = rng.integers(0, reach, rng.integers(1, 6))
         data[places] = rng.integers(0, 256, len(places))
         path.write_bytes(data[: rng.integers(len(data)) if k % 3 == 0 else None].tobytes())
-        for read in (read_picture, read_mask, read_texts):
+        for read in (read_image, read_mask, read_png_texts):
             try:
                 read(path)
             except ValueError as error:

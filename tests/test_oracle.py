@@ -186,14 +186,14 @@ def theirs(monkeypatch):
         pipe.scheduler = scheduler.from_pretrained(folder, subfolder="scheduler", **options)
         generators = [torch.Generator().manual_seed(seed) for seed in case.seeds]
         texts = {"prompt": PROMPT, "negative_prompt": NEGATIVE, "num_images_per_prompt": len(generators)}
-        return pixels(pipe(generator=generators, **{**texts, **case.call, **call}).images)
+        return pixels(pipe(generator=generators, **{**texts, **case.sample_name, **call}).images)
 
     return draw
 
 
 def ours(pipe, case, **settings):
     options = {"sampler": case.sampler, "spacing": SOLVERS[case.sampler][1]["timestep_spacing"]}
-    request = Request(PROMPT, **{"negative_prompt": NEGATIVE, **options, **case.call, **settings})
+    request = Request(PROMPT, **{"negative_prompt": NEGATIVE, **options, **case.sample_name, **settings})
     return pixels(pipe.generate([replace(request, seed=seed) for seed in case.seeds]))
 
 
@@ -283,7 +283,7 @@ V_CASES = [case for case in CASES if case.prediction == "v_prediction"]
 def test_2_text_to_image(painter, theirs, case):
     """Of native size where it is 48x48: nobody says it."""
     pipe, folder = painter(case.prediction, model=second)
-    assert pipe.model.towers[0].tokenizer.pad_token_id == 0
+    assert pipe.model.text_encoders[0].tokenizer.pad_token_id == 0
     call = {} if case.size == (48, 48) else dict(zip(("height", "width"), case.size, strict=True))
     same(ours(pipe, case, **call), theirs(diffusers.StableDiffusionPipeline, folder, case, **call))
 

@@ -10,7 +10,7 @@ import torch
 import ldm.nn._torchvision  # noqa: F401  must come before diffusers
 from ldm.conditioning import Conditioning
 from ldm.diffusion.samplers import SAMPLERS
-from ldm.pipeline import PICTO, Pipeline
+from ldm.pipeline import PICTO_PATH, Pipeline
 from ldm.request import Request
 
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, StableDiffusionPipeline  # isort: skip
@@ -54,7 +54,7 @@ def test_numbers_of_numpy_are_numbers_and_what_is_none_is_named(pipe):
     theirs = Request("a", height=np.int64(32), guidance_scale=np.float32(2.5), num_inference_steps=np.int32(2))
     ours = Request("a", height=32, guidance_scale=2.5, num_inference_steps=2)
     assert pipe.resolve(theirs) == pipe.resolve(ours)
-    json.dumps(pipe.resolve(theirs).record())
+    json.dumps(pipe.resolve(theirs).to_record())
     for name, value in (("height", 32.0), ("num_inference_steps", "2"), ("image", "a.png"), ("guidance_scale", "x")):
         with pytest.raises(ValueError, match=f"{name} .*must be a"):
             pipe.resolve(Request("a", **{name: value}))
@@ -91,17 +91,17 @@ def test_nothing_of_a_long_prompt_is_cut_and_a_weight_of_one_is_none(pipe):
 
 
 def test_the_shorter_of_prompt_and_negative_is_filled_up_with_empty_chunks(pipe):
-    filled = pipe.texts("a cat", 3)
-    by_hand = Conditioning(torch.cat([pipe.texts(text).context for text in ("a cat", "", "")], dim=1))
+    filled = pipe.prompt_encoder("a cat", 3)
+    by_hand = Conditioning(torch.cat([pipe.prompt_encoder(text).context for text in ("a cat", "", "")], dim=1))
     assert torch.equal(filled.context, by_hand.context)
-    torch.testing.assert_close(filled.keys_values, pipe.model.unet.project(by_hand).keys_values)
+    torch.testing.assert_close(filled.kv_cache, pipe.model.unet.compute_kv_cache(by_hand).kv_cache)
     longer = pipe("a cat BREAK BREAK", "BREAK BREAK a dog", seed=1).images[0]
     assert difference(pipe("a cat", "BREAK BREAK a dog", seed=1).images[0], longer) == 0
 
 
 def test_one_call_refuses_texts_of_two_lengths(pipe):
     with pytest.raises(ValueError, match="prompts of 1 and 3 chunks"):
-        pipe.guided(["a cat", LONG], ["", ""])
+        pipe.cfg_denoiser(["a cat", LONG], ["", ""])
 
 
 def test_image_k_of_a_prompt_is_the_image_of_its_own_seed(pipe):
@@ -131,7 +131,7 @@ def test_guidance_outside_every_level_s_interval_is_none(pipe):
 def test_a_text_that_has_been_drawn_still_lets_gradients_through(pipe):
     pipe("a cat", num_inference_steps=2)
     x = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0), requires_grad=True)
-    pipe.guided(["a cat"], [""])(x, pipe.model.sde.at(0.5)).sum().backward()
+    pipe.cfg_denoiser(["a cat"], [""])(x, pipe.model.sde.level(0.5)).sum().backward()
     assert x.grad is not None and x.grad.abs().max() > 0
 
 
@@ -152,7 +152,7 @@ def test_latents_replace_the_initial_noise(pipe):
 
 def test_a_record_is_the_request(pipe):
     for request in map(pipe.resolve, (MIXED[5], MIXED[6])):
-        assert Request(**json.loads(json.dumps(request.record()))) == request
+        assert Request(**json.loads(json.dumps(request.to_record()))) == request
 
 
 def diffusers_picture(folder, scheduler, texts, steps, guidance, noise, **options):
@@ -173,8 +173,8 @@ def diffusers_picture(folder, scheduler, texts, steps, guidance, noise, **option
     ],
 )
 def test_diffusers_loads_our_files_and_draws_the_same_picture(model, sampler, scheduler, options, tiny, pipe):
-    folder = tiny if model == "tiny" else PICTO
-    ours = pipe if model == "tiny" else Pipeline.from_pretrained(PICTO, device="cpu", dtype="float32")
+    folder = tiny if model == "tiny" else PICTO_PATH
+    ours = pipe if model == "tiny" else Pipeline.from_pretrained(PICTO_PATH, device="cpu", dtype="float32")
     config = ours.model.unet.config
     shape = 1, config.in_channels, config.sample_size, config.sample_size
     noise = torch.randn(shape, generator=torch.Generator().manual_seed(3))
@@ -191,8 +191,11 @@ def test_diffusers_draws_the_same_picture_from_a_long_prompt_s_states(tiny, pipe
     noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(3))
     prompt = "a (red:1.4) apple BREAK two [stars]"
     picture = pipe(prompt, "a dog", latents=noise, sampler="ddim", num_inference_steps=6, guidance_scale=3.0).images[0]
-    empty, dog = (pipe.texts(text).context for text in ("", "a dog"))
-    texts = {"prompt_embeds": pipe.texts(prompt).context, "negative_prompt_embeds": torch.cat([dog, empty], dim=1)}
+    empty, dog = (pipe.prompt_encoder(text).context for text in ("", "a dog"))
+    texts = {
+        "prompt_embeds": pipe.prompt_encoder(prompt).context,
+        "negative_prompt_embeds": torch.cat([dog, empty], dim=1),
+    }
     assert difference(picture, diffusers_picture(tiny, DDIMScheduler, texts, 6, 3.0, noise)) <= 2
 
 

@@ -5,7 +5,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from ldm.rng import BrownianPath, Noise, keyed, keyed_uniform
+from ldm.rng import BrownianPath, Noise, derive_seed, derive_uniform
 
 SHAPE = torch.Size([40_000])
 
@@ -41,7 +41,7 @@ def test_a_missing_stream_is_refused():
 def test_path_is_a_brownian_motion_in_the_signal_to_noise_ratio():
     """Increments have the variance of their SNR and do not correlate, from SNR 0 to 1e6."""
     sigmas = [1.0, 1 - 1e-6, 0.99, 0.8, 0.8 - 1e-4, 0.3, 0.1, 0.1 - 1e-5, 0.01, 0.001]
-    path = [BrownianPath(11).at(sigma, SHAPE).double() for sigma in sigmas]
+    path = [BrownianPath(11).value_at(sigma, SHAPE).double() for sigma in sigmas]
     clock = torch.tensor([1 / s**2 - 1 for s in sigmas], dtype=torch.float64)
     steps = torch.stack([b - a for a, b in pairwise(path)]) / clock.diff().sqrt()[:, None]
     assert torch.equal(path[0], torch.zeros(SHAPE, dtype=torch.float64))
@@ -71,14 +71,14 @@ def test_consecutive_steps_descend_the_tree_once_for_each_level(monkeypatch):
 
 
 def test_keys_are_fixed_for_ever_and_tell_their_parts_apart():
-    assert keyed(0, "a.png", 3, "noise") == 3322915060813602510
+    assert derive_seed(0, "a.png", 3, "noise") == 3322915060813602510
     parts = [(1, 23), (12, 3), ("1", 23), (1, "23"), (1, 2, 3), ("a", "b"), ("ab",), ("a, b",), ("a", "b", 0)]
-    keys = {keyed(*p) for p in parts}
+    keys = {derive_seed(*p) for p in parts}
     assert len(keys) == len(parts) and all(0 <= key < 2**63 for key in keys)
 
 
 def test_keyed_numbers_are_uniform_and_independent_between_purposes():
-    u, v = (torch.tensor([keyed_uniform(5, k, 0, purpose) for k in range(20_000)]) for purpose in ("time", "caption"))
+    u, v = (torch.tensor([derive_uniform(5, k, 0, purpose) for k in range(20_000)]) for purpose in ("time", "caption"))
     for values in (u, v, (u + v) % 1):  # of independent pairs the sum is uniform too
         counts = torch.histc(values, 50, 0, 1)
         assert ((counts - 400) ** 2 / 400).sum() < 95  # chi-square of 49 degrees: one in 10,000 is above

@@ -20,7 +20,7 @@ run = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(run)
 
 # A Python that makes a venv by copying itself into it, and writes what it is asked into `calls`. The step in
-# `fail` says `words` and fails, the one in `hang` stops half-way; only pip gives an `ldm`, at its end.
+# `print_error` says `words` and fails, the one in `hang` stops half-way; only pip gives an `ldm`, at its end.
 FAKE = r"""#!/bin/sh
 root={root} version="{version}"
 case "$2" in -c) step=probe ;; -m) step=$3 ;; *) step=$2 ;; esac
@@ -43,7 +43,7 @@ sys.exit(run.main(sys.argv[3:], pathlib.Path(sys.argv[1]), sys.argv[2]))
 
 
 class Project:
-    """A repository and the fake Python; `start` and `run` are `scripts/run.py` in a process of its own."""
+    """A repository and the fake Python; `start_trackers` and `run` are `scripts/run.py` in a process of its own."""
 
     def __init__(self, root: Path):
         self.root, self.venv = root, root / ".venv"

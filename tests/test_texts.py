@@ -11,9 +11,9 @@ from safetensors.torch import save_file
 
 from ldm.checkpoints.families import FAMILIES
 from ldm.checkpoints.formats import Checkpoint
-from ldm.nn.text import Tower, clip_tokenizer, load_tokenizer, text_model
+from ldm.nn.text import TextEncoder, build_clip_tokenizer, load_clip_tokenizer, build_text_encoder
 from ldm.nn.unet import UNet, UNetConfig
-from ldm.texts import Kept, Texts, encoded, read
+from ldm.texts import LRUCache, PromptEncoder, encode_chunk, tokenize_prompt_or_zeros
 
 import ldm.nn._torchvision  # noqa: F401  isort: skip
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline  # isort: skip
@@ -34,22 +34,28 @@ PROMPTS = ["", "a red apple", "An image of a squirrel in Picasso style, 8k"]
 IDS = torch.tensor([[480.0, 640.0, 8.0, 16.0, 512.0, 768.0]])
 
 
-tokenizer_of = cache(clip_tokenizer)
+tokenizer_of = cache(build_clip_tokenizer)
 
 
 def model_of(name):
     """A small random model with the towers of a family; the U-Net's own weights are not looked at."""
     family, towers = FAMILIES[name], []
     torch.manual_seed(0)
-    for folder, record in family.towers.items():
-        model = text_model({**record.config, **SMALL, "hidden_size": WIDTHS[folder]}, record.projected)
+    for folder, record in family.text_encoders.items():
+        model = build_text_encoder({**record.config, **SMALL, "hidden_size": WIDTHS[folder]}, record.with_projection)
         for parameter in model.eval().requires_grad_(False).parameters():
             parameter += 0.05 * torch.randn(parameter.shape)
-        tokenizer = tokenizer_of(record.pad)
-        towers.append(Tower(model, tokenizer, record.layer, record.final_norm, record.projected, record.dropped))
+        tokenizer = tokenizer_of(record.pad_token_id)
+        towers.append(
+            TextEncoder(
+                model, tokenizer, record.layer_idx, record.final_norm, record.with_projection, record.num_dropped_layers
+            )
+        )
     width = sum(tower.model.config.hidden_size for tower in towers)
     unet = UNet(UNetConfig(**UNET, cross_attention_dim=width, **(ADDED if len(towers) > 1 else {})))
-    return Checkpoint(unet, None, tuple(towers), None, None, zero_negative=family.zero_negative)
+    return Checkpoint(
+        unet, None, tuple(towers), None, None, force_zeros_for_empty_prompt=family.force_zeros_for_empty_prompt
+    )
 
 
 @pytest.fixture(scope="module", params=["sd1", "sd2-base", "sdxl"])
@@ -64,18 +70,18 @@ def xl():
 
 @pytest.fixture
 def texts(model):
-    return Texts(model)
+    return PromptEncoder(model)
 
 
 class Theirs:
     """(prompt, negative, their contexts, their pooled vectors), of diffusers' pipeline with the same text encoders."""
 
     def __init__(self, model):
-        encoder, *second = (copy.deepcopy(tower.model) for tower in model.towers)
-        tokenizer, *other = (copy.deepcopy(tower.tokenizer) for tower in model.towers)
+        encoder, *second = (copy.deepcopy(tower.model) for tower in model.text_encoders)
+        tokenizer, *other = (copy.deepcopy(tower.tokenizer) for tower in model.text_encoders)
         parts = {"vae": None, "unet": None, "scheduler": None, "text_encoder": encoder, "tokenizer": tokenizer}
         if second:
-            flags = {"force_zeros_for_empty_prompt": model.zero_negative, "add_watermarker": False}
+            flags = {"force_zeros_for_empty_prompt": model.force_zeros_for_empty_prompt, "add_watermarker": False}
             self.pipe = StableDiffusionXLPipeline(**parts, text_encoder_2=second[0], tokenizer_2=other[0], **flags)
         else:
             none = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
@@ -102,34 +108,34 @@ class Theirs:
 @pytest.mark.parametrize("prompt", PROMPTS)
 def test_a_prompt_is_diffusers_own(model, texts, prompt, skip):
     context, _, pooled, _ = Theirs(model)(prompt, skip=skip)
-    ours = texts(prompt, skip=skip or 0, time_ids=IDS)
+    ours = texts(prompt, clip_skip=skip or 0, time_ids=IDS)
     torch.testing.assert_close(ours.context, context, rtol=0, atol=1e-5)
-    assert (ours.added is None) == (pooled is None)
+    assert (ours.vector is None) == (pooled is None)
     if pooled is not None:
-        torch.testing.assert_close(ours.added, model.unet.added(pooled, IDS), rtol=0, atol=1e-5)
+        torch.testing.assert_close(ours.vector, model.unet.make_vector(pooled, IDS), rtol=0, atol=1e-5)
         other = texts(prompt, time_ids=IDS.flip(1)).added
-        assert torch.equal(other[:, :24], ours.added[:, :24]) and not torch.equal(other, ours.added)
+        assert torch.equal(other[:, :24], ours.vector[:, :24]) and not torch.equal(other, ours.vector)
 
 
 @pytest.mark.parametrize("zero", [True, False])
 @pytest.mark.parametrize("negative", [None, "", "blurry"])
 def test_an_empty_negative_is_diffusers_own_both_ways(model, negative, zero):
-    model = replace(model, zero_negative=zero and len(model.towers) > 1)
+    model = replace(model, force_zeros_for_empty_prompt=zero and len(model.text_encoders) > 1)
     _, context, _, pooled = Theirs(model)("a cat", negative)
-    ours = Texts(model)(negative, time_ids=IDS)
+    ours = PromptEncoder(model)(negative, time_ids=IDS)
     torch.testing.assert_close(ours.context, context, rtol=0, atol=1e-5)
-    assert (not ours.context.any()) == (model.zero_negative and negative is None)
+    assert (not ours.context.any()) == (model.force_zeros_for_empty_prompt and negative is None)
     if pooled is not None:
-        torch.testing.assert_close(ours.added, model.unet.added(pooled, IDS), rtol=0, atol=1e-5)
+        torch.testing.assert_close(ours.vector, model.unet.make_vector(pooled, IDS), rtol=0, atol=1e-5)
 
 
 def test_no_prompt_is_zeros_of_any_length_and_their_keys_and_values(xl):
-    texts = Texts(xl)
+    texts = PromptEncoder(xl)
     none, pair = texts(None, 3), texts("a cat " * 90, 3)
     assert none.context.shape == pair.context.shape == (1, 231, 80)
-    assert not none.context.any() and not any(k.any() or v.any() for k, v in none.keys_values)
-    assert texts.length("a", None, 5.0) == 1 and texts.length("a " * 76, None, 5.0) == 2
-    assert Texts(replace(xl, zero_negative=False))(None).context.equal(texts("").context)
+    assert not none.context.any() and not any(k.any() or v.any() for k, v in none.kv_cache)
+    assert texts.num_chunks("a", None, 5.0) == 1 and texts.num_chunks("a " * 76, None, 5.0) == 2
+    assert PromptEncoder(replace(xl, force_zeros_for_empty_prompt=False))(None).context.equal(texts("").context)
 
 
 def test_a_long_prompt_is_its_chunks_in_a_row_and_pooled_is_the_first_s(model, texts):
@@ -139,9 +145,9 @@ def test_a_long_prompt_is_its_chunks_in_a_row_and_pooled_is_the_first_s(model, t
     ours = texts("".join(parts), 3, time_ids=IDS)
     torch.testing.assert_close(ours.context, torch.cat([first[0], second[0], empty[0]], 1), rtol=0, atol=1e-5)
     if first[2] is not None:
-        torch.testing.assert_close(ours.added, model.unet.added(first[2], IDS), rtol=0, atol=1e-5)
-    for k, (key, value) in enumerate(ours.keys_values):
-        alone = texts(parts[1]).keys_values[k]
+        torch.testing.assert_close(ours.vector, model.unet.make_vector(first[2], IDS), rtol=0, atol=1e-5)
+    for k, (key, value) in enumerate(ours.kv_cache):
+        alone = texts(parts[1]).kv_cache[k]
         torch.testing.assert_close(key[:, 77:154], alone[0])
         torch.testing.assert_close(value[:, 77:154], alone[1])
 
@@ -151,55 +157,55 @@ def test_weights_of_one_change_nothing_bit_for_bit(texts):
     for prompt in ("a (red:1.0) apple", "((a red:1) apple:1.0)", "a [(red:1.1)] apple"):
         other = texts(prompt, time_ids=IDS)
         assert torch.equal(plain.context, other.context)
-        assert plain.added is None or torch.equal(plain.added, other.added)
+        assert plain.vector is None or torch.equal(plain.vector, other.vector)
     assert not torch.equal(plain.context, texts("a (red:1.2) apple").context)
 
 
 def test_exclamation_marks_are_words_to_a_tower_that_pads_with_them(xl, tmp_path):
     """As to its makers; transformers' tokenizer takes each in a text for padding, and so does diffusers."""
-    theirs, texts = Theirs(xl), Texts(xl)
-    xl.towers[1].tokenizer.save_pretrained(tmp_path)
+    theirs, texts = Theirs(xl), PromptEncoder(xl)
+    xl.text_encoders[1].tokenizer.save_pretrained(tmp_path)
     theirs.pipe.tokenizer_2 = CLIPTokenizer.from_pretrained(tmp_path)
     for prompt, differs in (("wow", False), ("wow!", True)):
         gap = (texts(prompt).context - theirs(prompt)[0]).abs()
         assert gap[..., :32].max() < 1e-5 and (gap[..., 32:].max() > 1e-2) == differs
-    (chunk,) = texts.chunks("wow!")
+    (chunk,) = texts.tokenize_prompt("wow!")
     assert chunk.ids[1:3] == tuple(SimpleTokenizer().encode("wow!"))
 
 
 def test_a_layer_that_is_not_there_is_refused(texts):
     with pytest.raises(ValueError, match="clip skip 4: must be from "):
-        texts("a cat", skip=4)
+        texts("a cat", clip_skip=4)
 
 
 def test_towers_of_two_vocabularies_are_refused(xl, tiny):
-    other = replace(xl.towers[1], tokenizer=load_tokenizer(tiny / "tokenizer"))
+    other = replace(xl.text_encoders[1], tokenizer=load_clip_tokenizer(tiny / "tokenizer"))
     with pytest.raises(ValueError, match="the vocabularies of text_encoder and text_encoder_2 differ"):
-        Texts(replace(xl, towers=(xl.towers[0], other)))
+        PromptEncoder(replace(xl, text_encoders=(xl.text_encoders[0], other)))
 
 
 def test_what_is_kept_is_bounded_by_bytes(model):
-    kept = Kept(partial(encoded, model))
-    chunks = [read(model, {}, f"a cat {k}")[0] for k in range(5)]
+    kept = LRUCache(partial(encode_chunk, model))
+    chunks = [tokenize_prompt_or_zeros(model, {}, f"a cat {k}")[0] for k in range(5)]
     kept(chunks[0], 0)
-    kept.limit = 3 * kept.size
+    kept.max_bytes = 3 * kept.nbytes
     for chunk in chunks[1:3]:
         kept(chunk, 0)
     assert kept(chunks[0], 0) is kept(chunks[0], 0)  # now the latest
     for chunk in chunks[3:]:
         kept(chunk, 0)
-    assert [chunk for chunk, _ in kept.answers] == [chunks[0], *chunks[3:]] and kept.size == kept.limit
-    pairs = kept(chunks[0], 0)[0].keys_values
-    assert kept.size / 3 >= sum(a.nbytes for pair in pairs for a in pair)
+    assert [chunk for chunk, _ in kept.entries] == [chunks[0], *chunks[3:]] and kept.nbytes == kept.max_bytes
+    pairs = kept(chunks[0], 0)[0].kv_cache
+    assert kept.nbytes / 3 >= sum(a.nbytes for pair in pairs for a in pair)
     kept.clear()
-    assert not kept.answers and kept.size == 0
+    assert not kept.entries and kept.nbytes == 0
 
 
 def vectors(model, n, seed=0):
     """A file's tensors: n vectors for each tower, as large as those of words."""
     g = torch.Generator().manual_seed(seed)
-    names = ["emb_params"] if len(model.towers) == 1 else ["clip_l", "clip_g"]
-    widths = [tower.model.config.hidden_size for tower in model.towers]
+    names = ["emb_params"] if len(model.text_encoders) == 1 else ["clip_l", "clip_g"]
+    widths = [tower.model.config.hidden_size for tower in model.text_encoders]
     return {name: 0.05 * torch.randn(n, width, generator=g) for name, width in zip(names, widths, strict=True)}
 
 
@@ -226,16 +232,16 @@ def test_an_added_word_is_what_diffusers_makes_of_it(model, texts, embedding, n)
         ours = texts(prompt, time_ids=IDS)
         torch.testing.assert_close(ours.context, context, rtol=0, atol=1e-5)
         if pooled is not None:
-            torch.testing.assert_close(ours.added, model.unet.added(pooled, IDS), rtol=0, atol=1e-5)
+            torch.testing.assert_close(ours.added, model.unet.make_vector(pooled, IDS), rtol=0, atol=1e-5)
     texts.remove_embedding("<cat-toy>")
 
 
 def test_added_words_go_without_a_trace_in_any_order(model, texts, embedding):
     def everything():
-        return [value.clone() for tower in model.towers for value in tower.model.state_dict().values()]
+        return [value.clone() for tower in model.text_encoders for value in tower.model.state_dict().values()]
 
     before, plain = everything(), texts("a <cat-toy> and a mouse-toy").context
-    vocabularies = [tower.tokenizer.get_vocab() for tower in model.towers]
+    vocabularies = [tower.tokenizer.get_vocab() for tower in model.text_encoders]
     seen = {}
     for word, n in (("<cat-toy>", 2), ("mouse-toy", 3), ("toy-3", 1)):
         texts.add_embedding(word, embedding(n))
@@ -246,7 +252,7 @@ def test_added_words_go_without_a_trace_in_any_order(model, texts, embedding):
     for word in ("toy-3", "mouse-toy"):
         texts.remove_embedding(word)
     assert all(torch.equal(a, b) for a, b in zip(before, everything(), strict=True))
-    assert [tower.tokenizer.get_vocab() for tower in model.towers] == vocabularies
+    assert [tower.tokenizer.get_vocab() for tower in model.text_encoders] == vocabularies
     assert torch.equal(texts("a <cat-toy> and a mouse-toy").context, plain)
 
 
@@ -267,16 +273,16 @@ def test_words_come_and_go_in_the_same_memory(model, texts, embedding):
 
 def test_a_word_is_found_in_any_case_and_not_within_another(model, texts, embedding):
     texts.add_embedding("sks-dog", embedding(2))
-    start = model.towers[0].model.config.vocab_size
+    start = model.text_encoders[0].model.config.vocab_size
     one = (start, start + 1)
 
     def added(prompt):
-        return [k for chunk in texts.chunks(prompt) for k in chunk.ids if k >= start]
+        return [k for chunk in texts.tokenize_prompt(prompt) for k in chunk.ids if k >= start]
 
     found = {"a sks-dog": 1, "SKS-dog,Sks-DOG": 2, "(sks-dog)[sks-dog]": 2, "sks-dogs": 0, "asks-dog": 0, "sks dog": 0}
     assert {prompt: len(added(prompt)) // 2 for prompt in found} == found
     assert added("a sks-dog") == list(one)
-    (chunk,) = texts.chunks("a (sks-dog:1.3) b")
+    (chunk,) = texts.tokenize_prompt("a (sks-dog:1.3) b")
     assert [chunk.weights[chunk.ids.index(k)] for k in one] == [1.3, 1.3]
     texts.add_embedding("sks-dog-2", embedding(3))
     assert added("sks-dog-2 sks-dog") == [*range(start + 2, start + 5), *one]
@@ -287,7 +293,7 @@ def test_a_word_is_found_in_any_case_and_not_within_another(model, texts, embedd
 def test_a_word_of_many_vectors_is_not_torn(model, texts, embedding):
     texts.add_embedding("sks-dog", embedding(5))
     for before in range(68, 77):
-        first, *rest = texts.chunks("a " * before + "sks-dog b")
+        first, *rest = texts.tokenize_prompt("a " * before + "sks-dog b")
         whole = [[k for k in chunk.ids if k >= 49408] for chunk in (first, *rest)]
         assert [ids for ids in whole if ids] == [list(range(49408, 49413))]
         assert len(first.ids) - 2 == (before + 6 if before < 70 else 75 if before in (70, 75, 76) else before)
@@ -305,7 +311,7 @@ def test_a_word_that_is_none_or_there_is_refused(texts, embedding, word):
 
 
 def test_vectors_that_do_not_fit_are_refused_by_name(model, texts, tmp_path):
-    first, *second = (tower.model.config.hidden_size for tower in model.towers)
+    first, *second = (tower.model.config.hidden_size for tower in model.text_encoders)
     other = (
         {"clip_l": torch.ones(2, first), "clip_g": torch.ones(2, 48)}
         if not second

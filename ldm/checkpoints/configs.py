@@ -11,38 +11,38 @@ from typing import Any, TypeVar
 
 from ldm.checkpoints.files import read_json
 
-Built = TypeVar("Built")
+BuildResult = TypeVar("Built")
 
 
 @dataclass(frozen=True)
-class Fields:
+class ConfigSchema:
     """The fields that a kind of configuration may have, each name once.
 
     `heeded` are names with spaces between them; `only` has the values that are understood, by name; `moot` the names,
     likewise, that are not read, by the reason.
     """
 
-    kind: str
-    heeded: str
-    only: Mapping[str, tuple[Any, ...]]
-    moot: Mapping[str, str] = field(default_factory=dict)
+    config_kind: str
+    supported: str
+    allowed_values: Mapping[str, tuple[Any, ...]]
+    ignored: Mapping[str, str] = field(default_factory=dict)
 
     @cached_property
-    def names(self) -> frozenset[str]:
+    def field_names(self) -> frozenset[str]:
         """All of them."""
-        return frozenset([*self.heeded.split(), *self.only, *" ".join(self.moot.values()).split()])
+        return frozenset([*self.supported.split(), *self.allowed_values, *" ".join(self.ignored.values()).split()])
 
-    def check(self, config: Mapping[str, Any]) -> None:
+    def validate(self, config: Mapping[str, Any]) -> None:
         """ValueError names the first field that would go unheeded."""
         for name, value in config.items():
-            if name in self.only and value not in self.only[name]:
-                understood = " or ".join(map(repr, self.only[name]))
-                raise ValueError(f"{self.kind} config: {name} = {value!r} is not supported, only {understood}")
-            if not (name in self.names or name.startswith("_")):
-                raise ValueError(f"{self.kind} config: unknown field {name} = {value!r}")
+            if name in self.allowed_values and value not in self.allowed_values[name]:
+                understood = " or ".join(map(repr, self.allowed_values[name]))
+                raise ValueError(f"{self.config_kind} config: {name} = {value!r} is not supported, only {understood}")
+            if not (name in self.field_names or name.startswith("_")):
+                raise ValueError(f"{self.config_kind} config: unknown field {name} = {value!r}")
 
 
-VAE_FIELDS = Fields(
+VAE_CONFIG_SCHEMA = ConfigSchema(
     "VAE",
     """in_channels out_channels down_block_types up_block_types block_out_channels layers_per_block act_fn
     latent_channels norm_num_groups sample_size scaling_factor force_upcast use_quant_conv use_post_quant_conv
@@ -53,7 +53,7 @@ VAE_FIELDS = Fields(
         "latents_std": (None,),
     },
 )
-TEXT_FIELDS = Fields(
+TEXT_ENCODER_CONFIG_SCHEMA = ConfigSchema(
     "text encoder",
     """vocab_size hidden_size intermediate_size projection_dim num_hidden_layers num_attention_heads
     max_position_embeddings layer_norm_eps bos_token_id eos_token_id pad_token_id""",
@@ -78,7 +78,7 @@ TEXT_FIELDS = Fields(
 )
 
 
-def configured(path: Path, build: Callable[[dict[str, Any]], Built]) -> Built:
+def build_from_config(path: Path, build: Callable[[dict[str, Any]], BuildResult]) -> BuildResult:
     """What is built from the configuration in a file; ValueError in one line that names the file."""
     config = read_json(path)
     try:
@@ -88,7 +88,7 @@ def configured(path: Path, build: Callable[[dict[str, Any]], Built]) -> Built:
         raise ValueError(f"{path}: {' '.join(said.split())}") from None
 
 
-def number(config: Mapping[str, Any], name: str, default: float) -> float:
+def get_config_number(config: Mapping[str, Any], name: str, default: float) -> float:
     """A finite number of a configuration."""
     value = config.get(name, default)
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):

@@ -25,16 +25,20 @@ from ldm.diffusion.sde import VPSDE
 from ldm.diffusion.spacing import choose
 from ldm.rng import Noise
 
-INPUT = UNET_PREFIX + "input_blocks.0.0.weight"
-CONTEXT = re.compile(re.escape(UNET_PREFIX) + r".+\.attn2\.to_k\.weight")
-TEXT = re.compile(r"(cond_stage_model|conditioner\.embedders\.\d+)\.(transformer|model)\.")
-LORA, VAE, ADVICE = "a LoRA file: --lora", "a VAE: --vae", ": say --prediction eps or v"
-EMBEDDING = r"string_to_param.*|emb_params|clip_[gl]|<.+>"
-NOT_A_MODEL = {  # tensors (whole names, as regular expressions) that no Stable Diffusion has: what has them
+CONV_IN_KEY = UNET_PREFIX + "input_blocks.0.0.weight"
+CROSS_ATTENTION_KEY_PATTERN = re.compile(re.escape(UNET_PREFIX) + r".+\.attn2\.to_k\.weight")
+TEXT_ENCODER_KEY_PATTERN = re.compile(r"(cond_stage_model|conditioner\.embedders\.\d+)\.(transformer|model)\.")
+LORA_DESCRIPTION, VAE_DESCRIPTION, PREDICTION_OPTION_HINT = (
+    "a LoRA file: --lora",
+    "a VAE: --vae",
+    ": say --prediction eps or v",
+)
+EMBEDDING_KEY_PATTERN = r"string_to_param.*|emb_params|clip_[gl]|<.+>"
+UNSUPPORTED_KEY_PATTERNS = {  # tensors (whole names, as regular expressions) that no Stable Diffusion has: what has them
     r"(lora_(unet|te\d?)_|.*\.(lora_(A|B|down|up)|lora_linear_layer|hada_w1|lokr_w[12])).*|.*_lora\.(down|up)\..+": (
-        LORA
+        LORA_DESCRIPTION
     ),
-    EMBEDDING: "an embedding (textual inversion), which adds a word to a model",
+    EMBEDDING_KEY_PATTERN: "an embedding (textual inversion), which adds a word to a model",
     r"control_.+|.*\b(controlnet_cond_embedding|input_hint_block)\..+": "a ControlNet: not supported",
     r".*\bmotion_modules\..+": "a motion module of AnimateDiff: not supported",
     r".*\bjoint_blocks\.0\..+": "a Stable Diffusion 3 file: not supported",
@@ -47,67 +51,75 @@ NOT_A_MODEL = {  # tensors (whole names, as regular expressions) that no Stable 
     r"depth_model\..+": "a depth-to-image model: not supported",
     r"noise_augmentor\..+": "an unCLIP model: not supported",
 }
-PARTS = {  # likewise, of a model where there is no U-Net
-    r"(first_stage_model\.)?decoder\.conv_in\.weight": VAE,
+COMPONENT_KEY_PATTERNS = {  # likewise, of a model where there is no U-Net
+    r"(first_stage_model\.)?decoder\.conv_in\.weight": VAE_DESCRIPTION,
     r"(diffusion_model\.)?input_blocks\.0\.0\.weight|conv_in\.weight": "a U-Net alone, without text encoder and VAE",
     r"(.+\.)?(encoder\.layers|resblocks)\.0\..+": "a text encoder alone",
 }
-CHANNELS = {  # that go into other U-Nets: whose
+UNSUPPORTED_IN_CHANNELS = {  # that go into other U-Nets: whose
     5: "a depth-to-image model: not supported",
     7: "an upscaler: not supported",
     8: "an instruct-pix2pix model: not supported",
 }
 
 
-class Claim(NamedTuple):
+class HeaderHint(NamedTuple):
     """What a line of a header says: the file is of one of these families, and predicts this."""
 
     families: tuple[str, ...] = tuple(FAMILIES)
     prediction: str | None = None
 
 
-SD1, SD2, SDXL = ("sd1", "sd1-inpainting"), ("sd2-base", "sd2-v", "sd2-inpainting"), ("sdxl",)
-EPS, V, X0 = (Claim(prediction=name) for name in ("eps", "v", "x0"))
-HEADER: dict[str, dict[str, Claim]] = {
+SD1_FAMILIES, SD2_FAMILIES, SDXL_FAMILIES = (
+    ("sd1", "sd1-inpainting"),
+    ("sd2-base", "sd2-v", "sd2-inpainting"),
+    ("sdxl",),
+)
+EPS_HINT, V_HINT, X0_HINT = (HeaderHint(prediction=name) for name in ("eps", "v", "x0"))
+HEADER_HINTS: dict[str, dict[str, HeaderHint]] = {
     "modelspec.architecture": {
-        "stable-diffusion-v1": Claim(SD1),
-        "stable-diffusion-v1-inpainting": Claim(SD1[1:]),
-        "stable-diffusion-v2-512": Claim(SD2, "eps"),
-        "stable-diffusion-v2-768-v": Claim(SD2, "v"),
-        "stable-diffusion-v2-inpainting": Claim(SD2[2:]),
-        "stable-diffusion-xl-v1-base": Claim(SDXL),
+        "stable-diffusion-v1": HeaderHint(SD1_FAMILIES),
+        "stable-diffusion-v1-inpainting": HeaderHint(SD1_FAMILIES[1:]),
+        "stable-diffusion-v2-512": HeaderHint(SD2_FAMILIES, "eps"),
+        "stable-diffusion-v2-768-v": HeaderHint(SD2_FAMILIES, "v"),
+        "stable-diffusion-v2-inpainting": HeaderHint(SD2_FAMILIES[2:]),
+        "stable-diffusion-xl-v1-base": HeaderHint(SDXL_FAMILIES),
     },
-    "modelspec.prediction_type": {"epsilon": EPS, "v": V, "v_prediction": V, "sample": X0},
-    "modelspec.predict_key": {"epsilon": EPS, "v": V},  # ComfyUI's word for it
+    "modelspec.prediction_type": {"epsilon": EPS_HINT, "v": V_HINT, "v_prediction": V_HINT, "sample": X0_HINT},
+    "modelspec.predict_key": {"epsilon": EPS_HINT, "v": V_HINT},  # ComfyUI's word for it
     "ss_base_model_version": {
-        "sd_v1": Claim(SD1, "eps"),
-        "sd_v1_v": Claim(SD1, "v"),
-        "sd_v2": Claim(SD2, "eps"),
-        "sd_v2_v": Claim(SD2, "v"),
-        "sdxl_base_v1-0": Claim(SDXL),
+        "sd_v1": HeaderHint(SD1_FAMILIES, "eps"),
+        "sd_v1_v": HeaderHint(SD1_FAMILIES, "v"),
+        "sd_v2": HeaderHint(SD2_FAMILIES, "eps"),
+        "sd_v2_v": HeaderHint(SD2_FAMILIES, "v"),
+        "sdxl_base_v1-0": HeaderHint(SDXL_FAMILIES),
     },
-    "ss_v_parameterization": {"True": V, "False": EPS},
-    "ss_v2": {"True": Claim(SD2), "False": Claim(SD1 + SDXL)},
+    "ss_v_parameterization": {"True": V_HINT, "False": EPS_HINT},
+    "ss_v2": {"True": HeaderHint(SD2_FAMILIES), "False": HeaderHint(SD1_FAMILIES + SDXL_FAMILIES)},
 }
 
-ANGLE = math.radians(70)  # of the level where the U-Net is asked: alpha .34, sigma .94
-LIFT = 1.5  # of a channel, in standard deviations of latents
-REACH = 0.5  # less than half of the way between two answers, and from one to silence
+PROBE_ANGLE = math.radians(70)  # of the level where the U-Net is asked: alpha .34, sigma .94
+PROBE_AMPLITUDE = 1.5  # of a channel, in standard deviations of latents
+PROBE_TOLERANCE = 0.5  # less than half of the way between two answers, and from one to silence
 
 
-class Reply(NamedTuple):
+class ProbeResult(NamedTuple):
     """An output as `noise` times the noise plus `x0` times the picture that were its input, and a rest."""
 
-    noise: float
-    x0: float
+    noise_coef: float
+    x0_coef: float
 
 
 # The target itself: eps = noise, v = alpha noise - sigma x0, x0.
-ANSWERS = {"eps": Reply(1, 0), "v": Reply(math.cos(ANGLE), -math.sin(ANGLE)), "x0": Reply(0, 1)}
+EXPECTED_PROBE_RESULTS = {
+    "eps": ProbeResult(1, 0),
+    "v": ProbeResult(math.cos(PROBE_ANGLE), -math.sin(PROBE_ANGLE)),
+    "x0": ProbeResult(0, 1),
+}
 
 
 @dataclass(frozen=True)
-class Verdict:
+class Detection:
     """A name of FAMILIES, a name of PREDICTIONS, whether SNR ends in zero; `evidence` has a line or more on each."""
 
     family: str
@@ -116,43 +128,45 @@ class Verdict:
     evidence: tuple[str, ...]
 
 
-def family_of(tensors: Mapping[str, Tensor]) -> str:
+def detect_family(tensors: Mapping[str, Tensor]) -> str:
     """The family of a single file's tensors, which may be on the meta device; of two that share all, the first.
 
-    Names and shapes are all that is looked at: "sd2-base" may be "sd2-v", as `verdict` finds out, whose U-Net is the
+    Names and shapes are all that is looked at: "sd2-base" may be "sd2-v", as `detect_model` finds out, whose U-Net is the
     same module. ValueError, which the caller puts the file's name before, tells what else it is, or is missing.
     """
-    return families_of(tensors)[0]
+    return detect_families(tensors)[0]
 
 
-def verdict(
+def detect_model(
     tensors: Mapping[str, Tensor],
     metadata: Mapping[str, str],
-    probe: Callable[[], Reply],
+    probe: Callable[[], ProbeResult],
     *,
     family: str | None = None,
     prediction: str | None = None,
     zero_snr: bool | None = None,
-) -> Verdict:
+) -> Detection:
     """What a single file is, by its tensors (the meta device will do), its header and, if need be, its U-Net.
 
-    `family`, `prediction` and `zero_snr` are the user's, and overrule what the file says of the latter two. `probe` is
-    called at most once, where nothing tells the prediction: it asks the U-Net of `family_of`, by the function `probe`.
+    `family`, `prediction` and `zero_snr` are the user's, and overrule what the file says of the latter two. `probe_network` is
+    called at most once, where nothing tells the prediction: it asks the U-Net of `detect_family`, by the function `probe_network`.
     The verdict's family may be another one of the same tensors. ValueError, which the caller puts the file's name
     before, for what contradicts itself or is not supported.
     """
-    fitting = families_of(tensors)
-    kind, said = told(tensors, metadata, family=family, prediction=prediction)
+    fitting = detect_families(tensors)
+    kind, said = detect_prediction(tensors, metadata, family=family, prediction=prediction)
     if kind is None:
-        kind, measured = judged(probe())
+        kind, measured = classify_probe(probe())
         said = (*said, measured)
-    zero, why = ends_in_zero(tensors, metadata, fitting[0], zero_snr)
+    zero, why = detect_zero_snr(tensors, metadata, fitting[0], zero_snr)
     if zero and kind == "eps":
         raise ValueError(f"prediction eps and zero terminal SNR ({why}) exclude each other: say --no-zero-snr")
-    return Verdict(family or predicting(fitting, kind), kind, zero, (of_shapes(tensors, fitting), *said, why))
+    return Detection(
+        family or select_family(fitting, kind), kind, zero, (describe_family_evidence(tensors, fitting), *said, why)
+    )
 
 
-def told(
+def detect_prediction(
     tensors: Mapping[str, Tensor],
     metadata: Mapping[str, str],
     *,
@@ -163,17 +177,17 @@ def told(
 
     ValueError where the header speaks of another family or where two disagree, the user apart.
     """
-    fitting = families_of(tensors)
+    fitting = detect_families(tensors)
     if family is not None and choose(FAMILIES, family, "family") and family not in fitting:
         raise ValueError(f"family {family}: the tensors are those of {' or '.join(fitting)}")
     if prediction is not None:
-        choose(ANSWERS, prediction, "prediction")
+        choose(EXPECTED_PROBE_RESULTS, prediction, "prediction")
         return prediction, (f"prediction {prediction}: as asked",)
     if family is not None and len(fitting) > 1:
-        return usual(family), (f"prediction {usual(family)}: family {family}, as asked",)
+        return family_prediction(family), (f"prediction {family_prediction(family)}: family {family}, as asked",)
     said = {"the mark v_pred": "v"} if "v_pred" in tensors else {}
     evidence = []
-    for field, values in HEADER.items():
+    for field, values in HEADER_HINTS.items():
         if field not in metadata:
             continue
         line = f"{field} = {metadata[field]}"
@@ -193,13 +207,13 @@ def told(
     return next(iter(said.values()), None), (*evidence, *lines)
 
 
-def ends_in_zero(
-    tensors: Mapping[str, Tensor], metadata: Mapping[str, str], family: str, asked: bool | None = None
+def detect_zero_snr(
+    tensors: Mapping[str, Tensor], metadata: Mapping[str, str], family: str, override: bool | None = None
 ) -> tuple[bool, str]:
     """Whether the schedule ends in zero SNR, by the user, the mark `ztsnr`, the header or the family; and why."""
     header = metadata.get("ss_zero_terminal_snr")
-    if asked is not None:
-        zero, why = asked, "as asked"
+    if override is not None:
+        zero, why = override, "as asked"
     elif "ztsnr" in tensors:
         zero, why = True, "the mark ztsnr"
     elif header in ("True", "False"):
@@ -209,18 +223,20 @@ def ends_in_zero(
     return zero, f"zero terminal SNR {'yes' if zero else 'no'}: {why}"
 
 
-def probe(network: Network, sde: VPSDE, cond: Conditioning, shape: tuple[int, ...], noise: Noise) -> Reply:
+def probe_network(
+    network: Network, sde: VPSDE, cond: Conditioning, shape: tuple[int, ...], noise: Noise
+) -> ProbeResult:
     """What a network answers to pictures that it can hardly mistake: one flat channel, under much noise.
 
-    For each of the C channels of `shape` [1, C, h, w] there are two rows, x0 = +-LIFT in this channel and 0 elsewhere,
-    and x = alpha x0 + sigma noise at the angle `ANGLE`. The network's output y is resolved into y = a noise + b x0 +
+    For each of the C channels of `select_immutable_options` [1, C, h, w] there are two rows, x0 = +-LIFT in this channel and 0 elsewhere,
+    and x = alpha x0 + sigma noise at the angle `PROBE_ANGLE`. The network's output y is resolved into y = a noise + b x0 +
     rest by least squares. A denoiser finds the mean of a channel under any noise, so it answers its target: (a, b) is
     near (1, 0) for eps, (alpha, -sigma) for v, (0, 1) for x0. What is the same in all rows, as the mean of all pictures
     or all that an untrained network says, drops out of b, as the x0 sum to 0.
     `cond` has one row, best the empty prompt's, in the network's dtype; `noise` has one stream.
     """
-    (point,) = sde.at_angles([ANGLE])
-    channels = LIFT * torch.eye(shape[1], device=cond.context.device)
+    (point,) = sde.levels_at_angles([PROBE_ANGLE])
+    channels = PROBE_AMPLITUDE * torch.eye(shape[1], device=cond.context.device)
     x0 = torch.cat([channels, -channels])[:, :, None, None].expand(-1, *shape[1:])
     z = torch.cat([noise(row[None]) for row in x0])
     x = (point.alpha * x0 + point.sigma * z).to(cond.context.dtype)
@@ -229,90 +245,103 @@ def probe(network: Network, sde: VPSDE, cond: Conditioning, shape: tuple[int, ..
         y = network(x, timesteps, cond.map(lambda a: a.expand(len(x), *a.shape[1:])))
     basis = torch.stack([z, x0]).flatten(1).double()
     a, b = torch.linalg.solve(basis @ basis.T, basis @ y.flatten().double()).tolist()
-    return Reply(a, b)
+    return ProbeResult(a, b)
 
 
-def judged(reply: Reply) -> tuple[str, str]:
+def classify_probe(result: ProbeResult) -> tuple[str, str]:
     """The prediction whose answer a reply is, and the evidence; ValueError where it is near none.
 
-    Answers lie on a circle, eps and v 1.15 apart, 0 and each 1: within `REACH` no two are near, and an untrained
+    Answers lie on a circle, eps and v 1.15 apart, 0 and each 1: within `PROBE_TOLERANCE` no two are near, and an untrained
     network's (0, 0) is near none. The reply of a good network differs as its x0 is g x0 + h noise (its prior draws it
     to the mean of pictures, g < 1): eps answers (1 - h cot, (1 - g) cot), v (alpha - h / sigma, (alpha^2 - g) / sigma),
     where cot = alpha / sigma = .36. So eps is told for any g from 0 to 1, v and x0 for g above .6. Picto's replies, as
     any of the three, are within .17 of their answers at 32 x 32 latents, and within .46 at its own 16 x 16 under
     prompts that know the colours beforehand; those of untrained U-Nets within .06 of (0, 0).
     """
-    shares = f"{reply.noise:.2f} of the noise, {reply.x0:.2f} of the picture"
-    for name, answer in ANSWERS.items():
-        if math.dist(reply, answer) < REACH:
-            return name, f"prediction {name}: measured, {shares} ({answer.noise:.2f} and {answer.x0:.2f} are {name})"
-    raise ValueError(f"cannot tell what the U-Net predicts (it answers {shares}){ADVICE}")
+    shares = f"{result.noise_coef:.2f} of the noise, {result.x0_coef:.2f} of the picture"
+    for name, answer in EXPECTED_PROBE_RESULTS.items():
+        if math.dist(result, answer) < PROBE_TOLERANCE:
+            return (
+                name,
+                f"prediction {name}: measured, {shares} ({answer.noise_coef:.2f} and {answer.x0_coef:.2f} are {name})",
+            )
+    raise ValueError(f"cannot tell what the U-Net predicts (it answers {shares}){PREDICTION_OPTION_HINT}")
 
 
-def predicting(families: Sequence[str], prediction: str | None) -> str:
+def select_family(families: Sequence[str], prediction: str | None) -> str:
     """The one of several families with the same tensors whose U-Nets predict this, or the first."""
-    return next((name for name in families if usual(name) == prediction), families[0])
+    return next((name for name in families if family_prediction(name) == prediction), families[0])
 
 
-def usual(family: str) -> str:
+def family_prediction(family: str) -> str:
     """What a family's U-Nets predict."""
     return PREDICTION_TYPES[FAMILIES[family].scheduler["prediction_type"]]
 
 
-def families_of(tensors: Mapping[str, Tensor]) -> tuple[str, ...]:
+def detect_families(tensors: Mapping[str, Tensor]) -> tuple[str, ...]:
     """The families that a single file's tensors may be of, by what its U-Net reads and whose text encoders it has.
 
     ValueError tells what else it is.
     """
-    if other := stranger(tensors):
+    if other := unsupported_reason(tensors):
         raise ValueError(other)
-    read, prefixes = _read(tensors), _prefixes(tensors)
+    read, prefixes = _read_unet_dims(tensors), _text_encoder_prefixes(tensors)
     width, channels = read
     alike = [name for name, f in FAMILIES.items() if read == (f.unet["cross_attention_dim"], f.unet["in_channels"])]
     if not alike:
         raise ValueError(f"of no known family: its U-Net reads {channels} channels and a context of width {width}")
-    found = [n for n in alike if prefixes <= _prefixes(tower.prefix for tower in FAMILIES[n].towers.values())]
+    found = [
+        n
+        for n in alike
+        if prefixes <= _text_encoder_prefixes(tower.prefix for tower in FAMILIES[n].text_encoders.values())
+    ]
     if not found:
         raise ValueError(f"its U-Net is of {' or '.join(alike)}, its text is encoded by {' and '.join(prefixes)}")
     return tuple(found)
 
 
-def stranger(tensors: Mapping[str, Tensor]) -> str | None:
+def unsupported_reason(tensors: Mapping[str, Tensor]) -> str | None:
     """What a file is, in a line, that is no Stable Diffusion; None where it is one."""
     for name in tensors:
-        if other := _first(NOT_A_MODEL, name):
+        if other := _match_first_pattern(UNSUPPORTED_KEY_PATTERNS, name):
             return other
-    if INPUT in tensors:
-        return CHANNELS.get(_read(tensors)[1])
+    if CONV_IN_KEY in tensors:
+        return UNSUPPORTED_IN_CHANNELS.get(_read_unet_dims(tensors)[1])
     for name in tensors:
-        if other := _first(PARTS, name):
+        if other := _match_first_pattern(COMPONENT_KEY_PATTERNS, name):
             return other
     words = 0 < len(tensors) <= 2 and all(a.ndim <= 2 for a in tensors.values())
-    return NOT_A_MODEL[EMBEDDING] if words else f"not a model of Stable Diffusion: no {INPUT}"
+    return (
+        UNSUPPORTED_KEY_PATTERNS[EMBEDDING_KEY_PATTERN]
+        if words
+        else f"not a model of Stable Diffusion: no {CONV_IN_KEY}"
+    )
 
 
-def of_shapes(tensors: Mapping[str, Tensor], families: Iterable[str]) -> str:
+def describe_family_evidence(tensors: Mapping[str, Tensor], families: Iterable[str]) -> str:
     """The evidence for families."""
-    width, channels = _read(tensors)
-    text = " and ".join(sorted(_prefixes(tensors))) or "nothing"
+    width, channels = _read_unet_dims(tensors)
+    text = " and ".join(sorted(_text_encoder_prefixes(tensors))) or "nothing"
     told_by = f"a context of width {width}, {channels} channels go into the U-Net, text is encoded by {text}"
     return f"family {' or '.join(families)}: {told_by}"
 
 
-def _read(tensors: Mapping[str, Tensor]) -> tuple[int, int]:
+def _read_unet_dims(tensors: Mapping[str, Tensor]) -> tuple[int, int]:
     """The width of the context that a U-Net reads, and its number of channels."""
-    widths = {a.shape[1] if a.ndim == 2 else 0 for name, a in tensors.items() if CONTEXT.fullmatch(name)}
+    widths = {
+        a.shape[1] if a.ndim == 2 else 0 for name, a in tensors.items() if CROSS_ATTENTION_KEY_PATTERN.fullmatch(name)
+    }
     if len(widths) != 1:
         raise ValueError(f"its U-Net reads {len(widths)} widths of context, expected one")
-    if tensors[INPUT].ndim != 4:
-        raise ValueError(f"{INPUT} has shape {list(tensors[INPUT].shape)}, expected that of a convolution")
-    return widths.pop(), tensors[INPUT].shape[1]
+    if tensors[CONV_IN_KEY].ndim != 4:
+        raise ValueError(f"{CONV_IN_KEY} has shape {list(tensors[CONV_IN_KEY].shape)}, expected that of a convolution")
+    return widths.pop(), tensors[CONV_IN_KEY].shape[1]
 
 
-def _prefixes(names: Iterable[str]) -> set[str]:
+def _text_encoder_prefixes(names: Iterable[str]) -> set[str]:
     """Where text encoders are kept."""
-    return {match[0].removesuffix(".") for name in names if (match := TEXT.match(name))}
+    return {match[0].removesuffix(".") for name in names if (match := TEXT_ENCODER_KEY_PATTERN.match(name))}
 
 
-def _first(table: Mapping[str, str], name: str) -> str | None:
+def _match_first_pattern(table: Mapping[str, str], name: str) -> str | None:
     return next((what for pattern, what in table.items() if re.fullmatch(pattern, name)), None)

@@ -15,14 +15,14 @@ from typing import NamedTuple, cast
 
 from torch import nn
 
-from ldm.checkpoints.names import unet_names
+from ldm.checkpoints.names import map_unet_modules
 from ldm.nn.lora import Full, LoHa, LoKr, LoRA
 from ldm.nn.unet import UNet, UNetConfig
 
-Networks = Mapping[str, nn.Module]  # by folder
-Part = tuple[type | None, str]  # of a change: a field of its factors, by their kind, or what any kind may have
+NetworkDict = Mapping[str, nn.Module]  # by folder
+DeltaField = tuple[type | None, str]  # of a change: a field of its factors, by their kind, or what any kind may have
 
-PREFIXES = {  # what a name begins with: the folder of the network
+LORA_KEY_PREFIXES = {  # what a name begins with: the folder of the network
     "lora_unet_": "unet",
     "lora_te_": "text_encoder",
     "lora_te1_": "text_encoder",
@@ -31,8 +31,8 @@ PREFIXES = {  # what a name begins with: the folder of the network
     "text_encoder.": "text_encoder",
     "text_encoder_2.": "text_encoder_2",
 }
-PEFT = "base_model.model."
-PARTS: dict[str, Part] = {  # what a name ends with: the part; kohya's and LyCORIS' end comes first
+PEFT_KEY_PREFIX = "base_model.model."
+LORA_KEY_SUFFIXES: dict[str, DeltaField] = {  # what a name ends with: the part; kohya's and LyCORIS' end comes first
     ".lora_down.weight": (LoRA, "down"),
     ".lora_up.weight": (LoRA, "up"),
     ".lora_mid.weight": (LoRA, "mid"),
@@ -59,73 +59,77 @@ PARTS: dict[str, Part] = {  # what a name ends with: the part; kohya's and LyCOR
     "_lora.down.weight": (LoRA, "down"),
     "_lora.up.weight": (LoRA, "up"),
 }
-NEEDS: dict[type, tuple[str, ...]] = {  # what makes a change whole
+REQUIRED_FACTORS: dict[type, tuple[str, ...]] = {  # what makes a change whole
     LoRA: ("down", "up"),
     LoHa: ("w1_a", "w1_b", "w2_a", "w2_b"),
     LoKr: ("w1_a", "w1_b", "w2_a", "w2_b"),  # or w1, or w2
     Full: ("diff",),
 }
-KOHYA_ENDS = {part: end for end, part in reversed(PARTS.items())}
-OLD_NAMES = ((r"\.to_out\.0$", ".to_out"), (r"\.([qkv])_proj$", r".to_\1"), (r"\.out_proj$", ".to_out"))
+KOHYA_KEY_SUFFIXES = {part: end for end, part in reversed(LORA_KEY_SUFFIXES.items())}
+LEGACY_MODULE_NAMES = ((r"\.to_out\.0$", ".to_out"), (r"\.([qkv])_proj$", r".to_\1"), (r"\.out_proj$", ".to_out"))
 
 
-class Place(NamedTuple):
+class LoRAKey(NamedTuple):
     """What a name says: `folder` is None where it does not say it, `module` is as it is spelled."""
 
-    folder: str | None
+    component: str | None
     module: str
-    part: Part
+    delta_field: DeltaField
 
 
-def place(name: str) -> Place | None:
+def parse_lora_key(name: str) -> LoRAKey | None:
     """A name of any dialect in its parts, or None."""
-    bare = name.removeprefix(PEFT)
-    prefix = next((prefix for prefix in PREFIXES if bare.startswith(prefix)), "")
-    end = next((end for end in PARTS if bare.endswith(end)), None)
+    bare = name.removeprefix(PEFT_KEY_PREFIX)
+    prefix = next((prefix for prefix in LORA_KEY_PREFIXES if bare.startswith(prefix)), "")
+    end = next((end for end in LORA_KEY_SUFFIXES if bare.endswith(end)), None)
     if end is None:
         return None
     module = bare[len(prefix) : len(bare) - len(end)].replace(".processor", "")
-    return Place(PREFIXES.get(prefix), module, PARTS[end])
+    return LoRAKey(LORA_KEY_PREFIXES.get(prefix), module, LORA_KEY_SUFFIXES[end])
 
 
-def dialect(names: Iterable[str]) -> str:
+def detect_lora_format(names: Iterable[str]) -> str:
     """ "kohya", "peft" or "diffusers", by the names of a file."""
     first = next(iter(names), "")
     if first.startswith("lora_"):
         return "kohya"
-    return "peft" if first.startswith(PEFT) else "diffusers"
+    return "peft" if first.startswith(PEFT_KEY_PREFIX) else "diffusers"
 
 
-def spellings(folder: str, network: nn.Module) -> dict[str, str]:
+def build_module_aliases(component: str, network: nn.Module) -> dict[str, str]:
     """Every spelling of the modules of a network that have weights: their path in it."""
     found: dict[str, str] = {}
     for path, module in network.named_modules():
         if isinstance(getattr(module, "weight", None), nn.Parameter):
-            for name in _spelled(folder, path, network):
+            for name in _module_aliases(component, path, network):
                 found[name] = found[name.replace(".", "_")] = path
     return found
 
 
-def _spelled(folder: str, path: str, network: nn.Module) -> Iterator[str]:
-    known = (path, sgm(path, network)) if folder == "unet" else (path.removeprefix("text_model."), published(path))
+def _module_aliases(component: str, path: str, network: nn.Module) -> Iterator[str]:
+    known = (
+        (path, to_sgm_name(path, network))
+        if component == "unet"
+        else (path.removeprefix("text_model."), add_text_model_prefix(path))
+    )
     for name in known:
         yield name
-        yield from (re.sub(pattern, old, name) for pattern, old in OLD_NAMES)
+        yield from (re.sub(pattern, old, name) for pattern, old in LEGACY_MODULE_NAMES)
 
 
-def published(path: str) -> str:
+def add_text_model_prefix(path: str) -> str:
     """A module of a text tower as published files name it: `text_model.` first, whether or not its class says so."""
     return path if path.startswith(("text_model.", "text_projection")) else f"text_model.{path}"
 
 
-def sgm(path: str, unet: nn.Module) -> str:
+def to_sgm_name(path: str, unet: nn.Module) -> str:
     """A module of a U-Net as its makers' single file names it."""
-    for ours, theirs in _sgm_names(cast(UNet, unet).config):
+    for ours, theirs in _sgm_conversion_map(cast(UNet, unet).config):
         if f"{path}.".startswith(f"{ours}."):
             return theirs + path.removeprefix(ours)
     return path
 
 
 @lru_cache(maxsize=4)
-def _sgm_names(config: UNetConfig) -> tuple[tuple[str, str], ...]:
-    return tuple(unet_names(config))
+def _sgm_conversion_map(config: UNetConfig) -> tuple[tuple[str, str], ...]:
+    return tuple(map_unet_modules(config))

@@ -10,62 +10,70 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ldm.checkpoints.blueprint import Blueprint, Told
-from ldm.checkpoints.configs import configured, number
+from ldm.checkpoints.blueprint import ModelSpec, ResolvedConfig
+from ldm.checkpoints.configs import build_from_config, get_config_number
 from ldm.checkpoints.families import FAMILIES
 from ldm.checkpoints.files import read_json
-from ldm.checkpoints.networks import TEXT_ENCODERS, Source, skeleton, sources
-from ldm.checkpoints.schedule import DIFFUSERS_TYPES, PREDICTION_TYPES, SCHEDULERS, load_schedule
-from ldm.checkpoints.tensors import PICKLE, TensorFile, open_tensors
+from ldm.checkpoints.networks import TEXT_ENCODERS, WeightFile, build_meta_network, match_weight_files
+from ldm.checkpoints.schedule import (
+    DIFFUSERS_PREDICTION_TYPES,
+    PREDICTION_TYPES,
+    DIFFUSERS_SCHEDULERS,
+    load_scheduler_config,
+)
+from ldm.checkpoints.tensors import PICKLE_MESSAGE, SafetensorsFile, open_safetensors
 from ldm.diffusion.prediction import PREDICTIONS, Prediction
 from ldm.diffusion.samplers import SAMPLERS
 from ldm.diffusion.spacing import SPACINGS, choose
 from ldm.nn import text
 from ldm.nn.unet import UNetConfig
 
-INDEX, ADVICE = "model_index.json", "generation_config.json"
+MODEL_INDEX_NAME, GENERATION_CONFIG_NAME = "model_index.json", "generation_config.json"
 
 
-class Kind(NamedTuple):
+class PipelineSpec(NamedTuple):
     """A pipeline of diffusers: the text towers that it has, how it reads them, and its default guidance."""
 
-    towers: tuple[str, ...] = TEXT_ENCODERS[:1]
-    layer: int = -1
+    text_encoders: tuple[str, ...] = TEXT_ENCODERS[:1]
+    layer_idx: int = -1
     final_norm: bool = True
     guidance_scale: float = 7.5
-    zero_negative: bool = False
+    force_zeros_for_empty_prompt: bool = False
 
 
-PLAIN, XL = Kind(), Kind(TEXT_ENCODERS, layer=-2, final_norm=False, guidance_scale=5.0, zero_negative=True)
-PIPELINES = {
-    "StableDiffusionPipeline": PLAIN,
-    "StableDiffusionImg2ImgPipeline": PLAIN,
-    "StableDiffusionInpaintPipeline": PLAIN,
-    "StableDiffusionXLPipeline": XL,
-    "StableDiffusionXLImg2ImgPipeline": XL,
-    "StableDiffusionXLInpaintPipeline": XL,
+SD_PIPELINE_SPEC, SDXL_PIPELINE_SPEC = (
+    PipelineSpec(),
+    PipelineSpec(TEXT_ENCODERS, layer_idx=-2, final_norm=False, guidance_scale=5.0, force_zeros_for_empty_prompt=True),
+)
+DIFFUSERS_PIPELINES = {
+    "StableDiffusionPipeline": SD_PIPELINE_SPEC,
+    "StableDiffusionImg2ImgPipeline": SD_PIPELINE_SPEC,
+    "StableDiffusionInpaintPipeline": SD_PIPELINE_SPEC,
+    "StableDiffusionXLPipeline": SDXL_PIPELINE_SPEC,
+    "StableDiffusionXLImg2ImgPipeline": SDXL_PIPELINE_SPEC,
+    "StableDiffusionXLInpaintPipeline": SDXL_PIPELINE_SPEC,
 }
-TOKENIZERS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
-CLASSES = {  # library and classes of each component that is read
+TOKENIZER_FOLDERS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
+COMPONENT_CLASSES = {  # library and classes of each component that is read
     "unet": ("diffusers", ("UNet2DConditionModel",)),
     "vae": ("diffusers", ("AutoencoderKL",)),
     "text_encoder": ("transformers", ("CLIPTextModel",)),
     "text_encoder_2": ("transformers", ("CLIPTextModelWithProjection",)),
-    "scheduler": ("diffusers", tuple(SCHEDULERS)),
-    **dict.fromkeys(TOKENIZERS.values(), ("transformers", ("CLIPTokenizer", "CLIPTokenizerFast"))),
+    "scheduler": ("diffusers", tuple(DIFFUSERS_SCHEDULERS)),
+    **dict.fromkeys(TOKENIZER_FOLDERS.values(), ("transformers", ("CLIPTokenizer", "CLIPTokenizerFast"))),
 }
-IGNORED = {  # components that are not read: their classes, and why
+IGNORED_COMPONENTS = {  # components that are not read: their classes, and why
     "safety_checker": (("StableDiffusionSafetyChecker",), "judges pictures, draws none"),
     "feature_extractor": (("CLIPImageProcessor", "CLIPFeatureExtractor", "CLIPImageProcessorPil"), "its eye"),
     "image_encoder": (("CLIPVisionModelWithProjection",), "of pictures as prompts"),
 }
-FLAGS = {  # of the index: the values that are understood
+MODEL_INDEX_FLAGS = {  # of the index: the values that are understood
     "force_zeros_for_empty_prompt": (True, False),
     "requires_safety_checker": (True, False, None),
     "requires_aesthetics_score": (False, None),  # True is SDXL's refiner
     "add_watermarker": (True, False, None),
 }
-WEIGHTS = {  # the beginning of a file of weights, by folder
+WEIGHT_FILE_STEMS = {  # the beginning of a file of weights, by folder
     "unet": "diffusion_pytorch_model",
     "vae": "diffusion_pytorch_model",
     "text_encoder": "model",
@@ -79,71 +87,83 @@ TOKENIZER_FILES = (
     "special_tokens_map.json",
     "added_tokens.json",
 )
-STEPS = 50  # diffusers' default
+DEFAULT_NUM_INFERENCE_STEPS = 50  # diffusers' default
 
 
 def read_directory(
     folder: Path, variant: str | None = None, prediction: str | None = None, zero_snr: bool | None = None
-) -> Blueprint:
+) -> ModelSpec:
     """The model in a folder; ValueError in one line names the file and what is missing, unknown or not understood.
 
     `variant` chooses among weights, as in `diffusion_pytorch_model.fp16.safetensors`; without it the plain ones are
     read, or the only ones.
     """
-    index = read_index(folder)
-    kind = PIPELINES[index["_class_name"]]
+    index = read_model_index(folder)
+    kind = DIFFUSERS_PIPELINES[index["_class_name"]]
     networks, groups = {}, []
-    for name in ("unet", "vae", *kind.towers):
-        networks[name], files = component(folder / name, name, variant)
+    for name in ("unet", "vae", *kind.text_encoders):
+        networks[name], files = read_component(folder / name, name, variant)
         groups.append(files)
     overrides: dict[str, Any] = {"_class_name": index["scheduler"][1]}
     if prediction is not None:
-        overrides["prediction_type"] = choose(DIFFUSERS_TYPES, prediction, "prediction")
+        overrides["prediction_type"] = choose(DIFFUSERS_PREDICTION_TYPES, prediction, "prediction")
     if zero_snr is not None:
         overrides["rescale_betas_zero_snr"] = zero_snr
-    schedule = load_schedule(folder / "scheduler" / "scheduler_config.json", **overrides)
+    schedule = load_scheduler_config(folder / "scheduler" / "scheduler_config.json", **overrides)
     unet = networks["unet"].config
-    family = family_of(unet, schedule.prediction)
-    return Blueprint(
+    family = find_family_by_unet(unet, schedule.prediction)
+    return ModelSpec(
         networks,
         tuple(groups),
-        {name: _tower(folder, name, kind, networks[name].config, family) for name in kind.towers},
-        lambda probe: Told(schedule, family, unet),
-        {"num_inference_steps": STEPS, "guidance_scale": kind.guidance_scale, **advice(folder)},
-        index.get("force_zeros_for_empty_prompt", kind.zero_negative),
+        {name: _text_encoder_factory(folder, name, kind, networks[name].config, family) for name in kind.text_encoders},
+        lambda probe: ResolvedConfig(schedule, family, unet),
+        {
+            "num_inference_steps": DEFAULT_NUM_INFERENCE_STEPS,
+            "guidance_scale": kind.guidance_scale,
+            **read_generation_config(folder),
+        },
+        index.get("force_zeros_for_empty_prompt", kind.force_zeros_for_empty_prompt),
     )
 
 
-def _tower(folder: Path, name: str, kind: Kind, config: Any, family: str | None) -> Callable[[Any], text.Tower]:
+def _text_encoder_factory(
+    folder: Path, name: str, pipeline: PipelineSpec, config: Any, family: str | None
+) -> Callable[[Any], text.TextEncoder]:
     """How the pipeline reads a text encoder."""
     return partial(
-        text.Tower,
-        tokenizer=read_tokenizer(folder / TOKENIZERS[name], config),
-        layer=kind.layer,
-        final_norm=kind.final_norm,
-        projected=name == TEXT_ENCODERS[1],
-        dropped=FAMILIES[family].towers[name].dropped if family else 0,
+        text.TextEncoder,
+        tokenizer=load_matching_tokenizer(folder / TOKENIZER_FOLDERS[name], config),
+        layer_idx=pipeline.layer_idx,
+        final_norm=pipeline.final_norm,
+        with_projection=name == TEXT_ENCODERS[1],
+        num_dropped_layers=FAMILIES[family].text_encoders[name].num_dropped_layers if family else 0,
     )
 
 
-def component(folder: Path, name: str, variant: str | None = None) -> tuple[Any, tuple[Source, ...]]:
+def read_component(folder: Path, name: str, variant: str | None = None) -> tuple[Any, tuple[WeightFile, ...]]:
     """The network in a folder that is named so, on the meta device, and its files, compared with it."""
-    network = configured(folder / "config.json", partial(skeleton, name))
-    return network, sources(name, network, weights(folder, WEIGHTS[name], variant))
+    network = build_from_config(folder / "config.json", partial(build_meta_network, name))
+    return network, match_weight_files(name, network, open_weight_files(folder, WEIGHT_FILE_STEMS[name], variant))
 
 
-def read_index(folder: Path) -> dict[str, Any]:
+def read_model_index(folder: Path) -> dict[str, Any]:
     """model_index.json, whose classes are those that are known; nothing else is opened, least of all code."""
-    path = folder / INDEX
+    path = folder / MODEL_INDEX_NAME
     if not path.is_file():
-        raise ValueError(f"{folder}: not a model (no {INDEX})")
+        raise ValueError(f"{folder}: not a model (no {MODEL_INDEX_NAME})")
     index = read_json(path)
     try:
-        kind = choose(PIPELINES, index.get("_class_name", ""), "_class_name")
+        kind = choose(DIFFUSERS_PIPELINES, index.get("_class_name", ""), "_class_name")
         for name, value in index.items():
             if not name.startswith("_"):
-                _check_entry(name, value)
-        for name in ("unet", "vae", "scheduler", *kind.towers, *(TOKENIZERS[tower] for tower in kind.towers)):
+                _check_index_entry(name, value)
+        for name in (
+            "unet",
+            "vae",
+            "scheduler",
+            *kind.text_encoders,
+            *(TOKENIZER_FOLDERS[tower] for tower in kind.text_encoders),
+        ):
             if index.get(name, [None])[0] is None:
                 raise ValueError(f"no {name}")
     except (ValueError, TypeError) as error:
@@ -151,10 +171,10 @@ def read_index(folder: Path) -> dict[str, Any]:
     return index
 
 
-def _check_entry(name: str, value: Any) -> None:
+def _check_index_entry(name: str, value: Any) -> None:
     """ValueError for a member of the index that is none of ours."""
-    if name in FLAGS:
-        if value not in FLAGS[name]:
+    if name in MODEL_INDEX_FLAGS:
+        if value not in MODEL_INDEX_FLAGS[name]:
             raise ValueError(f"{name} = {value!r} is not supported")
         return
     if not isinstance(value, list) or len(value) != 2:
@@ -162,33 +182,37 @@ def _check_entry(name: str, value: Any) -> None:
     library, kind = value
     if kind is None:
         return
-    known = kind in IGNORED[name][0] if name in IGNORED else (library, kind) in _classes(name)
+    known = (
+        kind in IGNORED_COMPONENTS[name][0]
+        if name in IGNORED_COMPONENTS
+        else (library, kind) in _component_classes(name)
+    )
     if not known:
         raise ValueError(f"{name} is {library}.{kind}, which is not supported")
 
 
-def _classes(name: str) -> list[tuple[str, str]]:
-    library, kinds = CLASSES.get(name, ("", ()))
+def _component_classes(name: str) -> list[tuple[str, str]]:
+    library, kinds = COMPONENT_CLASSES.get(name, ("", ()))
     return [(library, kind) for kind in kinds]
 
 
-def weights(folder: Path, stem: str, variant: str | None = None) -> list[TensorFile]:
+def open_weight_files(folder: Path, stem: str, variant: str | None = None) -> list[SafetensorsFile]:
     """The files of weights in a folder: one, or the shards that an index names; ValueError names what does not fit."""
     try:
         names = [path.name for path in folder.iterdir()]
     except OSError as error:
         raise ValueError(f"{folder}: {error.strerror}") from None
     try:
-        chosen = choose_weights(names, stem, variant)
+        chosen = choose_weight_files(names, stem, variant)
     except ValueError as error:
         raise ValueError(f"{folder}/{error}") from None
     if not chosen[0].endswith(".json"):
-        return [open_tensors(folder / chosen[0])]
+        return [open_safetensors(folder / chosen[0])]
     index = folder / chosen[0]
-    return configured(index, lambda content: shards(folder, content.get("weight_map")))
+    return build_from_config(index, lambda content: open_shards(folder, content.get("weight_map")))
 
 
-def choose_weights(names: Iterable[str], stem: str, variant: str | None = None) -> list[str]:
+def choose_weight_files(names: Iterable[str], stem: str, variant: str | None = None) -> list[str]:
     """Of the names in a folder those that hold its weights: one file, or an index and its shards.
 
     ValueError where there is none of that variant, or where it is not said which.
@@ -205,7 +229,7 @@ def choose_weights(names: Iterable[str], stem: str, variant: str | None = None) 
         elif name.startswith(stem) and name.endswith((".bin", ".ckpt", ".pt")):
             pickles.append(name)
     if pickles and not found:
-        raise ValueError(f"{pickles[0]}: {PICKLE.format(what='a pickle')}")
+        raise ValueError(f"{pickles[0]}: {PICKLE_MESSAGE.format(what='a pickle')}")
     asked = variant or ("" if "" in found or len(found) != 1 else next(iter(found)))
     if asked not in found:
         have = ", ".join(kind or "the plain one" for kind in found) or "none"
@@ -219,7 +243,7 @@ def choose_weights(names: Iterable[str], stem: str, variant: str | None = None) 
     return chosen
 
 
-def shards(folder: Path, weight_map: Any) -> list[TensorFile]:
+def open_shards(folder: Path, weight_map: Any) -> list[SafetensorsFile]:
     """The files that an index names, each of which holds the tensors that it says, and no others."""
     if not isinstance(weight_map, dict) or not weight_map:
         raise ValueError("no weight_map")
@@ -230,25 +254,25 @@ def shards(folder: Path, weight_map: Any) -> list[TensorFile]:
         names[name].add(tensor)
     files = []
     for name, tensors in sorted(names.items()):
-        file = open_tensors(folder / name)
-        if lacking := sorted(tensors - file.slots.keys()):
+        file = open_safetensors(folder / name)
+        if lacking := sorted(tensors - file.tensor_infos.keys()):
             raise ValueError(f"{name} lacks {lacking[0]}, which should be there")
-        if stray := sorted(file.slots.keys() - tensors):
+        if stray := sorted(file.tensor_infos.keys() - tensors):
             raise ValueError(f"{name} holds {stray[0]}, which the index does not know")
         files.append(file)
     return files
 
 
-def read_tokenizer(folder: Path, config: Any) -> text.CLIPTokenizer:
+def load_matching_tokenizer(folder: Path, config: Any) -> text.CLIPTokenizer:
     """The tokenizer in a folder, for a text encoder of that configuration."""
-    tokenizer = load_tokenizer(folder)
+    tokenizer = load_checked_tokenizer(folder)
     if len(tokenizer) > config.vocab_size:
         raise ValueError(f"{folder}: {len(tokenizer)} tokens, and the text encoder knows {config.vocab_size}")
     tokenizer.model_max_length = min(tokenizer.model_max_length, config.max_position_embeddings)
     return tokenizer
 
 
-def load_tokenizer(folder: Path) -> text.CLIPTokenizer:
+def load_checked_tokenizer(folder: Path) -> text.CLIPTokenizer:
     """CLIP's tokenizer from a folder with vocab.json and merges.txt, or with tokenizer.json alone."""
     if not (folder / "tokenizer.json").is_file():
         for name in ("vocab.json", "merges.txt"):
@@ -260,30 +284,30 @@ def load_tokenizer(folder: Path) -> text.CLIPTokenizer:
             if name == "tokenizer_config.json" and content.get("auto_map"):
                 raise ValueError(f"{folder / name}: auto_map names code, which is not run")
     try:
-        return text.load_tokenizer(folder)
+        return text.load_clip_tokenizer(folder)
     except Exception as error:  # tokenizers raises Exception itself
         raise ValueError(f"{folder}: not a tokenizer of CLIP ({' '.join(str(error).split())})") from None
 
 
-def advice(folder: Path) -> dict[str, Any]:
+def read_generation_config(folder: Path) -> dict[str, Any]:
     """What a model's makers recommend beside its pipeline's defaults: generation_config.json, where there is one."""
-    path = folder / ADVICE
-    return configured(path, _advice) if path.is_file() else {}
+    path = folder / GENERATION_CONFIG_NAME
+    return build_from_config(path, _check_generation_config) if path.is_file() else {}
 
 
-def _advice(config: dict[str, Any]) -> dict[str, Any]:
+def _check_generation_config(config: dict[str, Any]) -> dict[str, Any]:
     tables: dict[str, Mapping[str, Any]] = {"sampler": SAMPLERS, "spacing": SPACINGS}
     for name, value in config.items():
         if name in tables:
             choose(tables[name], value, name)
         elif name in ("num_inference_steps", "guidance_scale"):
-            number(config, name, 0)
+            get_config_number(config, name, 0)
         else:
             raise ValueError(f"unknown field {name} = {value!r}")
     return config
 
 
-def family_of(unet: UNetConfig, prediction: Prediction) -> str | None:
+def find_family_by_unet(unet: UNetConfig, prediction: Prediction) -> str | None:
     """The family whose U-Net is of that configuration and predicts so, if there is one; native sizes do not count."""
     for name, family in FAMILIES.items():
         own = UNetConfig.from_dict(family.unet)
@@ -293,17 +317,19 @@ def family_of(unet: UNetConfig, prediction: Prediction) -> str | None:
     return None
 
 
-def needed(names: Iterable[str], variant: str | None = None) -> list[str]:
+def select_model_files(names: Iterable[str], variant: str | None = None) -> list[str]:
     """Of all files of a repository those that `read_directory` opens."""
     files = defaultdict(list)
     for path in names:
         folder, _, name = path.rpartition("/")
         files[folder].append(name)
-    chosen = [name for name in files[""] if name in (INDEX, ADVICE)]
+    chosen = [name for name in files[""] if name in (MODEL_INDEX_NAME, GENERATION_CONFIG_NAME)]
     chosen += [f"scheduler/{name}" for name in files["scheduler"] if name == "scheduler_config.json"]
-    for folder in TOKENIZERS.values():
+    for folder in TOKENIZER_FOLDERS.values():
         chosen += [f"{folder}/{name}" for name in files[folder] if name in TOKENIZER_FILES]
-    for folder, stem in WEIGHTS.items():
+    for folder, stem in WEIGHT_FILE_STEMS.items():
         if folder in files:
-            chosen += [f"{folder}/{name}" for name in ("config.json", *choose_weights(files[folder], stem, variant))]
+            chosen += [
+                f"{folder}/{name}" for name in ("config.json", *choose_weight_files(files[folder], stem, variant))
+            ]
     return chosen

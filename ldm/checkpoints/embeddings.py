@@ -9,10 +9,13 @@ import torch
 from torch import Tensor
 
 from ldm.checkpoints.files import save_tensors
-from ldm.checkpoints.tensors import TensorFile, open_tensors
+from ldm.checkpoints.tensors import SafetensorsFile, open_safetensors
 
-TOWERS = {"clip_l": "text_encoder", "clip_g": "text_encoder_2"}  # a tensor of SDXL's files: the folder of its tower
-WEB_UI = "emb_params"  # the only tensor of a file of the web UI
+SDXL_EMBEDDING_KEYS = {
+    "clip_l": "text_encoder",
+    "clip_g": "text_encoder_2",
+}  # a tensor of SDXL's files: the folder of its tower
+WEBUI_EMBEDDING_KEY = "emb_params"  # the only tensor of a file of the web UI
 
 
 def load_embeddings(path: Path) -> dict[str, Tensor]:
@@ -21,13 +24,13 @@ def load_embeddings(path: Path) -> dict[str, Tensor]:
     A file holds `clip_l` and `clip_g` (SDXL), or one tensor for the only text encoder: `emb_params` (the web UI's,
     kohya's) or under the word itself (diffusers'). ValueError, naming the file, for anything else; a pickle among it.
     """
-    file = open_tensors(path)
-    names = _towers(file)
+    file = open_safetensors(path)
+    names = _text_encoders_by_key(file)
     for name in names:
-        dtype, shape = file.slots[name][:2]
+        dtype, shape = file.tensor_infos[name][:2]
         if not dtype.is_floating_point or len(shape) not in (1, 2) or 0 in shape:
             raise ValueError(f"{path}: {name} is {dtype} of shape {list(shape)}, expected real vectors [n, width]")
-    tensors = dict(file.read())
+    tensors = dict(file.iter_tensors())
     found = {folder: tensors[name].float().reshape(-1, tensors[name].shape[-1]) for name, folder in names.items()}
     if len({len(vectors) for vectors in found.values()}) > 1:
         raise ValueError(f"{path}: {' and '.join(f'{len(a)} vectors for {name}' for name, a in found.items())}")
@@ -36,28 +39,32 @@ def load_embeddings(path: Path) -> dict[str, Tensor]:
     return found
 
 
-def _towers(file: TensorFile) -> dict[str, str]:
+def _text_encoders_by_key(file: SafetensorsFile) -> dict[str, str]:
     """Tensors of a file: folders."""
-    if set(file.slots) == set(TOWERS):
-        return TOWERS
-    if len(file.slots) == 1 and not set(file.slots) & set(TOWERS):
-        return dict.fromkeys(file.slots, "text_encoder")
-    names = sorted(file.slots)
+    if set(file.tensor_infos) == set(SDXL_EMBEDDING_KEYS):
+        return SDXL_EMBEDDING_KEYS
+    if len(file.tensor_infos) == 1 and not set(file.tensor_infos) & set(SDXL_EMBEDDING_KEYS):
+        return dict.fromkeys(file.tensor_infos, "text_encoder")
+    names = sorted(file.tensor_infos)
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     raise ValueError(
         f"{file.path}: not an embedding: holds {', '.join(names[:3]) or 'nothing'}{more}, expected one tensor, "
-        f"or {' and '.join(TOWERS)}"
+        f"or {' and '.join(SDXL_EMBEDDING_KEYS)}"
     )
 
 
-def word_of(path: Path) -> str:
+def read_placeholder_token(path: Path) -> str:
     """The word that a file says it is: diffusers' name of the tensor, or the header's; else the file's stem."""
-    file = open_tensors(path)
-    names = [name for name in _towers(file) if name not in (*TOWERS, WEB_UI)]
+    file = open_safetensors(path)
+    names = [name for name in _text_encoders_by_key(file) if name not in (*SDXL_EMBEDDING_KEYS, WEBUI_EMBEDDING_KEY)]
     return next(iter(names), file.metadata.get("name", "*").replace("*", "") or path.stem)
 
 
-def save_embeddings(path: Path, word: str, found: Mapping[str, Tensor]) -> None:
+def save_embeddings(path: Path, placeholder_token: str, embeddings: Mapping[str, Tensor]) -> None:
     """Write what `load_embeddings` reads: for one text encoder under the word itself, as diffusers does."""
-    names = {folder: name for name, folder in TOWERS.items()} if len(found) > 1 else dict.fromkeys(found, word)
-    save_tensors({names[folder]: vectors for folder, vectors in found.items()}, path, torch.float32)
+    names = (
+        {folder: name for name, folder in SDXL_EMBEDDING_KEYS.items()}
+        if len(embeddings) > 1
+        else dict.fromkeys(embeddings, placeholder_token)
+    )
+    save_tensors({names[folder]: vectors for folder, vectors in embeddings.items()}, path, torch.float32)

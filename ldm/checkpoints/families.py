@@ -10,76 +10,80 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-EOS, EXCLAMATION = 49407, 0  # token ids of "<|endoftext|>" and "!"
+EOS_TOKEN_ID, EXCLAMATION_TOKEN_ID = 49407, 0  # token ids of "<|endoftext|>" and "!"
 
 
 @dataclass(frozen=True)
-class TextTower:
+class TextEncoderSpec:
     """One CLIP text encoder: its configuration, how it is read, and where a single file keeps it.
 
     `config` has the fields of transformers' CLIPTextConfig. `pad` fills a prompt to 77 tokens. The U-Net attends to the
-    output of layer `layer`, counted from the end, after the final norm where `final_norm`; `projected`, it also takes
-    the pooled vector. `layout` is whose names a single file uses below `prefix`; `dropped` counts the last layers that
+    output of layer `read_clip_skip`, counted from the end, after the final norm where `final_norm`; `projected`, it also takes
+    the pooled vector. `layout` is whose names a single file uses below `format_label_prefix`; `should_drop_caption` counts the last layers that
     it may hold and a directory does not, as nothing reads them.
     """
 
     config: Mapping[str, Any]
     prefix: str
     layout: Literal["transformers", "open_clip"]
-    pad: int
-    layer: int = -1
+    pad_token_id: int
+    layer_idx: int = -1
     final_norm: bool = True
-    projected: bool = False
-    dropped: int = 0
+    with_projection: bool = False
+    num_dropped_layers: int = 0
 
 
 @dataclass(frozen=True)
-class Family:
+class ModelFamily:
     """A kind of checkpoint: the configurations of its networks, by folder, and what its makers recommend.
 
-    `unet`, `vae` and `scheduler` are configurations of diffusers, `towers` the text encoders by folder; `size` is the
+    `unet_from_config`, `vae` and `scheduler` are configurations of diffusers, `split_clip` the text encoders by folder; `size` is the
     native side of a picture in pixels, `pipeline` diffusers' class for the whole. `zero_negative`: an empty negative
     prompt stands for zeros rather than for the embedding of "".
     """
 
     unet: Mapping[str, Any]
     vae: Mapping[str, Any]
-    towers: Mapping[str, TextTower]
+    text_encoders: Mapping[str, TextEncoderSpec]
     scheduler: Mapping[str, Any]
-    size: int
-    pipeline: str
+    resolution: int
+    pipeline_class: str
     guidance_scale: float = 7.5
     num_inference_steps: int = 50
-    zero_negative: bool = False
+    force_zeros_for_empty_prompt: bool = False
 
     @property
-    def defaults(self) -> dict[str, Any]:
+    def generation_defaults(self) -> dict[str, Any]:
         """The settings of a request that its makers recommend."""
         return {"num_inference_steps": self.num_inference_steps, "guidance_scale": self.guidance_scale}
 
     @property
     def configs(self) -> dict[str, Mapping[str, Any]]:
         """The configurations of the networks, by folder."""
-        return {"unet": self.unet, "vae": self.vae, **{name: tower.config for name, tower in self.towers.items()}}
+        return {
+            "unet": self.unet,
+            "vae": self.vae,
+            **{name: tower.config for name, tower in self.text_encoders.items()},
+        }
 
 
-def _tower(width: int, layers: int, activation: str, projection: int) -> dict[str, Any]:
+def _clip_text_config(hidden_size: int, num_hidden_layers: int, hidden_act: str, projection_dim: int) -> dict[str, Any]:
     """A CLIPTextConfig; heads are 64 wide. The ids of BOS and EOS are the tokenizer's, not the 0 and 2 of old files."""
     return {
         "vocab_size": 49408,
-        "hidden_size": width,
-        "intermediate_size": 4 * width,
-        "projection_dim": projection,
-        "num_hidden_layers": layers,
-        "num_attention_heads": width // 64,
+        "hidden_size": hidden_size,
+        "intermediate_size": 4 * hidden_size,
+        "projection_dim": projection_dim,
+        "num_hidden_layers": num_hidden_layers,
+        "num_attention_heads": hidden_size // 64,
         "max_position_embeddings": 77,
-        "hidden_act": activation,
+        "hidden_act": hidden_act,
         "bos_token_id": 49406,
-        "eos_token_id": EOS,
+        "eos_token_id": EOS_TOKEN_ID,
     }
 
 
-UNET: dict[str, Any] = {
+SD1_UNET_CONFIG: dict[str, Any] = {
     "_class_name": "UNet2DConditionModel",
     "in_channels": 4,
     "out_channels": 4,
@@ -91,9 +95,13 @@ UNET: dict[str, Any] = {
     "cross_attention_dim": 768,
     "attention_head_dim": 8,
 }
-UNET_2 = UNET | {"cross_attention_dim": 1024, "attention_head_dim": [5, 10, 20, 20], "use_linear_projection": True}
-UNET_2_V = UNET_2 | {"sample_size": 96, "upcast_attention": True}
-UNET_XL = UNET | {
+SD2_UNET_CONFIG = SD1_UNET_CONFIG | {
+    "cross_attention_dim": 1024,
+    "attention_head_dim": [5, 10, 20, 20],
+    "use_linear_projection": True,
+}
+SD2_V_UNET_CONFIG = SD2_UNET_CONFIG | {"sample_size": 96, "upcast_attention": True}
+SDXL_UNET_CONFIG = SD1_UNET_CONFIG | {
     "sample_size": 128,
     "down_block_types": ["DownBlock2D", *2 * ["CrossAttnDownBlock2D"]],
     "up_block_types": [*2 * ["CrossAttnUpBlock2D"], "UpBlock2D"],
@@ -106,9 +114,9 @@ UNET_XL = UNET | {
     "addition_time_embed_dim": 256,
     "projection_class_embeddings_input_dim": 2816,  # 1280 pooled, and 6 ids of 256
 }
-INPAINTING = {"in_channels": 9}  # the noisy latents, the mask, the latents of what is known
+INPAINTING_UNET_OVERRIDES = {"in_channels": 9}  # the noisy latents, the mask, the latents of what is known
 
-VAE: dict[str, Any] = {
+SD1_VAE_CONFIG: dict[str, Any] = {
     "_class_name": "AutoencoderKL",
     "sample_size": 512,
     "down_block_types": 4 * ["DownEncoderBlock2D"],
@@ -118,25 +126,38 @@ VAE: dict[str, Any] = {
     "latent_channels": 4,
     "scaling_factor": 0.18215,
 }
-VAE_2_V = VAE | {"sample_size": 768}
-VAE_XL = VAE | {"sample_size": 1024, "scaling_factor": 0.13025, "force_upcast": True}
+SD2_V_VAE_CONFIG = SD1_VAE_CONFIG | {"sample_size": 768}
+SDXL_VAE_CONFIG = SD1_VAE_CONFIG | {"sample_size": 1024, "scaling_factor": 0.13025, "force_upcast": True}
 
-CLIP_L = TextTower(_tower(768, 12, "quick_gelu", 768), "cond_stage_model.transformer.", "transformers", EOS)
-CLIP_H = TextTower(_tower(1024, 23, "gelu", 1024), "cond_stage_model.model.", "open_clip", EXCLAMATION, dropped=1)
-CLIP_L_XL = TextTower(
-    CLIP_L.config, "conditioner.embedders.0.transformer.", "transformers", EOS, layer=-2, final_norm=False
+SD1_CLIP_L = TextEncoderSpec(
+    _clip_text_config(768, 12, "quick_gelu", 768), "cond_stage_model.transformer.", "transformers", EOS_TOKEN_ID
 )
-CLIP_G = TextTower(
-    _tower(1280, 32, "gelu", 1280),
+SD2_CLIP_H = TextEncoderSpec(
+    _clip_text_config(1024, 23, "gelu", 1024),
+    "cond_stage_model.model.",
+    "open_clip",
+    EXCLAMATION_TOKEN_ID,
+    num_dropped_layers=1,
+)
+SDXL_CLIP_L = TextEncoderSpec(
+    SD1_CLIP_L.config,
+    "conditioner.embedders.0.transformer.",
+    "transformers",
+    EOS_TOKEN_ID,
+    layer_idx=-2,
+    final_norm=False,
+)
+SDXL_CLIP_G = TextEncoderSpec(
+    _clip_text_config(1280, 32, "gelu", 1280),
     "conditioner.embedders.1.model.",
     "open_clip",
-    EXCLAMATION,
-    layer=-2,
+    EXCLAMATION_TOKEN_ID,
+    layer_idx=-2,
     final_norm=False,
-    projected=True,
+    with_projection=True,
 )
 
-SCHEDULE: dict[str, Any] = {
+SD1_SCHEDULER_CONFIG: dict[str, Any] = {
     "_class_name": "PNDMScheduler",
     "beta_start": 0.00085,
     "beta_end": 0.012,
@@ -149,24 +170,53 @@ SCHEDULE: dict[str, Any] = {
     "timestep_spacing": "leading",
     "prediction_type": "epsilon",
 }
-SCHEDULE_V = SCHEDULE | {"_class_name": "DDIMScheduler", "prediction_type": "v_prediction"}
-SCHEDULE_XL = SCHEDULE | {"_class_name": "EulerDiscreteScheduler"}
+SD2_V_SCHEDULER_CONFIG = SD1_SCHEDULER_CONFIG | {"_class_name": "DDIMScheduler", "prediction_type": "v_prediction"}
+SDXL_SCHEDULER_CONFIG = SD1_SCHEDULER_CONFIG | {"_class_name": "EulerDiscreteScheduler"}
 
-PLAIN, PAINTED, XL = "StableDiffusionPipeline", "StableDiffusionInpaintPipeline", "StableDiffusionXLPipeline"
-FAMILIES: dict[str, Family] = {
-    "sd1": Family(UNET, VAE, {"text_encoder": CLIP_L}, SCHEDULE, 512, PLAIN),
-    "sd1-inpainting": Family(UNET | INPAINTING, VAE, {"text_encoder": CLIP_L}, SCHEDULE, 512, PAINTED),
-    "sd2-base": Family(UNET_2, VAE, {"text_encoder": CLIP_H}, SCHEDULE, 512, PLAIN),
-    "sd2-v": Family(UNET_2_V, VAE_2_V, {"text_encoder": CLIP_H}, SCHEDULE_V, 768, PLAIN),
-    "sd2-inpainting": Family(UNET_2 | INPAINTING, VAE, {"text_encoder": CLIP_H}, SCHEDULE, 512, PAINTED),
-    "sdxl": Family(
-        UNET_XL,
-        VAE_XL,
-        {"text_encoder": CLIP_L_XL, "text_encoder_2": CLIP_G},
-        SCHEDULE_XL,
+SD_PIPELINE_CLASS, SD_INPAINT_PIPELINE_CLASS, SDXL_PIPELINE_CLASS = (
+    "StableDiffusionPipeline",
+    "StableDiffusionInpaintPipeline",
+    "StableDiffusionXLPipeline",
+)
+FAMILIES: dict[str, ModelFamily] = {
+    "sd1": ModelFamily(
+        SD1_UNET_CONFIG, SD1_VAE_CONFIG, {"text_encoder": SD1_CLIP_L}, SD1_SCHEDULER_CONFIG, 512, SD_PIPELINE_CLASS
+    ),
+    "sd1-inpainting": ModelFamily(
+        SD1_UNET_CONFIG | INPAINTING_UNET_OVERRIDES,
+        SD1_VAE_CONFIG,
+        {"text_encoder": SD1_CLIP_L},
+        SD1_SCHEDULER_CONFIG,
+        512,
+        SD_INPAINT_PIPELINE_CLASS,
+    ),
+    "sd2-base": ModelFamily(
+        SD2_UNET_CONFIG, SD1_VAE_CONFIG, {"text_encoder": SD2_CLIP_H}, SD1_SCHEDULER_CONFIG, 512, SD_PIPELINE_CLASS
+    ),
+    "sd2-v": ModelFamily(
+        SD2_V_UNET_CONFIG,
+        SD2_V_VAE_CONFIG,
+        {"text_encoder": SD2_CLIP_H},
+        SD2_V_SCHEDULER_CONFIG,
+        768,
+        SD_PIPELINE_CLASS,
+    ),
+    "sd2-inpainting": ModelFamily(
+        SD2_UNET_CONFIG | INPAINTING_UNET_OVERRIDES,
+        SD1_VAE_CONFIG,
+        {"text_encoder": SD2_CLIP_H},
+        SD1_SCHEDULER_CONFIG,
+        512,
+        SD_INPAINT_PIPELINE_CLASS,
+    ),
+    "sdxl": ModelFamily(
+        SDXL_UNET_CONFIG,
+        SDXL_VAE_CONFIG,
+        {"text_encoder": SDXL_CLIP_L, "text_encoder_2": SDXL_CLIP_G},
+        SDXL_SCHEDULER_CONFIG,
         1024,
-        XL,
+        SDXL_PIPELINE_CLASS,
         guidance_scale=5.0,
-        zero_negative=True,
+        force_zeros_for_empty_prompt=True,
     ),
 }

@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-DIFFUSERS = "diffusion_pytorch_model.safetensors"
-TRANSFORMERS = "model.safetensors"
+DIFFUSERS_WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
+TRANSFORMERS_WEIGHTS_NAME = "model.safetensors"
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -29,7 +29,7 @@ def read_json(path: Path) -> dict[str, Any]:
 def parse_json(text: str | bytes) -> dict[str, Any]:
     """The JSON object in a text; ValueError where there is none, or a name is given twice, or a NaN."""
     try:
-        values = json.loads(text, object_pairs_hook=_unique, parse_constant=_constant)
+        values = json.loads(text, object_pairs_hook=_reject_duplicate_keys, parse_constant=_parse_constant)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"not JSON ({error})") from None
     if not isinstance(values, dict):
@@ -37,7 +37,7 @@ def parse_json(text: str | bytes) -> dict[str, Any]:
     return values
 
 
-def _unique(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+def _reject_duplicate_keys(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
     """The members of a JSON object; ValueError where a name is given twice."""
     found = dict(pairs)
     if len(found) < len(pairs):
@@ -45,19 +45,19 @@ def _unique(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _constant(name: str) -> float:
+def _parse_constant(name: str) -> float:
     if name == "NaN":
         raise ValueError("NaN is no value")
     return float(name)  # diffusers writes -Infinity for "no limit"
 
 
-def place(module: Any, device: torch.device, dtype: torch.dtype | None = None) -> Any:
+def to_device(module: Any, device: torch.device, dtype: torch.dtype | None = None) -> Any:
     """The module on its device and in its dtype, with convolutions in channels_last memory."""
     # not module.to: diffusers' own warns of dtypes that it then does not keep
     return nn.Module.to(module, device=device, dtype=dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
-def save_module(module: nn.Module, config: Mapping[str, Any], folder: Path, name: str = DIFFUSERS) -> None:
+def save_module(module: nn.Module, config: Mapping[str, Any], folder: Path, name: str = DIFFUSERS_WEIGHTS_NAME) -> None:
     """Write `config.json` and the weights of one component to a folder."""
     folder.mkdir(parents=True, exist_ok=True)
     save_tensors(module.state_dict(), folder / name)
@@ -78,8 +78,8 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path, dtype: torch.dtype =
     save_file(cast, path, metadata={"format": "pt"})
 
 
-def sha256(path: Path, start: int = 0) -> str:
+def file_sha256(path: Path, offset: int = 0) -> str:
     """The SHA-256 of a file, or of it from a byte on, in hex."""
     with path.open("rb") as file:
-        file.seek(start)
+        file.seek(offset)
         return hashlib.file_digest(file, "sha256").hexdigest()

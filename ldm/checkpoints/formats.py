@@ -12,10 +12,10 @@ import torch
 from torch import nn
 
 from ldm.checkpoints import detect, hub
-from ldm.checkpoints.blueprint import Blueprint
-from ldm.checkpoints.directory import component, read_directory
-from ldm.checkpoints.networks import TEXT_ENCODERS, fill
-from ldm.checkpoints.single import read_single, with_vae
+from ldm.checkpoints.blueprint import ModelSpec
+from ldm.checkpoints.directory import read_component, read_directory
+from ldm.checkpoints.networks import TEXT_ENCODERS, load_weights
+from ldm.checkpoints.single import read_single_file, replace_vae
 from ldm.conditioning import Conditioning
 from ldm.diffusion.prediction import Prediction
 from ldm.diffusion.sde import VPSDE
@@ -23,7 +23,7 @@ from ldm.nn import text, vae
 from ldm.nn.unet import UNet
 from ldm.rng import Noise
 
-DEFAULTS = {"num_inference_steps": 50, "guidance_scale": 7.5, "sampler": "dpmpp_2m", "spacing": "trailing"}
+GENERATION_DEFAULTS = {"num_inference_steps": 50, "guidance_scale": 7.5, "sampler": "dpmpp_2m", "spacing": "trailing"}
 MODEL_INDEX = {  # what makes a folder a diffusers.StableDiffusionPipeline
     "_class_name": "StableDiffusionPipeline",
     "feature_extractor": [None, None],
@@ -36,10 +36,10 @@ MODEL_INDEX = {  # what makes a folder a diffusers.StableDiffusionPipeline
     "unet": ["diffusers", "UNet2DConditionModel"],
     "vae": ["diffusers", "AutoencoderKL"],
 }
-CPU = torch.device("cpu")
-PICTO = Path(__file__).resolve().parents[2] / "weights" / "picto"  # the model that is shipped
-TIME_IDS = 6  # numbers of SDXL: original size, crop, target size
-PROBED = 32  # latents a side, of which the U-Net is asked what it predicts
+CPU_DEVICE = torch.device("cpu")
+PICTO_PATH = Path(__file__).resolve().parents[2] / "weights" / "picto"  # the model that is shipped
+NUM_TIME_IDS = 6  # numbers of SDXL: original size, crop, target size
+PROBE_LATENT_SIZE = 32  # latents a side, of which the U-Net is asked what it predicts
 
 
 @dataclass(frozen=True)
@@ -49,43 +49,43 @@ class Checkpoint:
     `defaults` are the settings that its makers recommend; `hashes` the SHA-256 of each network's file (of its shards'
     bytes, one after another), by folder. `zero_negative`: an empty negative prompt stands for zeros rather than for
     the embedding of "". `family` is a name of `FAMILIES`, None where it is another model; `vae_name` the file's of an
-    autoencoder that replaces the model's own. `options` are those that `load` was given, as JSON values:
+    autoencoder that replaces the model's own. `build_variant_options` are those that `load_checkpoint` was given, as JSON values:
     `Pipeline.from_pretrained(**options)` loads the same again.
     """
 
     unet: UNet
     vae: vae.AutoencoderKL
-    towers: tuple[text.Tower, ...]
+    text_encoders: tuple[text.TextEncoder, ...]
     sde: VPSDE
     prediction: Prediction
-    defaults: Mapping[str, Any] = field(default_factory=lambda: dict(DEFAULTS))
-    hashes: Mapping[str, str] = field(default_factory=dict)
-    zero_negative: bool = False
+    generation_defaults: Mapping[str, Any] = field(default_factory=lambda: dict(GENERATION_DEFAULTS))
+    weight_hashes: Mapping[str, str] = field(default_factory=dict)
+    force_zeros_for_empty_prompt: bool = False
     family: str | None = None
     vae_name: str | None = None
-    options: Mapping[str, Any] = field(default_factory=dict)
+    load_options: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def networks(self) -> dict[str, nn.Module]:
         """The networks by the names of their folders."""
-        towers = {name: tower.model for name, tower in zip(TEXT_ENCODERS, self.towers, strict=False)}
+        towers = {name: tower.model for name, tower in zip(TEXT_ENCODERS, self.text_encoders, strict=False)}
         return {"unet": self.unet, "vae": self.vae, **towers}
 
 
-class Format(NamedTuple):
-    """A way to write a model: what reads it, and which options of `load` it heeds."""
+class CheckpointFormat(NamedTuple):
+    """A way to write a model: what reads it, and which options of `load_checkpoint` it heeds."""
 
-    read: Callable[..., Blueprint]
-    options: tuple[str, ...]
+    read: Callable[..., ModelSpec]
+    option_names: tuple[str, ...]
 
 
 FORMATS = {
-    "folder": Format(read_directory, ("variant", "prediction", "zero_snr")),
-    "single file": Format(read_single, ("family", "prediction", "zero_snr", "ema")),
+    "folder": CheckpointFormat(read_directory, ("variant", "prediction", "zero_snr")),
+    "single file": CheckpointFormat(read_single_file, ("family", "prediction", "zero_snr", "ema")),
 }
 
 
-def load(
+def load_checkpoint(
     source: str | Path,
     device: torch.device,
     dtype: torch.dtype,
@@ -106,40 +106,42 @@ def load(
     autoencoder that cannot bear it stays in float32. ValueError in one line names the file and what is missing,
     unknown, torn or of another shape.
     """
-    path = locate(source, revision, token, variant)
+    path = locate_weights(source, revision, token, variant)
     kind = "folder" if path.is_dir() else "single file"
     own = {"variant": variant, "family": family, "prediction": prediction, "zero_snr": zero_snr, "ema": ema or None}
     given = {name: value for name, value in own.items() if value is not None}
-    if stray := given.keys() - FORMATS[kind].options:
+    if stray := given.keys() - FORMATS[kind].option_names:
         raise ValueError(f"{path}: {' and '.join(sorted(stray))} cannot be said of a {kind}")
     model = FORMATS[kind].read(path, **given)
     if vae is not None:
-        model = with_vae(model, locate(vae, None, token, None, "vae"))
-    check(model, path)
-    elsewhere = {"path": None if source == PICTO else source, "revision": revision, "vae": vae}
+        model = replace_vae(model, locate_weights(vae, None, token, None, "vae"))
+    check_model_spec(model, path)
+    elsewhere = {"path": None if source == PICTO_PATH else source, "revision": revision, "vae": vae}
     options = {**{name: str(value) for name, value in elsewhere.items() if value is not None}, **given}
-    return replace(built(model, device, dtype), vae_name=None if vae is None else Path(vae).name, options=options)
+    return replace(
+        build_checkpoint(model, device, dtype), vae_name=None if vae is None else Path(vae).name, load_options=options
+    )
 
 
-def locate(
+def locate_weights(
     source: str | Path,
     revision: str | None = None,
     token: str | None = None,
     variant: str | None = None,
     kind: str = "model",
 ) -> Path:
-    """Where a model, or another `kind` of `hub.KINDS`, lies on this machine, if need be brought from the hub."""
-    if of_hub(source):
-        return hub.fetch(str(source), revision, token, variant, kind)
-    return local(source)
+    """Where a model, or another `detect_suffix` of `hub.KINDS`, lies on this machine, if need be brought from the hub."""
+    if is_hub_source(source):
+        return hub.download_from_hub(str(source), revision, token, variant, kind)
+    return check_local_path(source)
 
 
-def of_hub(source: str | Path) -> bool:
+def is_hub_source(source: str | Path) -> bool:
     """Is it a name on the hub, rather than something here?"""
-    return isinstance(source, str) and hub.is_id(source) and not Path(source).exists()
+    return isinstance(source, str) and hub.is_repo_id(source) and not Path(source).exists()
 
 
-def local(source: str | Path) -> Path:
+def check_local_path(source: str | Path) -> Path:
     """An existing folder or file; ValueError for anything else."""
     path = Path(source).expanduser()
     try:
@@ -151,35 +153,37 @@ def local(source: str | Path) -> Path:
     return path
 
 
-def check(model: Blueprint, path: Path) -> None:
+def check_model_spec(model: ModelSpec, path: Path) -> None:
     """ValueError where a network has no weights, or networks do not fit together."""
-    given = {entry.folder for group in model.groups for source in group for entry in source.entries.values()}
+    given = {
+        entry.component for group in model.shard_groups for source in group for entry in source.key_mappings.values()
+    }
     for folder in model.networks.keys() - given:
         raise ValueError(f"{path}: no {folder} in it; give one by --{folder}")
-    unet, towers = model.networks["unet"].config, [model.networks[name].config for name in model.towers]
+    unet, towers = model.networks["unet"].config, [model.networks[name].config for name in model.text_encoder_factories]
     widths = {
         "text of": (unet.cross_attention_dim, sum(tower.hidden_size for tower in towers)),
         "latents of": (unet.out_channels, model.networks["vae"].config.latent_channels),
     }
     if unet.addition_embed_type:
-        pooled = unet.projection_class_embeddings_input_dim - TIME_IDS * unet.addition_time_embed_dim
+        pooled = unet.projection_class_embeddings_input_dim - NUM_TIME_IDS * unet.addition_time_embed_dim
         widths["pooled text of"] = (pooled, towers[-1].projection_dim)
     for what, (wanted, found) in widths.items():
         if wanted != found:
             raise ValueError(f"{path}: the U-Net takes {what} {wanted} channels, and is given {found}")
 
 
-def built(model: Blueprint, device: torch.device, dtype: torch.dtype) -> Checkpoint:
+def build_checkpoint(model: ModelSpec, device: torch.device, dtype: torch.dtype) -> Checkpoint:
     """The model with its weights on a device; ValueError where a file ends early, or nothing says what it predicts."""
     dtypes = dict.fromkeys(model.networks, dtype)
     if dtype == torch.float16 and model.networks["vae"].config.force_upcast:
         dtypes["vae"] = torch.float32
-    hashes = fill(model.networks, model.groups, device, dtypes)
+    hashes = load_weights(model.networks, model.shard_groups, device, dtypes)
     for network in model.networks.values():
         network.eval().requires_grad_(False)
     unet = model.networks["unet"]
-    towers = tuple(tower(model.networks[name]) for name, tower in model.towers.items())
-    schedule, family, unet.config = model.verdict(lambda sde: asked(unet, towers, sde))
+    towers = tuple(tower(model.networks[name]) for name, tower in model.text_encoder_factories.items())
+    schedule, family, unet.config = model.resolve_config(lambda sde: probe_unet(unet, towers, sde))
     own = {"sampler": schedule.sampler, "spacing": schedule.spacing}
     return Checkpoint(
         unet,
@@ -187,42 +191,44 @@ def built(model: Blueprint, device: torch.device, dtype: torch.dtype) -> Checkpo
         towers,
         schedule.sde,
         schedule.prediction,
-        {**own, **model.defaults},
+        {**own, **model.generation_defaults},
         hashes,
-        model.zero_negative,
+        model.force_zeros_for_empty_prompt,
         family,
     )
 
 
 @torch.no_grad()
-def asked(unet: UNet, towers: Sequence[text.Tower], sde: VPSDE) -> detect.Reply:
+def probe_unet(unet: UNet, text_encoders: Sequence[text.TextEncoder], sde: VPSDE) -> detect.ProbeResult:
     """The U-Net's answer to a noisy nothing without a prompt, which tells what it predicts."""
-    side, pixels, device = PROBED, 8 * PROBED, unet.conv_in.weight.device
-    states, pooled = zip(*(tower.encode(text.chunks(tower.tokenizer, "")[0]) for tower in towers), strict=True)
+    side, pixels, device = PROBE_LATENT_SIZE, 8 * PROBE_LATENT_SIZE, unet.conv_in.weight.device
+    states, pooled = zip(
+        *(tower.encode(text.tokenize_prompt(tower.tokenizer, "")[0]) for tower in text_encoders), strict=True
+    )
     ids = torch.tensor([[pixels, pixels, 0, 0, pixels, pixels]], device=device)
-    added = unet.added(pooled[-1], ids) if unet.add_embedding is not None else None
+    added = unet.make_vector(pooled[-1], ids) if unet.add_embedding is not None else None
     extra = unet.config.in_channels - unet.config.out_channels  # all is to be drawn, nothing is known
     channels = torch.cat([torch.ones(1, 1, side, side), torch.zeros(1, extra - 1, side, side)], 1) if extra else None
-    cond = Conditioning(torch.cat(states, -1), added=added, channels=None if channels is None else channels.to(device))
-    return detect.probe(unet, sde, cond, (1, unet.config.out_channels, side, side), Noise([0]))
+    cond = Conditioning(torch.cat(states, -1), vector=added, concat=None if channels is None else channels.to(device))
+    return detect.probe_network(unet, sde, cond, (1, unet.config.out_channels, side, side), Noise([0]))
 
 
 def load_vae(folder: Path) -> vae.AutoencoderKL:
     """diffusers' autoencoder from a `vae/` folder."""
-    return _alone(folder, "vae")
+    return _load_component(folder, "vae")
 
 
-def load_text(folder: Path) -> text.CLIPTextModel:
+def load_text_encoder(folder: Path) -> text.CLIPTextModel:
     """transformers' text tower from a `text_encoder/` folder."""
-    return _alone(folder, "text_encoder")
+    return _load_component(folder, "text_encoder")
 
 
 def load_unet(folder: Path) -> UNet:
     """A U-Net from a `unet/` folder."""
-    return _alone(folder, "unet")
+    return _load_component(folder, "unet")
 
 
-def _alone(folder: Path, name: str) -> Any:
-    network, sources = component(folder, name)
-    fill({name: network}, [sources], CPU, {name: torch.float32})
+def _load_component(folder: Path, name: str) -> Any:
+    network, sources = read_component(folder, name)
+    load_weights({name: network}, [sources], CPU_DEVICE, {name: torch.float32})
     return network

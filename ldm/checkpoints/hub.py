@@ -20,73 +20,84 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from ldm.checkpoints.directory import INDEX, WEIGHTS, choose_weights, needed
-from ldm.checkpoints.lora_save import DIFFUSERS_FILE, PEFT_CONFIG, PEFT_FILE
+from ldm.checkpoints.directory import MODEL_INDEX_NAME, WEIGHT_FILE_STEMS, choose_weight_files, select_model_files
+from ldm.checkpoints.lora_save import LORA_WEIGHT_NAME_SAFE, PEFT_CONFIG_NAME, PEFT_LORA_NAME
 
-WORD = r"[A-Za-z0-9_][\w.-]*"
-ID = re.compile(rf"({WORD}/{WORD})(?::(.+\.safetensors))?")
-TOKEN = "a token of yours is needed, in HF_TOKEN"
-EMBEDS_FILE = "learned_embeds.safetensors"  # as diffusers' training script calls a word
+REPO_NAME_PATTERN = r"[A-Za-z0-9_][\w.-]*"
+REPO_ID_PATTERN = re.compile(rf"({REPO_NAME_PATTERN}/{REPO_NAME_PATTERN})(?::(.+\.safetensors))?")
+TOKEN_REQUIRED = "a token of yours is needed, in HF_TOKEN"
+TEXT_INVERSION_NAME_SAFE = "learned_embeds.safetensors"  # as diffusers' training script calls a word
 
 
-def is_id(source: str) -> bool:
+def is_repo_id(source: str) -> bool:
     """Is it `owner/name` or `owner/name:file.safetensors`, rather than a path?"""
-    match = ID.fullmatch(source)
+    match = REPO_ID_PATTERN.fullmatch(source)
     return match is not None and not match[1].endswith((".safetensors", ".ckpt", ".pt", ".bin"))
 
 
-def name(source: str) -> str:
+def name_from_repo_id(source: str) -> str:
     """What a file or repository is called: its stem, or the repository's name where all such files have that stem."""
-    match = ID.fullmatch(source)
+    match = REPO_ID_PATTERN.fullmatch(source)
     assert match, source
-    file = Path(match[2] or DIFFUSERS_FILE)
-    return match[1].rpartition("/")[2] if file.name in (DIFFUSERS_FILE, PEFT_FILE, EMBEDS_FILE) else file.stem
+    file = Path(match[2] or LORA_WEIGHT_NAME_SAFE)
+    return (
+        match[1].rpartition("/")[2]
+        if file.name in (LORA_WEIGHT_NAME_SAFE, PEFT_LORA_NAME, TEXT_INVERSION_NAME_SAFE)
+        else file.stem
+    )
 
 
-class Kind(NamedTuple):
+class RepoContent(NamedTuple):
     """Something that repositories hold: its name in errors, and which of their files it is, none where it is not."""
 
-    name: str
-    pick: Callable[[Sequence[str], str | None], list[str]]
+    description: str
+    select_files: Callable[[Sequence[str], str | None], list[str]]
 
 
-def _model(names: Sequence[str], variant: str | None) -> list[str]:
-    return needed(names, variant) if INDEX in names else []
+def _select_model_files(names: Sequence[str], variant: str | None) -> list[str]:
+    return select_model_files(names, variant) if MODEL_INDEX_NAME in names else []
 
 
-def _autoencoder(names: Sequence[str], variant: str | None) -> list[str]:
+def _select_vae_files(names: Sequence[str], variant: str | None) -> list[str]:
     for folder in ("", "vae/"):
         if f"{folder}config.json" in names:
             own = [name.removeprefix(folder) for name in names if name.startswith(folder)]
-            return [f"{folder}{name}" for name in ("config.json", *choose_weights(own, WEIGHTS["vae"], variant))]
-    return _only(names)
+            return [
+                f"{folder}{name}"
+                for name in ("config.json", *choose_weight_files(own, WEIGHT_FILE_STEMS["vae"], variant))
+            ]
+    return _select_only_safetensors(names)
 
 
-def _adapter(names: Sequence[str], variant: str | None) -> list[str]:
-    if DIFFUSERS_FILE in names:
-        return [DIFFUSERS_FILE]
-    return [PEFT_FILE, PEFT_CONFIG] if {PEFT_FILE, PEFT_CONFIG} <= {*names} else _only(names)
+def _select_adapter_files(names: Sequence[str], variant: str | None) -> list[str]:
+    if LORA_WEIGHT_NAME_SAFE in names:
+        return [LORA_WEIGHT_NAME_SAFE]
+    return (
+        [PEFT_LORA_NAME, PEFT_CONFIG_NAME]
+        if {PEFT_LORA_NAME, PEFT_CONFIG_NAME} <= {*names}
+        else _select_only_safetensors(names)
+    )
 
 
-def _embedding(names: Sequence[str], variant: str | None) -> list[str]:
-    return [EMBEDS_FILE] if EMBEDS_FILE in names else _only(names)
+def _select_embedding_files(names: Sequence[str], variant: str | None) -> list[str]:
+    return [TEXT_INVERSION_NAME_SAFE] if TEXT_INVERSION_NAME_SAFE in names else _select_only_safetensors(names)
 
 
-def _only(names: Sequence[str]) -> list[str]:
+def _select_only_safetensors(names: Sequence[str]) -> list[str]:
     """The weights where they are one file."""
     found = [name for name in names if name.endswith(".safetensors")]
     return found if len(found) == 1 else []
 
 
-KINDS = {
-    "model": Kind(f"a model (no {INDEX})", _model),
-    "vae": Kind("an autoencoder", _autoencoder),
-    "adapter": Kind(f"an adapter (no {DIFFUSERS_FILE})", _adapter),
-    "embedding": Kind(f"an embedding (no {EMBEDS_FILE})", _embedding),
+REPO_CONTENTS = {
+    "model": RepoContent(f"a model (no {MODEL_INDEX_NAME})", _select_model_files),
+    "vae": RepoContent("an autoencoder", _select_vae_files),
+    "adapter": RepoContent(f"an adapter (no {LORA_WEIGHT_NAME_SAFE})", _select_adapter_files),
+    "embedding": RepoContent(f"an embedding (no {TEXT_INVERSION_NAME_SAFE})", _select_embedding_files),
 }
 
 
-def fetch(
+def download_from_hub(
     source: str,
     revision: str | None = None,
     token: str | None = None,
@@ -95,14 +106,14 @@ def fetch(
 ) -> Path:
     """The folder of a repository `owner/name`, or a file of it, in the hub's local cache.
 
-    It is the file of `owner/name:file`, or what in the repository is of that kind of `KINDS`.
+    It is the file of `owner/name:file`, or what in the repository is of that kind of `REPO_CONTENTS`.
     Without the network (HF_HUB_OFFLINE, or none is reached) it is what the cache has. ValueError in one line names the
     repository: no such one, no such revision, gated, not a model, or neither reached nor in the cache.
     """
-    match = ID.fullmatch(source)
+    match = REPO_ID_PATTERN.fullmatch(source)
     assert match, source
     repo_id, file = match.groups()
-    with told(source, revision):
+    with translate_hub_errors(source, revision):
         try:
             siblings = HfApi(token=token).model_info(repo_id, revision=revision).siblings or ()
             names, folder = [sibling.rfilename for sibling in siblings], None
@@ -111,26 +122,26 @@ def fetch(
                 raise
             if file:
                 return Path(hf_hub_download(repo_id, file, revision=revision, local_files_only=True))
-            folder = _cached(repo_id, revision)
+            folder = _cached_snapshot(repo_id, revision)
             names = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
         if file:
             return Path(hf_hub_download(repo_id, file, revision=revision, token=token))
-        if not (picked := KINDS[kind].pick(names, variant)):
-            raise ValueError(f"not {KINDS[kind].name}{_offer(repo_id, names)}")
+        if not (picked := REPO_CONTENTS[kind].select_files(names, variant)):
+            raise ValueError(f"not {REPO_CONTENTS[kind].description}{_suggest_files(repo_id, names)}")
         if folder is None:
             patterns = [glob.escape(name) for name in picked]
             folder = Path(snapshot_download(repo_id, revision=revision, token=token, allow_patterns=patterns))
         return folder / picked[0] if picked[0].endswith(".safetensors") else folder
 
 
-def _offer(repo_id: str, names: Sequence[str]) -> str:
+def _suggest_files(repo_id: str, names: Sequence[str]) -> str:
     """The files of a repository that can be named."""
     offered = [name for name in names if name.endswith(".safetensors")]
     also = f" or {', '.join(offered[1:])}" if offered[1:] else ""
     return f"; name one of its files, as in {repo_id}:{offered[0]}{also}" if offered else ""
 
 
-def _cached(repo_id: str, revision: str | None) -> Path:
+def _cached_snapshot(repo_id: str, revision: str | None) -> Path:
     """What the cache has of a repository, be it a part: the reader names what is missing."""
     try:
         return Path(snapshot_download(repo_id, revision=revision, local_files_only=True))
@@ -139,14 +150,14 @@ def _cached(repo_id: str, revision: str | None) -> Path:
 
 
 @contextmanager
-def told(source: str, revision: str | None) -> Iterator[None]:
+def translate_hub_errors(source: str, revision: str | None) -> Iterator[None]:
     """The hub's errors as one line that begins with the repository's name."""
     try:
         yield
     except GatedRepoError:
-        said = f"gated: its terms must be accepted on the hub, and {TOKEN}"
+        said = f"gated: its terms must be accepted on the hub, and {TOKEN_REQUIRED}"
     except RepositoryNotFoundError:
-        said = f"no such folder or file here, and no such model on the hub; if it is private, {TOKEN}"
+        said = f"no such folder or file here, and no such model on the hub; if it is private, {TOKEN_REQUIRED}"
     except RevisionNotFoundError:
         said = f"no revision {revision!r}"
     except EntryNotFoundError as error:

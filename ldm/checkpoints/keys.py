@@ -14,52 +14,54 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ldm.checkpoints.families import Family
-from ldm.checkpoints.names import Names, tower_names, unet_names, vae_names
+from ldm.checkpoints.families import ModelFamily
+from ldm.checkpoints.names import ConversionMap, map_text_encoder_modules, map_unet_modules, map_vae_modules
 from ldm.nn import text, vae
 from ldm.nn.unet import UNet, UNetConfig
 
-Components = Mapping[str, Mapping[str, Tensor]]  # folder: name: tensor
+ComponentStateDicts = Mapping[str, Mapping[str, Tensor]]  # folder: name: tensor
 
 UNET_PREFIX, VAE_PREFIX, EMA_PREFIX = "model.diffusion_model.", "first_stage_model.", "model_ema."
 
 
-class Form(NamedTuple):
+class Transform(NamedTuple):
     """A tensor of the single file from its parts in the directory, and back."""
 
     join: Callable[[Sequence[Tensor]], Tensor]
     split: Callable[[Tensor], Sequence[Tensor]]
 
 
-SAME = Form(lambda a: a[0], lambda a: (a,))
-POINTWISE = Form(lambda a: a[0][..., None, None], lambda a: (a.flatten(1),))  # a linear map as a 1x1 convolution
-TRANSPOSED = Form(lambda a: a[0].T.contiguous(), lambda a: (a.T.contiguous(),))  # x W, not x W^T
-FUSED = Form(lambda a: torch.cat([*a]), lambda a: a.chunk(3))  # queries, keys, values
+IDENTITY = Transform(lambda a: a[0], lambda a: (a,))
+POINTWISE_CONV = Transform(
+    lambda a: a[0][..., None, None], lambda a: (a.flatten(1),)
+)  # a linear map as a 1x1 convolution
+TRANSPOSE = Transform(lambda a: a[0].T.contiguous(), lambda a: (a.T.contiguous(),))  # x W, not x W^T
+FUSED_QKV = Transform(lambda a: torch.cat([*a]), lambda a: a.chunk(3))  # queries, keys, values
 
 
-class Entry(NamedTuple):
+class KeyMapping(NamedTuple):
     """A tensor of the single file and its parts in a folder of the directory, as tensors on the meta device."""
 
-    single: str
-    folder: str
+    original_key: str
+    component: str
     parts: Mapping[str, Tensor]
-    form: Form
+    transform: Transform
 
     @property
-    def whole(self) -> Tensor:
-        return self.join(self.parts)
+    def original_tensor(self) -> Tensor:
+        return self.to_original(self.parts)
 
-    def join(self, parts: Mapping[str, Tensor]) -> Tensor:
+    def to_original(self, parts: Mapping[str, Tensor]) -> Tensor:
         """The tensor of the single file from its parts, each in the family's shape or with ones at its end."""
-        return self.form.join([parts[name].reshape(part.shape) for name, part in self.parts.items()])
+        return self.transform.join([parts[name].reshape(part.shape) for name, part in self.parts.items()])
 
-    def divide(self, tensor: Tensor) -> dict[str, Tensor]:
+    def to_diffusers(self, tensor: Tensor) -> dict[str, Tensor]:
         """The parts of a tensor of the single file, in the family's shapes; those of fused ones are views."""
-        return dict(zip(self.parts, self.form.split(tensor.reshape(self.whole.shape)), strict=True))
+        return dict(zip(self.parts, self.transform.split(tensor.reshape(self.original_tensor.shape)), strict=True))
 
 
 # What a single file may hold beside its weights (a whole name, as a regular expression), and why it is not needed.
-IGNORED = {
+IGNORED_KEYS = {
     r"(alphas_cumprod|sqrt_|log_one_minus_|posterior_)\w*|betas|lvlb_weights|logvar|scale_factor|denoiser\.sigmas": (
         "the noise schedule and the latents' scale: the family's record has them"
     ),
@@ -69,10 +71,10 @@ IGNORED = {
     r".+\.logit_scale": "the temperature of CLIP's own training",
 }
 # Other names that files carry: of transformers 5, which says no text_model, and of the first versions of diffusers.
-SINGLE_ALIASES = {
+SINGLE_FILE_KEY_ALIASES = {
     r"(cond_stage_model|conditioner\.embedders\.0)\.transformer\.(?!text_model\.)": r"\1.transformer.text_model."
 }
-DIRECTORY_ALIASES = {
+DIFFUSERS_KEY_ALIASES = {
     r"(text_encoder\w*)/(?!text_model\.|text_projection\.)": r"\1/text_model.",
     r"(vae/.+\.attentions\.0)\.query\.": r"\1.to_q.",
     r"(vae/.+\.attentions\.0)\.key\.": r"\1.to_k.",
@@ -81,59 +83,65 @@ DIRECTORY_ALIASES = {
 }
 
 
-def plan(tensors: Mapping[str, Tensor], family: Family, ema: bool = False) -> dict[str, Entry]:
+def map_single_file_keys(
+    tensors: Mapping[str, Tensor], family: ModelFamily, ema: bool = False
+) -> dict[str, KeyMapping]:
     """What each tensor of a single file is, under the name that the file gives it; ignored ones are left out.
 
     A 1x1 convolution and a linear map are taken for one another. `ema` puts the U-Net's moving average in the place of
     its last weights. ValueError names the first tensors that are missing, unknown or of another shape.
     """
-    entries = {entry.single: entry for entry in layout(family)}
-    names = canonical((name for name in tensors if not ignored(name, family)), SINGLE_ALIASES)
+    entries = {entry.original_key: entry for entry in build_key_mappings(family)}
+    names = resolve_key_aliases((name for name in tensors if not ignored_reason(name, family)), SINGLE_FILE_KEY_ALIASES)
     if ema:
-        names |= _averages(tensors)
-    compare({name: tensors[given] for name, given in names.items()}, {n: e.whole for n, e in entries.items()})
+        names |= _map_ema_keys(tensors)
+    check_keys_and_shapes(
+        {name: tensors[given] for name, given in names.items()}, {n: e.original_tensor for n, e in entries.items()}
+    )
     return {given: entries[name] for name, given in names.items()}
 
 
-def plan_directory(components: Components, family: Family) -> dict[str, tuple[Entry, str]]:
+def map_diffusers_keys(components: ComponentStateDicts, family: ModelFamily) -> dict[str, tuple[KeyMapping, str]]:
     """What each tensor of a directory is, by its folder/name there: a whole of the single file, and which part of it.
 
-    As `plan` otherwise.
+    As `map_single_file_keys` otherwise.
     """
     flat = {f"{folder}/{name}": a for folder, tensors in components.items() for name, a in tensors.items()}
-    parts = {f"{e.folder}/{name}": (e, name) for e in layout(family) for name in e.parts}
-    names = canonical((name for name in flat if not ignored(name, family)), DIRECTORY_ALIASES)
-    compare({name: flat[given] for name, given in names.items()}, {n: e.parts[part] for n, (e, part) in parts.items()})
+    parts = {f"{e.component}/{name}": (e, name) for e in build_key_mappings(family) for name in e.parts}
+    names = resolve_key_aliases((name for name in flat if not ignored_reason(name, family)), DIFFUSERS_KEY_ALIASES)
+    check_keys_and_shapes(
+        {name: flat[given] for name, given in names.items()}, {n: e.parts[part] for n, (e, part) in parts.items()}
+    )
     return {given: parts[name] for name, given in names.items()}
 
 
-def to_directory(tensors: Mapping[str, Tensor], family: Family) -> dict[str, dict[str, Tensor]]:
+def convert_to_diffusers(tensors: Mapping[str, Tensor], family: ModelFamily) -> dict[str, dict[str, Tensor]]:
     """The tensors of a single file by folder, under the names of the published directories (`text_model.*` included).
 
-    Parts of fused tensors are views. ValueError as `plan` has it.
+    Parts of fused tensors are views. ValueError as `map_single_file_keys` has it.
     """
     found: dict[str, dict[str, Tensor]] = {}
-    for name, entry in plan(tensors, family).items():
-        found.setdefault(entry.folder, {}).update(entry.divide(tensors[name]))
+    for name, entry in map_single_file_keys(tensors, family).items():
+        found.setdefault(entry.component, {}).update(entry.to_diffusers(tensors[name]))
     return found
 
 
-def to_single(components: Components, family: Family) -> dict[str, Tensor]:
-    """The tensors of a directory as its single file, `to_directory`'s inverse; ValueError likewise.
+def convert_to_original(components: ComponentStateDicts, family: ModelFamily) -> dict[str, Tensor]:
+    """The tensors of a directory as its single file, `convert_to_diffusers`'s inverse; ValueError likewise.
 
     What a directory does not hold (the last layer of SD 2's text tower, schedule, logit_scale) is not made up.
     """
     parts: dict[str, dict[str, Tensor]] = {}
-    entries: dict[str, Entry] = {}
-    for given, (entry, name) in plan_directory(components, family).items():
+    entries: dict[str, KeyMapping] = {}
+    for given, (entry, name) in map_diffusers_keys(components, family).items():
         folder, _, alias = given.partition("/")
-        entries[entry.single] = entry
-        parts.setdefault(entry.single, {})[name] = components[folder][alias]
-    return {single: entry.join(parts[single]) for single, entry in entries.items()}
+        entries[entry.original_key] = entry
+        parts.setdefault(entry.original_key, {})[name] = components[folder][alias]
+    return {single: entry.to_original(parts[single]) for single, entry in entries.items()}
 
 
-def canonical(names: Iterable[str], aliases: Mapping[str, str]) -> dict[str, str]:
-    """The names that `layout` has, and which of the given names each is; ValueError where two are one."""
+def resolve_key_aliases(names: Iterable[str], aliases: Mapping[str, str]) -> dict[str, str]:
+    """The names that `build_key_mappings` has, and which of the given names each is; ValueError where two are one."""
     found: dict[str, str] = {}
     for given in names:
         name = given
@@ -145,77 +153,79 @@ def canonical(names: Iterable[str], aliases: Mapping[str, str]) -> dict[str, str
     return found
 
 
-def ignored(name: str, family: Family) -> str | None:
+def ignored_reason(name: str, family: ModelFamily) -> str | None:
     """Why a tensor of that name is not needed, or None where it is not known to be superfluous."""
-    reasons = dict(IGNORED)
-    for tower in family.towers.values():
+    reasons = dict(IGNORED_KEYS)
+    for tower in family.text_encoders.values():
         prefix, layers = re.escape(tower.prefix), tower.config["num_hidden_layers"]
-        if not tower.projected:
+        if not tower.with_projection:
             reasons[prefix + r"text_projection(\.weight)?"] = "the pooled vector, which this U-Net does not take"
-        for k in range(layers, layers + tower.dropped):
+        for k in range(layers, layers + tower.num_dropped_layers):
             reasons[rf"{prefix}transformer\.resblocks\.{k}\..+"] = (
                 "the last layer of text, which the U-Net does not see"
             )
     return next((reason for pattern, reason in reasons.items() if re.fullmatch(pattern, name)), None)
 
 
-def layout(family: Family) -> tuple[Entry, ...]:
+def build_key_mappings(family: ModelFamily) -> tuple[KeyMapping, ...]:
     """Every tensor of the family's single file with its parts in the directory, one to one."""
     groups: dict[tuple[str, str], dict[str, Tensor]] = {}
-    for folder, tensors in skeleton(family).items():
-        prefix, names = _names(folder, family)
+    for folder, tensors in build_meta_state_dicts(family).items():
+        prefix, names = _prefix_and_conversion_map(folder, family)
         for name, tensor in tensors.items():
-            groups.setdefault((prefix + _renamed(name, names), folder), {})[name] = tensor
+            groups.setdefault((prefix + _to_original_key(name, names), folder), {})[name] = tensor
     return tuple(
-        Entry(single, folder, dict(sorted(parts.items(), key=_query_key_value)), _form(single, folder, parts))
+        KeyMapping(
+            single, folder, dict(sorted(parts.items(), key=_qkv_index)), _choose_transform(single, folder, parts)
+        )
         for (single, folder), parts in groups.items()
     )
 
 
-def skeleton(family: Family) -> dict[str, dict[str, Tensor]]:
+def build_meta_state_dicts(family: ModelFamily) -> dict[str, dict[str, Tensor]]:
     """The tensors of a directory by folder, on the meta device: names and shapes from the modules themselves."""
     with torch.device("meta"):
         found = {
             "unet": dict(UNet(UNetConfig.from_dict(family.unet)).state_dict()),
-            "vae": dict(vae.autoencoder(family.vae).state_dict()),
+            "vae": dict(vae.build_vae(family.vae).state_dict()),
         }
-        for folder, tower in family.towers.items():
-            model = text.text_model(tower.config).state_dict()
+        for folder, tower in family.text_encoders.items():
+            model = text.build_text_encoder(tower.config).state_dict()
             found[folder] = {f"text_model.{name}": tensor for name, tensor in model.items()}
-            if tower.projected:
+            if tower.with_projection:
                 shape = tower.config["projection_dim"], tower.config["hidden_size"]
                 found[folder]["text_projection.weight"] = torch.empty(shape)
     return found
 
 
-def _names(folder: str, family: Family) -> tuple[str, Names]:
+def _prefix_and_conversion_map(component: str, family: ModelFamily) -> tuple[str, ConversionMap]:
     """The prefix of a folder's tensors in a single file, and the names of its modules there."""
-    if folder == "unet":
-        return UNET_PREFIX, dict(unet_names(UNetConfig.from_dict(family.unet)))
-    if folder == "vae":
-        return VAE_PREFIX, dict(vae_names(len(family.vae["block_out_channels"]), family.vae["layers_per_block"]))
-    return family.towers[folder].prefix, dict(tower_names(family.towers[folder]))
+    if component == "unet":
+        return UNET_PREFIX, dict(map_unet_modules(UNetConfig.from_dict(family.unet)))
+    if component == "vae":
+        return VAE_PREFIX, dict(map_vae_modules(len(family.vae["block_out_channels"]), family.vae["layers_per_block"]))
+    return family.text_encoders[component].prefix, dict(map_text_encoder_modules(family.text_encoders[component]))
 
 
-def _renamed(name: str, names: Names) -> str:
-    """The name with its longest dotted beginning that is in `names` replaced."""
+def _to_original_key(name: str, conversion_map: ConversionMap) -> str:
+    """The name with its longest dotted beginning that is in `make_image_names` replaced."""
     parts = name.split(".")
     for n in range(len(parts), 0, -1):
-        if (head := ".".join(parts[:n])) in names:
-            return ".".join([names[head], *parts[n:]])
+        if (head := ".".join(parts[:n])) in conversion_map:
+            return ".".join([conversion_map[head], *parts[n:]])
     return name
 
 
-def _form(single: str, folder: str, parts: Mapping[str, Tensor]) -> Form:
+def _choose_transform(original_key: str, component: str, parts: Mapping[str, Tensor]) -> Transform:
     if len(parts) == 3:
-        return FUSED
-    if single.endswith(".text_projection"):
-        return TRANSPOSED
-    attention = folder == "vae" and ".attn_1." in single and ".norm." not in single
-    return POINTWISE if attention and single.endswith(".weight") else SAME
+        return FUSED_QKV
+    if original_key.endswith(".text_projection"):
+        return TRANSPOSE
+    attention = component == "vae" and ".attn_1." in original_key and ".norm." not in original_key
+    return POINTWISE_CONV if attention and original_key.endswith(".weight") else IDENTITY
 
 
-def _averages(names: Iterable[str]) -> dict[str, str]:
+def _map_ema_keys(names: Iterable[str]) -> dict[str, str]:
     """The U-Net's tensors of a single file and their moving averages, LDM's `model_ema.*`, by name.
 
     The average's names are the U-Net's without their dots. ValueError where the file has none, or not all of it.
@@ -232,26 +242,26 @@ def _averages(names: Iterable[str]) -> dict[str, str]:
     return found
 
 
-def _query_key_value(part: tuple[str, Tensor]) -> int:
+def _qkv_index(part: tuple[str, Tensor]) -> int:
     """The place of a part in a fused tensor, whatever the order of its module."""
     return "qkv".find(part[0].split(".")[-2][0])
 
 
-def compare(given: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
+def check_keys_and_shapes(actual: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
     """ValueError unless the names are the same, and the shapes but for ones at their ends."""
-    faults = [f"missing {name}" for name in wanted if name not in given]
-    faults += [f"unknown {name}" for name in given if name not in wanted]
+    faults = [f"missing {name}" for name in expected if name not in actual]
+    faults += [f"unknown {name}" for name in actual if name not in expected]
     faults += [
-        f"{name} has shape {list(given[name].shape)}, expected {list(tensor.shape)}"
-        for name, tensor in wanted.items()
-        if name in given and _core(given[name]) != _core(tensor)
+        f"{name} has shape {list(actual[name].shape)}, expected {list(tensor.shape)}"
+        for name, tensor in expected.items()
+        if name in actual and _strip_trailing_ones(actual[name]) != _strip_trailing_ones(tensor)
     ]
     if faults:
         more = f" and {len(faults) - 3} more" if len(faults) > 3 else ""
         raise ValueError(f"{', '.join(faults[:3])}{more}")
 
 
-def _core(tensor: Tensor) -> list[int]:
+def _strip_trailing_ones(tensor: Tensor) -> list[int]:
     """The shape without ones at its end: the same for a linear map and a 1x1 convolution."""
     shape = list(tensor.shape)
     while shape and shape[-1] == 1:

@@ -15,28 +15,33 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ldm.checkpoints.configs import TEXT_FIELDS, VAE_FIELDS
-from ldm.checkpoints.keys import DIRECTORY_ALIASES, SAME, Entry, compare
-from ldm.checkpoints.tensors import TensorFile
+from ldm.checkpoints.configs import TEXT_ENCODER_CONFIG_SCHEMA, VAE_CONFIG_SCHEMA
+from ldm.checkpoints.keys import DIFFUSERS_KEY_ALIASES, IDENTITY, KeyMapping, check_keys_and_shapes
+from ldm.checkpoints.tensors import SafetensorsFile
 from ldm.nn import text, vae
 from ldm.nn.unet import UNet, UNetConfig
 
 TEXT_ENCODERS = "text_encoder", "text_encoder_2"
-IGNORED = ("position_ids",)  # the numbers 0 to 76: what a folder may hold and no network has, by the end of its name
-DEPTHS, DEEPEST = ("layers_per_block", "transformer_layers_per_block", "num_hidden_layers"), 100  # no endless networks
-BUFFERS: dict[str, Callable[[Tensor], Tensor]] = {  # what no file holds, by the end of its name
+IGNORED_KEY_SUFFIXES = (
+    "position_ids",
+)  # the numbers 0 to 76: what a folder may hold and no network has, by the end of its name
+LAYER_COUNT_FIELDS, MAX_LAYERS = (
+    ("layers_per_block", "transformer_layers_per_block", "num_hidden_layers"),
+    100,
+)  # no endless networks
+BUFFER_INITIALIZERS: dict[str, Callable[[Tensor], Tensor]] = {  # what no file holds, by the end of its name
     "position_ids": lambda like: torch.arange(like.shape[-1]).expand(like.shape),
 }
 
 
-class Source(NamedTuple):
+class WeightFile(NamedTuple):
     """A file of weights, and what each of its tensors becomes, by its name in the file; the others are superfluous."""
 
-    file: TensorFile
-    entries: Mapping[str, Entry]
+    file: SafetensorsFile
+    key_mappings: Mapping[str, KeyMapping]
 
 
-def unet(config: Mapping[str, Any]) -> UNet:
+def unet_from_config(config: Mapping[str, Any]) -> UNet:
     """Our U-Net, by the fields of a `unet/config.json`."""
     fields = UNetConfig.from_dict(config)
     for width in fields.block_out_channels:
@@ -45,67 +50,75 @@ def unet(config: Mapping[str, Any]) -> UNet:
     return UNet(fields)
 
 
-def autoencoder(config: Mapping[str, Any]) -> vae.AutoencoderKL:
+def vae_from_config(config: Mapping[str, Any]) -> vae.AutoencoderKL:
     """The autoencoder of a `vae/config.json`, each of whose fields is heeded."""
-    VAE_FIELDS.check(config)
-    return vae.autoencoder(config)
+    VAE_CONFIG_SCHEMA.validate(config)
+    return vae.build_vae(config)
 
 
-def text_encoder(config: Mapping[str, Any], projected: bool = False) -> text.CLIPTextModel:
+def text_encoder_from_config(config: Mapping[str, Any], with_projection: bool = False) -> text.CLIPTextModel:
     """The text tower of a `text_encoder/config.json`, each of whose fields is heeded."""
-    TEXT_FIELDS.check(config)
+    TEXT_ENCODER_CONFIG_SCHEMA.validate(config)
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         if config.get(name) is not None and not 0 <= config[name] < config.get("vocab_size", 49408):
             raise ValueError(f"text encoder {name} {config[name]}: vocab_size is {config.get('vocab_size', 49408)}")
-    return text.text_model(config, projected)
+    return text.build_text_encoder(config, with_projection)
 
 
-BUILDERS: dict[str, Callable[[Mapping[str, Any]], Any]] = {  # by folder
-    "unet": unet,
-    "vae": autoencoder,
-    "text_encoder": text_encoder,
-    "text_encoder_2": lambda config: text_encoder(config, projected=True),
+NETWORK_BUILDERS: dict[str, Callable[[Mapping[str, Any]], Any]] = {  # by folder
+    "unet": unet_from_config,
+    "vae": vae_from_config,
+    "text_encoder": text_encoder_from_config,
+    "text_encoder_2": lambda config: text_encoder_from_config(config, with_projection=True),
 }
 
 
-def skeleton(folder: str, config: Mapping[str, Any]) -> Any:
+def build_meta_network(component: str, config: Mapping[str, Any]) -> Any:
     """The network of a folder on the meta device; ValueError where its configuration says what is not understood."""
-    for name in DEPTHS:
+    for name in LAYER_COUNT_FIELDS:
         values = config.get(name, 1)
         for depth in values if isinstance(values, list | tuple) else (values,):
-            if type(depth) is not int or not 0 <= depth <= DEEPEST:
-                raise ValueError(f"{name} {depth!r}: must be a whole number from 0 to {DEEPEST}")
+            if type(depth) is not int or not 0 <= depth <= MAX_LAYERS:
+                raise ValueError(f"{name} {depth!r}: must be a whole number from 0 to {MAX_LAYERS}")
     with torch.device("meta"):
-        return BUILDERS[folder](config)
+        return NETWORK_BUILDERS[component](config)
 
 
-def sources(folder: str, network: nn.Module, files: Iterable[TensorFile]) -> tuple[Source, ...]:
+def match_weight_files(component: str, network: nn.Module, files: Iterable[SafetensorsFile]) -> tuple[WeightFile, ...]:
     """What the files of a folder of a directory hold for its network; ValueError names what does not fit.
 
     Names may be of either version of transformers, and of the first versions of diffusers.
     """
-    wanted = {_published(folder, name): a for name, a in network.state_dict().items()}
+    wanted = {_diffusers_key(component, name): a for name, a in network.state_dict().items()}
     given: dict[str, Tensor] = {}
     found = []
     for file in files:
-        names = {name: _canonical(folder, name) for name in file.slots if not name.endswith(IGNORED)}
-        tensors = file.meta()
+        names = {
+            name: _resolve_alias(component, name)
+            for name in file.tensor_infos
+            if not name.endswith(IGNORED_KEY_SUFFIXES)
+        }
+        tensors = file.meta_tensors()
         for name, known in names.items():
             if known in given:
                 raise ValueError(f"{file.path}: {known} is given twice")
             given[known] = tensors[name]
-        entries = {n: Entry(n, folder, {known: wanted[known]}, SAME) for n, known in names.items() if known in wanted}
-        found.append(Source(file, entries))
+        entries = {
+            n: KeyMapping(n, component, {known: wanted[known]}, IDENTITY)
+            for n, known in names.items()
+            if known in wanted
+        }
+        found.append(WeightFile(file, entries))
     try:
-        compare(given, wanted)
+        check_keys_and_shapes(given, wanted)
     except ValueError as error:
         raise ValueError(f"{found[0].file.path}: {error}") from None
     return tuple(found)
 
 
-def fill(
+def load_weights(
     networks: Mapping[str, nn.Module],
-    groups: Sequence[Sequence[Source]],
+    shard_groups: Sequence[Sequence[WeightFile]],
     device: torch.device,
     dtypes: Mapping[str, torch.dtype],
 ) -> dict[str, str]:
@@ -114,30 +127,30 @@ def fill(
     The files of a group are one content, in their order: the shards of a network. Every file is read once. ValueError
     where a tensor is none of real numbers, before anything is read, and where a file ends early.
     """
-    for source in (source for group in groups for source in group):
-        for name in source.entries:
-            if not (dtype := source.file.slots[name].dtype).is_floating_point:
+    for source in (source for group in shard_groups for source in group):
+        for name in source.key_mappings:
+            if not (dtype := source.file.tensor_infos[name].dtype).is_floating_point:
                 raise ValueError(f"{source.file.path}: {name} has dtype {dtype}, real numbers are needed")
     weights: dict[str, dict[str, Tensor]] = {folder: {} for folder in networks}
     hashes = {}
-    for group in groups:
+    for group in shard_groups:
         hasher = hashlib.sha256()
         for source in group:
-            for name, tensor in source.file.read(hasher):
-                if entry := source.entries.get(name):
-                    weights[entry.folder].update(_parts(entry, tensor, device, dtypes[entry.folder]))
-        folders = {entry.folder for source in group for entry in source.entries.values()}
+            for name, tensor in source.file.iter_tensors(hasher):
+                if entry := source.key_mappings.get(name):
+                    weights[entry.component].update(_split_and_cast(entry, tensor, device, dtypes[entry.component]))
+        folders = {entry.component for source in group for entry in source.key_mappings.values()}
         hashes.update(dict.fromkeys(folders, hasher.hexdigest()))
     for folder, network in networks.items():
-        names = {_published(folder, name): name for name in network.state_dict()}
+        names = {_diffusers_key(folder, name): name for name in network.state_dict()}
         network.load_state_dict({names[name]: a for name, a in weights.pop(folder).items()}, assign=True)
-        _fill_buffers(network, device)
+        _init_buffers(network, device)
     return hashes
 
 
-def _parts(entry: Entry, tensor: Tensor, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
+def _split_and_cast(entry: KeyMapping, tensor: Tensor, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
     """What a tensor of a file becomes, each part in memory of its own."""
-    values = entry.form.split(tensor.reshape(entry.whole.shape))
+    values = entry.transform.split(tensor.reshape(entry.original_tensor.shape))
     found = {}
     for (name, like), value in zip(entry.parts.items(), values, strict=True):
         layout = torch.channels_last if like.ndim == 4 else torch.contiguous_format
@@ -146,24 +159,24 @@ def _parts(entry: Entry, tensor: Tensor, device: torch.device, dtype: torch.dtyp
     return found
 
 
-def _fill_buffers(network: nn.Module, device: torch.device) -> None:
+def _init_buffers(network: nn.Module, device: torch.device) -> None:
     """Real values for the buffers that are in no file."""
     for name, buffer in list(network.named_buffers()):
         if buffer.is_meta:
             owner, _, last = name.rpartition(".")
-            setattr(network.get_submodule(owner), last, BUFFERS[last](buffer).to(device))
+            setattr(network.get_submodule(owner), last, BUFFER_INITIALIZERS[last](buffer).to(device))
     left = [name for name, a in [*network.named_parameters(), *network.named_buffers()] if a.is_meta]
     assert not left, f"{left} have no values"
 
 
-def _published(folder: str, name: str) -> str:
-    """A tensor of ours under the name that published directories have: transformers 5 says no `text_model`."""
-    return _canonical(folder, name) if folder in TEXT_ENCODERS else name
+def _diffusers_key(component: str, name: str) -> str:
+    """A tensor of ours under the name that published directories have: transformers 5 says no `build_text_encoder`."""
+    return _resolve_alias(component, name) if component in TEXT_ENCODERS else name
 
 
-def _canonical(folder: str, name: str) -> str:
+def _resolve_alias(component: str, name: str) -> str:
     """A tensor of a folder under the name that published directories have."""
-    found = f"{folder}/{name}"
-    for pattern, replacement in DIRECTORY_ALIASES.items():
+    found = f"{component}/{name}"
+    for pattern, replacement in DIFFUSERS_KEY_ALIASES.items():
         found = re.sub(rf"\A{pattern}", replacement, found)
-    return found.removeprefix(f"{folder}/")
+    return found.removeprefix(f"{component}/")

@@ -21,7 +21,7 @@ from ldm.checkpoints.files import parse_json
 if TYPE_CHECKING:
     from hashlib import _Hash
 
-DTYPES = {
+SAFETENSORS_DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
@@ -35,19 +35,21 @@ DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-MAX_NUMBERS = 2**63  # torch's own limit, of the sides of an empty tensor too
-MAX_HEADER = 100_000_000  # bytes: safetensors' own limit
-PICKLE = "{what}; it may run code when it is read, so it is not: `ldm convert --trust FILE DST` makes weights of it"
-STRANGERS = {  # beginnings of what is often taken for weights
-    b"PK\x03\x04": PICKLE.format(what="a zip archive, as torch.save writes"),
-    **{bytes([0x80, k]): PICKLE.format(what="a pickle") for k in range(2, 6)},
+MAX_NUMEL = 2**63  # torch's own limit, of the sides of an empty tensor too
+MAX_HEADER_BYTES = 100_000_000  # bytes: safetensors' own limit
+PICKLE_MESSAGE = (
+    "{what}; it may run code when it is read, so it is not: `ldm convert --trust FILE DST` makes weights of it"
+)
+FOREIGN_MAGIC_BYTES = {  # beginnings of what is often taken for weights
+    b"PK\x03\x04": PICKLE_MESSAGE.format(what="a zip archive, as torch.save writes"),
+    **{bytes([0x80, k]): PICKLE_MESSAGE.format(what="a pickle") for k in range(2, 6)},
     b"version https://git-lfs": "a pointer of Git LFS, not the file itself",
     b"<": "a page of the web, not the file itself",
     b"GGUF": "a GGUF file, which is not supported",
 }
 
 
-class Slot(NamedTuple):
+class TensorInfo(NamedTuple):
     """Where a tensor lies in the data of a file, and what it is."""
 
     dtype: torch.dtype
@@ -57,27 +59,27 @@ class Slot(NamedTuple):
 
 
 @dataclass(frozen=True)
-class TensorFile:
+class SafetensorsFile:
     """An open question to a safetensors file: what it holds is known, nothing of it is in memory."""
 
     path: Path
     metadata: Mapping[str, str]
-    slots: Mapping[str, Slot]
-    offset: int  # of the data
+    tensor_infos: Mapping[str, TensorInfo]
+    data_offset: int  # of the data
 
-    def meta(self) -> dict[str, Tensor]:
+    def meta_tensors(self) -> dict[str, Tensor]:
         """The tensors without their values, on the meta device."""
-        return {name: torch.empty(s.shape, dtype=s.dtype, device="meta") for name, s in self.slots.items()}
+        return {name: torch.empty(s.shape, dtype=s.dtype, device="meta") for name, s in self.tensor_infos.items()}
 
-    def read(self, hasher: _Hash | None = None) -> Iterator[tuple[str, Tensor]]:
+    def iter_tensors(self, hasher: _Hash | None = None) -> Iterator[tuple[str, Tensor]]:
         """Each name and tensor on the host, in the file's order; `hasher` hears every byte of the file, once.
 
         ValueError where the file ends early.
         """
         with self.path.open("rb", buffering=0) as file, ThreadPoolExecutor(1) as hashing:
-            head = file.read(self.offset)
+            head = file.read(self.data_offset)
             heard = hashing.submit(hasher.update, head) if hasher else None
-            for name, slot in self.slots.items():
+            for name, slot in self.tensor_infos.items():
                 data = torch.empty(slot.end - slot.start, dtype=torch.uint8)
                 view, filled = data.numpy().data, 0
                 while filled < len(view):
@@ -92,15 +94,15 @@ class TensorFile:
                 heard.result()
 
 
-def open_tensors(path: Path) -> TensorFile:
+def open_safetensors(path: Path) -> SafetensorsFile:
     """A safetensors file by its header; ValueError in one line for anything else, a pickle above all."""
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
             start = file.read(32)
             length = int.from_bytes(start[:8], "little")
-            if start[8:9] != b"{" or length + 8 > size or length > MAX_HEADER:
-                raise ValueError(f"{path}: {_stranger(start, size)}")
+            if start[8:9] != b"{" or length + 8 > size or length > MAX_HEADER_BYTES:
+                raise ValueError(f"{path}: {_describe_foreign_file(start, size)}")
             file.seek(8)
             header = file.read(length)
     except OSError as error:
@@ -110,7 +112,7 @@ def open_tensors(path: Path) -> TensorFile:
         metadata = entries.pop("__metadata__", {})
         if not all(isinstance(value, str) for value in metadata.values()):
             raise ValueError("metadata that is not text")
-        slots = {name: _slot(name, entry) for name, entry in entries.items()}
+        slots = {name: _parse_tensor_info(name, entry) for name, entry in entries.items()}
         slots = dict(sorted(slots.items(), key=lambda item: item[1][2:]))
         end = 0
         for name, slot in slots.items():
@@ -121,29 +123,29 @@ def open_tensors(path: Path) -> TensorFile:
             raise ValueError(f"{data} bytes of data, expected {end}")
     except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}: not a whole safetensors file ({error})") from None
-    return TensorFile(path, metadata, slots, 8 + length)
+    return SafetensorsFile(path, metadata, slots, 8 + length)
 
 
-def _stranger(start: bytes, size: int) -> str:
+def _describe_foreign_file(start: bytes, size: int) -> str:
     """What a file is that does not begin as safetensors do."""
     if not size:
         return "not a whole safetensors file (0 bytes)"
-    known = (what for beginning, what in STRANGERS.items() if start.startswith(beginning))
+    known = (what for beginning, what in FOREIGN_MAGIC_BYTES.items() if start.startswith(beginning))
     return next(known, "not a whole safetensors file (it does not begin with a header)")
 
 
-def _slot(name: str, entry: Any) -> Slot:
+def _parse_tensor_info(name: str, entry: Any) -> TensorInfo:
     """An entry of the header, checked."""
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise ValueError(f"{name} is not described by dtype, shape and data_offsets")
-    if entry["dtype"] not in DTYPES:
+    if entry["dtype"] not in SAFETENSORS_DTYPES:
         raise ValueError(f"{name} has dtype {entry['dtype']}, which is not supported")
     numbers = [*entry["shape"], *entry["data_offsets"]] if isinstance(entry["shape"], list) else [-1]
     if len(entry["data_offsets"]) != 2 or any(type(n) is not int or n < 0 for n in numbers):
         raise ValueError(f"{name} has a shape or place that is none")
-    dtype, shape, (start, end) = DTYPES[entry["dtype"]], tuple(entry["shape"]), entry["data_offsets"]
-    if math.prod(filter(None, shape)) >= MAX_NUMBERS:
+    dtype, shape, (start, end) = SAFETENSORS_DTYPES[entry["dtype"]], tuple(entry["shape"]), entry["data_offsets"]
+    if math.prod(filter(None, shape)) >= MAX_NUMEL:
         raise ValueError(f"{name} has shape {list(shape)}, beyond all memory")
     if math.prod(shape) * dtype.itemsize != end - start:
         raise ValueError(f"{name} has {end - start} bytes, expected {math.prod(shape) * dtype.itemsize}")
-    return Slot(dtype, shape, start, end)
+    return TensorInfo(dtype, shape, start, end)

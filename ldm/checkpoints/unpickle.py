@@ -4,7 +4,7 @@ A pickle is a program: it may ask for any function of any library and call it. T
 1. The child reads the list of all that the pickle asks for, without running it, and refuses what no weights need.
 2. torch.load(weights_only=True) follows the rest with an interpreter of its own, which calls nothing but a short list
    of functions that rebuild tensors. What trainers left beside the weights (numbers of numpy, callbacks of PyTorch
-   Lightning) becomes a `Husk`: those libraries are not even imported.
+   Lightning) becomes a `Placeholder`: those libraries are not even imported.
 3. All of it happens in a child without the caller's environment (no tokens), which writes one draft, of at most twice
    the file's size.
 What they do not protect from: a fault in the native code of torch that reads the archive. The child is no sandbox, and
@@ -29,32 +29,37 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-ROOT = Path(__file__).resolve().parents[2]
-CHILD = "import sys; sys.path.append(sys.argv.pop(1)); from ldm.checkpoints.unpickle import child; child()"
-INHERITED = ("PATH", "LD_LIBRARY_PATH", "TMPDIR")  # of the environment: what it takes to start Python
-PATIENCE, PACE = 60, 4e6  # seconds for any file, and bytes a second of it
+REPO_ROOT = Path(__file__).resolve().parents[2]
+CHILD_SOURCE = "import sys; sys.path.append(sys.argv.pop(1)); from ldm.convert.unpickle import child_main; child_main()"
+INHERITED_ENV = ("PATH", "LD_LIBRARY_PATH", "TMPDIR")  # of the environment: what it takes to start Python
+BASE_TIMEOUT, MIN_BYTES_PER_SECOND = 60, 4e6  # seconds for any file, and bytes a second of it
 
-ZIP, PICKLE = b"PK\x03\x04", b"\x80"  # what files of torch.save begin with: today's, and those before torch 1.6
-REBUILD = re.compile(  # what torch.save writes for tensors, and containers of Python's own; torch has the last word
-    r"collections\.OrderedDict|_codecs\.encode|(builtins|__builtin__)\.set"
-    r"|torch\._utils\._rebuild_(tensor|tensor_v2|parameter)|torch\.(storage\.)?\w*Storage"
-    r"|torch\.(Size|device|bool|bfloat16|half|double|(float|u?int)\d*\w*)"
+ZIP_MAGIC, PICKLE_MAGIC = (
+    b"PK\x03\x04",
+    b"\x80",
+)  # what files of torch.save begin with: today's, and those before torch 1.6
+TENSOR_GLOBALS = (
+    re.compile(  # what torch.save writes for tensors, and containers of Python's own; torch has the last word
+        r"collections\.OrderedDict|_codecs\.encode|(builtins|__builtin__)\.set"
+        r"|torch\._utils\._rebuild_(tensor|tensor_v2|parameter)|torch\.(storage\.)?\w*Storage"
+        r"|torch\.(Size|device|bool|bfloat16|half|double|(float|u?int)\d*\w*)"
+    )
 )
-HUSKS = re.compile(  # what trainers left beside the weights
+PLACEHOLDER_GLOBALS = re.compile(  # what trainers left beside the weights
     r"numpy(\.core|\._core)?(\.multiarray|\.dtypes)?\.(scalar|dtype|_reconstruct|ndarray|\w+DType)"
     r"|(pytorch_lightning|lightning|lightning_fabric|omegaconf|torchmetrics)\..+"
     r"|torch\.nn\.modules\.container\.ParameterDict|argparse\.Namespace|pathlib\.\w+|typing\.\w+"
 )
-STATES = (
+STATE_DICT_KEYS = (
     "state_dict",
     "module",
     "string_to_param",
 )  # where trainers keep the weights: Lightning, DeepSpeed, embeddings
-TRAINING = re.compile(r"optimizer\w*|lr_scheduler\w*|callbacks|loops|hyper_parameters|(global_)?step|epoch")
-EMBEDDING = {"*": "emb_params"}  # an embedding's one name in a pickle: in safetensors
+TRAINING_KEY_PATTERN = re.compile(r"optimizer\w*|lr_scheduler\w*|callbacks|loops|hyper_parameters|(global_)?step|epoch")
+EMBEDDING_KEY_MAP = {"*": "emb_params"}  # an embedding's one name in a pickle: in safetensors
 
 
-class Husk:
+class Placeholder:
     """Stands for an object that no weights need: it takes what it is given, keeps its state and does nothing."""
 
     state: Any = None
@@ -69,19 +74,21 @@ def is_pickle(path: Path) -> bool:
     """Whether a file is one of torch.save, whatever its name says."""
     with path.open("rb") as file:
         start = file.read(9)
-    return start.startswith((ZIP, PICKLE)) and start[8:] != b"{"  # which is where a header of safetensors begins
+    return (
+        start.startswith((ZIP_MAGIC, PICKLE_MAGIC)) and start[8:] != b"{"
+    )  # which is where a header of safetensors begins
 
 
-def unpickle(src: Path, draft: Path, dtype: torch.dtype | None = None) -> dict[str, Any]:
+def unpickle_weights(src: Path, draft: Path, dtype: torch.dtype | None = None) -> dict[str, Any]:
     """Write the tensors of a pickle as safetensors to `draft`, which is not there yet, and report.
 
-    Real numbers are written in `dtype`, or in each tensor's own. The report has the number of `tensors` and what was
-    `dropped`: what is no tensor, or belongs to a training. ValueError in one line for contents that ask for code, which
+    Real numbers are written in `dtype`, or in each tensor's own. The report has the number of `get_tensor_fields` and what was
+    `should_drop_caption`: what is no tensor, or belongs to a training. ValueError in one line for contents that ask for code, which
     is named; for what is no file of torch.save, or not whole; and for a child that was killed or did not end.
     """
-    limit = PATIENCE + src.stat().st_size / PACE
-    environment = {name: os.environ[name] for name in INHERITED if name in os.environ} | {"OMP_NUM_THREADS": "1"}
-    words = [sys.executable, "-I", "-c", CHILD, str(ROOT), str(src.absolute()), str(draft.absolute())]
+    limit = BASE_TIMEOUT + src.stat().st_size / MIN_BYTES_PER_SECOND
+    environment = {name: os.environ[name] for name in INHERITED_ENV if name in os.environ} | {"OMP_NUM_THREADS": "1"}
+    words = [sys.executable, "-I", "-c", CHILD_SOURCE, str(REPO_ROOT), str(src.absolute()), str(draft.absolute())]
     words += [str(dtype).removeprefix("torch.")] if dtype else []
     try:
         done = subprocess.run(words, env=environment, stdin=subprocess.DEVNULL, capture_output=True, timeout=limit)
@@ -97,58 +104,64 @@ def unpickle(src: Path, draft: Path, dtype: torch.dtype | None = None) -> dict[s
     return report
 
 
-def child() -> None:
+def child_main() -> None:
     """What runs in the process of its own, `SRC DRAFT [DTYPE]`: prints the report."""
     src, draft, *dtype = sys.argv[1:]
     try:
-        report = rewrite(Path(src), Path(draft), *dtype)
+        report = unpickle_in_process(Path(src), Path(draft), *dtype)
     except ValueError as error:
         report = {"error": " ".join(str(error).split())}
     print(json.dumps(report))
 
 
-def rewrite(src: Path, draft: Path, dtype: str | None = None) -> dict[str, Any]:
-    """`unpickle`, by the process that calls it."""
-    asked = globals_of(src)
-    if strange := sorted(name for name in asked if not (REBUILD.fullmatch(name) or HUSKS.fullmatch(name))):
+def unpickle_in_process(src: Path, draft: Path, dtype: str | None = None) -> dict[str, Any]:
+    """`unpickle_weights`, by the process that calls it."""
+    asked = read_pickle_globals(src)
+    if strange := sorted(
+        name for name in asked if not (TENSOR_GLOBALS.fullmatch(name) or PLACEHOLDER_GLOBALS.fullmatch(name))
+    ):
         more = f" and {len(strange) - 1} more" if len(strange) > 1 else ""
         raise ValueError(f"asks for code that no weights need ({strange[0]}{more}); it was not run")
     import torch
 
-    from ldm.checkpoints.writer import TensorWriter
+    from ldm.checkpoints.writer import SafetensorsWriter
 
     try:
-        with torch.serialization.safe_globals([(Husk, name) for name in asked if HUSKS.fullmatch(name)]):
+        with torch.serialization.safe_globals(
+            [(Placeholder, name) for name in asked if PLACEHOLDER_GLOBALS.fullmatch(name)]
+        ):
             content = torch.load(src, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(src))
     except Exception as error:  # of any kind, from the depths of torch
-        raise ValueError(f"not a whole file of torch.save ({_telling(error)})") from None
-    tensors, dropped, word = weights(content)
+        raise ValueError(f"not a whole file of torch.save ({_summarize_error(error)})") from None
+    tensors, dropped, word = extract_tensors(content)
     size, limit = sum(a.numel() * a.itemsize for a in tensors.values()), 2 * src.stat().st_size
     if size > limit:  # shapes are only said; names may share memory, and share it no more
         raise ValueError(f"{size} bytes of tensors in a file of {limit // 2}")
-    with TensorWriter(draft, tensors, {"format": "pt", **word}, getattr(torch, dtype) if dtype else None) as writer:
+    with SafetensorsWriter(
+        draft, tensors, {"format": "pt", **word}, getattr(torch, dtype) if dtype else None
+    ) as writer:
         for name, tensor in tensors.items():
             writer.write(name, tensor)
     return {"tensors": len(tensors), "dropped": dropped}
 
 
-def globals_of(path: Path) -> set[str]:
+def read_pickle_globals(path: Path) -> set[str]:
     """What a file of torch.save asks for, as module.name, without running any of it; ValueError for other files."""
     try:
         with path.open("rb") as file:
             start = file.read(4)
             file.seek(0)
-            if start == ZIP:
-                return _archived(path)
-            if start.startswith(PICKLE) and not tarfile.is_tarfile(path):
-                return _asked(file, 5)  # magic number, protocol, machine, content, names of storages
+            if start == ZIP_MAGIC:
+                return _zip_globals(path)
+            if start.startswith(PICKLE_MAGIC) and not tarfile.is_tarfile(path):
+                return _stream_globals(file, 5)  # magic number, protocol, machine, content, names of storages
     except (OSError, zipfile.BadZipFile, EOFError, RuntimeError) as error:
-        raise ValueError(f"not a whole file of torch.save ({_telling(error)})") from None
+        raise ValueError(f"not a whole file of torch.save ({_summarize_error(error)})") from None
     raise ValueError("not a file of torch.save")
 
 
-def _archived(path: Path) -> set[str]:
-    """`globals_of` a zip archive, which torch.save does not compress: its members are no larger than the file."""
+def _zip_globals(path: Path) -> set[str]:
+    """`read_pickle_globals` a zip archive, which torch.save does not compress: its members are no larger than the file."""
     asked = set()
     with zipfile.ZipFile(path) as archive:
         members = archive.infolist()
@@ -160,11 +173,11 @@ def _archived(path: Path) -> set[str]:
         for member in members:
             if member.filename.endswith(".pkl"):
                 with archive.open(member) as file:
-                    asked |= _asked(file, 1)
+                    asked |= _stream_globals(file, 1)
     return asked
 
 
-def _asked(file: IO[bytes], count: int) -> set[str]:
+def _stream_globals(file: IO[bytes], count: int) -> set[str]:
     """What the next pickles ask for; the two strings before STACK_GLOBAL are taken for its words."""
     found, words = set(), ["", ""]
     try:
@@ -181,8 +194,8 @@ def _asked(file: IO[bytes], count: int) -> set[str]:
     return found
 
 
-def weights(content: Any) -> tuple[dict[str, Tensor], list[str], dict[str, str]]:
-    """The tensors of a file by dotted name, what beside them is dropped, and an embedding's word as its `name`.
+def extract_tensors(content: Any) -> tuple[dict[str, Tensor], list[str], dict[str, str]]:
+    """The tensors of a file by dotted name, what beside them is dropped, and an embedding's word as its `name_from_repo_id`.
 
     ValueError where there are none.
     """
@@ -190,11 +203,13 @@ def weights(content: Any) -> tuple[dict[str, Tensor], list[str], dict[str, str]]
 
     if not isinstance(content, Mapping):
         raise ValueError(f"holds a {type(content).__name__}, not weights by name")
-    part = next((name for name in STATES if isinstance(_members(content.get(name)), Mapping)), None)
-    rest = {name for name in content if name != part and (part or TRAINING.fullmatch(str(name)))}
+    part = next(
+        (name for name in STATE_DICT_KEYS if isinstance(_unwrap_parameter_dict(content.get(name)), Mapping)), None
+    )
+    rest = {name for name in content if name != part and (part or TRAINING_KEY_PATTERN.fullmatch(str(name)))}
     dropped = [*map(str, rest)]
     found: dict[str, Tensor] = {}
-    for name, value in _leaves(content[part] if part else {n: a for n, a in content.items() if n not in rest}):
+    for name, value in _flatten(content[part] if part else {n: a for n, a in content.items() if n not in rest}):
         if not isinstance(value, Tensor):
             dropped.append(name)
         elif name in found:
@@ -207,17 +222,17 @@ def weights(content: Any) -> tuple[dict[str, Tensor], list[str], dict[str, str]]
         return found, sorted(dropped), {}
     word = content.get("name")
     named = {"name": word} if isinstance(word, str) else {}
-    return {EMBEDDING.get(name, name): a for name, a in found.items()}, sorted(dropped), named
+    return {EMBEDDING_KEY_MAP.get(name, name): a for name, a in found.items()}, sorted(dropped), named
 
 
-def _members(value: Any) -> Any:
+def _unwrap_parameter_dict(value: Any) -> Any:
     """A ParameterDict's parameters; anything else as it is."""
-    return value.state.get("_parameters") if isinstance(value, Husk) and isinstance(value.state, dict) else value
+    return value.state.get("_parameters") if isinstance(value, Placeholder) and isinstance(value.state, dict) else value
 
 
-def _leaves(value: Any, name: str = "", seen: set[int] | None = None) -> Iterator[tuple[str, Any]]:
+def _flatten(value: Any, name: str = "", seen: set[int] | None = None) -> Iterator[tuple[str, Any]]:
     """What mappings within mappings hold, by dotted name; ValueError for one held twice: their number has no bound."""
-    value, seen = _members(value), set() if seen is None else seen
+    value, seen = _unwrap_parameter_dict(value), set() if seen is None else seen
     if not isinstance(value, Mapping):
         yield name, value
         return
@@ -225,10 +240,10 @@ def _leaves(value: Any, name: str = "", seen: set[int] | None = None) -> Iterato
         raise ValueError(f"{name[:40]}: a mapping that is held twice, or within itself")
     seen.add(id(value))
     for key, inner in value.items():
-        yield from _leaves(inner, f"{name}.{key}" if name else str(key), seen)
+        yield from _flatten(inner, f"{name}.{key}" if name else str(key), seen)
 
 
-def _telling(error: BaseException) -> str:
+def _summarize_error(error: BaseException) -> str:
     """The line of an error of torch that says what is wrong; the others are advice."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     told = (line for line in lines if line.startswith(("Unsupported", "Trying to", "Only ", "Can only", "Expected")))

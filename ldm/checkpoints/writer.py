@@ -13,12 +13,12 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
-from ldm.checkpoints.tensors import DTYPES
+from ldm.checkpoints.tensors import SAFETENSORS_DTYPES
 
-CODES = {dtype: code for code, dtype in DTYPES.items()}
+SAFETENSORS_DTYPE_NAMES = {dtype: code for code, dtype in SAFETENSORS_DTYPES.items()}
 
 
-class TensorWriter:
+class SafetensorsWriter:
     """A safetensors file of tensors that are known by dtype and shape (on the meta device will do), to be filled.
 
     Real numbers are written in `dtype`, where it is not None. Closed without an exception the file is whole: each
@@ -34,37 +34,41 @@ class TensorWriter:
     ) -> None:
         self.dtype = dtype
         like = {name: self._cast(a.to("meta")) for name, a in tensors.items()}
-        self.left = dict(sorted(like.items(), key=lambda item: -item[1].itemsize))  # each at a multiple of its size
+        self.pending = dict(sorted(like.items(), key=lambda item: -item[1].itemsize))  # each at a multiple of its size
         entries: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
-        self.places, end = {}, 0
-        for name, tensor in self.left.items():
-            if tensor.dtype not in CODES:
+        self.tensor_offsets, end = {}, 0
+        for name, tensor in self.pending.items():
+            if tensor.dtype not in SAFETENSORS_DTYPE_NAMES:
                 raise ValueError(f"{name} has dtype {tensor.dtype}, which safetensors files do not have")
-            self.places[name], end = end, end + tensor.numel() * tensor.itemsize
-            offsets = [self.places[name], end]
-            entries[name] = {"dtype": CODES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": offsets}
+            self.tensor_offsets[name], end = end, end + tensor.numel() * tensor.itemsize
+            offsets = [self.tensor_offsets[name], end]
+            entries[name] = {
+                "dtype": SAFETENSORS_DTYPE_NAMES[tensor.dtype],
+                "shape": list(tensor.shape),
+                "data_offsets": offsets,
+            }
         header = json.dumps(entries, ensure_ascii=False, separators=(",", ":")).encode()
         header += b" " * (-len(header) % 8)
         path.parent.mkdir(parents=True, exist_ok=True)
         self.file = path.open("wb", buffering=0)
         self.file.write(len(header).to_bytes(8, "little") + header)
-        self.offset = 8 + len(header)
+        self.data_offset = 8 + len(header)
 
     def write(self, name: str, tensor: Tensor) -> None:
         """Put a tensor in its place, of the shape and dtype that were said."""
-        wanted, tensor = self.left.pop(name), self._cast(tensor)
+        wanted, tensor = self.pending.pop(name), self._cast(tensor)
         assert (tensor.dtype, tensor.shape) == (wanted.dtype, wanted.shape), name
         view = tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data
-        self.file.seek(self.offset + self.places[name])
+        self.file.seek(self.data_offset + self.tensor_offsets[name])
         while len(view):
             view = view[self.file.write(view) :]
 
     def _cast(self, tensor: Tensor) -> Tensor:
         return tensor.to(self.dtype) if self.dtype and tensor.is_floating_point() else tensor
 
-    def __enter__(self) -> TensorWriter:
+    def __enter__(self) -> SafetensorsWriter:
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.file.close()
-        assert kind or not self.left, f"{[*self.left][:3]} were not written"
+        assert kind or not self.pending, f"{[*self.pending][:3]} were not written"

@@ -14,22 +14,22 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ldm.commands.generate import finite, generate
+from ldm.commands.generate import none_if_infinite, generate
 from ldm.commands.options import (
-    MODEL,
-    Embedding,
-    Lora,
-    Loras,
-    Model,
-    Words,
-    named,
-    opens_model,
-    weighted,
-    within,
-    writable,
+    MODEL_OPTIONS,
+    EmbeddingSpec,
+    LoraSpec,
+    LoraOption,
+    ModelOptions,
+    EmbeddingOption,
+    parse_embedding,
+    with_model_options,
+    parse_lora,
+    check_range,
+    check_out_folder,
 )
-from ldm.commands.teller import teller
-from ldm.commands.unread import Unread
+from ldm.commands.teller import progress_reporter
+from ldm.commands.unread import UnsupportedSyntaxReport
 
 if TYPE_CHECKING:
     from ldm.jobs.engines import Engine
@@ -37,31 +37,44 @@ if TYPE_CHECKING:
     from ldm.pipeline import Pipeline
     from ldm.request import Request
 
-FIELDS = {"negative": "negative_prompt", "steps": "num_inference_steps", "guidance": "guidance_scale"}
-OWN = {"prompts", "count", "lora", "embedding", "batch_size", "out", "as_json", *MODEL}  # not of every picture
-SETTINGS = [
+OPTION_TO_FIELD = {"negative": "negative_prompt", "steps": "num_inference_steps", "guidance": "guidance_scale"}
+EXCLUDED_OPTIONS = {
+    "prompts",
+    "count",
+    "lora",
+    "embedding",
+    "batch_size",
+    "out",
+    "as_json",
+    *MODEL_OPTIONS,
+}  # not of every picture
+GENERATE_PARAMETERS = [
     parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY)
     for name, parameter in inspect.signature(generate).parameters.items()
-    if name not in OWN
+    if name not in EXCLUDED_OPTIONS
 ]
 
 
 @dataclass(frozen=True)
-class Opener:
+class PipelineLoader:
     """Loads the model of a job, with its adapters and embeddings, in any process."""
 
-    model: Model
-    adapters: tuple[Lora, ...] = ()
-    embeddings: tuple[Embedding, ...] = ()
+    model: ModelOptions
+    adapters: tuple[LoraSpec, ...] = ()
+    embeddings: tuple[EmbeddingSpec, ...] = ()
 
     @property
-    def words(self) -> list[str]:
+    def cli_args(self) -> list[str]:
         """What `ldm generate` opens the same by."""
-        adapters = [word for adapter in self.adapters for word in ("--lora", adapter.word())]
-        return self.model.words() + adapters + [w for word in self.embeddings for w in ("--embedding", word.word())]
+        adapters = [word for adapter in self.adapters for word in ("--lora", adapter.to_option())]
+        return (
+            self.model.cli_args()
+            + adapters
+            + [w for word in self.embeddings for w in ("--embedding", word.to_option())]
+        )
 
     def __call__(self, device: str | None = None) -> Pipeline:
-        pipe = replace(self.model, device=device or self.model.device).open()
+        pipe = replace(self.model, device=device or self.model.device).load_pipeline()
         for adapter in self.adapters:
             pipe.load_lora_weights(*adapter)
         for word in self.embeddings:
@@ -69,23 +82,23 @@ class Opener:
         return pipe
 
 
-def has_settings(command: Callable[..., None]) -> Callable[..., None]:
-    """A command whose parameter `settings` is filled from `generate`'s options of how a picture is drawn."""
+def with_generate_options(command: Callable[..., None]) -> Callable[..., None]:
+    """A command whose parameter `flatten_settings` is filled from `generate`'s options of how a picture is drawn."""
     own = [p for name, p in inspect.signature(command, eval_str=True).parameters.items() if name != "settings"]
 
     @wraps(command)
     def run(**values: Any) -> None:
-        settings = {parameter.name: values.pop(parameter.name) for parameter in SETTINGS}
+        settings = {parameter.name: values.pop(parameter.name) for parameter in GENERATE_PARAMETERS}
         command(**values, settings=settings)
 
-    run.__signature__ = inspect.Signature([*own, *SETTINGS])  # type: ignore[attr-defined]
+    run.__signature__ = inspect.Signature([*own, *GENERATE_PARAMETERS])  # type: ignore[attr-defined]
     return run
 
 
-@opens_model()
-@has_settings
+@with_model_options()
+@with_generate_options
 def batch(
-    model: Model,
+    model: ModelOptions,
     settings: dict[str, Any],
     file: Annotated[
         str, typer.Argument(metavar="FILE", help="txt, jsonl, csv, parquet, yaml or -.", show_default=False)
@@ -106,8 +119,8 @@ def batch(
     grid: Annotated[
         str | None, typer.Option(metavar="COLUMNS[,ROWS]", help="Contact sheets over seed, guidance, prompt, ...")
     ] = None,
-    lora: Loras = None,
-    embedding: Words = None,
+    lora: LoraOption = None,
+    embedding: EmbeddingOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print progress as lines of JSON, for programs.")] = False,
 ) -> None:
     """Draw a file of prompts; the same command again does what is missing. Status 1: some items failed.
@@ -116,159 +129,166 @@ def batch(
     of each line of FILE) and, with --grid, grids/. An item that is asked for twice is drawn once. Several such commands
     may work in one folder.
     """
-    within("--batch-size", batch_size, 1, 8 if strict else 100_000)
-    within("--workers", workers, 1, 1024)
-    within("--timeout", timeout, 1, 1e9)
-    within("--expiry", expiry, 1, 1e9)
-    part = parted(shard)
+    check_range("--batch-size", batch_size, 1, 8 if strict else 100_000)
+    check_range("--workers", workers, 1, 1024)
+    check_range("--timeout", timeout, 1, 1e9)
+    check_range("--expiry", expiry, 1, 1e9)
+    part = parse_shard(shard)
     from ldm.diffusion.spacing import choose
     from ldm.jobs import gallery, grids
-    from ldm.jobs.engines import ENGINES, places
-    from ldm.jobs.manifest import FOLDER
-    from ldm.jobs.outputs import OUTPUTS
-    from ldm.jobs.source import open_source
+    from ldm.jobs.engines import ENGINES, assign_devices
+    from ldm.jobs.manifest import FOLDER_LEASE
+    from ldm.jobs.outputs import IMAGE_FORMATS
+    from ldm.jobs.source import open_prompt_source
     from ldm.jobs.worker import Job
 
     start = choose(ENGINES, engine, "--engine")
-    choose(OUTPUTS, format, "--format")
-    devices = places(engine, workers, model.device)
-    axes = None if grid is None else grids.axes(grid)
-    vae = model.vae and absolute(model.vae)
-    model = replace(model, model=absolute(model.model), vae=vae, dtype=precision(model))
-    adapters, embeddings = map(weighted, lora or []), map(named, embedding or [])
-    opener = Opener(
+    choose(IMAGE_FORMATS, format, "--format")
+    devices = assign_devices(engine, workers, model.device)
+    axes = None if grid is None else grids.parse_grid_axes(grid)
+    vae = model.vae and make_path_absolute(model.vae)
+    model = replace(model, model=make_path_absolute(model.model), vae=vae, dtype=resolve_dtype_name(model))
+    adapters, embeddings = map(parse_lora, lora or []), map(parse_embedding, embedding or [])
+    opener = PipelineLoader(
         model,
-        tuple(adapter._replace(source=absolute(adapter.source)) for adapter in adapters),
-        tuple(word._replace(source=absolute(word.source)) for word in embeddings),
+        tuple(adapter._replace(source=make_path_absolute(adapter.source)) for adapter in adapters),
+        tuple(word._replace(source=make_path_absolute(word.source)) for word in embeddings),
     )
     pipe = opener(None if engine == "inline" else "cpu")
-    source = open_source(file, requested(settings, pipe), count=count, wildcards=wildcards, expand=expand)
-    unread = Unread()
-    source.check(pipe.resolve, unread.hear)
+    source = open_prompt_source(
+        file, build_default_request(settings, pipe), count=count, wildcards=wildcards, expand=expand
+    )
+    unread = UnsupportedSyntaxReport()
+    source.validate(pipe.resolve, unread.collect)
     if axes is not None:
-        grids.check(out, (pipe.resolve(entry.request).record() for entry in source), axes)
-    writable(out)
-    entries = source if engine == "inline" else replace(source, kept=None)
+        grids.check_grid_size(out, (pipe.resolve(entry.request).to_record() for entry in source), axes)
+    check_out_folder(out)
+    entries = source if engine == "inline" else replace(source, spool_file=None)
     job = Job(
         out.absolute(),
         entries,
         opener if engine != "inline" else lambda device: pipe,
-        model.name,
+        model.display_name,
         format,
         batch_size,
         strict,
         part,
         expiry,
     )
-    unread.say()
-    with faults():
-        status = run(job, pipe, source.name, lambda job: start(job, devices), check, timeout, as_json, opener.words)
-        gallery.write(job.folder)
+    unread.print_warning()
+    with exit_on_failure():
+        status = run_job(
+            job, pipe, source.name, lambda job: start(job, devices), check, timeout, as_json, opener.cli_args
+        )
+        gallery.write_gallery(job.folder)
         if axes is not None:
-            with job.leases() as leases, leases.alone(FOLDER):  # two commands that end together come one at a time
-                grids.write(job.folder, axes)
+            with (
+                job.open_leases() as leases,
+                leases.exclusive(FOLDER_LEASE),
+            ):  # two commands that end together come one at a time
+                grids.write_contact_sheets(job.folder, axes)
     raise typer.Exit(status)
 
 
-def run(
+def run_job(
     job: Job,
     pipe: Pipeline,
     source: str,
-    start: Callable[[Job], Engine],
-    check: bool,
+    start_engine: Callable[[Job], Engine],
+    verify_hashes: bool,
     timeout: float,
     as_json: bool,
-    words: Sequence[str] = (),
+    cli_args: Sequence[str] = (),
 ) -> int:
     """The job from its folder's state to its end; the exit status."""
     from ldm.jobs import driver
-    from ldm.jobs.manifest import FOLDER, settle
+    from ldm.jobs.manifest import FOLDER_LEASE, compact_manifest
 
-    with job.leases() as leases, teller(as_json) as tell:
-        with leases.alone(FOLDER):
-            driver.begin(job, pipe, source, words)
-            names = driver.plan(job, pipe)
-        lost = settle(job.folder, leases, check, names.__contains__)
-        watch = driver.Watch(job, leases, names, timeout)
+    with job.open_leases() as leases, progress_reporter(as_json) as tell:
+        with leases.exclusive(FOLDER_LEASE):
+            driver.write_job_file(job, pipe, source, cli_args)
+            names = driver.write_item_list(job, pipe)
+        lost = compact_manifest(job.folder, leases, verify_hashes, names.__contains__)
+        watch = driver.Monitor(job, leases, names, timeout)
         if lost:
             print(f"{lost} finished pictures are missing or changed: drawn again", file=sys.stderr)
-        engine = start(job)
+        engine = start_engine(job)
         try:
-            driver.drive(engine, watch, tell)
-            driver.outlive(watch, job.expiry + driver.GRACE)
+            driver.supervise_workers(engine, watch, tell)
+            driver.wait_for_workers(watch, job.lease_timeout + driver.SHUTDOWN_GRACE)
             status = None
         except KeyboardInterrupt:
-            status = interrupted(engine, watch, tell)
-        except driver.Stuck as stuck:
+            status = finish_after_interrupt(engine, watch, tell)
+        except driver.StalledError as stuck:
             print(f"error: {stuck}", file=sys.stderr, flush=True)
             sys.stdout.flush()
             os._exit(1)  # a thread that hangs cannot be ended otherwise; what is finished is on the disk
         except RuntimeError:
             with suppress(OSError):
-                settle(job.folder, leases)
+                compact_manifest(job.folder, leases)
             raise
-        settle(job.folder, leases)
-        state = watch.state()
+        compact_manifest(job.folder, leases)
+        state = watch.progress()
         tell(state, last=True)
-    return (1 if state.failed or state.left else 0) if status is None else status
+    return (1 if state.failed or state.remaining else 0) if status is None else status
 
 
-def interrupted(engine: Engine, watch: Any, tell: Callable[..., None]) -> int:
+def finish_after_interrupt(engine: Engine, monitor: Any, on_progress: Callable[..., None]) -> int:
     """Wait for what is being drawn; at the next interrupt end at once."""
     from ldm.jobs import driver
 
     engine.stop()
     try:
-        driver.drive(engine, watch, tell)
-    except (KeyboardInterrupt, driver.Stuck):
+        driver.supervise_workers(engine, monitor, on_progress)
+    except (KeyboardInterrupt, driver.StalledError):
         engine.kill()
         os._exit(130)
     return 130
 
 
 @contextmanager
-def faults() -> Iterator[None]:
+def exit_on_failure() -> Iterator[None]:
     """What ends a job but is no fault of the caller's words: one line on stderr, status 1."""
     try:
         yield
     except (OSError, RuntimeError) as error:
-        from ldm.jobs.worker import reason
+        from ldm.jobs.worker import describe_error
 
-        print(f"error: {reason(error)}", file=sys.stderr)
+        print(f"error: {describe_error(error)}", file=sys.stderr)
         raise typer.Exit(1) from None
 
 
-def parted(word: str) -> tuple[int, int]:
+def parse_shard(option: str) -> tuple[int, int]:
     """I/N as two numbers."""
-    first, _, second = word.partition("/")
+    first, _, second = option.partition("/")
     if not (first.isdecimal() and second.isdecimal() and int(first) < int(second) <= 100_000):
-        raise ValueError(f"--shard {word}: must be I/N with 0 <= I < N")
+        raise ValueError(f"--shard {option}: must be I/N with 0 <= I < N")
     return int(first), int(second)
 
 
-def absolute(source: str) -> str:
+def make_path_absolute(source: str) -> str:
     """A path that means the same in any folder; a hub id, and "" for the model that is shipped, stay."""
     return str(Path(source).absolute()) if source and Path(source).exists() else source
 
 
-def precision(model: Model) -> str:
+def resolve_dtype_name(model: ModelOptions) -> str:
     """The dtype that the workers draw in, by name, also where they are elsewhere."""
     from ldm.pipeline import choose_device, choose_dtype
 
     return str(choose_dtype(model.dtype, choose_device(model.device))).removeprefix("torch.")
 
 
-def requested(settings: dict[str, Any], pipe: Pipeline) -> Request:
+def build_default_request(settings: dict[str, Any], pipe: Pipeline) -> Request:
     """The defaults of every record from the options of `generate`."""
-    from ldm.images import read_mask, read_picture
+    from ldm.images import read_mask, read_image
     from ldm.request import Request
 
-    values = {FIELDS.get(name, name): value for name, value in settings.items()}
-    for name, read in (("image", read_picture), ("mask", read_mask)):
+    values = {OPTION_TO_FIELD.get(name, name): value for name, value in settings.items()}
+    for name, read in (("image", read_image), ("mask", read_mask)):
         values[name] = None if values[name] is None else read(values[name])
     if values["guidance_interval"] is not None:
         low, high = values["guidance_interval"]
-        values["guidance_interval"] = low, finite(high)
+        values["guidance_interval"] = low, none_if_infinite(high)
     if values["clip_skip"] is not None:
-        values["clip_skip"] = pipe.clip_skip(values["clip_skip"])
+        values["clip_skip"] = pipe.convert_clip_skip(values["clip_skip"])
     return Request("", **values)

@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ldm.commands.options import AsJson
+from ldm.commands.options import JsonOption
 
 if TYPE_CHECKING:
     from ldm.config import Recipe
-    from ldm.data.audit import Report, Said
+    from ldm.data.audit import AuditReport, AuditProgressCallback
 
-EXAMPLES = 3  # of each kind of finding, in the table
+MAX_EXAMPLES = 3  # of each kind of finding, in the table
 
 
 def check(
@@ -27,78 +27,80 @@ def check(
     out: Annotated[
         Path | None, typer.Option(help="The HTML page.", show_default="check.html beside output_dir")
     ] = None,
-    as_json: AsJson = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Decode every picture, read every caption, and foresee what a training will take.
 
     Prints a table and writes an HTML page with what it complains about. Exit status 2 where a training would fail.
     """
     from ldm.config import load_recipe
-    from ldm.data.audit import audit
-    from ldm.data.page import page
-    from ldm.files import publish
+    from ldm.data.audit import audit_dataset
+    from ldm.data.page import render_html_report
+    from ldm.files import atomic_write
 
     loaded = load_recipe(recipe, overrides or [])
-    with progress() as said:
-        report = audit(loaded, latents, said)
+    with show_audit_progress() as said:
+        report = audit_dataset(loaded, latents, said)
     target = out or loaded.output_dir.parent / "check.html"
     try:
-        with publish(target) as draft:
-            draft.write_text(page(report, loaded.folder, f"ldm check {recipe.name}"), encoding="utf-8")
+        with atomic_write(target) as draft:
+            draft.write_text(
+                render_html_report(report, loaded.image_data, f"ldm check {recipe.name}"), encoding="utf-8"
+            )
     except OSError as error:
         raise ValueError(f"--out {target}: {error.strerror}") from None
     if as_json:
-        print(json.dumps({**record(report), "page": str(target)}))
+        print(json.dumps({**report_to_dict(report), "page": str(target)}))
     else:
-        table(report)
+        print_report(report)
         print(f"page: {target}")
-    report.refuse()
+    report.raise_for_errors()
 
 
-def heed(recipe: Recipe) -> None:
+def preflight(recipe: Recipe) -> None:
     """The quick part, before a training on pictures: a line on stderr for each warning; ValueError for an error."""
-    from ldm.config import FolderData
-    from ldm.data.audit import quick
+    from ldm.config import ImageDataConfig
+    from ldm.data.audit import quick_audit
 
-    if not isinstance(recipe.data, FolderData):
+    if not isinstance(recipe.data, ImageDataConfig):
         return
-    report = quick(recipe)
-    for fault in report.of("warning"):
+    report = quick_audit(recipe)
+    for fault in report.with_severity("warning"):
         print(f"warning: {fault.key}: {fault.what}", file=sys.stderr)
-    report.refuse()
+    report.raise_for_errors()
 
 
-def record(report: Report) -> dict[str, object]:
+def report_to_dict(report: AuditReport) -> dict[str, object]:
     """A report as JSON values."""
-    from ldm.data.audit import severity_of
+    from ldm.data.audit import get_severity
 
-    findings = [{"severity": severity_of(fault), **fault._asdict()} for fault in report.faults]
-    return {"findings": findings, "forecast": dict(report.forecast)}
+    findings = [{"severity": get_severity(fault), **fault._asdict()} for fault in report.issues]
+    return {"findings": findings, "forecast": dict(report.estimates)}
 
 
-def table(report: Report) -> None:
+def print_report(report: AuditReport) -> None:
     """Print a report: a row for each kind of finding with its first few, and the figures of the forecast."""
     from rich.console import Console
     from rich.table import Table
 
-    from ldm.data.audit import counts
-    from ldm.data.page import figures_of
+    from ldm.data.audit import count_issues
+    from ldm.data.page import format_estimates
 
     console = Console(highlight=False, markup=False)
     found, foreseen = (Table(box=None, show_header=False, padding=(0, 2, 0, 0)) for _ in range(2))
-    for (severity, kind), count in counts(report).items():
-        first = [f"{fault.key}: {fault.what}" for fault in report.faults if fault.kind == kind][:EXAMPLES]
-        more = [f"and {count - EXAMPLES} more"] if count > EXAMPLES else []
+    for (severity, kind), count in count_issues(report).items():
+        first = [f"{fault.key}: {fault.what}" for fault in report.issues if fault.kind == kind][:MAX_EXAMPLES]
+        more = [f"and {count - MAX_EXAMPLES} more"] if count > MAX_EXAMPLES else []
         found.add_row(severity, kind, str(count), "\n".join([*first, *more]))
-    if not report.faults:
+    if not report.issues:
         found.add_row("nothing to complain about")
-    for name, value in figures_of(report.forecast):
+    for name, value in format_estimates(report.estimates):
         foreseen.add_row(name, value)
     console.print(found, foreseen, sep="\n")
 
 
 @contextmanager
-def progress() -> Iterator[Said]:
+def show_audit_progress() -> Iterator[AuditProgressCallback]:
     """A bar on stderr, and what an audit tells its progress to."""
     from rich.console import Console
     from rich.progress import Progress, TaskID

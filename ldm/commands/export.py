@@ -8,8 +8,8 @@ from typing import Annotated
 
 import typer
 
-from ldm.commands.batch import faults
-from ldm.commands.options import AsJson, within, writable
+from ldm.commands.batch import exit_on_failure
+from ldm.commands.options import JsonOption, check_range, check_out_folder
 
 
 def export(
@@ -17,25 +17,25 @@ def export(
     out: Annotated[Path, typer.Option(help="Folder of the data set, a new one.", show_default=False)],
     to: Annotated[str, typer.Option(help="webdataset (tars) or parquet.")] = "webdataset",
     shard_size: Annotated[int, typer.Option(help="Pictures in a file.")] = 1000,
-    as_json: AsJson = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Write a job's finished pictures as a data set: webdataset tars, or parquet files as `datasets` opens them.
 
     Each picture is its file, unchanged, with its prompt as the caption `text` and all its settings, in the order of the
     job's source. The same pictures give the same bytes.
     """
-    within("--shard-size", shard_size, 1, 1_000_000)
-    writable(out, make=False)
+    check_range("--shard-size", shard_size, 1, 1_000_000)
+    check_out_folder(out, make=False)
     from rich.console import Console
     from rich.progress import Progress
 
     from ldm.diffusion.spacing import choose
-    from ldm.jobs.exports import KINDS
-    from ldm.jobs.exports import export as write
+    from ldm.jobs.exports import EXPORT_FORMATS
+    from ldm.jobs.exports import export_job as write
 
-    choose(KINDS, to, "--to")
+    choose(EXPORT_FORMATS, to, "--to")
     console = Console(stderr=True)
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar, faults():
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar, exit_on_failure():
         task = bar.add_task("writing")
         pictures, shards = write(job, out, to, shard_size, lambda n, of: bar.update(task, completed=n, total=of))
     if as_json:

@@ -13,20 +13,30 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ldm.commands.options import AsJson, Loras, Model, Words, named, opens_model, weighted, within, writable
-from ldm.commands.unread import Unread
+from ldm.commands.options import (
+    JsonOption,
+    LoraOption,
+    ModelOptions,
+    EmbeddingOption,
+    parse_embedding,
+    with_model_options,
+    parse_lora,
+    check_range,
+    check_out_folder,
+)
+from ldm.commands.unread import UnsupportedSyntaxReport
 
 if TYPE_CHECKING:
     from ldm.pipeline import Pipeline
     from ldm.request import Request
 
 
-NUMBERED = re.compile(r"(\d{4,7})-.*-\d+\.png")
+IMAGE_NAME_PATTERN = re.compile(r"(\d{4,7})-.*-\d+\.png")
 
 
-@opens_model()
+@with_model_options()
 def generate(
-    model: Model,
+    model: ModelOptions,
     prompts: Annotated[list[str] | None, typer.Argument(metavar="PROMPT...", show_default=False)] = None,
     negative: Annotated[str | None, typer.Option(help="What the pictures shall not show.")] = None,
     steps: Annotated[int | None, typer.Option(help="Sampling steps; the default is the model's.")] = None,
@@ -50,11 +60,11 @@ def generate(
     strength: Annotated[float | None, typer.Option(help="Share of the steps that change the image.")] = None,
     upscale: Annotated[float | None, typer.Option(help="Draw again this much larger, from the picture.")] = None,
     upscale_strength: Annotated[float, typer.Option(help="Strength of that second pass.")] = 0.5,
-    lora: Loras = None,
-    embedding: Words = None,
+    lora: LoraOption = None,
+    embedding: EmbeddingOption = None,
     batch_size: Annotated[int, typer.Option(help="Pictures drawn at a time.")] = 8,
     out: Annotated[Path, typer.Option(help="Folder for the PNGs.")] = Path("out"),
-    as_json: AsJson = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Draw prompts to PNG files, whose names are printed.
 
@@ -63,22 +73,25 @@ def generate(
     texts = [prompt for prompt in prompts or [] if prompt.strip()]
     if not texts:
         raise ValueError("PROMPT: at least one that is not blank is needed")
-    within("--count", count, 1, 100_000)
-    within("--batch-size", batch_size, 1, 100_000)
-    adapters, embeddings = [weighted(word) for word in lora or []], [named(word) for word in embedding or []]
-    writable(out, make=False)
+    check_range("--count", count, 1, 100_000)
+    check_range("--batch-size", batch_size, 1, 100_000)
+    adapters, embeddings = (
+        [parse_lora(word) for word in lora or []],
+        [parse_embedding(word) for word in embedding or []],
+    )
+    check_out_folder(out, make=False)
     from ldm.diffusion.samplers import SAMPLERS
     from ldm.diffusion.spacing import SPACINGS, choose
-    from ldm.images import read_mask, read_picture
+    from ldm.images import read_mask, read_image
     from ldm.request import Request
 
     for table, name, option in ((SAMPLERS, sampler, "sampler"), (SPACINGS, spacing, "spacing")):
         if name is not None:
             choose(table, name, option)
 
-    begun = None if image is None else read_picture(image)
+    begun = None if image is None else read_image(image)
     redrawn = None if mask is None else read_mask(mask)
-    pipe = model.open(batch_size)
+    pipe = model.load_pipeline(batch_size)
     for adapter in adapters:
         pipe.load_lora_weights(*adapter)
     for word in embeddings:
@@ -96,8 +109,8 @@ def generate(
         spacing=spacing,
         eta=eta,
         guidance_rescale=guidance_rescale,
-        guidance_interval=guidance_interval and (guidance_interval[0], finite(guidance_interval[1])),
-        clip_skip=None if clip_skip is None else pipe.clip_skip(clip_skip),
+        guidance_interval=guidance_interval and (guidance_interval[0], none_if_infinite(guidance_interval[1])),
+        clip_skip=None if clip_skip is None else pipe.convert_clip_skip(clip_skip),
         image=begun,
         mask=redrawn,
         strength=strength,
@@ -105,25 +118,25 @@ def generate(
         upscale_strength=upscale_strength,
     )
     requests = [pipe.resolve(replace(settings, prompt=text, seed=seed + k)) for text in texts for k in range(count)]
-    writable(out)
-    unread = Unread()
+    check_out_folder(out)
+    unread = UnsupportedSyntaxReport()
     for request in requests:
-        unread.hear(request)
-    unread.say()
-    files = draw(pipe, model.name, requests, out)
+        unread.collect(request)
+    unread.print_warning()
+    files = generate_images(pipe, model.display_name, requests, out)
     for file in files if not as_json else ():
         print(file)
     if as_json:
-        records = [{"file": str(file), **r.record()} for file, r in zip(files, requests, strict=True)]
+        records = [{"file": str(file), **r.to_record()} for file, r in zip(files, requests, strict=True)]
         print(json.dumps({"images": records}))
 
 
-def finite(value: float) -> float | None:
+def none_if_infinite(value: float) -> float | None:
     """None for infinity, which JSON does not have."""
     return value if value < math.inf else None
 
 
-def draw(pipe: Pipeline, model: str, requests: Sequence[Request], out: Path) -> list[Path]:
+def generate_images(pipe: Pipeline, model_name: str, requests: Sequence[Request], out: Path) -> list[Path]:
     """Write each picture once it is finished, with progress on stderr; the files in the order of the requests.
 
     Where another run has taken a name meanwhile, the pictures that are left are numbered anew, after all there are.
@@ -131,11 +144,11 @@ def draw(pipe: Pipeline, model: str, requests: Sequence[Request], out: Path) -> 
     from rich.console import Console
     from rich.progress import Progress
 
-    from ldm.files import claim
+    from ldm.files import rename_noreplace
     from ldm.images import save_png
 
-    first, files = free(out), dict[int, Path]()
-    numbered = names(requests, first)
+    first, files = next_image_number(out), dict[int, Path]()
+    numbered = make_image_names(requests, first)
     console = Console(stderr=True)
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("drawing", total=len(requests))
@@ -143,20 +156,22 @@ def draw(pipe: Pipeline, model: str, requests: Sequence[Request], out: Path) -> 
             while k not in files:
                 path = out / numbered[k]
                 try:
-                    save_png(picture, path, pipe.texts_of(requests[k], model), claim)
+                    save_png(picture, path, pipe.metadata(requests[k], model_name), rename_noreplace)
                     files[k] = path
                 except FileExistsError:
-                    first = max(first + 1, free(out))
-                    numbered = names(requests, first)
+                    first = max(first + 1, next_image_number(out))
+                    numbered = make_image_names(requests, first)
     return [files[k] for k in range(len(requests))]
 
 
-def free(out: Path) -> int:
+def next_image_number(out: Path) -> int:
     """The number after the highest of the pictures in a folder, so that none is written over."""
-    return max((int(match[1]) + 1 for path in out.iterdir() if (match := NUMBERED.fullmatch(path.name))), default=0)
+    return max(
+        (int(match[1]) + 1 for path in out.iterdir() if (match := IMAGE_NAME_PATTERN.fullmatch(path.name))), default=0
+    )
 
 
-def names(requests: Sequence[Request], first: int = 0) -> list[str]:
+def make_image_names(requests: Sequence[Request], first: int = 0) -> list[str]:
     """A file name for each request: its number, words of its prompt, its seed; safe whatever the prompt says."""
     words = (re.sub(r"[^a-z0-9]+", "-", r.prompt.lower()).strip("-")[:60].rstrip("-") or "picture" for r in requests)
     digits = max(4, len(str(first + len(requests))))

@@ -9,7 +9,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ldm.commands.options import AsJson, Model, opens_model, report, within, writable
+from ldm.commands.options import (
+    JsonOption,
+    ModelOptions,
+    with_model_options,
+    print_record,
+    check_range,
+    check_out_folder,
+)
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -18,9 +25,9 @@ if TYPE_CHECKING:
     from ldm.pipeline import Pipeline
 
 
-@opens_model(dtype="float32")
+@with_model_options(dtype="float32")
 def likelihood(
-    model: Model,
+    model: ModelOptions,
     image: Annotated[Path, typer.Argument(metavar="IMAGE", show_default=False)],
     prompt: Annotated[str | None, typer.Option(help="What the picture shows; without it, log p(z) alone.")] = None,
     method: Annotated[str, typer.Option(help="ode (exact), elbo (a lower bound) or both.")] = "both",
@@ -28,7 +35,7 @@ def likelihood(
     tolerance: Annotated[float | None, typer.Option(help="Adaptive steps of the ODE, instead of --steps.")] = None,
     probes: Annotated[int, typer.Option(help="Of the ODE's divergence; draws of the ELBO's noise.")] = 4,
     seed: Annotated[int, typer.Option(help="Of the latent, the probes and the noise.")] = 0,
-    as_json: AsJson = False,
+    as_json: JsonOption = False,
 ) -> None:
     """How probable a picture is: log p(z | prompt), log p(z) and their difference, z ~ q(z | picture) its latent.
 
@@ -38,33 +45,33 @@ def likelihood(
     """
     if method not in ("ode", "elbo", "both"):
         raise ValueError(f"--method {method}: choose from ode, elbo, both")
-    within("--steps", steps, 2, 10_000)
-    within("--probes", probes, 2, 10_000)
+    check_range("--steps", steps, 2, 10_000)
+    check_range("--probes", probes, 2, 10_000)
     if tolerance is not None and not 1e-12 <= tolerance < 1:
         raise ValueError(f"--tolerance {tolerance}: must be from 1e-12 to below 1")
     if not 0 <= seed < 2**63:
         raise ValueError(f"--seed {seed}: must be from 0 to 2**63 - 1")
-    from ldm.images import read_picture
+    from ldm.images import read_image
 
-    picture = read_picture(image)
+    picture = read_image(image)
     from ldm import measure
 
-    pipe = model.open()
-    posterior = encoded(pipe, picture, image)
-    record = measure.likelihood(pipe, picture, posterior, prompt, method, steps, tolerance, probes, seed)
+    pipe = model.load_pipeline()
+    posterior = encode_image_file(pipe, picture, image)
+    record = measure.measure_likelihood(pipe, picture, posterior, prompt, method, steps, tolerance, probes, seed)
     record = {"image": str(image), "prompt": prompt, "seed": seed, **record}
-    print(json.dumps(record) if as_json else tables(record))
+    print(json.dumps(record) if as_json else format_likelihood_tables(record))
 
 
-def encoded(pipe: Pipeline, picture: Image, path: Path) -> Posterior:
+def encode_image_file(pipe: Pipeline, image: Image, path: Path) -> Posterior:
     """q(z | picture); ValueError with the file's name where its size does not fit."""
     try:
-        return pipe.encode([picture])
+        return pipe.encode_images([image])
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
 
 
-def tables(record: dict) -> str:
+def format_likelihood_tables(record: dict) -> str:
     """A record of `likelihood` for the eye: estimates, the ELBO's terms in nats, and the autoencoder's part."""
     lines = [f"{'':32}{'nats':>11}{'+-':>9}{'bits/dim':>11}{'+-':>9}"]
     for method in ("ode", "elbo"):
@@ -85,9 +92,9 @@ def tables(record: dict) -> str:
     return "\n".join(lines)
 
 
-@opens_model(dtype="float32")
+@with_model_options(dtype="float32")
 def invert(
-    model: Model,
+    model: ModelOptions,
     image: Annotated[Path, typer.Argument(metavar="IMAGE", help="A picture whose sides the VAE can divide.")],
     prompt: Annotated[str, typer.Option(help="What the picture shows.")] = "",
     scheme: Annotated[str, typer.Option(help="exact or ode.")] = "exact",
@@ -96,35 +103,35 @@ def invert(
     rtol: Annotated[float, typer.Option(help="Relative tolerance of the ode scheme.")] = 1e-5,
     atol: Annotated[float, typer.Option(help="Absolute tolerance of the ode scheme.")] = 1e-5,
     out: Annotated[Path, typer.Option(help="Folder for the noise and the picture that comes back.")] = Path("out"),
-    as_json: AsJson = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Take a picture to its noise and back; prints how far the picture that returns is off."""
-    within("--steps", steps, 1, 10_000)
-    within("--guidance", guidance, 0, 1000)
+    check_range("--steps", steps, 1, 10_000)
+    check_range("--guidance", guidance, 0, 1000)
     for name, value in (("rtol", rtol), ("atol", atol)):
         if not 1e-8 <= value < 1:
             raise ValueError(f"--{name} {value}: must be from 1e-8 to below 1")
     if scheme not in ("exact", "ode"):
         raise ValueError(f"--scheme {scheme}: choose from exact, ode")
-    from ldm.images import read_picture, save_png
+    from ldm.images import read_image, save_png
 
-    picture = read_picture(image)
+    picture = read_image(image)
     from ldm import measure
 
-    pipe = model.open()
+    pipe = model.load_pipeline()
     options = {"rtol": rtol, "atol": atol} if scheme == "ode" else {}
-    posterior = encoded(pipe, picture, image)
-    writable(out)
-    inversion = measure.invert(pipe, picture, posterior.mean, prompt, scheme, steps, guidance, **options)
+    posterior = encode_image_file(pipe, picture, image)
+    check_out_folder(out)
+    inversion = measure.invert_image(pipe, picture, posterior.mean, prompt, scheme, steps, guidance, **options)
     settings = {
         "prompt": prompt,
-        "model": model.name,
+        "model": model.display_name,
         "scheme": scheme,
         "steps": steps,
         "guidance": guidance,
         **options,
     }
     files = [out / f"{image.stem}-noise.safetensors", out / f"{image.stem}-back.png"]
-    measure.save_state(inversion.state, files[0], settings)
-    save_png(inversion.picture, files[1], {"ldm-invert": json.dumps(settings)})
-    report({**settings, **inversion.figures, "files": [str(file) for file in files]}, as_json)
+    measure.save_inversion_state(inversion.state, files[0], settings)
+    save_png(inversion.image, files[1], {"ldm-invert": json.dumps(settings)})
+    print_record({**settings, **inversion.metrics, "files": [str(file) for file in files]}, as_json)

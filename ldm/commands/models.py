@@ -9,21 +9,21 @@ from typing import Annotated
 
 import typer
 
-from ldm.commands.options import AsJson, Revision, Variant, report
+from ldm.commands.options import JsonOption, RevisionOption, WeightVariantOption, print_record
 
 
 def inspect(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Folder, file or hub id.", show_default=False)],
     probe: Annotated[bool, typer.Option(help="Ask the U-Net what it predicts, where nothing else says it.")] = True,
-    revision: Revision = None,
-    variant: Variant = None,
-    as_json: AsJson = False,
+    revision: RevisionOption = None,
+    variant: WeightVariantOption = None,
+    as_json: JsonOption = False,
 ) -> None:
     """What a model, adapter or embedding is, with the evidence, and what each of its tensors is for."""
     from ldm.checkpoints import inspect as inspection
 
-    found = inspection.report(model, probe, revision, variant)
-    print(json.dumps(found) if as_json else inspection.table(found))
+    found = inspection.inspect_model(model, probe, revision, variant)
+    print(json.dumps(found) if as_json else inspection.format_report(found))
 
 
 def convert(
@@ -36,9 +36,9 @@ def convert(
     zero_snr: Annotated[bool | None, typer.Option(help="Zero terminal SNR: instead of what the file says.")] = None,
     ema: Annotated[bool, typer.Option("--ema", help="The moving average in a single file.")] = False,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; the default is as it is.")] = None,
-    revision: Revision = None,
-    variant: Variant = None,
-    as_json: AsJson = False,
+    revision: RevisionOption = None,
+    variant: WeightVariantOption = None,
+    as_json: JsonOption = False,
 ) -> None:
     """A model's folder as a single file or the other way round; an adapter in another dialect; a pickle as weights.
 
@@ -55,33 +55,35 @@ def convert(
         }
         if stray := [name for name, value in models.items() if value is not None]:
             raise ValueError(f"{' and '.join(stray)}: of a model, --to is of an adapter")
-        return report(adapted(source, destination.expanduser(), to, family, revision), as_json)
+        return print_record(convert_lora_file(source, destination.expanduser(), to, family, revision), as_json)
     from ldm.checkpoints import convert as conversion
     from ldm.diffusion.spacing import choose
-    from ldm.pipeline import DTYPES
+    from ldm.pipeline import PIPELINE_DTYPES
 
-    made = conversion.convert(
+    made = conversion.convert_checkpoint(
         source,
         destination,
         trust=trust,
         family=family,
         ema=ema,
-        dtype=None if dtype is None else choose(DTYPES, dtype, "dtype"),
+        dtype=None if dtype is None else choose(PIPELINE_DTYPES, dtype, "dtype"),
         prediction=prediction,
         zero_snr=zero_snr,
         revision=revision,
         variant=variant,
     )
-    report(made, as_json)
+    print_record(made, as_json)
 
 
-def adapted(source: str, destination: Path, to: str, family: str | None, revision: str | None) -> dict[str, object]:
+def convert_lora_file(
+    source: str, destination: Path, to: str, family: str | None, revision: str | None
+) -> dict[str, object]:
     """Write an adapter in another dialect; what was written."""
-    from ldm.checkpoints.formats import locate
+    from ldm.checkpoints.formats import locate_weights
     from ldm.checkpoints.lora import convert_adapter
 
-    adapter = convert_adapter(locate(source, revision, kind="adapter"), destination, to, family)
-    return {"destination": str(destination), "adapter": adapter.name, "dialect": to, "modules": len(adapter.targets)}
+    adapter = convert_adapter(locate_weights(source, revision, kind="adapter"), destination, to, family)
+    return {"destination": str(destination), "adapter": adapter.name, "dialect": to, "modules": len(adapter.deltas)}
 
 
 def info() -> None:
@@ -93,8 +95,8 @@ def info() -> None:
     from ldm import __version__
     from ldm.diffusion.samplers import SAMPLERS
     from ldm.diffusion.spacing import SPACINGS
-    from ldm.nn.attention import available
-    from ldm.pipeline import PICTO
+    from ldm.nn.attention import check_attention_backends
+    from ldm.pipeline import PICTO_PATH
 
     libraries = ("torch", "diffusers", "transformers", "accelerate")
     rows = {"ldm": __version__, **{name: metadata.version(name) for name in libraries}}
@@ -102,9 +104,9 @@ def info() -> None:
     rows["cpu"] = f"{torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
     cuda = [torch.cuda.get_device_name(k) for k in range(torch.cuda.device_count())]
     rows["cuda"] = ", ".join(cuda) if cuda else "none"
-    for name, reason in available().items():
+    for name, reason in check_attention_backends().items():
         rows[f"attention {name}"] = reason or "available"
     rows["samplers"], rows["spacings"] = ", ".join(SAMPLERS), ", ".join(SPACINGS)
-    rows["picto"] = str(PICTO) if PICTO.is_dir() else "not found"
+    rows["picto"] = str(PICTO_PATH) if PICTO_PATH.is_dir() else "not found"
     for name, value in rows.items():
         print(f"{name:20} {value}")

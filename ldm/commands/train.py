@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from ldm.commands.check import heed
+from ldm.commands.check import preflight
 
 
 def train(
@@ -18,11 +18,11 @@ def train(
     from ldm.config import load_recipe
 
     loaded = load_recipe(recipe, overrides or [])
-    heed(loaded)
-    from ldm.train.loop import train as run
-    from ldm.train.setup import task_for
+    preflight(loaded)
+    from ldm.train.loop import train_model as run
+    from ldm.train.setup import create_task
 
-    print(run(loaded, task_for(loaded)))
+    print(run(loaded, create_task(loaded)))
 
 
 def average(
@@ -32,6 +32,6 @@ def average(
     step: Annotated[int | None, typer.Option(help="Up to which step; the default is the last.")] = None,
 ) -> None:
     """Weights averaged over any length, after the training (posthoc_steps in its recipe). Prints their folder."""
-    from ldm.train.average import average as averaged
+    from ldm.train.average import export_posthoc_ema as averaged
 
     print(averaged(run, sigma_rel, out, step))

@@ -7,177 +7,214 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from ldm.config import FolderData, Recipe
+from ldm.config import ImageDataConfig, Recipe
 from ldm.data import footprint, forecast
-from ldm.data.captions import caption_faults, reading_faults
-from ldm.data.duplicates import near, same_files
-from ldm.data.encodings import latent_faults
-from ldm.data.networks import Networks, networks_of
-from ldm.data.pictures import Surveyed, buckets_of, held_out, source_of, survey
-from ldm.data.samples import HELD_OUT, NOTICES, Fault, Sample
-from ldm.data.scans import scans, shape_faults
+from ldm.data.captions import check_captions, check_tokenization
+from ldm.data.duplicates import find_near_duplicates, find_identical_files
+from ldm.data.encodings import check_latents
+from ldm.data.networks import ModelConfig, load_model_config
+from ldm.data.pictures import (
+    ImageInfo,
+    buckets_from_config,
+    validation_data_config,
+    source_from_config,
+    collect_image_infos,
+)
+from ldm.data.samples import HELD_OUT_PREFIX, NOTICE_KINDS, DatasetIssue, ImageSample
+from ldm.data.scans import check_images, check_bucket_fit
 
 Severity = Literal["error", "warning", "notice"]
 SEVERITIES: tuple[Severity, ...] = ("error", "warning", "notice")
-AGAIN = ("same picture", "other caption", "held out too")  # the same file
-OF_ALL = {"one caption", "few pictures", "no new word", "buckets"}  # kinds that say nothing of what is held out
-SEVERITY: Mapping[str, Severity] = {  # by kind; all others are errors
+DUPLICATE_KINDS = ("same picture", "other caption", "held out too")  # the same file
+WHOLE_DATASET_KINDS = {
+    "one caption",
+    "few pictures",
+    "no new word",
+    "buckets",
+}  # kinds that say nothing of what is held out
+SEVERITY_BY_KIND: Mapping[str, Severity] = {  # by kind; all others are errors
     **dict.fromkeys(("file name", "markup", "mojibake", "says nothing", "cut caption", "one caption"), "warning"),
-    **dict.fromkeys((*AGAIN, "looks the same", "few pictures"), "warning"),
+    **dict.fromkeys((*DUPLICATE_KINDS, "looks the same", "few pictures"), "warning"),
     **dict.fromkeys(("small picture", "extreme shape", "blank picture", "extreme latents"), "warning"),
     **dict.fromkeys(("too few steps", "disk", "no masks"), "warning"),
-    **dict.fromkeys(("several lines", "mode", "small bucket", *NOTICES), "notice"),
+    **dict.fromkeys(("several lines", "mode", "small bucket", *NOTICE_KINDS), "notice"),
 }
-SAMPLED = 64  # pictures whose latents are looked at unless all are asked for
-Said = Callable[[str, int, int], None]  # (what, done, of how many)
+NUM_LATENTS_CHECKED = 64  # pictures whose latents are looked at unless all are asked for
+AuditProgressCallback = Callable[[str, int, int], None]  # (what, done, of how many)
 
 
 @dataclass(frozen=True)
-class Report:
+class AuditReport:
     """What an audit found, the gravest first, and what it foresees, as JSON values.
 
     `shown` are the samples that could be read, by key, with the sizes of their pictures.
     """
 
-    faults: tuple[Fault, ...]
-    forecast: Mapping[str, Any] = field(default_factory=dict)
-    shown: Mapping[str, tuple[Sample, Surveyed]] = field(default_factory=dict)
+    issues: tuple[DatasetIssue, ...]
+    estimates: Mapping[str, Any] = field(default_factory=dict)
+    samples: Mapping[str, tuple[ImageSample, ImageInfo]] = field(default_factory=dict)
 
-    def of(self, severity: Severity) -> list[Fault]:
+    def with_severity(self, severity: Severity) -> list[DatasetIssue]:
         """The findings of a severity: with an error, training would fail, or is certain to go wrong."""
-        return [fault for fault in self.faults if severity_of(fault) == severity]
+        return [fault for fault in self.issues if get_severity(fault) == severity]
 
-    def refuse(self) -> None:
+    def raise_for_errors(self) -> None:
         """ValueError, in one line, where there is an error: the first, and how many more there are."""
-        errors = self.of("error")
+        errors = self.with_severity("error")
         if errors:
             more = f" (and {len(errors) - 1} more: see ldm check)" if len(errors) > 1 else ""
             raise ValueError(f"{errors[0].key}: {errors[0].what}{more}")
 
 
-def severity_of(fault: Fault) -> Severity:
+def get_severity(issue: DatasetIssue) -> Severity:
     """How grave a finding is."""
-    return SEVERITY.get(fault.kind, "error")
+    return SEVERITY_BY_KIND.get(issue.kind, "error")
 
 
-def quick(recipe: Recipe) -> Report:
+def quick_audit(recipe: Recipe) -> AuditReport:
     """What heads of files and captions tell. ValueError where the recipe's data are no folders."""
-    seen = _look(recipe)
-    return _report(seen, seen.faults)
+    seen = _read_dataset(recipe)
+    return _make_report(seen, seen.issues)
 
 
-def audit(recipe: Recipe, all_latents: bool = False, said: Said = lambda what, done, total: None) -> Report:
-    """All that `quick` tells, and what only decoded pictures and their latents do; `said` hears how far it is.
+def audit_dataset(
+    recipe: Recipe, encode_all: bool = False, on_progress: AuditProgressCallback = lambda what, done, total: None
+) -> AuditReport:
+    """All that `quick_audit` tells, and what only decoded pictures and their latents do; `format_lora_weight` hears how far it is.
 
     The latents of 64 pictures, spread evenly, are looked at, or of all; what is held out is decoded, not encoded.
-    ValueError as for `quick`.
+    ValueError as for `quick_audit`.
     """
-    seen = _look(recipe)
-    found = list(scans(seen.samples, recipe.folder.masks, lambda done: said("decoding", done, len(seen.samples))))
-    apart = [sample for sample, _ in seen.held]
-    others = list(scans(apart, "none", lambda done: said("decoding what is held out", done, len(apart))))
-    faults = [*seen.faults, *(fault for scan in (*found, *others) for fault in scan.faults)]
-    if recipe.folder.masks != "none" and seen.samples and not any(scan.masked for scan in found):
-        faults.append(Fault("no masks", "data.masks", f"{recipe.folder.masks!r}, and no picture has one"))
-    again = {fault.key for fault in seen.faults if fault.kind in AGAIN}
+    seen = _read_dataset(recipe)
+    found = list(
+        check_images(
+            seen.samples, recipe.image_data.masks, lambda done: on_progress("decoding", done, len(seen.samples))
+        )
+    )
+    apart = [sample for sample, _ in seen.held_out]
+    others = list(check_images(apart, "none", lambda done: on_progress("decoding what is held out", done, len(apart))))
+    faults = [*seen.issues, *(fault for scan in (*found, *others) for fault in scan.issues)]
+    if recipe.image_data.masks != "none" and seen.samples and not any(scan.has_mask for scan in found):
+        faults.append(DatasetIssue("no masks", "data.masks", f"{recipe.image_data.masks!r}, and no picture has one"))
+    again = {fault.key for fault in seen.issues if fault.kind in DUPLICATE_KINDS}
     both = zip((*seen.samples, *apart), (*found, *others), strict=True)
-    prints = [(sample, scan.print) for sample, scan in both if scan.print and sample.key not in again]
-    faults += near([sample for sample, _ in prints], [print for _, print in prints])
-    if seen.networks:
-        rows = [row for row, scan in zip(seen.rows, found, strict=True) if scan.print]
-        rows = rows[:: 1 if all_latents else max(1, len(rows) // SAMPLED)]
-        faults += latent_faults(rows, seen.networks.load_vae(), lambda done: said("encoding", done, len(rows)))
-    return _report(seen, faults, _foreseen(seen))
+    prints = [(sample, scan.fingerprint) for sample, scan in both if scan.fingerprint and sample.key not in again]
+    faults += find_near_duplicates([sample for sample, _ in prints], [print for _, print in prints])
+    if seen.model_config:
+        rows = [row for row, scan in zip(seen.samples_with_info, found, strict=True) if scan.fingerprint]
+        rows = rows[:: 1 if encode_all else max(1, len(rows) // NUM_LATENTS_CHECKED)]
+        faults += check_latents(
+            rows, seen.model_config.load_vae(), lambda done: on_progress("encoding", done, len(rows))
+        )
+    return _make_report(seen, faults, _make_estimates(seen))
 
 
 @dataclass(frozen=True)
-class _Seen:
+class _AuditInputs:
     """A recipe's data, as far as heads of files and captions tell; `samples` are those that can be placed.
 
     `held` are those held out, whose keys say so.
     """
 
     recipe: Recipe
-    networks: Networks | None
-    samples: Sequence[Sample]
-    looks: Sequence[Surveyed]
-    faults: Sequence[Fault]
-    held: Sequence[tuple[Sample, Surveyed]] = ()
+    model_config: ModelConfig | None
+    samples: Sequence[ImageSample]
+    image_infos: Sequence[ImageInfo]
+    issues: Sequence[DatasetIssue]
+    held_out: Sequence[tuple[ImageSample, ImageInfo]] = ()
 
     @property
-    def rows(self) -> list[tuple[Sample, Surveyed]]:
-        return list(zip(self.samples, self.looks, strict=True))
+    def samples_with_info(self) -> list[tuple[ImageSample, ImageInfo]]:
+        return list(zip(self.samples, self.image_infos, strict=True))
 
 
-def _look(recipe: Recipe) -> _Seen:
-    faults, apart, held = list[Fault](), list[Fault](), list[tuple[Sample, Surveyed]]()
-    networks = _networks(recipe, faults)
-    rows = _read(recipe.folder, networks, faults)
-    if data := held_out(recipe):
-        held = [(replace(s, key=HELD_OUT + s.key), look) for s, look in _read(data, networks, apart)]
-    faults += [fault._replace(key=HELD_OUT + fault.key) for fault in apart if fault.kind not in OF_ALL]
-    faults += same_files([sample for sample, _ in (*rows, *held)], [look.digest for _, look in (*rows, *held)])
-    return _Seen(recipe, networks, [sample for sample, _ in rows], [look for _, look in rows], faults, held)
+def _read_dataset(recipe: Recipe) -> _AuditInputs:
+    faults, apart, held = list[DatasetIssue](), list[DatasetIssue](), list[tuple[ImageSample, ImageInfo]]()
+    networks = _load_model_config(recipe, faults)
+    rows = _read_samples(recipe.image_data, networks, faults)
+    if data := validation_data_config(recipe):
+        held = [(replace(s, key=HELD_OUT_PREFIX + s.key), look) for s, look in _read_samples(data, networks, apart)]
+    faults += [
+        fault._replace(key=HELD_OUT_PREFIX + fault.key) for fault in apart if fault.kind not in WHOLE_DATASET_KINDS
+    ]
+    faults += find_identical_files(
+        [sample for sample, _ in (*rows, *held)], [look.digest for _, look in (*rows, *held)]
+    )
+    return _AuditInputs(recipe, networks, [sample for sample, _ in rows], [look for _, look in rows], faults, held)
 
 
-def _read(data: FolderData, networks: Networks | None, faults: list[Fault]) -> list[tuple[Sample, Surveyed]]:
+def _read_samples(
+    data_config: ImageDataConfig, model_config: ModelConfig | None, issues: list[DatasetIssue]
+) -> list[tuple[ImageSample, ImageInfo]]:
     """The samples that have a place in a bucket, and what was seen of them."""
-    source = source_of(data)
-    faults += [*source.faults, *caption_faults(source.samples, data.instance_prompt)]
-    if networks:
-        faults += reading_faults(source.samples, networks.tokenizer, networks.words)
-    return _placed(source.samples, data, faults)
+    source = source_from_config(data_config)
+    issues += [*source.issues, *check_captions(source.samples, data_config.instance_prompt)]
+    if model_config:
+        issues += check_tokenization(source.samples, model_config.tokenizer, model_config.placeholder_tokens)
+    return _assign_buckets(source.samples, data_config, issues)
 
 
-def _networks(recipe: Recipe, faults: list[Fault]) -> Networks | None:
+def _load_model_config(recipe: Recipe, issues: list[DatasetIssue]) -> ModelConfig | None:
     """The recipe's model, None with a fault where it cannot be read, or its latents do not fit the buckets."""
     try:
-        networks = networks_of(recipe)
+        networks = load_model_config(recipe)
     except ValueError as error:
-        faults.append(Fault("model", "objective", str(error)))
+        issues.append(DatasetIssue("model", "objective", str(error)))
         return None
-    if recipe.folder.bucket_reso_steps % networks.downscale:
-        what = f"must be a multiple of {networks.downscale}, the pixels a side of a latent"
-        faults.append(Fault("buckets", "data.bucket_reso_steps", what))
+    if recipe.image_data.bucket_reso_steps % networks.vae_scale_factor:
+        what = f"must be a multiple of {networks.vae_scale_factor}, the pixels a side of a latent"
+        issues.append(DatasetIssue("buckets", "data.bucket_reso_steps", what))
         return None
     return networks
 
 
-def _placed(samples: Sequence[Sample], data: FolderData, faults: list[Fault]) -> list[tuple[Sample, Surveyed]]:
+def _assign_buckets(
+    samples: Sequence[ImageSample], data_config: ImageDataConfig, issues: list[DatasetIssue]
+) -> list[tuple[ImageSample, ImageInfo]]:
     try:
-        found = survey(samples, buckets_of(data))
+        found = collect_image_infos(samples, buckets_from_config(data_config))
     except ValueError as error:
-        faults.append(Fault("buckets", "data.resolution", str(error)))
+        issues.append(DatasetIssue("buckets", "data.resolution", str(error)))
         return []
-    placed = [(sample, look) for sample, look in zip(samples, found, strict=True) if isinstance(look, Surveyed)]
-    faults += [look for look in found if isinstance(look, Fault)]
-    faults += [fault for sample, look in placed for fault in shape_faults(sample, look)]
+    placed = [(sample, look) for sample, look in zip(samples, found, strict=True) if isinstance(look, ImageInfo)]
+    issues += [look for look in found if isinstance(look, DatasetIssue)]
+    issues += [fault for sample, look in placed for fault in check_bucket_fit(sample, look)]
     return placed
 
 
-def _report(seen: _Seen, faults: Sequence[Fault], foreseen: Mapping[str, Any] | None = None) -> Report:
-    faults = [*faults, *forecast.course(seen.recipe, seen.samples, seen.looks)] if seen.samples else faults
-    if seen.networks:
-        needed = footprint.disk(seen.recipe, seen.networks, seen.looks)["total"]
-        faults = [*faults, *footprint.room(seen.recipe.output_dir, needed)]
-    order = sorted(set(faults), key=lambda fault: (SEVERITIES.index(severity_of(fault)), fault))
-    return Report(tuple(order), foreseen or {}, {row[0].key: row for row in (*seen.rows, *seen.held)})
+def _make_report(
+    inputs: _AuditInputs, issues: Sequence[DatasetIssue], estimates: Mapping[str, Any] | None = None
+) -> AuditReport:
+    issues = (
+        [*issues, *forecast.check_schedule(inputs.recipe, inputs.samples, inputs.image_infos)]
+        if inputs.samples
+        else issues
+    )
+    if inputs.model_config:
+        needed = footprint.estimate_disk_usage(inputs.recipe, inputs.model_config, inputs.image_infos)["total"]
+        issues = [*issues, *footprint.check_disk_space(inputs.recipe.output_dir, needed)]
+    order = sorted(set(issues), key=lambda fault: (SEVERITIES.index(get_severity(fault)), fault))
+    return AuditReport(
+        tuple(order), estimates or {}, {row[0].key: row for row in (*inputs.samples_with_info, *inputs.held_out)}
+    )
 
 
-def _foreseen(seen: _Seen) -> dict[str, Any]:
-    if not seen.samples:
+def _make_estimates(inputs: _AuditInputs) -> dict[str, Any]:
+    if not inputs.samples:
         return {}
-    schedule = forecast.schedule(seen.recipe, seen.samples, seen.looks)
-    if not seen.networks:
+    schedule = forecast.estimate_schedule(inputs.recipe, inputs.samples, inputs.image_infos)
+    if not inputs.model_config:
         return schedule
     return {
         **schedule,
-        "tokens": forecast.tokens(seen.samples, seen.networks),
-        "memory": footprint.memory(seen.recipe, seen.networks, {look.placement.bucket for look in seen.looks}),
-        "disk": footprint.disk(seen.recipe, seen.networks, seen.looks),
+        "tokens": forecast.summarize_caption_lengths(inputs.samples, inputs.model_config),
+        "memory": footprint.estimate_memory(
+            inputs.recipe, inputs.model_config, {look.placement.bucket for look in inputs.image_infos}
+        ),
+        "disk": footprint.estimate_disk_usage(inputs.recipe, inputs.model_config, inputs.image_infos),
     }
 
 
-def counts(report: Report) -> Counter[tuple[Severity, str]]:
+def count_issues(report: AuditReport) -> Counter[tuple[Severity, str]]:
     """How many findings there are of each severity and kind, in the report's order."""
-    return Counter((severity_of(fault), fault.kind) for fault in report.faults)
+    return Counter((get_severity(fault), fault.kind) for fault in report.issues)

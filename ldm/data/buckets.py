@@ -7,23 +7,23 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
-Size = tuple[int, int]  # width, height
+ImageSize = tuple[int, int]  # width, height
 
 
-class Placement(NamedTuple):
+class BucketPlacement(NamedTuple):
     """Where a picture goes: resized to `resized`, which covers `bucket`, then cropped to it."""
 
-    bucket: Size
-    resized: Size
+    bucket: ImageSize
+    resized_size: ImageSize
 
     @property
-    def slack(self) -> Size:
+    def crop_margin(self) -> ImageSize:
         """Pixels that the crop takes off, across and down."""
-        return self.resized[0] - self.bucket[0], self.resized[1] - self.bucket[1]
+        return self.resized_size[0] - self.bucket[0], self.resized_size[1] - self.bucket[1]
 
 
 @dataclass(frozen=True)
-class Buckets:
+class AspectRatioBuckets:
     """Sizes of at most `resolution`^2 pixels with sides in steps of `step` from `least` to `most`, as kohya makes them.
 
     With `no_upscale` a picture is never enlarged: its bucket is its own size, or its size at that area, rounded down to
@@ -32,42 +32,42 @@ class Buckets:
 
     resolution: int
     step: int
-    least: int
-    most: int
+    min_size: int
+    max_size: int
     no_upscale: bool = False
 
     def __post_init__(self) -> None:
-        if self.step <= 0 or not self.step <= self.least <= self.resolution <= self.most:
-            given = f"resolution {self.resolution}, min {self.least}, max {self.most}, steps of {self.step}"
+        if self.step <= 0 or not self.step <= self.min_size <= self.resolution <= self.max_size:
+            given = f"resolution {self.resolution}, min {self.min_size}, max {self.max_size}, steps of {self.step}"
             raise ValueError(f"buckets: need steps <= min <= resolution <= max, not {given}")
 
     @cached_property
-    def sizes(self) -> tuple[Size, ...]:
+    def sizes(self) -> tuple[ImageSize, ...]:
         """All sizes, narrow to wide: for each width the greatest height, and the same turned."""
         area, step = self.resolution**2, self.step
         found = {(self.resolution // step * step,) * 2}
-        for width in range(-(-self.least // step) * step, self.most + 1, step):
-            height = min(self.most, area // width) // step * step
-            if height >= self.least:
+        for width in range(-(-self.min_size // step) * step, self.max_size + 1, step):
+            height = min(self.max_size, area // width) // step * step
+            if height >= self.min_size:
                 found |= {(width, height), (height, width)}
         return tuple(sorted(found))
 
-    def assign(self, width: int, height: int) -> Placement:
+    def assign(self, width: int, height: int) -> BucketPlacement:
         """The bucket nearest in log aspect ratio, so that turned pictures go to turned buckets.
 
         ValueError where a picture that must not be enlarged is smaller than one step.
         """
         if self.no_upscale:
-            return self._as_it_is(width, height)
+            return self._assign_without_upscale(width, height)
         ratio = math.log(width / height)
         bucket = min(self.sizes, key=lambda size: (abs(math.log(size[0] / size[1]) - ratio), -size[0] * size[1]))
         scale = max(bucket[0] / width, bucket[1] / height)
-        return Placement(bucket, (max(bucket[0], round(width * scale)), max(bucket[1], round(height * scale))))
+        return BucketPlacement(bucket, (max(bucket[0], round(width * scale)), max(bucket[1], round(height * scale))))
 
-    def _as_it_is(self, width: int, height: int) -> Placement:
-        scale = min(1.0, self.resolution / math.sqrt(width * height), self.most / max(width, height))
+    def _assign_without_upscale(self, width: int, height: int) -> BucketPlacement:
+        scale = min(1.0, self.resolution / math.sqrt(width * height), self.max_size / max(width, height))
         resized = round(width * scale), round(height * scale)
         bucket = resized[0] // self.step * self.step, resized[1] // self.step * self.step
         if 0 in bucket:
             raise ValueError(f"{width}x{height} is smaller than {self.step} pixels a side, and must not be enlarged")
-        return Placement(bucket, resized)
+        return BucketPlacement(bucket, resized)

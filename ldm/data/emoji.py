@@ -22,31 +22,38 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ldm.data.emoji_sources import ALIASES, DRAWINGS, FIREFOX, NAMES, RENAMED, Package
-from ldm.data.scenes import Scenes
+from ldm.data.emoji_sources import (
+    CONCEPT_ALIASES,
+    ICON_PACKAGES,
+    FIREFOX_ICON_OVERRIDES,
+    EMOJIBASE,
+    LABEL_OVERRIDES,
+    Package,
+)
+from ldm.data.scenes import SceneDataset
 from ldm.data.sprites import Sprite, write_sprites
-from ldm.files import publish
+from ldm.files import atomic_write
 from ldm.images import contact_sheet
 
-LAYOUT = 1  # raise it when the same inputs give other files
+EMOJI_DATASET_VERSION = 1  # raise it when the same inputs give other files
 
 
-class FetchError(RuntimeError):
+class DownloadError(RuntimeError):
     """Something that the data set is made with could not be had, or is not the one that was pinned."""
 
 
-def table(text: str) -> dict[str, str]:
+def parse_pairs(text: str) -> dict[str, str]:
     """`left: right` pairs, between semicolons or on lines of their own."""
     return {entry.split(": ")[0]: entry.split(": ")[1] for entry in re.split("; |\n", text.strip())}
 
 
-def spoken(words: str) -> tuple[tuple[str, ...], ...]:
+def parse_aliases_and_tags(text: str) -> tuple[tuple[str, ...], ...]:
     """`a, b | c` to (a, b), (c,): aliases and tags."""
-    names, _, tags = words.partition("|")
+    names, _, tags = text.partition("|")
     return tuple(tuple(word.strip() for word in part.split(",") if word.strip()) for part in (names, tags))
 
 
-def fetch(packages: Iterable[Package], folder: Path) -> None:
+def download_packages(packages: Iterable[Package], folder: Path) -> None:
     """Download the packages' tarballs with `npm pack` and check each against its pinned sha512.
 
     Raises FetchError, in one line, where npm is missing or fails, or a tarball is not the pinned one.
@@ -56,24 +63,24 @@ def fetch(packages: Iterable[Package], folder: Path) -> None:
     try:
         done = subprocess.run([*command, *(p.spec for p in packages)], capture_output=True, text=True)
     except FileNotFoundError:
-        raise FetchError("npm, which fetches the drawings, is not installed (Debian: apt install npm)") from None
+        raise DownloadError("npm, which fetches the drawings, is not installed (Debian: apt install npm)") from None
     if done.returncode:
         said = " ".join(line.removeprefix("npm error ") for line in done.stderr.splitlines()[:2])
-        raise FetchError(f"npm pack failed with status {done.returncode}: {said or 'no message'}")
+        raise DownloadError(f"npm pack failed with status {done.returncode}: {said or 'no message'}")
     for package in packages:
-        verify(package, folder / package.tarball)
+        verify_tarball(package, folder / package.tarball)
 
 
-def verify(package: Package, tarball: Path) -> None:
+def verify_tarball(package: Package, tarball: Path) -> None:
     """Raise FetchError unless the tarball's sha512, in base64, is the package's pinned one."""
     if not tarball.is_file():
-        raise FetchError(f"npm pack left no {tarball.name} for {package.spec}")
+        raise DownloadError(f"npm pack left no {tarball.name} for {package.spec}")
     digest = base64.b64encode(hashlib.sha512(tarball.read_bytes()).digest()).decode()
     if f"sha512-{digest}" != package.integrity:
-        raise FetchError(f"{tarball.name} is not the pinned one: sha512-{digest}")
+        raise DownloadError(f"{tarball.name} is not the pinned one: sha512-{digest}")
 
 
-def read_json(tarball: Path, member: str) -> Any:
+def read_package_json(tarball: Path, member: str) -> Any:
     """One JSON file of an npm package."""
     with tarfile.open(tarball) as archive:
         file = archive.extractfile(f"package/{member}")
@@ -82,7 +89,7 @@ def read_json(tarball: Path, member: str) -> Any:
 
 
 @dataclass(frozen=True)
-class Concept:
+class EmojiConcept:
     """One emoji: its code point sequence without variation selectors, its names, and where it belongs."""
 
     code: str
@@ -91,72 +98,74 @@ class Concept:
     tags: tuple[str, ...]
     group: str
     subgroup: str
-    keys: tuple[str, ...]
+    slugs: tuple[str, ...]
 
 
-def bare(code: str) -> str:
+def normalize_hexcode(code: str) -> str:
     """A code point sequence in the one spelling used here: upper case, no variation selector 16."""
     return "-".join(part for part in code.upper().split("-") if part != "FE0F")
 
 
-def slug(name: str) -> str:
+def slugify(name: str) -> str:
     """Letters and digits only, so that `jack-o-lantern`, `jack_o_lantern` and `jackolantern` meet."""
     return re.sub(r"[^a-z0-9]", "", name.lower())
 
 
-def natural(label: str) -> str:
+def label_to_prompt(label: str) -> str:
     """An emojibase label as one would write it in a prompt: `woman: red hair` to `woman with red hair`."""
     name = re.sub("[“”⊛]", "", label.lower().replace("’", "'")).strip()
     name = re.sub(r"^(\w+ o'clock|\w+-thirty)$", r"clock at \1", name)
     name = name.replace("keycap: ", "keycap ").replace(": ", " with ")
-    return table(RENAMED).get(name, name)
+    return parse_pairs(LABEL_OVERRIDES).get(name, name)
 
 
-def read_concepts(tarball: Path) -> list[Concept]:
+def read_concepts(tarball: Path) -> list[EmojiConcept]:
     """Every emoji of emojibase but flags, skin tones and other components, in its order."""
-    messages = read_json(tarball, "en/messages.json")
+    messages = read_package_json(tarball, "en/messages.json")
     groups, subgroups = ({g["order"]: g["key"] for g in messages[kind]} for kind in ("groups", "subgroups"))
     short: dict[str, list[str]] = {}
     for vendor in ("emojibase", "github", "iamcal", "joypixels"):
-        for code, words in read_json(tarball, f"en/shortcodes/{vendor}.json").items():
+        for code, words in read_package_json(tarball, f"en/shortcodes/{vendor}.json").items():
             short.setdefault(code, []).extend([words] if isinstance(words, str) else words)
-    concepts, also = [], table(ALIASES)
-    for entry in read_json(tarball, "en/data.json"):
+    concepts, also = [], parse_pairs(CONCEPT_ALIASES)
+    for entry in read_package_json(tarball, "en/data.json"):
         group = groups.get(entry.get("group"), "component")
         if group in ("component", "flags"):
             continue
-        code, name = entry["hexcode"], natural(entry["label"])
-        unicode_name = [unicodedata.name(entry["emoji"][0], "")] if "-" not in bare(code) else []
-        keys = dict.fromkeys(map(slug, [entry["label"], name, *unicode_name, *short.get(code, [])]))
-        aliases, tags = spoken(also.get(name, ""))
+        code, name = entry["hexcode"], label_to_prompt(entry["label"])
+        unicode_name = [unicodedata.name(entry["emoji"][0], "")] if "-" not in normalize_hexcode(code) else []
+        keys = dict.fromkeys(map(slugify, [entry["label"], name, *unicode_name, *short.get(code, [])]))
+        aliases, tags = parse_aliases_and_tags(also.get(name, ""))
         where = (group, subgroups[entry["subgroup"]])
-        concepts.append(Concept(bare(code), name, (name, *aliases), tags, *where, tuple(filter(None, keys))))
+        concepts.append(
+            EmojiConcept(normalize_hexcode(code), name, (name, *aliases), tags, *where, tuple(filter(None, keys)))
+        )
     return concepts
 
 
-def match(
-    concepts: list[Concept], icons: Iterable[str], keys: dict[str, list[str]], told: dict[str, str]
+def match_icons(
+    concepts: list[EmojiConcept], icons: Iterable[str], slugs: dict[str, list[str]], overrides: dict[str, str]
 ) -> dict[str, str]:
     """Code -> icon by name: what is told first, then a concept's better keys, no icon twice."""
     icons = set(icons)
-    found = {c.code: told[c.name] for c in concepts if told.get(c.name) in icons}
-    free = {slug(icon): icon for icon in sorted(icons - set(found.values()))}
-    for rank in range(max(map(len, keys.values()))):
+    found = {c.code: overrides[c.name] for c in concepts if overrides.get(c.name) in icons}
+    free = {slugify(icon): icon for icon in sorted(icons - set(found.values()))}
+    for rank in range(max(map(len, slugs.values()))):
         for concept in concepts:
-            tried = keys[concept.code]
+            tried = slugs[concept.code]
             if concept.code not in found and rank < len(tried) and tried[rank] in free:
                 found[concept.code] = free.pop(tried[rank])
     return found
 
 
-def svg(icons: dict[str, Any], name: str) -> str:
+def icon_to_svg(icon_set: dict[str, Any], name: str) -> str:
     """The SVG text of an iconify icon or alias, centred in a square view box."""
-    icon, flips = {**icons["icons"], **icons.get("aliases", {})}[name], [1, 1]
+    icon, flips = {**icon_set["icons"], **icon_set.get("aliases", {})}[name], [1, 1]
     while "parent" in icon:
         flips = [flips[0] * (-1) ** icon.get("hFlip", False), flips[1] * (-1) ** icon.get("vFlip", False)]
         parent = icon["parent"]
-        icon = icons["icons"].get(parent) or icons["aliases"][parent]
-    w, h = icon.get("width", icons.get("width", 16)), icon.get("height", icons.get("height", 16))
+        icon = icon_set["icons"].get(parent) or icon_set["aliases"][parent]
+    w, h = icon.get("width", icon_set.get("width", 16)), icon.get("height", icon_set.get("height", 16))
     x, y, side = icon.get("left", 0) + w / 2, icon.get("top", 0) + h / 2, max(w, h)
     return (
         '<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
@@ -165,32 +174,39 @@ def svg(icons: dict[str, Any], name: str) -> str:
     )
 
 
-def drawings(package: Package, folder: Path, concepts: list[Concept], keys: dict[str, list[str]]) -> dict[str, bytes]:
+def load_icon_files(
+    package: Package, folder: Path, concepts: list[EmojiConcept], slugs: dict[str, list[str]]
+) -> dict[str, bytes]:
     """Code -> SVG or WebP file content, for the concepts that the package draws."""
     tarball = folder / package.tarball
     if package.style == "3d":
-        return images(tarball)
-    icons = read_json(tarball, "icons.json")
-    told = table(FIREFOX) if package.style == "firefox" else {}
-    chars = read_chars(package, folder) or match(concepts, [*icons["icons"], *icons.get("aliases", {})], keys, told)
-    return {c.code: svg(icons, chars[c.code]).encode() for c in concepts if c.code in chars}
+        return read_webp_files(tarball)
+    icons = read_package_json(tarball, "icons.json")
+    told = parse_pairs(FIREFOX_ICON_OVERRIDES) if package.style == "firefox" else {}
+    chars = read_char_map(package, folder) or match_icons(
+        concepts, [*icons["icons"], *icons.get("aliases", {})], slugs, told
+    )
+    return {c.code: icon_to_svg(icons, chars[c.code]).encode() for c in concepts if c.code in chars}
 
 
-def read_chars(package: Package, folder: Path) -> dict[str, str]:
+def read_char_map(package: Package, folder: Path) -> dict[str, str]:
     """Code -> icon, where the package tells."""
     if package.style == "3d":
         return {}
-    return {bare(code): name for code, name in read_json(folder / package.tarball, "chars.json").items()}
+    return {
+        normalize_hexcode(code): name
+        for code, name in read_package_json(folder / package.tarball, "chars.json").items()
+    }
 
 
-def images(tarball: Path) -> dict[str, bytes]:
+def read_webp_files(tarball: Path) -> dict[str, bytes]:
     """Code -> content of the package's `assets/CODE.webp`."""
     with tarfile.open(tarball) as archive:
         files = ((m, archive.extractfile(m)) for m in archive if m.name.endswith(".webp"))
-        return {bare(Path(m.name).stem): file.read() for m, file in files if file is not None}
+        return {normalize_hexcode(Path(m.name).stem): file.read() for m, file in files if file is not None}
 
 
-def render(content: bytes, size: int) -> np.ndarray:
+def render_sprite(content: bytes, size: int) -> np.ndarray:
     """An SVG or WebP file to RGBA with straight alpha, uint8 [size, size, 4]."""
     if content.startswith(b"<svg"):
         import resvg_py
@@ -200,51 +216,60 @@ def render(content: bytes, size: int) -> np.ndarray:
     return np.asarray(image if image.size == (size, size) else image.resize((size, size), Image.Resampling.LANCZOS))
 
 
-def build(out: Path, size: int = 128, workers: int | None = None) -> bool:
+def build_emoji_dataset(out: Path, size: int = 128, num_workers: int | None = None) -> bool:
     """Make `out`: sprites.npy, sprites.jsonl, NOTICE, contact.png and build.json; False where it is there.
 
     `out` is published whole: an interrupted build leaves what was there before.
     `size` is the sprites' side in pixels. Raises FetchError where a package cannot be had.
     """
-    inputs = fingerprint(size)
+    inputs = emoji_dataset_key(size)
     if (out / "build.json").is_file() and json.loads((out / "build.json").read_text())["inputs"] == inputs:
         return False
-    with tempfile.TemporaryDirectory() as tarballs, publish(out) as made:
-        fetch((NAMES, *DRAWINGS), Path(tarballs))
-        sprites, files = collect(Path(tarballs))
+    with tempfile.TemporaryDirectory() as tarballs, atomic_write(out) as made:
+        download_packages((EMOJIBASE, *ICON_PACKAGES), Path(tarballs))
+        sprites, files = collect_sprites(Path(tarballs))
         made.mkdir()
-        with ProcessPoolExecutor(workers or os.cpu_count()) as pool:
-            pixels = pool.map(render, files, [size] * len(files), chunksize=64)
+        with ProcessPoolExecutor(num_workers or os.cpu_count()) as pool:
+            pixels = pool.map(render_sprite, files, [size] * len(files), chunksize=64)
             write_sprites(made, sprites, pixels, size)
-        (made / "NOTICE").write_text(notice(), encoding="utf-8")
-        scenes = Scenes(made, size=size)
+        (made / "NOTICE").write_text(make_license_notice(), encoding="utf-8")
+        scenes = SceneDataset(made, size=size)
         images, captions = zip(*(scenes[k] for k in range(100)), strict=True)
         contact_sheet([Image.fromarray(image) for image in images], captions, 10).save(made / "contact.png")
         (made / "build.json").write_text(json.dumps({"inputs": inputs, "size": size, "sprites": len(sprites)}))
     return True
 
 
-def fingerprint(size: int) -> str:
+def emoji_dataset_key(size: int) -> str:
     """A sha256 of all that the files depend on: packages, names, renderer, size and the layout's version."""
     try:
         renderer = version("resvg-py")
     except PackageNotFoundError:
-        raise FetchError("resvg-py, which renders the drawings, is not installed: install ldm[data]") from None
-    inputs = (LAYOUT, size, renderer, NAMES, DRAWINGS, RENAMED, ALIASES, FIREFOX)
+        raise DownloadError("resvg-py, which renders the drawings, is not installed: install ldm[data]") from None
+    inputs = (
+        EMOJI_DATASET_VERSION,
+        size,
+        renderer,
+        EMOJIBASE,
+        ICON_PACKAGES,
+        LABEL_OVERRIDES,
+        CONCEPT_ALIASES,
+        FIREFOX_ICON_OVERRIDES,
+    )
     return hashlib.sha256(repr(inputs).encode()).hexdigest()
 
 
-def collect(tarballs: Path) -> tuple[list[Sprite], list[bytes]]:
+def collect_sprites(tarballs: Path) -> tuple[list[Sprite], list[bytes]]:
     """Every sprite's record and file content, style by style."""
-    concepts = read_concepts(tarballs / NAMES.tarball)
-    keys = {concept.code: list(concept.keys) for concept in concepts}
-    for package in DRAWINGS:
-        for code, name in read_chars(package, tarballs).items():
-            if code in keys and slug(name) not in keys[code]:
-                keys[code].append(slug(name))
+    concepts = read_concepts(tarballs / EMOJIBASE.tarball)
+    keys = {concept.code: list(concept.slugs) for concept in concepts}
+    for package in ICON_PACKAGES:
+        for code, name in read_char_map(package, tarballs).items():
+            if code in keys and slugify(name) not in keys[code]:
+                keys[code].append(slugify(name))
     sprites, files = [], []
-    for package in DRAWINGS:
-        drawn = drawings(package, tarballs, concepts, keys)
+    for package in ICON_PACKAGES:
+        drawn = load_icon_files(package, tarballs, concepts, keys)
         for c in concepts:
             if c.code in drawn:
                 sprites.append(Sprite(c.name, c.code, package.style, c.names, c.tags, c.group, c.subgroup))
@@ -252,12 +277,12 @@ def collect(tarballs: Path) -> tuple[list[Sprite], list[bytes]]:
     return sprites, files
 
 
-def notice() -> str:
+def make_license_notice() -> str:
     """What the sprites were made from, under which licences."""
     head = "Rendered at one size from these drawings and named after emojibase; scenes also recolour them."
-    rows = [f"{p.title} ({p.spec}), style {p.style}: {p.author}. {p.licence}. {p.url}" for p in DRAWINGS]
-    names = f"{NAMES.title} ({NAMES.spec}): {NAMES.author}. {NAMES.licence}. {NAMES.url}"
-    licences = sorted({p.licence for p in (NAMES, *DRAWINGS)})
+    rows = [f"{p.title} ({p.spec}), style {p.style}: {p.author}. {p.licence}. {p.url}" for p in ICON_PACKAGES]
+    names = f"{EMOJIBASE.title} ({EMOJIBASE.spec}): {EMOJIBASE.author}. {EMOJIBASE.licence}. {EMOJIBASE.url}"
+    licences = sorted({p.licence for p in (EMOJIBASE, *ICON_PACKAGES)})
     return "\n".join(
         [head, "", *rows, names, "", *(f"{name}: https://spdx.org/licenses/{name}" for name in licences), ""]
     )

@@ -27,7 +27,7 @@ class Package:
         return f"{self.name.removeprefix('@').replace('/', '-')}-{self.version}.tgz"
 
 
-NAMES = Package(
+EMOJIBASE = Package(
     "",
     "emojibase-data",
     "17.0.0",
@@ -38,7 +38,7 @@ NAMES = Package(
     "https://github.com/milesj/emojibase",
 )
 
-DRAWINGS = (
+ICON_PACKAGES = (
     Package(
         "noto",
         "@iconify-json/noto",
@@ -122,7 +122,7 @@ DRAWINGS = (
 )
 
 # Labels that do not name what is seen.
-RENAMED = """
+LABEL_OVERRIDES = """
 rolling on the floor laughing: laughing face rolling on the floor; star-struck: star-struck face
 dizzy: dizzy star; dashing away: puff of dust; collision: explosion; foggy: foggy city; locked: lock
 unlocked: open lock; locked with pen: lock with pen; locked with key: lock with key
@@ -142,7 +142,7 @@ building construction: construction site
 """
 
 # What else people call a thing, as often as by its label; after the bar: what it is called now and then.
-ALIASES = """
+CONCEPT_ALIASES = """
 grinning face: smiling face | smiley; slightly smiling face: smiling face
 smiling face with smiling eyes: smiling face; grinning face with big eyes: | smiley
 smiling face with sunglasses: cool face; face with tears of joy: laughing face
@@ -268,7 +268,7 @@ blue circle: circle; red square: square; blue square: square; musical note: | no
 """
 
 # Icons of the oldest set whose names mislead: there `cat` is the face, and the animal `catside`.
-FIREFOX = """
+FIREFOX_ICON_OVERRIDES = """
 cat face: cat; cat: catside; dog face: dog; dog: dogside; mouse face: mouse; mouse: mouseside
 tiger face: tiger; tiger: tigerside; pig face: pig; pig: pigside; rabbit face: bunny; rabbit: bunnyside
 leopard: leopardside; dragon face: dragonhead; dragon: dragonside; hamster: hampster

@@ -8,40 +8,40 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ldm.checkpoints.files import place
-from ldm.data.buckets import Placement
-from ldm.data.choices import centre
-from ldm.data.pictures import Surveyed
-from ldm.data.samples import Fault, Sample
-from ldm.decode import decode
-from ldm.hardware import best_device, working
+from ldm.checkpoints.files import to_device
+from ldm.data.buckets import BucketPlacement
+from ldm.data.choices import center_crop_corner
+from ldm.data.pictures import ImageInfo
+from ldm.data.samples import DatasetIssue, ImageSample
+from ldm.decode import decode_image
+from ldm.hardware import best_device, preferred_dtype
 from ldm.images import from_uint8
-from ldm.nn.vae import AutoencoderKL, encode
+from ldm.nn.vae import AutoencoderKL, encode_images
 
-EXTREME = 20.0  # of latents that have a deviation of about 1
+MAX_LATENT_MAGNITUDE = 20.0  # of latents that have a deviation of about 1
 
 
 @torch.no_grad()
-def latent_faults(
-    rows: Sequence[tuple[Sample, Surveyed]], vae: AutoencoderKL, said: Callable[[int], None]
-) -> Iterator[Fault]:
+def check_latents(
+    samples_with_info: Sequence[tuple[ImageSample, ImageInfo]], vae: AutoencoderKL, on_progress: Callable[[int], None]
+) -> Iterator[DatasetIssue]:
     """A fault for each sample whose latents are not finite or are extreme; `said(done)` hears how many are done."""
     device = best_device()
-    vae = place(vae, device, working(device)).eval()
-    for done, (sample, look) in enumerate(rows, 1):
-        pixels = centred(decode(sample.open()).rgb, look.placement)
-        mean, std = encode(vae, from_uint8(pixels[None]).to(device))
+    vae = to_device(vae, device, preferred_dtype(device)).eval()
+    for done, (sample, look) in enumerate(samples_with_info, 1):
+        pixels = resize_and_center_crop(decode_image(sample.read_bytes()).rgb, look.placement)
+        mean, std = encode_images(vae, from_uint8(pixels[None]).to(device))
         most = max(mean.abs().max().item(), std.max().item())
         if not torch.isfinite(torch.stack([mean, std])).all():
-            yield Fault("latents not finite", sample.key, "the VAE makes numbers of it that are not finite")
-        elif most > EXTREME:
-            yield Fault("extreme latents", sample.key, f"the VAE makes {most:.3g} of it, where 1 is usual")
-        said(done)
+            yield DatasetIssue("latents not finite", sample.key, "the VAE makes numbers of it that are not finite")
+        elif most > MAX_LATENT_MAGNITUDE:
+            yield DatasetIssue("extreme latents", sample.key, f"the VAE makes {most:.3g} of it, where 1 is usual")
+        on_progress(done)
 
 
-def centred(picture: Image.Image, placement: Placement) -> np.ndarray:
+def resize_and_center_crop(image: Image.Image, placement: BucketPlacement) -> np.ndarray:
     """A picture resized to cover its bucket and cropped in the middle, uint8 [H, W, 3]."""
-    left, top = centre(placement.slack)
+    left, top = center_crop_corner(placement.crop_margin)
     width, height = placement.bucket
-    whole = picture.resize(placement.resized, Image.Resampling.LANCZOS)
+    whole = image.resize(placement.resized_size, Image.Resampling.LANCZOS)
     return np.array(whole.crop((left, top, left + width, top + height)))

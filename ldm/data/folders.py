@@ -11,31 +11,40 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ldm.data.samples import (
-    CAPTIONS,
-    MASK,
-    PICTURES,
-    Fault,
-    File,
-    Options,
-    Sample,
-    Source,
-    captioned,
-    lacking,
-    litter,
-    skipped,
-    told_once,
-    utf8,
+    CAPTION_SUFFIXES,
+    MASK_SUFFIX,
+    READABLE_IMAGE_SUFFIXES,
+    DatasetIssue,
+    FileSlice,
+    SourceOptions,
+    ImageSample,
+    ImageSource,
+    validate_caption,
+    missing_column,
+    is_ignored,
+    skipped_file_issue,
+    deduplicate,
+    decode_utf8,
 )
-from ldm.data.tables import METADATA, WRONG_METADATA, Row, columns_of, open_parquets, open_saved, read_rows, saved
+from ldm.data.tables import (
+    METADATA_FILES,
+    UNSUPPORTED_METADATA_FILE,
+    TableRow,
+    collect_column_names,
+    open_parquet_files,
+    open_saved_dataset,
+    read_metadata_rows,
+    is_saved_dataset,
+)
 from ldm.data.tars import open_tar
 
-KOHYA = re.compile(r"(\d+)_(.+)")  # <repeats>_<class tokens>
-TARS = (".tar", ".tar.gz", ".tgz")
-MOST_REPEATS = 1000  # beyond which the number in a folder's name is likely a year or a count
-Files = Mapping[str, Path]  # by path below the source, with slashes, in Unicode's NFC
+KOHYA_FOLDER_PATTERN = re.compile(r"(\d+)_(.+)")  # <repeats>_<class tokens>
+TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz")
+MAX_REPEATS = 1000  # beyond which the number in a folder's name is likely a year or a count
+FileIndex = Mapping[str, Path]  # by path below the source, with slashes, in Unicode's NFC
 
 
-def open_source(paths: Sequence[Path], options: Options | None = None) -> Source:
+def open_image_sources(paths: Sequence[Path], options: SourceOptions | None = None) -> ImageSource:
     """All pictures in some places, each told by its content, with their captions and with all that is wrong.
 
     A place is a folder with metadata.jsonl, .csv or .parquet; a folder of pictures with captions beside them
@@ -43,190 +52,208 @@ def open_source(paths: Sequence[Path], options: Options | None = None) -> Source
     one tar; a folder of parquet files that hold the pictures; or a data set that `datasets` saved. Keys from the second
     place on begin with its number.
     """
-    samples: list[Sample] = []
-    faults: list[Fault] = []
+    samples: list[ImageSample] = []
+    faults: list[DatasetIssue] = []
     for number, path in enumerate(paths, 1):
         prefix = f"{number}:" if number > 1 else ""
-        found = _open(Path(path), options or Options())
-        if not found.samples and not any(fault.fatal for fault in found.faults):
-            faults.append(Fault("no pictures", prefix + path.name, "no pictures in it"))
+        found = _open_path(Path(path), options or SourceOptions())
+        if not found.samples and not any(fault.is_fatal for fault in found.issues):
+            faults.append(DatasetIssue("no pictures", prefix + path.name, "no pictures in it"))
         samples += [replace(sample, key=prefix + sample.key) for sample in found.samples]
-        faults += [fault._replace(key=prefix + fault.key) for fault in found.faults]
-    return Source(samples, faults)
+        faults += [fault._replace(key=prefix + fault.key) for fault in found.issues]
+    return ImageSource(samples, faults)
 
 
-def _open(path: Path, options: Options) -> Source:
-    if path.is_file() and path.name.lower().endswith(TARS):
+def _open_path(path: Path, options: SourceOptions) -> ImageSource:
+    if path.is_file() and path.name.lower().endswith(TAR_SUFFIXES):
         return open_tars([path], options)
     if not path.is_dir():
-        return Source((), (Fault("missing folder", path.name, f"{path} is neither a folder nor a tar"),))
-    if saved(path):
-        return open_saved(path, options)
-    faults: list[Fault] = []
-    files = walk(path, faults)
-    tars = [file for name, file in files.items() if name.lower().endswith(TARS)]
-    tables = [name for name in METADATA if name in files]
+        return ImageSource((), (DatasetIssue("missing folder", path.name, f"{path} is neither a folder nor a tar"),))
+    if is_saved_dataset(path):
+        return open_saved_dataset(path, options)
+    faults: list[DatasetIssue] = []
+    files = list_files(path, faults)
+    tars = [file for name, file in files.items() if name.lower().endswith(TAR_SUFFIXES)]
+    tables = [name for name in METADATA_FILES if name in files]
     parquets = {name: file for name, file in files.items() if name.lower().endswith(".parquet")}
     if tars:
         found = open_tars(tars, options)
-        faults += [Fault("skipped", name, "lies beside tars") for name, file in files.items() if file not in tars]
+        faults += [
+            DatasetIssue("skipped", name, "lies beside tars") for name, file in files.items() if file not in tars
+        ]
     elif len(tables) > 1:
-        found = Source((), (Fault("two metadata files", tables[1], f"there is {tables[0]} too"),))
+        found = ImageSource((), (DatasetIssue("two metadata files", tables[1], f"there is {tables[0]} too"),))
     elif tables:
-        found = listed(files, tables[0], options)
-    elif parquets and not any(map(picture, files)):
-        found = open_parquets(parquets, options)
-        faults += [Fault("skipped", name, "lies beside parquet files") for name in files if name not in parquets]
-    elif WRONG_METADATA in files:
+        found = open_metadata_folder(files, tables[0], options)
+    elif parquets and not any(map(is_image_file, files)):
+        found = open_parquet_files(parquets, options)
+        faults += [DatasetIssue("skipped", name, "lies beside parquet files") for name in files if name not in parquets]
+    elif UNSUPPORTED_METADATA_FILE in files:
         what = "not read: the file must be metadata.jsonl, one object a line"
-        found = Source((), (Fault("metadata.json", WRONG_METADATA, what),))
+        found = ImageSource((), (DatasetIssue("metadata.json", UNSUPPORTED_METADATA_FILE, what),))
     else:
-        found = beside(files, options)
-    return Source(found.samples, [*faults, *found.faults])
+        found = open_sidecar_folder(files, options)
+    return ImageSource(found.samples, [*faults, *found.issues])
 
 
-def open_tars(paths: Sequence[Path], options: Options) -> Source:
+def open_tars(paths: Sequence[Path], options: SourceOptions) -> ImageSource:
     """The samples of some tars together, by their keys."""
-    faults: list[Fault] = []
+    faults: list[DatasetIssue] = []
     samples = [sample for path in sorted(paths) for sample in open_tar(path, options, faults)]
-    return Source(told_once(samples, faults), faults)
+    return ImageSource(deduplicate(samples, faults), faults)
 
 
-def walk(root: Path, faults: list[Fault]) -> Files:
+def list_files(root: Path, issues: list[DatasetIssue]) -> FileIndex:
     """The files below a folder, by name; links are followed, those that lead back to where they are are faults."""
-    return dict(sorted(_walk(root, "", (os.path.realpath(root),), faults)))
+    return dict(sorted(_iter_files(root, "", (os.path.realpath(root),), issues)))
 
 
-def _walk(folder: Path, prefix: str, above: tuple[str, ...], faults: list[Fault]) -> Iterator[tuple[str, Path]]:
+def _iter_files(
+    folder: Path, prefix: str, ancestors: tuple[str, ...], issues: list[DatasetIssue]
+) -> Iterator[tuple[str, Path]]:
     try:
         entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
     except OSError as error:
-        faults.append(Fault("unreadable", prefix.rstrip("/"), error.strerror or "cannot be read"))
+        issues.append(DatasetIssue("unreadable", prefix.rstrip("/"), error.strerror or "cannot be read"))
         return
     for entry in entries:
         key = prefix + unicodedata.normalize("NFC", entry.name)
-        if litter(entry.name):
-            faults.append(Fault("skipped", key, "hidden, or made by a machine"))
+        if is_ignored(entry.name):
+            issues.append(DatasetIssue("skipped", key, "hidden, or made by a machine"))
         elif entry.is_dir():
             real = os.path.realpath(entry.path)
-            if real in above:
-                faults.append(Fault("symlink loop", key, f"leads back to {real}"))
+            if real in ancestors:
+                issues.append(DatasetIssue("symlink loop", key, f"leads back to {real}"))
             else:
-                yield from _walk(Path(entry.path), f"{key}/", (*above, real), faults)
+                yield from _iter_files(Path(entry.path), f"{key}/", (*ancestors, real), issues)
         elif entry.is_file():
             yield key, Path(entry.path)
         else:
-            faults.append(Fault("missing file", key, "a link to nothing" if entry.is_symlink() else "not a file"))
+            issues.append(
+                DatasetIssue("missing file", key, "a link to nothing" if entry.is_symlink() else "not a file")
+            )
 
 
-def picture(name: str) -> bool:
-    return PurePosixPath(name).suffix.lower() in PICTURES and not name.lower().endswith(MASK)
+def is_image_file(name: str) -> bool:
+    return PurePosixPath(name).suffix.lower() in READABLE_IMAGE_SUFFIXES and not name.lower().endswith(MASK_SUFFIX)
 
 
-def stem(name: str) -> str:
+def strip_extension(name: str) -> str:
     """A name without its ending, or without all of a mask's."""
-    return name[: -len(MASK)] if name.lower().endswith(MASK) else str(PurePosixPath(name).with_suffix(""))
+    return name[: -len(MASK_SUFFIX)] if name.lower().endswith(MASK_SUFFIX) else str(PurePosixPath(name).with_suffix(""))
 
 
-def listed(files: Files, table: str, options: Options) -> Source:
+def open_metadata_folder(files: FileIndex, metadata_file: str, options: SourceOptions) -> ImageSource:
     """Pictures and captions as a metadata file lists them; pictures that it does not list are faults."""
-    faults: list[Fault] = []
-    rows = read_rows(files[table], faults)
+    faults: list[DatasetIssue] = []
+    rows = read_metadata_rows(files[metadata_file], faults)
     image, caption, mask = (options.columns.image or "file_name", *options.columns[1:])
-    present = sorted(columns_of(rows))
-    wrong = [c for c in (image, *([caption] if options.caption is None else [])) if c not in present]
+    present = sorted(collect_column_names(rows))
+    wrong = [c for c in (image, *([caption] if options.default_caption is None else [])) if c not in present]
     if wrong or not rows:
-        return Source((), faults + [lacking(column, present, table) for column in wrong if rows])
-    masks = {stem(name): name for name in files if name.lower().endswith(MASK)}
+        return ImageSource((), faults + [missing_column(column, present, metadata_file) for column in wrong if rows])
+    masks = {strip_extension(name): name for name in files if name.lower().endswith(MASK_SUFFIX)}
     samples, used = [], set()
     for row in rows:
-        name = _resolved(row, image, files, faults)
+        name = _resolve_file_cell(row, image, files, faults)
         if name is None:
             continue
-        text = captioned(name, row.values.get(caption), options.caption, faults)
-        shade = _resolved(row, mask, files, faults) if row.values.get(mask) else masks.get(stem(name))
+        text = validate_caption(name, row.values.get(caption), options.default_caption, faults)
+        shade = (
+            _resolve_file_cell(row, mask, files, faults) if row.values.get(mask) else masks.get(strip_extension(name))
+        )
         used |= {name, shade}
         if text is not None:
-            told = File(files[shade]) if shade and options.masks == "file" else None
-            samples.append(Sample(name, text, File(files[name]), told))
-    faults += [unlisted(name, table) for name in files if name not in used and name != table]
-    return Source(told_once(samples, faults), faults)
+            told = FileSlice(files[shade]) if shade and options.masks == "file" else None
+            samples.append(ImageSample(name, text, FileSlice(files[name]), told))
+    faults += [unlisted_file_issue(name, metadata_file) for name in files if name not in used and name != metadata_file]
+    return ImageSource(deduplicate(samples, faults), faults)
 
 
-def unlisted(name: str, table: str) -> Fault:
+def unlisted_file_issue(name: str, metadata_file: str) -> DatasetIssue:
     """Why a file that the metadata file does not name is left out."""
-    if name.lower().endswith(MASK):
-        return Fault("mask without picture", name, "no picture of that name")
-    return Fault("no caption", name, f"not in {table}") if picture(name) else skipped(name)
+    if name.lower().endswith(MASK_SUFFIX):
+        return DatasetIssue("mask without picture", name, "no picture of that name")
+    return (
+        DatasetIssue("no caption", name, f"not in {metadata_file}") if is_image_file(name) else skipped_file_issue(name)
+    )
 
 
-def _resolved(row: Row, column: str, files: Files, faults: list[Fault]) -> str | None:
+def _resolve_file_cell(row: TableRow, column: str, files: FileIndex, issues: list[DatasetIssue]) -> str | None:
     """The file that a cell names, None with a fault where there is none, or none below the folder."""
     value: Any = row.values.get(column)
     if not isinstance(value, str) or not value.strip():
-        faults.append(Fault("missing file", row.key, f"the row has no {column}"))
+        issues.append(DatasetIssue("missing file", row.key, f"the row has no {column}"))
         return None
     name = unicodedata.normalize("NFC", os.path.normpath(value.strip()))
     if os.path.isabs(name) or name.split("/")[0] == "..":
-        faults.append(Fault("outside", row.key, f"{value} leads out of the folder"))
+        issues.append(DatasetIssue("outside", row.key, f"{value} leads out of the folder"))
     elif name in files:
         return name
     else:
         same = next((other for other in files if other.casefold() == name.casefold()), None)
-        faults.append(Fault("missing file", row.key, f"no file {value}" + (f"; there is {same}" if same else "")))
+        issues.append(
+            DatasetIssue("missing file", row.key, f"no file {value}" + (f"; there is {same}" if same else ""))
+        )
     return None
 
 
-def beside(files: Files, options: Options) -> Source:
+def open_sidecar_folder(files: FileIndex, options: SourceOptions) -> ImageSource:
     """Pictures with captions beside them; without one, a kohya folder's class tokens, or the caption for all."""
-    faults: list[Fault] = []
-    texts = _by_stem((name for name in files if PurePosixPath(name).suffix.lower() in CAPTIONS), "two captions", faults)
-    masks = _by_stem((name for name in files if name.lower().endswith(MASK)), "two masks", faults)
+    faults: list[DatasetIssue] = []
+    texts = _index_by_stem(
+        (name for name in files if PurePosixPath(name).suffix.lower() in CAPTION_SUFFIXES), "two captions", faults
+    )
+    masks = _index_by_stem((name for name in files if name.lower().endswith(MASK_SUFFIX)), "two masks", faults)
     owners: dict[str, str] = {}
     samples = []
-    for name in filter(picture, files):
-        base = stem(name)
+    for name in filter(is_image_file, files):
+        base = strip_extension(name)
         if base in texts and owners.setdefault(base, name) != name:
-            faults.append(Fault("shared caption", name, f"{texts[base]} is {owners[base]}'s as well"))
+            faults.append(DatasetIssue("shared caption", name, f"{texts[base]} is {owners[base]}'s as well"))
             continue
         owners[base] = name
-        repeats, tokens = _kohya(name)
-        text = _sidecar(name, texts.get(base), files, tokens or options.caption, faults)
-        mask = File(files[masks[base]]) if base in masks and options.masks == "file" else None
+        repeats, tokens = _parse_kohya_folder(name)
+        text = _read_sidecar_caption(name, texts.get(base), files, tokens or options.default_caption, faults)
+        mask = FileSlice(files[masks[base]]) if base in masks and options.masks == "file" else None
         if text is not None:
-            samples.append(Sample(name, text, File(files[name]), mask, repeats))
+            samples.append(ImageSample(name, text, FileSlice(files[name]), mask, repeats))
     for kind, strays in (("caption without picture", texts), ("mask without picture", masks)):
-        faults += [Fault(kind, strays[base], "no picture of that name") for base in strays.keys() - owners.keys()]
+        faults += [
+            DatasetIssue(kind, strays[base], "no picture of that name") for base in strays.keys() - owners.keys()
+        ]
     known = {*texts.values(), *masks.values(), *(fault.key for fault in faults)}
-    faults += [skipped(name) for name in files if not picture(name) and name not in known]
-    return Source(samples, faults + _many_repeats(samples))
+    faults += [skipped_file_issue(name) for name in files if not is_image_file(name) and name not in known]
+    return ImageSource(samples, faults + _check_repeats(samples))
 
 
-def _sidecar(name: str, beside: str | None, files: Files, fallback: str | None, faults: list[Fault]) -> str | None:
+def _read_sidecar_caption(
+    name: str, caption_file: str | None, files: FileIndex, fallback: str | None, issues: list[DatasetIssue]
+) -> str | None:
     """A picture's caption from the file beside it, None with a fault where that cannot be used."""
-    if beside is None:
-        return captioned(name, None, fallback, faults)
-    text = utf8(files[beside].read_bytes(), beside, faults)
-    return None if text is None else captioned(beside, text, fallback, faults)
+    if caption_file is None:
+        return validate_caption(name, None, fallback, issues)
+    text = decode_utf8(files[caption_file].read_bytes(), caption_file, issues)
+    return None if text is None else validate_caption(caption_file, text, fallback, issues)
 
 
-def _by_stem(names: Iterator[str], kind: str, faults: list[Fault]) -> dict[str, str]:
+def _index_by_stem(names: Iterator[str], kind: str, issues: list[DatasetIssue]) -> dict[str, str]:
     """Files by their stem; a second one of a stem is a fault."""
     found: dict[str, str] = {}
     for name in names:
-        if stem(name) in found:
-            faults.append(Fault(kind, name, f"there is {found[stem(name)]} too"))
-        found.setdefault(stem(name), name)
+        if strip_extension(name) in found:
+            issues.append(DatasetIssue(kind, name, f"there is {found[strip_extension(name)]} too"))
+        found.setdefault(strip_extension(name), name)
     return found
 
 
-def _kohya(name: str) -> tuple[int, str | None]:
+def _parse_kohya_folder(name: str) -> tuple[int, str | None]:
     """Repeats and class tokens by the first folder of a path."""
-    match = KOHYA.fullmatch(name.split("/")[0]) if "/" in name else None
+    match = KOHYA_FOLDER_PATTERN.fullmatch(name.split("/")[0]) if "/" in name else None
     return (int(match[1]), match[2].strip()) if match else (1, None)
 
 
-def _many_repeats(samples: Sequence[Sample]) -> list[Fault]:
+def _check_repeats(samples: Sequence[ImageSample]) -> list[DatasetIssue]:
     folders = {sample.key.split("/")[0]: sample.repeats for sample in samples}
     what = "would be repeated {} times: rename the folder if that is no number of repeats"
-    return [Fault("repeats", n, what.format(r)) for n, r in folders.items() if not 0 < r <= MOST_REPEATS]
+    return [DatasetIssue("repeats", n, what.format(r)) for n, r in folders.items() if not 0 < r <= MAX_REPEATS]

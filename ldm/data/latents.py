@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ldm.files import publish
+from ldm.files import atomic_write
 
-HEAD, CHECK = 128, 4  # bytes: [dtype, shape] as JSON before an array's own, CRC-32 behind
+HEADER_BYTES, CRC_BYTES = 128, 4  # bytes: [dtype, shape] as JSON before an array's own, CRC-32 behind
 
 
 class LatentCache:
@@ -26,18 +26,20 @@ class LatentCache:
     last stays. There are no locks to be left behind. A torn entry fails its CRC-32, counts as absent and is made again.
     """
 
-    def __init__(self, folder: Path, fingerprint: str) -> None:
-        """`fingerprint` stands for all that the arrays depend on beside their keys."""
-        self.folder = Path(folder) / fingerprint
+    def __init__(self, folder: Path, namespace: str) -> None:
+        """`hash_network_weights` stands for all that the arrays depend on beside their keys."""
+        self.folder = Path(folder) / namespace
 
-    def get(self, keys: Sequence[str], make: Callable[[list[int]], Sequence[np.ndarray]]) -> list[np.ndarray]:
+    def get_or_compute(
+        self, keys: Sequence[str], compute: Callable[[list[int]], Sequence[np.ndarray]]
+    ) -> list[np.ndarray]:
         """The arrays of some keys; `make(rows)` makes those of `keys[row]` that are not there yet.
 
         What was there is memory-mapped and read-only. An array keeps its dtype and shape.
         """
         found = {key: array for key in dict.fromkeys(keys) if (array := self._read(key)) is not None}
         if rows := [keys.index(key) for key in dict.fromkeys(keys) if key not in found]:
-            for row, array in zip(rows, make(rows), strict=True):
+            for row, array in zip(rows, compute(rows), strict=True):
                 self._write(keys[row], array)
                 found[keys[row]] = array
         return [found[key] for key in keys]
@@ -51,20 +53,20 @@ class LatentCache:
                 data = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
         except (OSError, ValueError):  # no file, or an empty one
             return None
-        body, check = data[:-CHECK], data[-CHECK:]
+        body, check = data[:-CRC_BYTES], data[-CRC_BYTES:]
         if zlib.crc32(body) != int.from_bytes(check, "big"):
             return None
-        dtype, shape = json.loads(bytes(body[:HEAD]))
-        return np.frombuffer(body, dtype, offset=HEAD).reshape(shape)
+        dtype, shape = json.loads(bytes(body[:HEADER_BYTES]))
+        return np.frombuffer(body, dtype, offset=HEADER_BYTES).reshape(shape)
 
     def _write(self, key: str, array: np.ndarray) -> None:
-        head = json.dumps([array.dtype.str, array.shape]).encode().ljust(HEAD)
+        head = json.dumps([array.dtype.str, array.shape]).encode().ljust(HEADER_BYTES)
         body = head + np.ascontiguousarray(array).tobytes()
-        with publish(self._path(key)) as draft:
-            draft.write_bytes(body + zlib.crc32(body).to_bytes(CHECK, "big"))
+        with atomic_write(self._path(key)) as draft:
+            draft.write_bytes(body + zlib.crc32(body).to_bytes(CRC_BYTES, "big"))
 
 
-def digest(*parts: bytes | str) -> str:
+def blake2b_hexdigest(*parts: bytes | str) -> str:
     """A key of 32 hexadecimal digits: BLAKE2b over the parts, each told apart from the next."""
     found = hashlib.blake2b(digest_size=16)
     for part in parts:
@@ -74,13 +76,13 @@ def digest(*parts: bytes | str) -> str:
     return found.hexdigest()
 
 
-def fingerprint(network: nn.Module, *facts: Any) -> str:
+def hash_network_weights(network: nn.Module, *extra: Any) -> str:
     """A digest of a network's weights, by name, dtype and bytes, and of facts that JSON can hold; wherever it lies."""
-    parts: list[bytes | str] = [json.dumps(facts, sort_keys=True)]
+    parts: list[bytes | str] = [json.dumps(extra, sort_keys=True)]
     for name, value in sorted(network.state_dict().items()):
-        parts += [f"{name} {value.dtype} {tuple(value.shape)}", _bytes(value)]
-    return digest(*parts)
+        parts += [f"{name} {value.dtype} {tuple(value.shape)}", _tensor_bytes(value)]
+    return blake2b_hexdigest(*parts)
 
 
-def _bytes(value: Tensor) -> bytes:
+def _tensor_bytes(value: Tensor) -> bytes:
     return value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()

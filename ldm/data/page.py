@@ -11,14 +11,14 @@ from typing import Any
 
 from PIL import Image
 
-from ldm.config import FolderData
-from ldm.data.audit import SEVERITIES, Report, counts, severity_of
-from ldm.data.samples import Fault, File
-from ldm.decode import decode
+from ldm.config import ImageDataConfig
+from ldm.data.audit import SEVERITIES, AuditReport, count_issues, get_severity
+from ldm.data.samples import DatasetIssue, FileSlice
+from ldm.decode import decode_image
 
-SIDE = 160  # pixels a side of a thumbnail
-MOST = 1000  # findings that have one: about 6 MB
-STYLE = """
+REPORT_THUMBNAIL_SIZE = 160  # pixels a side of a thumbnail
+MAX_THUMBNAILS = 1000  # findings that have one: about 6 MB
+REPORT_CSS = """
 :root { color-scheme: light dark; --line: #8884; --error: #c62828; --warning: #b26a00; --notice: #5b6b7a }
 @media (prefers-color-scheme: dark) { :root { --error: #ff8a80; --warning: #ffb74d; --notice: #a7b4c0 } }
 body { font: 15px/1.45 system-ui, sans-serif; margin: 2rem auto; max-width: 70rem; padding: 0 1rem }
@@ -33,7 +33,7 @@ figure { flex: 0 0 160px; margin: 0; min-height: 2rem; text-align: center } img 
 div { min-width: 0; overflow-wrap: anywhere } b { margin-right: .5rem } p { margin: .2rem 0 } small { opacity: .75 }
 .error b { color: var(--error) } .warning b { color: var(--warning) } .notice b { color: var(--notice) }
 """
-SCRIPT = """
+REPORT_SCRIPT = """
 const boxes = [...document.querySelectorAll('nav input')], rows = [...document.querySelectorAll('li')];
 const show = () => { const kinds = new Set(boxes.filter(b => b.checked).map(b => b.value));
   rows.forEach(row => row.hidden = !kinds.has(row.dataset.kind)); };
@@ -44,76 +44,88 @@ show();
 """
 
 
-def page(report: Report, data: FolderData, title: str) -> str:
+def render_html_report(report: AuditReport, data_config: ImageDataConfig, title: str) -> str:
     """The page of a report on some data."""
-    said = ", ".join(f"{len(found)} {name}{'' if len(found) == 1 else 's'}" for name, found in severities(report))
-    boxes = "".join(_box(severity, kind, count) for (severity, kind), count in counts(report).items())
-    rows = "".join(_row(fault, report, data, k < MOST) for k, fault in enumerate(report.faults))
-    figures = "".join(f"<tr><td>{escape(name)}<td>{escape(value)}" for name, value in figures_of(report.forecast))
+    said = ", ".join(
+        f"{len(found)} {name}{'' if len(found) == 1 else 's'}" for name, found in group_by_severity(report)
+    )
+    boxes = "".join(
+        _render_filter_checkbox(severity, kind, count) for (severity, kind), count in count_issues(report).items()
+    )
+    rows = "".join(
+        _render_issue(fault, report, data_config, k < MAX_THUMBNAILS) for k, fault in enumerate(report.issues)
+    )
+    figures = "".join(
+        f"<tr><td>{escape(name)}<td>{escape(value)}" for name, value in format_estimates(report.estimates)
+    )
     return (
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{escape(title)}</title><style>{STYLE}</style>'
+        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{escape(title)}</title><style>{REPORT_CSS}</style>'
         f"<h1>{escape(title)}</h1><p>{said or 'Nothing to complain about'}.<h2>Findings</h2>"
         f'<nav><button value="all">all</button><button value="none">none</button>{boxes}</nav><ul>{rows}</ul>'
-        f"<h2>Foreseen</h2><table>{figures}</table><script>{SCRIPT}</script></html>\n"
+        f"<h2>Foreseen</h2><table>{figures}</table><script>{REPORT_SCRIPT}</script></html>\n"
     )
 
 
-def severities(report: Report) -> Iterator[tuple[str, list[Fault]]]:
+def group_by_severity(report: AuditReport) -> Iterator[tuple[str, list[DatasetIssue]]]:
     """What was found of each severity that was found."""
     for severity in SEVERITIES:
-        if found := report.of(severity):
+        if found := report.with_severity(severity):
             yield severity, found
 
 
-def _box(severity: str, kind: str, count: int) -> str:
+def _render_filter_checkbox(severity: str, kind: str, count: int) -> str:
     name = escape(kind)
     return f'<label class="{severity}"><input type="checkbox" value="{name}" checked> <b>{name}</b>{count}</label>'
 
 
-def _row(fault: Fault, report: Report, data: FolderData, pictured: bool) -> str:
+def _render_issue(issue: DatasetIssue, report: AuditReport, data_config: ImageDataConfig, with_thumbnail: bool) -> str:
     """One finding; where the key is no picture's, what it names has no thumbnail."""
-    path = path_of(fault.key, data)
-    sample, look = report.shown.get(fault.key, (None, None))
-    source = sample.open if sample else File(path) if path else None
-    picture = _thumbnail(source) if source and pictured else ""
+    path = resolve_key(issue.key, data_config)
+    sample, look = report.samples.get(issue.key, (None, None))
+    source = sample.read_bytes if sample else FileSlice(path) if path else None
+    picture = _render_thumbnail(source) if source and with_thumbnail else ""
     size = f"{look.size[0]} x {look.size[1]}" if look else ""
-    where = str(path) if path else fault.key
+    where = str(path) if path else issue.key
     caption = f"<p><q>{escape(sample.caption)}</q>" if sample else ""
     return (
-        f'<li class="{severity_of(fault)}" data-kind="{escape(fault.kind)}"><figure>{picture}</figure><div>'
-        f"<p><b>{escape(fault.kind)}</b>{escape(fault.what)}{caption}<p><small>{escape(where)} {size}</small></div>"
+        f'<li class="{get_severity(issue)}" data-kind="{escape(issue.kind)}"><figure>{picture}</figure><div>'
+        f"<p><b>{escape(issue.kind)}</b>{escape(issue.what)}{caption}<p><small>{escape(where)} {size}</small></div>"
     )
 
 
-def path_of(key: str, data: FolderData) -> Path | None:
+def resolve_key(key: str, data_config: ImageDataConfig) -> Path | None:
     """The file that a key names, None where it is a row, a member of a tar or the recipe's."""
     number, colon, rest = key.partition(":")
     nth = int(number) if colon and number.isdigit() else 1
-    path = data.train_data_dir[nth - 1] / (rest if nth > 1 else key) if nth <= len(data.train_data_dir) else None
+    path = (
+        data_config.train_data_dir[nth - 1] / (rest if nth > 1 else key)
+        if nth <= len(data_config.train_data_dir)
+        else None
+    )
     return path if path and path.is_file() else None
 
 
-def _thumbnail(source: Any) -> str:
+def _render_thumbnail(source: Any) -> str:
     """An image element with a small JPEG in it, empty for what cannot be decoded."""
     try:
-        picture = decode(source()).rgb
+        picture = decode_image(source()).rgb
     except (OSError, ValueError):
         return ""
-    picture.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
+    picture.thumbnail((REPORT_THUMBNAIL_SIZE, REPORT_THUMBNAIL_SIZE), Image.Resampling.LANCZOS)
     file = io.BytesIO()
     picture.save(file, "JPEG", quality=80)
     return f'<img alt="" src="data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}">'
 
 
-def figures_of(values: Mapping[str, Any], unit: str = "") -> Iterator[tuple[str, str]]:
+def format_estimates(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
     """A forecast in words, a row a figure."""
     for name, value in values.items():
-        words = f"{unit}{name}".replace("_", " ")
+        words = f"{prefix}{name}".replace("_", " ")
         if isinstance(value, Mapping) and name in ("memory", "disk", "tokens"):
-            yield from figures_of(value, f"{words}: ")
+            yield from format_estimates(value, f"{words}: ")
         elif isinstance(value, Mapping):
             yield words, ", ".join(f"{key} {part}" for key, part in value.items())
-        elif unit.startswith(("memory", "disk")) and name != "rows_at_a_time":
+        elif prefix.startswith(("memory", "disk")) and name != "rows_at_a_time":
             yield words, f"{value / 1e6:,.1f} MB"
         elif name.endswith("share"):
             yield words, f"{value:.1%}"

@@ -8,19 +8,46 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-Blob = Callable[[], bytes]  # reads a file's bytes; it can be pickled, for worker processes
-Masks = Literal["none", "file", "alpha"]
+BytesReader = Callable[[], bytes]  # reads a file's bytes; it can be pickled, for worker processes
+MaskMode = Literal["none", "file", "alpha"]
 
-PICTURES = {".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".ppm", ".pgm"}
-UNREADABLE = {".heic", ".heif", ".svg", ".psd", ".xcf", ".jxl", ".cr2", ".cr3", ".nef", ".arw", ".dng", ".raw", ".exr"}
-CAPTIONS = (".txt", ".caption")
-MASK = ".mask.png"
-LITTER = {"thumbs.db", "desktop.ini", "__macosx"}
-HELD_OUT = "held out: "  # before the keys of pictures that are not learnt from
-NOTICES = {"skipped", "animated", "colour profile"}  # kinds of fault that no training needs to refuse
+READABLE_IMAGE_SUFFIXES = {
+    ".png",
+    ".jpg",
+    ".jpeg",
+    ".jfif",
+    ".webp",
+    ".bmp",
+    ".gif",
+    ".tif",
+    ".tiff",
+    ".avif",
+    ".ppm",
+    ".pgm",
+}
+UNSUPPORTED_IMAGE_SUFFIXES = {
+    ".heic",
+    ".heif",
+    ".svg",
+    ".psd",
+    ".xcf",
+    ".jxl",
+    ".cr2",
+    ".cr3",
+    ".nef",
+    ".arw",
+    ".dng",
+    ".raw",
+    ".exr",
+}
+CAPTION_SUFFIXES = (".txt", ".caption")
+MASK_SUFFIX = ".mask.png"
+SYSTEM_FILES = {"thumbs.db", "desktop.ini", "__macosx"}
+HELD_OUT_PREFIX = "held out: "  # before the keys of pictures that are not learnt from
+NOTICE_KINDS = {"skipped", "animated", "colour profile"}  # kinds of fault that no training needs to refuse
 
 
-class Fault(NamedTuple):
+class DatasetIssue(NamedTuple):
     """Something wrong with a source: its kind, where it is (a key, or a file and line), and what, in words."""
 
     kind: str
@@ -28,117 +55,119 @@ class Fault(NamedTuple):
     what: str
 
     @property
-    def fatal(self) -> bool:
+    def is_fatal(self) -> bool:
         """Does a training refuse it?"""
-        return self.kind not in NOTICES
+        return self.kind not in NOTICE_KINDS
 
 
 @dataclass(frozen=True, slots=True)
-class Sample:
+class ImageSample:
     """One picture with its caption. `key` names it for good: it depends neither on the order nor on the place."""
 
     key: str
     caption: str
-    picture: Blob
-    mask: Blob | None = None
+    read_image: BytesReader
+    read_mask: BytesReader | None = None
     repeats: int = 1
 
-    def open(self) -> bytes:
+    def read_bytes(self) -> bytes:
         """The picture file's bytes; OSError where they cannot be read."""
-        return self.picture()
+        return self.read_image()
 
 
-class Source(NamedTuple):
+class ImageSource(NamedTuple):
     """What was found, in the order of its keys."""
 
-    samples: Sequence[Sample]
-    faults: Sequence[Fault]
+    samples: Sequence[ImageSample]
+    issues: Sequence[DatasetIssue]
 
 
-class Columns(NamedTuple):
-    """Names of columns; `image` None is `file_name` in a metadata file and `image` in a saved data set."""
+class ColumnNames(NamedTuple):
+    """Names of columns; `image` None is `detect_file_name` in a metadata file and `image` in a saved data set."""
 
     image: str | None = None
     caption: str = "text"
     mask: str = "mask"
 
 
-class Options(NamedTuple):
+class SourceOptions(NamedTuple):
     """How a source is read: its columns, where masks come from, and the caption of pictures that have none."""
 
-    columns: Columns = Columns()
-    masks: Masks = "none"
-    caption: str | None = None
+    columns: ColumnNames = ColumnNames()
+    masks: MaskMode = "none"
+    default_caption: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
-class File:
-    """The bytes of a file, or of `size` bytes in it from `start`, as of a member of a tar."""
+class FileSlice:
+    """The bytes of a file, or of `size` bytes in it from `start_trackers`, as of a member of a tar."""
 
     path: Path
-    start: int = 0
+    offset: int = 0
     size: int = -1
 
     def __call__(self) -> bytes:
         with open(self.path, "rb") as file:
-            file.seek(self.start)
+            file.seek(self.offset)
             data = file.read(self.size)
         if len(data) < self.size:
             raise OSError(f"{self.path}: ends {self.size - len(data)} bytes early")
         return data
 
 
-def litter(name: str) -> bool:
+def is_ignored(name: str) -> bool:
     """Is it a file or folder that no person put there: hidden, thumbnails, a Mac's leavings?"""
-    return name.startswith(".") or name.lower() in LITTER
+    return name.startswith(".") or name.lower() in SYSTEM_FILES
 
 
-def skipped(key: str) -> Fault:
+def skipped_file_issue(key: str) -> DatasetIssue:
     """Why a file that is no picture, caption or mask is left out."""
     suffix = Path(key).suffix.lower()
-    if suffix in UNREADABLE:
-        return Fault("unsupported", key, f"{suffix} pictures cannot be read: convert them to PNG or JPEG")
-    return Fault("skipped", key, "neither a picture nor a caption")
+    if suffix in UNSUPPORTED_IMAGE_SUFFIXES:
+        return DatasetIssue("unsupported", key, f"{suffix} pictures cannot be read: convert them to PNG or JPEG")
+    return DatasetIssue("skipped", key, "neither a picture nor a caption")
 
 
-def captioned(key: str, text: Any, fallback: str | None, faults: list[Fault]) -> str | None:
+def validate_caption(key: str, text: Any, fallback: str | None, issues: list[DatasetIssue]) -> str | None:
     """A caption as it is used, None with a fault where there is none; `text` is what was found for it."""
     if text is None and fallback is not None:
         return fallback
     if text is None:
-        faults.append(Fault("no caption", key, "no caption"))
+        issues.append(DatasetIssue("no caption", key, "no caption"))
     elif not isinstance(text, str):
-        faults.append(Fault("not text", key, f"the caption is {type(text).__name__}, not text"))
+        issues.append(DatasetIssue("not text", key, f"the caption is {type(text).__name__}, not text"))
     elif not text.strip():
-        faults.append(Fault("empty caption", key, "the caption is empty"))
+        issues.append(DatasetIssue("empty caption", key, "the caption is empty"))
     else:
         return text.strip()
     return None
 
 
-def utf8(data: bytes, key: str, faults: list[Fault]) -> str | None:
+def decode_utf8(data: bytes, key: str, issues: list[DatasetIssue]) -> str | None:
     """Text in UTF-8, without its byte-order mark; None with a fault that names the line elsewhere."""
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = data[: error.start].count(b"\n") + 1
-        faults.append(Fault("not UTF-8", key, f"line {line} is not UTF-8"))
+        issues.append(DatasetIssue("not UTF-8", key, f"line {line} is not UTF-8"))
         return None
 
 
-def lacking(column: str, present: Iterable[str], key: str) -> Fault:
+def missing_column(column: str, present: Iterable[str], key: str) -> DatasetIssue:
     """The fault of a column that is not there, with the nearest that is."""
     names = [name for name in present if isinstance(name, str)]
     close = get_close_matches(column, names, 1) or get_close_matches(column.lower(), [n.lower() for n in names], 1, 0.3)
     hint = f"; did you mean {close[0]!r}?" if close else ""
-    return Fault("wrong column", key, f"no column {column!r} among {', '.join(map(repr, names)) or 'none'}{hint}")
+    return DatasetIssue(
+        "wrong column", key, f"no column {column!r} among {', '.join(map(repr, names)) or 'none'}{hint}"
+    )
 
 
-def told_once(samples: Iterable[Sample], faults: list[Fault]) -> list[Sample]:
+def deduplicate(samples: Iterable[ImageSample], issues: list[DatasetIssue]) -> list[ImageSample]:
     """The samples by key, in order; one fault for each key that comes again."""
-    found: dict[str, Sample] = {}
+    found: dict[str, ImageSample] = {}
     for sample in samples:
         if sample.key in found:
-            faults.append(Fault("duplicate", sample.key, "is there twice"))
+            issues.append(DatasetIssue("duplicate", sample.key, "is there twice"))
         found.setdefault(sample.key, sample)
     return [found[key] for key in sorted(found)]

@@ -11,13 +11,13 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-Colour = tuple[int, int, int]
+Color = tuple[int, int, int]
 HUE_WINDOW = 16  # of 256: what counts as one hue, to either side
 
 
 @dataclass(frozen=True)
 class Sprite:
-    """One drawing of one concept. `names` are what it is called, `tags` what it may also be called.
+    """One drawing of one concept. `make_image_names` are what it is called, `tags` what it may also be called.
 
     `mean` is its average colour (RGB, 0 to 255), `paint` the hue, saturation and value (0 to 255) of its one
     dominant colour, None where it has none; `write_sprites` fills in both.
@@ -30,8 +30,8 @@ class Sprite:
     tags: tuple[str, ...] = ()
     group: str = ""
     subgroup: str = ""
-    mean: Colour = (0, 0, 0)
-    paint: Colour | None = None
+    mean: Color = (0, 0, 0)
+    paint: Color | None = None
 
 
 def write_sprites(folder: Path, sprites: Sequence[Sprite], pixels: Iterable[np.ndarray], size: int = 128) -> None:
@@ -41,7 +41,7 @@ def write_sprites(folder: Path, sprites: Sequence[Sprite], pixels: Iterable[np.n
     records = []
     for row, sprite, rgba in zip(array, sprites, pixels, strict=True):
         row[:] = rgba
-        mean, paint = colours(rgba)
+        mean, paint = measure_colors(rgba)
         records.append(json.dumps(asdict(replace(sprite, mean=mean, paint=paint))))
     array.flush()
     (folder / "sprites.jsonl").write_text("\n".join(records) + "\n")
@@ -50,15 +50,15 @@ def write_sprites(folder: Path, sprites: Sequence[Sprite], pixels: Iterable[np.n
 def read_sprites(folder: Path) -> tuple[list[Sprite], np.ndarray]:
     """The records, and the pixels as a memory map."""
     lines = (folder / "sprites.jsonl").read_text().splitlines()
-    return [from_json(line) for line in lines], np.load(folder / "sprites.npy", mmap_mode="r")
+    return [sprite_from_json(line) for line in lines], np.load(folder / "sprites.npy", mmap_mode="r")
 
 
-def from_json(line: str) -> Sprite:
+def sprite_from_json(line: str) -> Sprite:
     fields: dict[str, Any] = json.loads(line)
     return Sprite(**fields | {key: tuple(value) for key, value in fields.items() if isinstance(value, list)})
 
 
-def colours(rgba: np.ndarray) -> tuple[Colour, Colour | None]:
+def measure_colors(rgba: np.ndarray) -> tuple[Color, Color | None]:
     """A sprite's mean colour, and its dominant (hue, saturation, value) where one hue covers it clearly.
 
     Clearly: four fifths of its saturated pixels, and two fifths of all, lie within HUE_WINDOW of that hue.
@@ -72,13 +72,13 @@ def colours(rgba: np.ndarray) -> tuple[Colour, Colour | None]:
     counts = np.bincount(vivid[:, 0], minlength=256)
     window = sum(np.roll(counts, shift) for shift in range(-HUE_WINDOW, HUE_WINDOW + 1))
     hue = int(np.argmax(window))
-    near = vivid[apart(vivid[:, 0], hue) <= HUE_WINDOW]
+    near = vivid[hue_distance(vivid[:, 0], hue) <= HUE_WINDOW]
     if len(near) < max(0.8 * len(vivid), 0.4 * len(pixels), 1):
         return (red, green, blue), None
     centre = hue + np.median((near[:, 0].astype(int) - hue + 128) % 256 - 128)
     return (red, green, blue), (int(centre) % 256, int(np.median(near[:, 1])), int(np.median(near[:, 2])))
 
 
-def apart(hue: np.ndarray, other: int) -> np.ndarray:
+def hue_distance(hue: np.ndarray, other: int) -> np.ndarray:
     """Distance on the colour circle of 256 hues."""
     return np.abs((hue.astype(np.int16) - other + 128) % 256 - 128)

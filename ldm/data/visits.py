@@ -9,20 +9,20 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ldm.rng import keyed
+from ldm.rng import derive_seed
 
-ROUNDS = 12
-GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+FEISTEL_ROUNDS = 12
+GOLDEN_GAMMA = np.uint64(0x9E3779B97F4A7C15)
 
 
-class Visit(NamedTuple):
+class SampleIndex(NamedTuple):
     """One showing of a sample: its index, and how often it was shown before."""
 
-    sample: int
-    number: int
+    row: int
+    times_seen: int
 
 
-class Visits:
+class BucketBatchSampler:
     """Batches of `batch` visits, each from one bucket; `visits[k]` is that of step k, for k = 0, 1, ... without end.
 
     Every bucket is an endless stream of passes through its samples, each `repeats` times a pass, in an order of its own
@@ -32,55 +32,59 @@ class Visits:
     the samples of small buckets more often, dropping what is left would show them less.
     """
 
-    def __init__(self, repeats: Sequence[int], buckets: Sequence[int], batch: int, seed: int) -> None:
+    def __init__(self, repeats: Sequence[int], buckets: Sequence[int], batch_size: int, seed: int) -> None:
         """`buckets[i]` is the number of sample i's bucket. ValueError where nothing is to be seen."""
         counts, homes = np.asarray(repeats, np.int64), np.asarray(buckets, np.int64)
-        if batch < 1 or len(counts) == 0 or counts.min() < 1:
+        if batch_size < 1 or len(counts) == 0 or counts.min() < 1:
             raise ValueError("visits: need a sample, a batch of one or more, and every sample at least once")
-        self.batch, self.seed, self.repeats = batch, seed, counts
-        self.members = [np.flatnonzero(homes == home) for home in np.unique(homes)]
-        self.ends = [np.cumsum(counts[rows]) for rows in self.members]  # of each sample's turns in a pass
-        self.lengths = np.array([ends[-1] for ends in self.ends])  # visits in a pass
+        self.batch_size, self.seed, self.repeats = batch_size, seed, counts
+        self.bucket_samples = [np.flatnonzero(homes == home) for home in np.unique(homes)]
+        self.cumulative_repeats = [
+            np.cumsum(counts[rows]) for rows in self.bucket_samples
+        ]  # of each sample's turns in a pass
+        self.pass_lengths = np.array([ends[-1] for ends in self.cumulative_repeats])  # visits in a pass
 
-    def before(self, epoch: int) -> int:
+    def first_step(self, epoch: int) -> int:
         """Steps before an epoch: sum over buckets of floor(epoch * length / batch)."""
-        return int(self._cut(epoch).sum())
+        return int(self._num_whole_batches(epoch).sum())
 
-    def epoch(self, k: int) -> int:
+    def epoch_of_step(self, k: int) -> int:
         """The epoch of step k, by bisection."""
-        beyond = (k + len(self.lengths) + 1) * self.batch // int(self.lengths.sum()) + 2
-        return bisect_right(range(beyond), k, key=self.before) - 1
+        beyond = (k + len(self.pass_lengths) + 1) * self.batch_size // int(self.pass_lengths.sum()) + 2
+        return bisect_right(range(beyond), k, key=self.first_step) - 1
 
-    def __getitem__(self, k: int) -> list[Visit]:
-        bucket, nth = self._batch(k)
-        at = np.arange(nth * self.batch, (nth + 1) * self.batch)
-        passes, turns = np.divmod(at, self.lengths[bucket])
-        turns = shuffled(turns, int(self.lengths[bucket]), self._keys("pass", bucket, passes))
-        member = np.searchsorted(self.ends[bucket], turns, side="right")
-        samples = self.members[bucket][member]
+    def __getitem__(self, k: int) -> list[SampleIndex]:
+        bucket, nth = self._locate_batch(k)
+        at = np.arange(nth * self.batch_size, (nth + 1) * self.batch_size)
+        passes, turns = np.divmod(at, self.pass_lengths[bucket])
+        turns = permute_indices(turns, int(self.pass_lengths[bucket]), self._permutation_keys("pass", bucket, passes))
+        member = np.searchsorted(self.cumulative_repeats[bucket], turns, side="right")
+        samples = self.bucket_samples[bucket][member]
         times = self.repeats[samples]
-        numbers = passes * times + turns - (self.ends[bucket][member] - times)
-        return [Visit(int(sample), int(number)) for sample, number in zip(samples, numbers, strict=True)]
+        numbers = passes * times + turns - (self.cumulative_repeats[bucket][member] - times)
+        return [SampleIndex(int(sample), int(number)) for sample, number in zip(samples, numbers, strict=True)]
 
-    def _cut(self, epoch: int) -> np.ndarray:
-        return epoch * self.lengths // self.batch
+    def _num_whole_batches(self, epoch: int) -> np.ndarray:
+        return epoch * self.pass_lengths // self.batch_size
 
-    def _batch(self, k: int) -> tuple[int, int]:
+    def _locate_batch(self, k: int) -> tuple[int, int]:
         """The bucket of step k, and which of its batches it is."""
-        epoch = self.epoch(k)
-        first, last = self._cut(epoch), self._cut(epoch + 1)
+        epoch = self.epoch_of_step(k)
+        first, last = self._num_whole_batches(epoch), self._num_whole_batches(epoch + 1)
         ends = np.cumsum(last - first)
-        at = np.array([k - self.before(epoch)])
-        place = int(shuffled(at, int(ends[-1]), np.array([keyed(self.seed, "epoch", epoch)], np.uint64))[0])
+        at = np.array([k - self.first_step(epoch)])
+        place = int(
+            permute_indices(at, int(ends[-1]), np.array([derive_seed(self.seed, "epoch", epoch)], np.uint64))[0]
+        )
         bucket = int(np.searchsorted(ends, place, side="right"))
         return bucket, int(last[bucket] - (ends[bucket] - place))
 
-    def _keys(self, purpose: str, bucket: int, passes: np.ndarray) -> np.ndarray:
-        found = {p: keyed(self.seed, purpose, bucket, p) for p in set(passes.tolist())}
+    def _permutation_keys(self, purpose: str, bucket: int, passes: np.ndarray) -> np.ndarray:
+        found = {p: derive_seed(self.seed, purpose, bucket, p) for p in set(passes.tolist())}
         return np.array([found[p] for p in passes.tolist()], np.uint64)
 
 
-def shuffled(at: np.ndarray, n: int, keys: np.ndarray) -> np.ndarray:
+def permute_indices(indices: np.ndarray, n: int, keys: np.ndarray) -> np.ndarray:
     """Elements `at` of the permutations of range(n) that belong to 64-bit keys, each without computing the others.
 
     A Feistel network on a x b > n numbers, walked until it comes back below n (Black & Rogaway 2002, section 5). `at`
@@ -88,22 +92,26 @@ def shuffled(at: np.ndarray, n: int, keys: np.ndarray) -> np.ndarray:
     """
     a = math.isqrt(n) + 1
     sides = np.uint64(a), np.uint64(n // a + 1)
-    starts = mixed(keys + np.arange(1, ROUNDS + 1, dtype=np.uint64)[:, None] * GOLDEN)  # [ROUNDS, m]
-    x = _feistel(at.astype(np.uint64), sides, starts)
+    starts = splitmix64_finalizer(
+        keys + np.arange(1, FEISTEL_ROUNDS + 1, dtype=np.uint64)[:, None] * GOLDEN_GAMMA
+    )  # [ROUNDS, m]
+    x = _feistel(indices.astype(np.uint64), sides, starts)
     while (out := x >= n).any():
         x = np.where(out, _feistel(x, sides, starts), x)
     return x.astype(np.int64)
 
 
-def _feistel(x: np.ndarray, sides: tuple[np.uint64, np.uint64], starts: np.ndarray) -> np.ndarray:
-    halves = list(np.divmod(x, sides[1]))
-    for r, start in enumerate(starts):
+def _feistel(x: np.ndarray, radices: tuple[np.uint64, np.uint64], round_keys: np.ndarray) -> np.ndarray:
+    halves = list(np.divmod(x, radices[1]))
+    for r, start in enumerate(round_keys):
         one, other = r % 2, 1 - r % 2
-        halves[one] = (halves[one] + mixed(start + halves[other] * GOLDEN) % sides[one]) % sides[one]
-    return halves[0] * sides[1] + halves[1]
+        halves[one] = (
+            halves[one] + splitmix64_finalizer(start + halves[other] * GOLDEN_GAMMA) % radices[one]
+        ) % radices[one]
+    return halves[0] * radices[1] + halves[1]
 
 
-def mixed(z: np.ndarray) -> np.ndarray:
+def splitmix64_finalizer(z: np.ndarray) -> np.ndarray:
     """Every bit of 64 changed by every bit: SplitMix's finaliser (Steele, Lea & Flood 2014, figure 14)."""
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)

@@ -10,27 +10,27 @@ from torch import Tensor
 
 from ldm.conditioning import Conditioning
 from ldm.diffusion.prediction import Prediction
-from ldm.diffusion.sde import VPSDE, Point, per_image
+from ldm.diffusion.sde import VPSDE, NoiseLevel, append_dims
 
-Levels = Point | Sequence[Point]  # one for all rows, or one per row
-Denoise = Callable[[Tensor, Levels], Tensor]  # (x, levels) -> E[x_0 | x], float32
+NoiseLevels = NoiseLevel | Sequence[NoiseLevel]  # one for all rows, or one per row
+Denoise = Callable[[Tensor, NoiseLevels], Tensor]  # (x, levels) -> E[x_0 | x], float32
 Network = Callable[[Tensor, Tensor, Conditioning], Tensor]  # (x, timesteps [B] float32, cond) -> output
 
 
-def points(levels: Levels) -> Sequence[Point]:
+def as_level_list(levels: NoiseLevels) -> Sequence[NoiseLevel]:
     """Levels as a list: of one point for all rows, or of one per row."""
-    return [levels] if isinstance(levels, Point) else levels
+    return [levels] if isinstance(levels, NoiseLevel) else levels
 
 
 @dataclass
-class Counted:
+class CountNFE:
     """A denoiser that counts its `evaluations`."""
 
     denoise: Denoise
-    evaluations: int = 0
+    nfe: int = 0
 
-    def __call__(self, x: Tensor, levels: Levels) -> Tensor:
-        self.evaluations += 1
+    def __call__(self, x: Tensor, levels: NoiseLevels) -> Tensor:
+        self.nfe += 1
         return self.denoise(x, levels)
 
 
@@ -43,21 +43,21 @@ class Denoiser:
     prediction: Prediction
     dtype: torch.dtype = torch.float32
 
-    def __call__(self, x: Tensor, levels: Levels, cond: Conditioning) -> Tensor:
+    def __call__(self, x: Tensor, levels: NoiseLevels, cond: Conditioning) -> Tensor:
         """E[x_0 | x] [B, ...], float32. Raises ValueError where the output leaves it open: eps, SNR 0."""
-        t, alpha, sigma = torch.tensor(points(levels), dtype=torch.float64).unbind(1)
+        t, alpha, sigma = torch.tensor(as_level_list(levels), dtype=torch.float64).unbind(1)
         if not self.prediction.jacobian(alpha, sigma).isfinite().all():
             raise ValueError("a network of eps or score cannot start at zero SNR: choose spacing karras or log_snr")
-        x, output = x.float(), self.output(x, t, cond)
-        return self.prediction.to_x0(output, x, per_image(alpha, x), per_image(sigma, x))
+        x, output = x.float(), self.network_output(x, t, cond)
+        return self.prediction.to_x0(output, x, append_dims(alpha, x), append_dims(sigma, x))
 
-    def output(self, x: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
+    def network_output(self, x: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
         """The network's own output, float32; x [B, ...], t [B] or [1] on the host."""
         timesteps = self.sde.timestep(t).float().to(x.device, non_blocking=True)
         return self.network(x.to(self.dtype), timesteps.expand(len(x)), cond).float()
 
-    def score(self, x: Tensor, levels: Levels, cond: Conditioning) -> Tensor:
+    def score(self, x: Tensor, levels: NoiseLevels, cond: Conditioning) -> Tensor:
         """grad log p_t(x) = (alpha E[x_0 | x] - x) / sigma^2: Tweedie's formula (Efron 2011, eq. 1.4)."""
-        _, alpha, sigma = torch.tensor(points(levels), dtype=torch.float64).unbind(1)
+        _, alpha, sigma = torch.tensor(as_level_list(levels), dtype=torch.float64).unbind(1)
         x0 = self(x, levels, cond)
-        return (per_image(alpha, x0) * x0 - x) / per_image(sigma, x0) ** 2
+        return (append_dims(alpha, x0) * x0 - x) / append_dims(sigma, x0) ** 2

@@ -10,25 +10,25 @@ import torch
 from torch import Tensor
 
 from ldm.conditioning import Conditioning
-from ldm.diffusion.denoiser import Denoise, Denoiser, Levels, points
+from ldm.diffusion.denoiser import Denoise, Denoiser, NoiseLevels, as_level_list
 from ldm.diffusion.prediction import Prediction
-from ldm.diffusion.sde import Point, per_image
+from ldm.diffusion.sde import NoiseLevel, append_dims
 
-EVERYWHERE = (0.0, math.inf)  # the interval that leaves no noise level out
+FULL_INTERVAL = (0.0, math.inf)  # the interval that leaves no noise level out
 
 
-def guide(
+def classifier_free_guidance(
     denoiser: Denoiser,
     cond: Conditioning,
     uncond: Conditioning,
     scale: float | Tensor,
     rescale: float | Tensor = 0.0,
-    interval: tuple[float, float] | Tensor = EVERYWHERE,
+    interval: tuple[float, float] | Tensor = FULL_INTERVAL,
 ) -> Denoise:
     """Classifier-free guidance: x0 = u + scale (c - u), without and with text (Ho & Salimans 2022, eq. 6).
 
     Guiding x0 is guiding eps, v or the score by the same scale: each is affine in x0 with coefficients of
-    (x, t) alone, and the weights scale and 1 - scale sum to 1. `rescale` is `rescaled`'s share; `interval` (low, high)
+    (x, t) alone, and the weights scale and 1 - scale sum to 1. `rescale` is `rescale_cfg`'s share; `interval` (low, high)
     guides only while low < sigma/alpha <= high (Kynkaanniemi et al. 2024). Each is one value or one per
     row ([B], [B], [B, 2]), on the host. A row with scale 1 or outside its interval is conditional only: nothing
     unconditional is evaluated for it. All else shares one call of the network. ValueError for a share outside
@@ -36,7 +36,7 @@ def guide(
     """
     scales, shares = (torch.as_tensor(value, dtype=torch.float32).expand(len(cond)) for value in (scale, rescale))
     bounds = torch.as_tensor(interval, dtype=torch.float64).expand(len(cond), 2).tolist()
-    _check(shares.tolist(), bounds)
+    _check_guidance(shares.tolist(), bounds)
     eligible = (scales != 1).nonzero().flatten().tolist()
 
     @lru_cache(maxsize=4)
@@ -45,39 +45,41 @@ def guide(
             extra = torch.tensor(rows).to(cond.context.device, non_blocking=True)
             return extra, Conditioning.cat([cond, uncond[extra]])
 
-    def denoise(x: Tensor, levels: Levels) -> Tensor:
-        level = points(levels)
+    def denoise(x: Tensor, levels: NoiseLevels) -> Tensor:
+        level = as_level_list(levels)
         of_row = level if len(level) > 1 else [level[0]] * len(x)
-        rows = [i for i in eligible if bounds[i][0] < _ratio(of_row[i]) <= bounds[i][1]]
+        rows = [i for i in eligible if bounds[i][0] < _noise_to_signal(of_row[i]) <= bounds[i][1]]
         if not rows:
             return denoiser(x, levels, cond)
         extra, both = joined(tuple(rows))
         asked = [of_row[i] for i in rows]
         doubled = level if len(level) == 1 else [*level, *asked]
         c, u = denoiser(torch.cat([x, x[extra]]), doubled, both).split([len(x), len(rows)])
-        guided = u + per_image(scales[rows], u) * (c[extra] - u)
+        guided = u + append_dims(scales[rows], u) * (c[extra] - u)
         if shares[rows].any():
-            guided = rescaled(guided, c[extra], x[extra], asked, denoiser.prediction, shares[rows])
+            guided = rescale_cfg(guided, c[extra], x[extra], asked, denoiser.prediction, shares[rows])
         return c.index_copy(0, extra, guided)
 
     return denoise
 
 
-def rescaled(x0: Tensor, cond: Tensor, x: Tensor, levels: Levels, prediction: Prediction, share: Tensor) -> Tensor:
+def rescale_cfg(
+    x0: Tensor, x0_cond: Tensor, x: Tensor, levels: NoiseLevels, prediction: Prediction, rescale: Tensor
+) -> Tensor:
     """Guided output o scaled towards the deviation of the conditional c: share std(c)/std(o) o + (1 - share) o.
 
     Lin et al. 2024 (arXiv 2305.08891), eqs. 15 and 16, on the network's own output, each image's deviation its own.
     The output is (x0 - base) / jacobian, base the x0 of output 0, so that scaling it is scaling x0 - base. Guided x0,
     conditional x0 and x [B, ...]; share [B] on the host.
     """
-    _, alpha, sigma = torch.tensor(points(levels), dtype=torch.float64).unbind(1)
-    base = prediction.to_x0(torch.zeros_like(x0), x.to(x0), per_image(alpha, x0), per_image(sigma, x0))
-    ratio = (cond - base).flatten(1).std(1) / (x0 - base).flatten(1).std(1)
-    factor = torch.lerp(torch.ones_like(ratio), ratio, per_image(share, ratio))
+    _, alpha, sigma = torch.tensor(as_level_list(levels), dtype=torch.float64).unbind(1)
+    base = prediction.to_x0(torch.zeros_like(x0), x.to(x0), append_dims(alpha, x0), append_dims(sigma, x0))
+    ratio = (x0_cond - base).flatten(1).std(1) / (x0 - base).flatten(1).std(1)
+    factor = torch.lerp(torch.ones_like(ratio), ratio, append_dims(rescale, ratio))
     return torch.lerp(base, x0, factor.reshape(-1, *[1] * (x0.ndim - 1)))  # factor 1 leaves x0 bit for bit
 
 
-def autoguide(good: Denoise, bad: Denoise, scale: float | Tensor) -> Denoise:
+def autoguidance(good: Denoise, bad: Denoise, scale: float | Tensor) -> Denoise:
     """Autoguidance by a worse model of the same data: x0 = bad + scale (good - bad) (Karras et al. 2024, eq. 3).
 
     `scale` is one number or one per row [B], on the host; where it is 1 the answer is the good model's, bit for bit,
@@ -87,22 +89,22 @@ def autoguide(good: Denoise, bad: Denoise, scale: float | Tensor) -> Denoise:
     if (scales == 1).all():
         return good
 
-    def denoise(x: Tensor, levels: Levels) -> Tensor:
+    def denoise(x: Tensor, levels: NoiseLevels) -> Tensor:
         x0 = good(x, levels)
-        return torch.lerp(bad(x, levels), x0, per_image(scales, x0))
+        return torch.lerp(bad(x, levels), x0, append_dims(scales, x0))
 
     return denoise
 
 
-def _check(shares: Sequence[float], bounds: Sequence[Sequence[float]]) -> None:
-    for share in shares:
+def _check_guidance(rescales: Sequence[float], intervals: Sequence[Sequence[float]]) -> None:
+    for share in rescales:
         if not 0 <= share <= 1:
             raise ValueError(f"guidance rescale {share:g}: between 0 and 1 is needed")
-    for low, high in bounds:
+    for low, high in intervals:
         if not 0 <= low < high:
             raise ValueError(f"guidance interval ({low:g}, {high:g}): 0 <= low < high is needed, in sigma/alpha")
 
 
-def _ratio(level: Point) -> float:
+def _noise_to_signal(level: NoiseLevel) -> float:
     """sigma / alpha, infinite at zero SNR."""
     return level.sigma / level.alpha if level.alpha > 0 else math.inf

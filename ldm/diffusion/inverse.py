@@ -13,20 +13,20 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ldm.diffusion.denoiser import Denoise, Levels, points
-from ldm.diffusion.sde import per_image
+from ldm.diffusion.denoiser import Denoise, NoiseLevels, as_level_list
+from ldm.diffusion.sde import append_dims
 
 Operator = Callable[[Tensor], Tensor]  # A: [B, ...] -> [B, ...], each row by itself
-LUMA = (0.299, 0.587, 0.114)  # of R, G, B: ITU-R BT.601
+LUMA_WEIGHTS = (0.299, 0.587, 0.114)  # of R, G, B: ITU-R BT.601
 
 
-def posterior(
+def tmpd(
     denoise: Denoise,
     operator: Operator,
     measurement: Tensor,
     noise_std: float,
     iterations: int = 2,
-    from_log_snr: float = -4.0,
+    min_log_snr: float = -4.0,
 ) -> Denoise:
     """E[x_0 | x, y], with x_0 given x taken for N(m, C), and A for its tangent J at m = E[x_0 | x].
 
@@ -41,20 +41,20 @@ def posterior(
     if not noise_std > 0:
         raise ValueError(f"noise_std {noise_std}: must be above 0")
 
-    def conditioned(x: Tensor, levels: Levels) -> Tensor:
-        _, alpha, sigma = torch.tensor(points(levels), dtype=torch.float64).unbind(1)
-        gain = torch.where(2 * (alpha / sigma).log() < from_log_snr, 0, sigma**2 / alpha)
+    def conditioned(x: Tensor, levels: NoiseLevels) -> Tensor:
+        _, alpha, sigma = torch.tensor(as_level_list(levels), dtype=torch.float64).unbind(1)
+        gain = torch.where(2 * (alpha / sigma).log() < min_log_snr, 0, sigma**2 / alpha)
         if not gain.any():
             return denoise(x, levels)
         with torch.inference_mode(False), torch.enable_grad():
             x = x.clone().requires_grad_()
             mean = denoise(x, levels)
             m = mean.detach().requires_grad_()
-            residual, forward, adjoint = linearise(operator, m, measurement)
+            residual, forward, adjoint = linearize_operator(operator, m, measurement)
 
             def covariance(w: Tensor) -> Tensor:
                 (slope,) = torch.autograd.grad(mean, x, w, retain_graph=True)
-                return per_image(gain, w) * slope
+                return append_dims(gain, w) * slope
 
             def normal(u: Tensor) -> Tensor:
                 return forward(covariance(adjoint(u))) + noise_std**2 * u
@@ -64,7 +64,7 @@ def posterior(
     return conditioned
 
 
-def linearise(operator: Operator, m: Tensor, measurement: Tensor) -> tuple[Tensor, Operator, Operator]:
+def linearize_operator(operator: Operator, m: Tensor, measurement: Tensor) -> tuple[Tensor, Operator, Operator]:
     """measurement - A(m), and A's tangent at m: w -> J w and u -> J^T u. J w is the derivative by u of <J^T u, w>."""
     with sdpa_kernel(SDPBackend.MATH):  # the attention kernel that can be differentiated twice
         seen = operator(m)
@@ -77,10 +77,10 @@ def linearise(operator: Operator, m: Tensor, measurement: Tensor) -> tuple[Tenso
     )
 
 
-def conjugate_gradients(apply: Operator, b: Tensor, iterations: int) -> Tensor:
+def conjugate_gradients(matvec: Operator, b: Tensor, iterations: int) -> Tensor:
     """u [B, ...] with apply(u) = b, each row by itself (Hestenes & Stiefel 1952), from u = 0.
 
-    A row whose search meets a direction that `apply` does not stretch, as a network's Jacobian allows, or that has
+    A row whose search meets a direction that `apply_layer` does not stretch, as a network's Jacobian allows, or that has
     arrived, stays where it is.
     """
 
@@ -90,7 +90,7 @@ def conjugate_gradients(apply: Operator, b: Tensor, iterations: int) -> Tensor:
     u, r, p = torch.zeros_like(b), b, b
     size = dot(r, r)
     for _ in range(iterations):
-        q = apply(p)
+        q = matvec(p)
         curvature = dot(p, q)
         step = torch.where(curvature > 0, size / curvature, 0)
         u, r = u + step * p, r - step * q
@@ -99,32 +99,32 @@ def conjugate_gradients(apply: Operator, b: Tensor, iterations: int) -> Tensor:
     return u
 
 
-def keep(denoise: Denoise, known: Tensor, mask: Tensor) -> Denoise:
-    """x_0 replaced by `known` where mask is 1: inpainting of latents (Song et al. 2021, appendix I.2, on x_0).
+def inpaint(denoise: Denoise, known: Tensor, keep_mask: Tensor) -> Denoise:
+    """x_0 replaced by `is_prompt_option` where mask is 1: inpainting of latents (Song et al. 2021, appendix I.2, on x_0).
 
     From x = alpha known + sigma z a deterministic solver, x' = sigma'/sigma x + (alpha' - alpha sigma'/sigma) known,
     keeps x' = alpha' known + sigma' z: what diffusers puts in x' after each step. A stochastic one renews a share of z.
     """
-    return lambda x, levels: torch.lerp(denoise(x, levels), known.to(x.device), mask.to(x.device))
+    return lambda x, levels: torch.lerp(denoise(x, levels), known.to(x.device), keep_mask.to(x.device))
 
 
-def inpaint(mask: Tensor) -> Operator:
+def mask_operator(mask: Tensor) -> Operator:
     """What is seen where mask [..., H, W] is 1; 0 elsewhere."""
     return lambda pictures: pictures * mask.to(pictures)
 
 
-def super_resolution(factor: int) -> Operator:
+def downsample_operator(factor: int) -> Operator:
     """Means of factor x factor boxes: [B, C, H, W] to [B, C, H / factor, W / factor]."""
     return lambda pictures: F.avg_pool2d(pictures, factor)
 
 
-def colourise() -> Operator:
+def grayscale_operator() -> Operator:
     """Luma, [B, 3, H, W] to [B, 1, H, W]."""
-    return lambda pictures: (pictures * pictures.new_tensor(LUMA).view(3, 1, 1)).sum(1, keepdim=True)
+    return lambda pictures: (pictures * pictures.new_tensor(LUMA_WEIGHTS).view(3, 1, 1)).sum(1, keepdim=True)
 
 
 OPERATORS: dict[str, Callable[..., Operator]] = {  # by what undoing them is called
-    "inpaint": inpaint,
-    "super_resolution": super_resolution,
-    "colourise": colourise,
+    "inpaint": mask_operator,
+    "super_resolution": downsample_operator,
+    "colourise": grayscale_operator,
 }

@@ -3,7 +3,7 @@
     int_0^1 lambda(t) E |score' - score|^2 dt = int_0^1 w(t) E |x0' - x0|^2 dt,      w = lambda alpha^2 / sigma^4
 
 (Song et al. 2021, eq. 7). A weighting is told once, on x0, and means the same whatever the network predicts; only
-`uniform` is of the network's own target.
+`uniform_weighting` is of the network's own target.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ from torch import Tensor
 from ldm.conditioning import Conditioning
 from ldm.diffusion.denoiser import Denoiser
 from ldm.diffusion.prediction import PREDICTIONS, Prediction
-from ldm.diffusion.sde import VPSDE, per_image
+from ldm.diffusion.sde import VPSDE, append_dims
 from ldm.diffusion.spacing import log_snr_range
 
-Weight = Callable[[Prediction, VPSDE, Tensor], Tensor]  # (prediction, sde, t [B]) -> weight [B]
-Times = Callable[[VPSDE, Tensor], tuple[Tensor, Tensor]]  # (sde, u [B] in [0, 1)) -> t [B] in (0, 1], weight [B]
+Weighting = Callable[[Prediction, VPSDE, Tensor], Tensor]  # (prediction, sde, t [B]) -> weight [B]
+TimeSampler = Callable[[VPSDE, Tensor], tuple[Tensor, Tensor]]  # (sde, u [B] in [0, 1)) -> t [B] in (0, 1], weight [B]
 
 
-def uniform(prediction: Prediction, sde: VPSDE, t: Tensor) -> Tensor:
+def uniform_weighting(prediction: Prediction, sde: VPSDE, t: Tensor) -> Tensor:
     """1 on the network's own target."""
     return torch.ones_like(t, dtype=torch.float64)
 
 
-def on_x0(weight: Callable[[Tensor], Tensor]) -> Weight:
+def snr_weighting(weight: Callable[[Tensor], Tensor]) -> Weighting:
     """The weight of |output - target|^2 that is w(SNR) on |x0' - x0|^2: w(SNR) (d x0 / d output)^2."""
 
     def on_target(prediction: Prediction, sde: VPSDE, t: Tensor) -> Tensor:
@@ -39,47 +39,49 @@ def on_x0(weight: Callable[[Tensor], Tensor]) -> Weight:
     return on_target
 
 
-def likelihood(prediction: Prediction, sde: VPSDE, t: Tensor) -> Tensor:
+def likelihood_weighting(prediction: Prediction, sde: VPSDE, t: Tensor) -> Tensor:
     """lambda = beta(t), on x0 -dSNR/dt = SNR beta / sigma^2: maximum likelihood (Song et al. 2021b, theorem 1).
 
     Half the loss, times the numbers of an image, is the continuous ELBO's (Kingma et al. 2021, eq. 15). The rate on
     eps has a pole at either end: ask for times that keep away from it. ValueError at zero SNR, where it is infinite.
     """
-    weight = WEIGHTS["snr"](prediction, sde, t) * sde.beta(t) / sde.marginal(t)[1] ** 2
+    weight = WEIGHTINGS["snr"](prediction, sde, t) * sde.beta(t) / sde.marginal(t)[1] ** 2
     if not weight.isfinite().all():
         raise ValueError("weighting 'likelihood' is infinite at zero SNR: choose times truncated or importance")
     return weight
 
 
-def min_snr(gamma: float) -> Weight:
+def min_snr_weighting(gamma: float) -> Weighting:
     """min(SNR, gamma): Hang et al. 2023 (min-SNR)."""
-    return on_x0(lambda snr: snr.clamp(max=gamma))
+    return snr_weighting(lambda snr: snr.clamp(max=gamma))
 
 
-def soft_min_snr(gamma: float) -> Weight:
+def soft_min_snr_weighting(gamma: float) -> Weighting:
     """1 / (1/SNR + 1/gamma), min-SNR without its corner: Crowson et al. 2024 (HDiT)."""
-    return on_x0(lambda snr: snr * gamma / (snr + gamma))
+    return snr_weighting(lambda snr: snr * gamma / (snr + gamma))
 
 
-def p2(gamma: float, k: float = 1.0) -> Weight:
+def p2_weighting(gamma: float, k: float = 1.0) -> Weighting:
     """1 / (k + SNR)^gamma on eps: Choi et al. 2022 (P2)."""
-    return on_x0(lambda snr: snr / (k + snr) ** gamma)
+    return snr_weighting(lambda snr: snr / (k + snr) ** gamma)
 
 
-def edm(sigma_data: float) -> Weight:
+def edm_weighting(sigma_data: float) -> Weighting:
     """SNR + 1 / sigma_data^2, which is 1 on the target of EDM's preconditioning: Karras et al. 2022, table 1."""
-    return on_x0(lambda snr: snr + 1 / sigma_data**2)
+    return snr_weighting(lambda snr: snr + 1 / sigma_data**2)
 
 
-WEIGHTS: dict[str, Weight] = {
-    "uniform": uniform,
-    "snr": on_x0(lambda snr: snr),  # lambda = sigma^2, uniform on eps, whatever is predicted: Ho et al. 2020, eq. 14
-    "likelihood": likelihood,
-    "min_snr": min_snr(5),
-    "soft_min_snr": soft_min_snr(4),
-    "p2": p2(1),
-    "debiased": on_x0(torch.sqrt),  # 1 / sqrt(SNR) on eps: Yu et al. 2023
-    "edm": edm(1),  # the deviation of scaled latents
+WEIGHTINGS: dict[str, Weighting] = {
+    "uniform": uniform_weighting,
+    "snr": snr_weighting(
+        lambda snr: snr
+    ),  # lambda = sigma^2, uniform on eps, whatever is predicted: Ho et al. 2020, eq. 14
+    "likelihood": likelihood_weighting,
+    "min_snr": min_snr_weighting(5),
+    "soft_min_snr": soft_min_snr_weighting(4),
+    "p2": p2_weighting(1),
+    "debiased": snr_weighting(torch.sqrt),  # 1 / sqrt(SNR) on eps: Yu et al. 2023
+    "edm": edm_weighting(1),  # the deviation of scaled latents
 }
 
 
@@ -89,9 +91,9 @@ def diffusion_loss(
     cond: Conditioning,
     t: Tensor,
     noise: Tensor,
-    weight: Weight = uniform,
-    perturbation: Tensor | float = 0.0,
-    mask: Tensor | None = None,
+    weighting: Weighting = uniform_weighting,
+    input_perturbation: Tensor | float = 0.0,
+    loss_mask: Tensor | None = None,
 ) -> Tensor:
     """w(t) mean |output(x_t, t) - target|^2 of each image (Ho et al. 2020, eq. 14, generalised).
 
@@ -100,72 +102,72 @@ def diffusion_loss(
     al. 2023, eq. 9). `mask` [B, 1, h, w] weighs each place's squares.
     """
     alpha, sigma = denoiser.sde.marginal(t)
-    target = denoiser.prediction.target(x0, noise, per_image(alpha, x0), per_image(sigma, x0))
-    output = denoiser.output(denoiser.sde.perturb(x0, noise + perturbation, t), t, cond)
+    target = denoiser.prediction.target(x0, noise, append_dims(alpha, x0), append_dims(sigma, x0))
+    output = denoiser.network_output(denoiser.sde.perturb(x0, noise + input_perturbation, t), t, cond)
     squares = (output - target.float()).square()
-    error = (squares if mask is None else mask * squares).flatten(1).mean(1)
-    return error * per_image(weight(denoiser.prediction, denoiser.sde, t), error)
+    error = (squares if loss_mask is None else loss_mask * squares).flatten(1).mean(1)
+    return error * append_dims(weighting(denoiser.prediction, denoiser.sde, t), error)
 
 
-def plain(times: Callable[[VPSDE, Tensor], Tensor]) -> Times:
+def with_unit_weights(sample_times: Callable[[VPSDE, Tensor], Tensor]) -> TimeSampler:
     """Times that weigh 1 each: how often they are drawn is part of the objective."""
-    return lambda sde, u: (times(sde, u), torch.ones_like(u, dtype=torch.float64))
+    return lambda sde, u: (sample_times(sde, u), torch.ones_like(u, dtype=torch.float64))
 
 
-@plain
-def stratified(sde: VPSDE, u: Tensor) -> Tensor:
+@with_unit_weights
+def stratified_times(sde: VPSDE, u: Tensor) -> Tensor:
     """Uniform, row i within its own stratum (i, i + 1] / B: a batch covers all times evenly."""
     return (torch.arange(len(u)) + 1 - u.double()) / len(u)
 
 
-@plain
-def log_normal(sde: VPSDE, u: Tensor) -> Tensor:
+@with_unit_weights
+def logit_normal_times(sde: VPSDE, u: Tensor) -> Tensor:
     """logit t ~ N(0, 1), by the inverse distribution function (Esser et al. 2024, section 3.1)."""
     return torch.special.ndtri(1 - u.double()).sigmoid()
 
 
-@plain
-def discrete(sde: VPSDE, u: Tensor) -> Tensor:
+@with_unit_weights
+def discrete_times(sde: VPSDE, u: Tensor) -> Tensor:
     """(k + 1) / steps, k uniform in 0..steps-1: the times of a table, as DDPM trains."""
-    return ((u.double() * sde.steps).floor() + 1) / sde.steps
+    return ((u.double() * sde.num_train_timesteps).floor() + 1) / sde.num_train_timesteps
 
 
-def truncated(sde: VPSDE, u: Tensor) -> tuple[Tensor, Tensor]:
+def truncated_times(sde: VPSDE, u: Tensor) -> tuple[Tensor, Tensor]:
     """Uniform between the ends of `log_snr_range`, away from the poles of the likelihood weighting.
 
     The weight 1 / p(t), the length of that range, makes the expectation the integral over it.
     """
-    start, end = sde.time(log_snr_range(sde))
+    start, end = sde.time_at_log_snr(log_snr_range(sde))
     return torch.lerp(start, end, u.double()), (start - end).expand(len(u))
 
 
-def importance(sde: VPSDE, u: Tensor) -> tuple[Tensor, Tensor]:
+def importance_sampled_times(sde: VPSDE, u: Tensor) -> tuple[Tensor, Tensor]:
     """Uniform in log-SNR: p(t) = (beta / sigma^2) / D, D the range of log-SNR (Song et al. 2021b).
 
-    The weight 1 / p(t) keeps the expectation of `truncated`; with the likelihood weighting it is D on eps, always.
+    The weight 1 / p(t) keeps the expectation of `truncated_times`; with the likelihood weighting it is D on eps, always.
     """
     start, end = log_snr_range(sde)
-    t = sde.time(torch.lerp(start, end, u.double()))
+    t = sde.time_at_log_snr(torch.lerp(start, end, u.double()))
     return t, sde.marginal(t)[1] ** 2 / sde.beta(t) * (end - start)
 
 
-TIMES: dict[str, Times] = {
-    "uniform": plain(lambda sde, u: 1 - u.double()),
-    "stratified": stratified,
-    "log_normal": log_normal,
-    "discrete": discrete,
-    "truncated": truncated,
-    "importance": importance,
+TIME_SAMPLERS: dict[str, TimeSampler] = {
+    "uniform": with_unit_weights(lambda sde, u: 1 - u.double()),
+    "stratified": stratified_times,
+    "log_normal": logit_normal_times,
+    "discrete": discrete_times,
+    "truncated": truncated_times,
+    "importance": importance_sampled_times,
 }
 
 
-def draw_moments(
-    times: Times, weight: Weight, sde: VPSDE, error: Callable[[Tensor], Tensor], n: int = 1 << 16
+def loss_mean_and_variance(
+    time_sampler: TimeSampler, weighting: Weighting, sde: VPSDE, error: Callable[[Tensor], Tensor], n: int = 1 << 16
 ) -> tuple[float, float]:
     """Mean and variance of one draw of the loss over its time alone, exactly: the midpoint rule in u.
 
     `error(t)` is the mean of |eps' - eps|^2 at t.
     """
-    t, share = times(sde, (torch.arange(n, dtype=torch.float64) + 0.5) / n)
-    drawn = share * weight(PREDICTIONS["eps"], sde, t) * error(t)
+    t, share = time_sampler(sde, (torch.arange(n, dtype=torch.float64) + 0.5) / n)
+    drawn = share * weighting(PREDICTIONS["eps"], sde, t) * error(t)
     return drawn.mean().item(), drawn.var(correction=0).item()

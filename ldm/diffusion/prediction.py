@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ldm.diffusion.sde import per_image
+from ldm.diffusion.sde import append_dims
 from ldm.diffusion.spacing import choose
 
 
@@ -58,15 +58,15 @@ PREDICTIONS: dict[str, Prediction] = {
 }
 
 
-def convert(output: Tensor, x: Tensor, alpha: Tensor, sigma: Tensor, source: str, to: str) -> Tensor:
-    """What a network that predicts `to` would output for the x0 that this `source` output means.
+def convert_prediction(output: Tensor, x: Tensor, alpha: Tensor, sigma: Tensor, source: str, target: str) -> Tensor:
+    """What a network that predicts `to` would output for the x0 that this `base_model_path` output means.
 
     output and x [B, ...]; alpha and sigma [B] or [1], on the host. ValueError where either says nothing of the other.
     """
-    have, want = choose(PREDICTIONS, source, "prediction"), choose(PREDICTIONS, to, "prediction")
+    have, want = choose(PREDICTIONS, source, "prediction"), choose(PREDICTIONS, target, "prediction")
     if not have.jacobian(alpha, sigma).isfinite().all():
         raise ValueError(f"prediction {source!r} says nothing about x0 at zero SNR (alpha = 0)")
     if not want.jacobian(alpha, sigma).all():
-        raise ValueError(f"prediction {to!r} does not follow from x0 in a clean picture (sigma = 0)")
-    alpha, sigma = per_image(alpha, x), per_image(sigma, x)
+        raise ValueError(f"prediction {target!r} does not follow from x0 in a clean picture (sigma = 0)")
+    alpha, sigma = append_dims(alpha, x), append_dims(sigma, x)
     return want.to_output(have.to_x0(output, x, alpha, sigma), x, alpha, sigma)

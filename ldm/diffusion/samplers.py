@@ -24,23 +24,25 @@ import torch
 from torch import Tensor
 
 from ldm.diffusion.denoiser import Denoise
-from ldm.diffusion.dormand_prince import ERROR, NODES, STAGES
-from ldm.diffusion.sde import Point
-from ldm.diffusion.spacing import Grid
+from ldm.diffusion.dormand_prince import DOPRI5_ERROR_WEIGHTS, DOPRI5_NODES, DOPRI5_MATRIX
+from ldm.diffusion.sde import NoiseLevel
+from ldm.diffusion.spacing import TimeGrid
 from ldm.rng import Noise
 
-Steps = Generator[tuple[Tensor, Point], Tensor, Tensor]  # yields (x, point), is sent E[x_0 | x], returns x
-Sampler = Callable[[Tensor, Grid, Noise], Steps]
-Answers = list[tuple[Point, Tensor]]  # where x0 was asked, and what it was; the newest first
+SamplerCoroutine = Generator[
+    tuple[Tensor, NoiseLevel], Tensor, Tensor
+]  # yields (x, point), is sent E[x_0 | x], returns x
+Sampler = Callable[[Tensor, TimeGrid, Noise], SamplerCoroutine]
+History = list[tuple[NoiseLevel, Tensor]]  # where x0 was asked, and what it was; the newest first
 
 
-def sample(sampler: Sampler, denoise: Denoise, x: Tensor, grid: Grid, noise: Noise) -> Tensor:
+def sample(sampler: Sampler, denoise: Denoise, x: Tensor, grid: TimeGrid, noise: Noise) -> Tensor:
     """Drive one group of pictures x [B, ...] through a grid; ValueError for an answer that is not finite.
 
     For text-to-image x is N(0, I) whatever the first point. (diffusers' Euler and Heun scale it by their
     first sigma with linspace and trailing spacing: by .9977 for Stable Diffusion.)
     """
-    steps = checked(sampler)(x, grid, noise)
+    steps = check_finite(sampler)(x, grid, noise)
     try:
         question = next(steps)
         while True:
@@ -49,13 +51,13 @@ def sample(sampler: Sampler, denoise: Denoise, x: Tensor, grid: Grid, noise: Noi
         return end.value
 
 
-def checked(sampler: Sampler) -> Sampler:
+def check_finite(sampler: Sampler) -> Sampler:
     """The same sampler, ending in a ValueError that names the first question whose answer was not finite.
 
     Every answer leaves one flag on its device; the host reads them together, once, when the last step is done.
     """
 
-    def steps(x: Tensor, grid: Grid, noise: Noise) -> Steps:
+    def steps(x: Tensor, grid: TimeGrid, noise: Noise) -> SamplerCoroutine:
         asked, finite = [], []
         inner = sampler(x, grid, noise)
         try:
@@ -76,72 +78,74 @@ def checked(sampler: Sampler) -> Sampler:
     return steps
 
 
-def _rho(now: Point, to: Point) -> float:
-    return (now.alpha / now.sigma) * (to.sigma / to.alpha)
+def _rho(level: NoiseLevel, next_level: NoiseLevel) -> float:
+    return (level.alpha / level.sigma) * (next_level.sigma / next_level.alpha)
 
 
-def _gain(now: Point, to: Point) -> float:
-    rho = _rho(now, to)
+def _h(level: NoiseLevel, next_level: NoiseLevel) -> float:
+    rho = _rho(level, next_level)
     return -math.log(rho) if rho > 0 else math.inf
 
 
-def _flow(x: Tensor, x0: Tensor, now: Point, to: Point) -> Tensor:
-    return to.sigma / now.sigma * x + to.alpha * (1 - _rho(now, to)) * x0
+def _ode_step(x: Tensor, x0: Tensor, level: NoiseLevel, next_level: NoiseLevel) -> Tensor:
+    return next_level.sigma / level.sigma * x + next_level.alpha * (1 - _rho(level, next_level)) * x0
 
 
-def _renoise(x: Tensor, x0: Tensor, now: Point, to: Point, noise: Noise, eta: float = 1.0) -> Tensor:
+def _ddim_step(
+    x: Tensor, x0: Tensor, level: NoiseLevel, next_level: NoiseLevel, noise: Noise, eta: float = 1.0
+) -> Tensor:
     """DDIM's step: the flow's, with a share of the noise in x replaced by fresh noise."""
-    fresh = eta * math.sqrt(1 - _rho(now, to) ** 2)
-    kept = math.sqrt(1 - fresh**2) * to.sigma / now.sigma
-    x = kept * x + (to.alpha - kept * now.alpha) * x0
-    if fresh * to.sigma > 0:
-        x = x + fresh * to.sigma * noise.between(x, now.sigma, to.sigma)
+    fresh = eta * math.sqrt(1 - _rho(level, next_level) ** 2)
+    kept = math.sqrt(1 - fresh**2) * next_level.sigma / level.sigma
+    x = kept * x + (next_level.alpha - kept * level.alpha) * x0
+    if fresh * next_level.sigma > 0:
+        x = x + fresh * next_level.sigma * noise.between(x, level.sigma, next_level.sigma)
     return x
 
 
-def _score(x: Tensor, x0: Tensor, now: Point) -> Tensor:
-    return (now.alpha * x0 - x) / now.sigma**2
+def _score(x: Tensor, x0: Tensor, level: NoiseLevel) -> Tensor:
+    return (level.alpha * x0 - x) / level.sigma**2
 
 
-ABSCISSAS, MASSES = np.polynomial.legendre.leggauss(24)  # exact to rounding for the steps of any usable grid
+GAUSS_NODES, GAUSS_WEIGHTS = np.polynomial.legendre.leggauss(24)  # exact to rounding for the steps of any usable grid
 
 
-def _weights(nodes: Sequence[float], end: float, rate: float) -> list[float]:
+def _multistep_weights(nodes: Sequence[float], end: float, rate: float) -> list[float]:
     """w with sum_j w_j p(nodes_j) = the mean of p over [0, end] under e^(rate s), for polynomials p through the nodes.
 
     The means of Lagrange's basis by Gauss's quadrature: closed forms in e^-h lose every digit for small steps.
     """
-    s = end * (ABSCISSAS + 1) / 2
-    density = MASSES * np.exp(rate * (s - end))
+    s = end * (GAUSS_NODES + 1) / 2
+    density = GAUSS_WEIGHTS * np.exp(rate * (s - end))
     basis = [np.prod([(s - m) / (n - m) for m in nodes if m != n], axis=0) for n in nodes]
     return [float((density * b).sum() / density.sum()) for b in basis]
 
 
-def _combine(weights: Sequence[float], tensors: Sequence[Tensor]) -> Tensor:
+def _weighted_sum(weights: Sequence[float], tensors: Sequence[Tensor]) -> Tensor:
     total = weights[0] * tensors[0]
     for weight, tensor in zip(weights[1:], tensors[1:], strict=True):
         total = total + weight * tensor
     return total
 
 
-def _average(answers: Answers, now: Point, to: Point, rate: float = 1.0) -> Tensor:
+def _mean_of_interpolant(history: History, level: NoiseLevel, next_level: NoiseLevel, rate: float = 1.0) -> Tensor:
     """The mean over the step from now to `to` of the polynomial in log(alpha/sigma) through all answers."""
-    weights = _weights([_gain(now, point) for point, _ in answers], _gain(now, to), rate)
-    return _combine(weights, [x0 for _, x0 in answers])
+    weights = _multistep_weights([_h(level, point) for point, _ in history], _h(level, next_level), rate)
+    return _weighted_sum(weights, [x0 for _, x0 in history])
 
 
-def _ahead(answers: Answers, now: Point, to: Point, rate: float = 1.0) -> Tensor:
-    """The mean of x0 over the step to come: of one answer itself, of two the line's middle, of more `_average`."""
-    x0 = answers[0][1]
-    if len(answers) == 1:
+def _extrapolate_x0(history: History, level: NoiseLevel, next_level: NoiseLevel, rate: float = 1.0) -> Tensor:
+    """The mean of x0 over the step to come: of one answer itself, of two the line's middle, of more `_mean_of_interpolant`."""
+    x0 = history[0][1]
+    if len(history) == 1:
         return x0
-    if len(answers) > 2:
-        return _average(answers, now, to, rate)
-    before, x0_before = answers[1]
-    return x0 + _gain(now, to) / (2 * _gain(before, now)) * (x0 - x0_before)
+    if len(history) > 2:
+        return _mean_of_interpolant(history, level, next_level, rate)
+    before, x0_before = history[1]
+    return x0 + _h(level, next_level) / (2 * _h(before, level)) * (x0 - x0_before)
 
 
-def ddim(x: Tensor, grid: Grid, noise: Noise, eta: float = 0.0) -> Steps:
+def ddim(x: Tensor, grid: TimeGrid, noise: Noise, eta: float = 0.0) -> SamplerCoroutine:
     """x' = alpha' x0 + sigma' (sqrt(1 - f^2) e + f z), f = eta sqrt(1 - rho^2).
 
     Song et al. 2021 (DDIM), eqs. 12 and 16. Fresh noise z ~ N(0, I) replaces a share of the noise in x,
@@ -149,11 +153,11 @@ def ddim(x: Tensor, grid: Grid, noise: Noise, eta: float = 0.0) -> Steps:
     """
     for now, to in pairwise(grid):
         x0 = yield x, now
-        x = _renoise(x, x0, now, to, noise, eta)
+        x = _ddim_step(x, x0, now, to, noise, eta)
     return x
 
 
-def ddpm(x: Tensor, grid: Grid, noise: Noise) -> Steps:
+def ddpm(x: Tensor, grid: TimeGrid, noise: Noise) -> SamplerCoroutine:
     """Ancestral sampling, x' ~ q(x' | x, x0): Ho et al. 2020, algorithm 2, eqs. 6 and 7.
 
     The variance is that posterior's (beta-tilde): it lacks the spread of x_0 given x, to first order in the
@@ -162,7 +166,7 @@ def ddpm(x: Tensor, grid: Grid, noise: Noise) -> Steps:
     return ddim(x, grid, noise, eta=1.0)
 
 
-def euler_ancestral(x: Tensor, grid: Grid, noise: Noise) -> Steps:
+def euler_ancestral(x: Tensor, grid: TimeGrid, noise: Noise) -> SamplerCoroutine:
     """Euler's step in u = sigma/alpha to u_down, then noise u_up z: k-diffusion's `sample_euler_ancestral`.
 
         u_up^2 = u'^2 (u^2 - u'^2) / u^2,      u_down^2 = u'^2 - u_up^2,      x'/alpha' = x0 + u_down e + u_up z
@@ -172,7 +176,7 @@ def euler_ancestral(x: Tensor, grid: Grid, noise: Noise) -> Steps:
     return ddpm(x, grid, noise)
 
 
-def euler_maruyama(x: Tensor, grid: Grid, noise: Noise) -> Steps:
+def euler_maruyama(x: Tensor, grid: TimeGrid, noise: Noise) -> SamplerCoroutine:
     """Euler and Maruyama's step of the reverse SDE in its own clock: x' = x + tau (x/2 + score) + sqrt(tau) z.
 
     Song et al. 2021, eq. 6 and appendix D; tau = int beta dt = 2 log(alpha'/alpha). From zero SNR, where tau is
@@ -180,8 +184,8 @@ def euler_maruyama(x: Tensor, grid: Grid, noise: Noise) -> Steps:
     """
     for now, to in pairwise(grid):
         x0 = yield x, now
-        if _gain(now, to) == math.inf:
-            x = _renoise(x, x0, now, to, noise)
+        if _h(now, to) == math.inf:
+            x = _ddim_step(x, x0, now, to, noise)
         else:
             tau = 2 * math.log(to.alpha / now.alpha)
             z = noise.between(x, now.sigma, to.sigma)
@@ -189,7 +193,7 @@ def euler_maruyama(x: Tensor, grid: Grid, noise: Noise) -> Steps:
     return x
 
 
-def euler(x: Tensor, grid: Grid, noise: Noise) -> Steps:
+def euler(x: Tensor, grid: TimeGrid, noise: Noise) -> SamplerCoroutine:
     """Euler's step in x/alpha, sigma/alpha (Karras et al. 2022, algorithm 1 without the correction).
 
     The slope there is DDIM's noise estimate (x - alpha x0) / sigma, and the step is DDIM's, exactly.
@@ -197,7 +201,7 @@ def euler(x: Tensor, grid: Grid, noise: Noise) -> Steps:
     return ddim(x, grid, noise)
 
 
-def heun(x: Tensor, grid: Grid, noise: Noise) -> Steps:
+def heun(x: Tensor, grid: TimeGrid, noise: Noise) -> SamplerCoroutine:
     """Heun's step in x/alpha, sigma/alpha (Karras et al. 2022, algorithm 1); two questions a step.
 
     The mean of both ends' slopes is Euler's step with x0 + (x0_ahead - x0) / (2 rho) for x0. From infinite
@@ -207,13 +211,13 @@ def heun(x: Tensor, grid: Grid, noise: Noise) -> Steps:
         x0 = yield x, now
         rho = _rho(now, to)
         if rho > 0:
-            x0_ahead = yield _flow(x, x0, now, to), to
+            x0_ahead = yield _ode_step(x, x0, now, to), to
             x0 = x0 + (x0_ahead - x0) / (2 * rho)
-        x = _flow(x, x0, now, to)
+        x = _ode_step(x, x0, now, to)
     return x
 
 
-def lms(x: Tensor, grid: Grid, noise: Noise) -> Steps:
+def lms(x: Tensor, grid: TimeGrid, noise: Noise) -> SamplerCoroutine:
     """Adams and Bashforth's four-step method in x/alpha, u = sigma/alpha, on any grid: k-diffusion's `sample_lms`.
 
         x'/alpha' = x/alpha + int_u^u' p,      p the cubic through the last four slopes e = (x - alpha x0) / sigma
@@ -229,44 +233,48 @@ def lms(x: Tensor, grid: Grid, noise: Noise) -> Steps:
         if now.alpha > 0:
             u, change = now.sigma / now.alpha, to.sigma / to.alpha - now.sigma / now.alpha
             past = [(u, e), *past[:3]]
-            mean = _combine(_weights([v - u for v, _ in past], change, 0.0), [slope for _, slope in past])
+            mean = _weighted_sum(
+                _multistep_weights([v - u for v, _ in past], change, 0.0), [slope for _, slope in past]
+            )
             x = x + to.alpha * change * (mean - e)
     return x
 
 
-def dpmpp_2s(x: Tensor, grid: Grid, noise: Noise) -> Steps:
+def dpmpp_2s(x: Tensor, grid: TimeGrid, noise: Noise) -> SamplerCoroutine:
     """x0 asked at the middle of the step in log-SNR, where x0 of its start leads; two questions a step.
 
     Lu et al. 2022 (DPM-Solver++), algorithm 1 with r = 1/2. From zero SNR and into the clean picture: DDIM.
     """
-    finite = [(now, to) for now, to in pairwise(grid) if _gain(now, to) < math.inf]
-    middles = dict(zip(finite, grid.sde.between([now for now, _ in finite], [to for _, to in finite]), strict=True))
+    finite = [(now, to) for now, to in pairwise(grid) if _h(now, to) < math.inf]
+    middles = dict(
+        zip(finite, grid.sde.levels_between([now for now, _ in finite], [to for _, to in finite]), strict=True)
+    )
     for now, to in pairwise(grid):
         x0 = yield x, now
         if (now, to) in middles:
             middle = middles[now, to]
-            x0 = yield _flow(x, x0, now, middle), middle
-        x = _flow(x, x0, now, to)
+            x0 = yield _ode_step(x, x0, now, middle), middle
+        x = _ode_step(x, x0, now, to)
     return x
 
 
-def dpmpp_2m(x: Tensor, grid: Grid, noise: Noise, eta: float = 0.0) -> Steps:
+def dpmpp_2m(x: Tensor, grid: TimeGrid, noise: Noise, eta: float = 0.0) -> SamplerCoroutine:
     """x0 extrapolated to the middle of the step in log-SNR: x0 + h / (2 h_before) (x0 - x0_before).
 
     Lu et al. 2022 (DPM-Solver++), algorithm 2. The first step, the one after zero SNR (h_before infinite)
     and the last (h infinite) take x0 as it is. eta is DDIM's share of fresh noise.
     """
-    answers: Answers = []
+    answers: History = []
     for now, to in pairwise(grid):
         x0 = yield x, now
-        if _gain(now, to) < math.inf:
+        if _h(now, to) < math.inf:
             answers = [(now, x0), *answers[:1]]
-            x0 = _ahead(answers, now, to)
-        x = _renoise(x, x0, now, to, noise, eta)
+            x0 = _extrapolate_x0(answers, now, to)
+        x = _ddim_step(x, x0, now, to, noise, eta)
     return x
 
 
-def dpmpp_2m_sde(x: Tensor, grid: Grid, noise: Noise) -> Steps:
+def dpmpp_2m_sde(x: Tensor, grid: TimeGrid, noise: Noise) -> SamplerCoroutine:
     """DPM-Solver++(2M)'s x0 in DDPM's step: Lu et al. 2022's SDE-DPM-Solver++(2M), the midpoint form.
 
     x' = sigma'/sigma e^-h x + alpha' (1 - e^(-2 h)) m + sigma' sqrt(1 - e^(-2 h)) z,
@@ -275,65 +283,67 @@ def dpmpp_2m_sde(x: Tensor, grid: Grid, noise: Noise) -> Steps:
     return dpmpp_2m(x, grid, noise, eta=1.0)
 
 
-def dpmpp_3m(x: Tensor, grid: Grid, noise: Noise) -> Steps:
+def dpmpp_3m(x: Tensor, grid: TimeGrid, noise: Noise) -> SamplerCoroutine:
     """The mean over the step of the parabola in log-SNR through the last three x0.
 
     Lu et al. 2022 (DPM-Solver++), 3M of the authors' code. That (and diffusers') halves the parabola's second
     derivative, which leaves order 2; this is the exact mean. The first step is DPM-Solver++(2S)'s.
     """
-    answers: Answers = []
+    answers: History = []
     for now, to in pairwise(grid):
         x0 = yield x, now
-        if _gain(now, to) < math.inf:
+        if _h(now, to) < math.inf:
             answers = [(now, x0), *answers[:2]]
             if len(answers) > 1:
-                x0 = _ahead(answers, now, to)
+                x0 = _extrapolate_x0(answers, now, to)
             else:
-                (middle,) = grid.sde.between([now], [to])
-                x0 = yield _flow(x, x0, now, middle), middle
-        x = _flow(x, x0, now, to)
+                (middle,) = grid.sde.levels_between([now], [to])
+                x0 = yield _ode_step(x, x0, now, middle), middle
+        x = _ode_step(x, x0, now, to)
     return x
 
 
-def dpmpp_3m_sde(x: Tensor, grid: Grid, noise: Noise) -> Steps:
+def dpmpp_3m_sde(x: Tensor, grid: TimeGrid, noise: Noise) -> SamplerCoroutine:
     """DPM-Solver++(3M)'s parabola, averaged with the weight of the reverse SDE, in DDPM's step.
 
     k-diffusion's `sample_dpmpp_3m_sde` with eta = 1, but with the parabola's whole second derivative.
     """
-    answers: Answers = []
+    answers: History = []
     for now, to in pairwise(grid):
         x0 = yield x, now
-        if _gain(now, to) < math.inf:
+        if _h(now, to) < math.inf:
             answers = [(now, x0), *answers[:2]]
-            x0 = _ahead(answers, now, to, rate=2.0)
-        x = _renoise(x, x0, now, to, noise)
+            x0 = _extrapolate_x0(answers, now, to, rate=2.0)
+        x = _ddim_step(x, x0, now, to, noise)
     return x
 
 
-def unipc(x: Tensor, grid: Grid, noise: Noise, order: int = 2) -> Steps:
-    """Predict with the last `order` x0, and correct the step once x0 at its end is known; one question a step.
+def unipc(x: Tensor, grid: TimeGrid, noise: Noise, order: int = 2) -> SamplerCoroutine:
+    """Predict with the last `convergence_order` x0, and correct the step once x0 at its end is known; one question a step.
 
     Zhao et al. 2023 (UniPC), algorithms 1 and 2 told for x0, with B(h) = e^h - 1: both are means over the step of the
     polynomial through the answers, of which the corrector has one more; of two answers the line's middle. The corrector
     lifts the order of 2 to 3; that of 3 stays 3, for the first step is a trapezoid's, with an error of third order.
     """
-    answers: Answers = []
+    answers: History = []
     start = x
     for now, to in pairwise(grid):
         x0 = yield x, now
         if answers:
             before, x0_before = answers[0]
-            mean = _average([(now, x0), *answers], before, now) if len(answers) > 1 else (x0 + x0_before) / 2
-            x = _flow(start, mean, before, now)
+            mean = (
+                _mean_of_interpolant([(now, x0), *answers], before, now) if len(answers) > 1 else (x0 + x0_before) / 2
+            )
+            x = _ode_step(start, mean, before, now)
         start = x
-        if _gain(now, to) < math.inf:
+        if _h(now, to) < math.inf:
             answers = [(now, x0), *answers[: order - 1]]
-            x0 = _ahead(answers, now, to)
-        x = _flow(x, x0, now, to)
+            x0 = _extrapolate_x0(answers, now, to)
+        x = _ode_step(x, x0, now, to)
     return x
 
 
-def predictor_corrector(x: Tensor, grid: Grid, noise: Noise, r: float = 0.16) -> Steps:
+def predictor_corrector(x: Tensor, grid: TimeGrid, noise: Noise, r: float = 0.16) -> SamplerCoroutine:
     """A Langevin step at each level but the first, then the discretised reverse diffusion; two questions a step.
 
         x  <-  x + eps score + sqrt(2 eps) z,      eps = 2 (r |z| / |score|)^2        |.| of each image
@@ -347,11 +357,11 @@ def predictor_corrector(x: Tensor, grid: Grid, noise: Noise, r: float = 0.16) ->
         x0 = yield x, now
         if k > 0:
             z, score = noise(x), _score(x, x0, now)
-            eps = 2 * (r * _norm(z) / _norm(score)) ** 2
+            eps = 2 * (r * _image_norm(z) / _image_norm(score)) ** 2
             x = x + eps * score + (2 * eps).sqrt() * z
             x0 = yield x, now
-        if _gain(now, to) == math.inf:
-            x = _renoise(x, x0, now, to, noise)
+        if _h(now, to) == math.inf:
+            x = _ddim_step(x, x0, now, to, noise)
         else:
             kept = now.alpha / to.alpha
             b = 1 - kept**2
@@ -360,11 +370,11 @@ def predictor_corrector(x: Tensor, grid: Grid, noise: Noise, r: float = 0.16) ->
     return x
 
 
-def _norm(x: Tensor) -> Tensor:
+def _image_norm(x: Tensor) -> Tensor:
     return torch.linalg.vector_norm(x.flatten(1), dim=1).view(-1, *[1] * (x.ndim - 1))
 
 
-def langevin(x: Tensor, grid: Grid, noise: Noise, eps: float = 0.3, repeat: int = 3) -> Steps:
+def langevin(x: Tensor, grid: TimeGrid, noise: Noise, eps: float = 0.3, steps_per_level: int = 3) -> SamplerCoroutine:
     """Annealed Langevin dynamics: at each level after the first x <- x + eps sigma^2 score + sqrt(2 eps) sigma z.
 
     Song & Ermon 2019, algorithm 1, `repeat` times a level; sigma^2 is the variance that x has left where x0 is known,
@@ -373,13 +383,13 @@ def langevin(x: Tensor, grid: Grid, noise: Noise, eps: float = 0.3, repeat: int 
     for now, to in pairwise(grid):
         if to.sigma == 0:
             return (yield x, now)
-        for _ in range(repeat):
+        for _ in range(steps_per_level):
             x0 = yield x, to
             x = x + eps * to.sigma**2 * _score(x, x0, to) + math.sqrt(2 * eps) * to.sigma * noise(x)
     return x
 
 
-def rk45(x: Tensor, grid: Grid, noise: Noise, atol: float = 1e-4, rtol: float = 1e-4) -> Steps:
+def rk45(x: Tensor, grid: TimeGrid, noise: Noise, atol: float = 1e-4, rtol: float = 1e-4) -> SamplerCoroutine:
     """The probability flow by Dormand & Prince's 5(4) pair with steps of its own, from grid[0] to the last noisy level.
 
         dx/dphi = v = (alpha x - x0) / sigma,      alpha = cos phi, sigma = sin phi
@@ -397,10 +407,12 @@ def rk45(x: Tensor, grid: Grid, noise: Noise, atol: float = 1e-4, rtol: float = 
         while phi - end > 1e-12:
             h = max(h, end - phi)
             slopes, y = [v], x
-            for a, point in zip(STAGES, grid.sde.at_angles([phi + node * h for node in NODES]), strict=True):
-                y = x + h * _combine(a, slopes)
+            for a, point in zip(
+                DOPRI5_MATRIX, grid.sde.levels_at_angles([phi + node * h for node in DOPRI5_NODES]), strict=True
+            ):
+                y = x + h * _weighted_sum(a, slopes)
                 slopes.append(_velocity(y, (yield y, point), point))
-            error = h * _combine(ERROR, slopes) / (atol + rtol * torch.maximum(x.abs(), y.abs()))
+            error = h * _weighted_sum(DOPRI5_ERROR_WEIGHTS, slopes) / (atol + rtol * torch.maximum(x.abs(), y.abs()))
             worst = error.flatten(1).square().mean(1).max().sqrt().item()
             if not worst < math.inf or abs(h) < 1e-9:
                 raise ValueError(f"rk45: no step from t = {point.t:.4g} keeps within atol {atol:g} and rtol {rtol:g}")
@@ -412,11 +424,11 @@ def rk45(x: Tensor, grid: Grid, noise: Noise, atol: float = 1e-4, rtol: float = 
     return x
 
 
-def _velocity(x: Tensor, x0: Tensor, now: Point) -> Tensor:
-    return (now.alpha * x - x0) / now.sigma
+def _velocity(x: Tensor, x0: Tensor, level: NoiseLevel) -> Tensor:
+    return (level.alpha * x - x0) / level.sigma
 
 
-class Solver(NamedTuple):
+class SamplerSpec(NamedTuple):
     """A sampler, its order of convergence (in law if stochastic), and its source.
 
     Order 0 is none: Langevin steps follow no SDE, and leave an error that more levels and repeats reduce. An `adaptive`
@@ -430,22 +442,22 @@ class Solver(NamedTuple):
     adaptive: bool = False
 
 
-SAMPLERS: dict[str, Solver] = {
-    "ddpm": Solver(ddpm, 1, True, "Ho et al. 2020, algorithm 2"),
-    "ddim": Solver(ddim, 1, False, "Song et al. 2021 (DDIM), eq. 12"),
-    "euler": Solver(euler, 1, False, "Karras et al. 2022, algorithm 1, first order"),
-    "euler_ancestral": Solver(euler_ancestral, 1, True, "k-diffusion, sample_euler_ancestral"),
-    "euler_maruyama": Solver(euler_maruyama, 1, True, "Song et al. 2021, eq. 6"),
-    "heun": Solver(heun, 2, False, "Karras et al. 2022, algorithm 1"),
-    "lms": Solver(lms, 2, False, "k-diffusion, sample_lms"),
-    "dpmpp_2s": Solver(dpmpp_2s, 2, False, "Lu et al. 2022 (DPM-Solver++), algorithm 1"),
-    "dpmpp_2m": Solver(dpmpp_2m, 2, False, "Lu et al. 2022 (DPM-Solver++), algorithm 2"),
-    "dpmpp_3m": Solver(dpmpp_3m, 3, False, "Lu et al. 2022 (DPM-Solver++), multistep 3M of the authors' code"),
-    "dpmpp_2m_sde": Solver(dpmpp_2m_sde, 2, True, "Lu et al. 2022 (DPM-Solver++), SDE-DPM-Solver++(2M)"),
-    "dpmpp_3m_sde": Solver(dpmpp_3m_sde, 2, True, "k-diffusion, sample_dpmpp_3m_sde"),
-    "unipc": Solver(unipc, 3, False, "Zhao et al. 2023 (UniPC), algorithms 1 and 2, p = 2"),
-    "unipc_3": Solver(partial(unipc, order=3), 3, False, "Zhao et al. 2023 (UniPC), algorithms 1 and 2, p = 3"),
-    "rk45": Solver(rk45, 5, False, "Dormand & Prince 1980, RK5(4)7M", adaptive=True),
-    "predictor_corrector": Solver(predictor_corrector, 1, True, "Song et al. 2021, algorithms 3 and 5"),
-    "langevin": Solver(langevin, 0, True, "Song & Ermon 2019, algorithm 1"),
+SAMPLERS: dict[str, SamplerSpec] = {
+    "ddpm": SamplerSpec(ddpm, 1, True, "Ho et al. 2020, algorithm 2"),
+    "ddim": SamplerSpec(ddim, 1, False, "Song et al. 2021 (DDIM), eq. 12"),
+    "euler": SamplerSpec(euler, 1, False, "Karras et al. 2022, algorithm 1, first order"),
+    "euler_ancestral": SamplerSpec(euler_ancestral, 1, True, "k-diffusion, sample_euler_ancestral"),
+    "euler_maruyama": SamplerSpec(euler_maruyama, 1, True, "Song et al. 2021, eq. 6"),
+    "heun": SamplerSpec(heun, 2, False, "Karras et al. 2022, algorithm 1"),
+    "lms": SamplerSpec(lms, 2, False, "k-diffusion, sample_lms"),
+    "dpmpp_2s": SamplerSpec(dpmpp_2s, 2, False, "Lu et al. 2022 (DPM-Solver++), algorithm 1"),
+    "dpmpp_2m": SamplerSpec(dpmpp_2m, 2, False, "Lu et al. 2022 (DPM-Solver++), algorithm 2"),
+    "dpmpp_3m": SamplerSpec(dpmpp_3m, 3, False, "Lu et al. 2022 (DPM-Solver++), multistep 3M of the authors' code"),
+    "dpmpp_2m_sde": SamplerSpec(dpmpp_2m_sde, 2, True, "Lu et al. 2022 (DPM-Solver++), SDE-DPM-Solver++(2M)"),
+    "dpmpp_3m_sde": SamplerSpec(dpmpp_3m_sde, 2, True, "k-diffusion, sample_dpmpp_3m_sde"),
+    "unipc": SamplerSpec(unipc, 3, False, "Zhao et al. 2023 (UniPC), algorithms 1 and 2, p = 2"),
+    "unipc_3": SamplerSpec(partial(unipc, order=3), 3, False, "Zhao et al. 2023 (UniPC), algorithms 1 and 2, p = 3"),
+    "rk45": SamplerSpec(rk45, 5, False, "Dormand & Prince 1980, RK5(4)7M", adaptive=True),
+    "predictor_corrector": SamplerSpec(predictor_corrector, 1, True, "Song et al. 2021, algorithms 3 and 5"),
+    "langevin": SamplerSpec(langevin, 0, True, "Song & Ermon 2019, algorithm 1"),
 }

@@ -20,7 +20,7 @@ from torch import Tensor
 Time = TypeVar("Time", float, Tensor)
 
 
-class Point(NamedTuple):
+class NoiseLevel(NamedTuple):
     """One noise level: time, signal and noise scale."""
 
     t: float
@@ -33,10 +33,10 @@ class Point(NamedTuple):
         return math.atan2(self.sigma, self.alpha)
 
 
-CLEAN = Point(0.0, 1.0, 0.0)
+CLEAN_LEVEL = NoiseLevel(0.0, 1.0, 0.0)
 
 
-def per_image(values: Tensor | Sequence[float], like: Tensor) -> Tensor:
+def append_dims(values: Tensor | Sequence[float], like: Tensor) -> Tensor:
     """Scalars, one per image [B] or one for all [1], shaped and cast to multiply `like` [B, ...]."""
     column = torch.as_tensor(values, dtype=torch.float64).to(like.dtype)
     return column.reshape(-1, *[1] * (like.ndim - 1)).to(like.device, non_blocking=True)
@@ -50,7 +50,7 @@ class VPSDE:
     """
 
     log_alpha: Callable[[Tensor], Tensor]
-    steps: int = 1000
+    num_train_timesteps: int = 1000
 
     def marginal(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """alpha and sigma = sqrt(1 - alpha^2), float64, of the shape of t."""
@@ -58,24 +58,24 @@ class VPSDE:
         # expm1: 1 - alpha^2 loses its digits as t -> 0; abs: at t = 0 it is -0.0
         return log_alpha.exp(), torch.expm1(2 * log_alpha).abs().sqrt()
 
-    def at(self, t: float) -> Point:
+    def level(self, t: float) -> NoiseLevel:
         alpha, sigma = self.marginal(torch.tensor(t, dtype=torch.float64))
-        return Point(t, alpha.item(), sigma.item())
+        return NoiseLevel(t, alpha.item(), sigma.item())
 
-    def step(self, k: float) -> Point:
+    def level_at_timestep(self, k: float) -> NoiseLevel:
         """The level of a table's index k; fractions lie between."""
-        return self.at((k + 1) / self.steps)
+        return self.level((k + 1) / self.num_train_timesteps)
 
     def timestep(self, t: Time) -> Time:
         """What a network is told about time t: the (fractional) table index, whatever the schedule."""
-        return self.steps * t - 1
+        return self.num_train_timesteps * t - 1
 
     def log_snr(self, t: Tensor) -> Tensor:
         """lambda = 2 log(alpha / sigma), float64; +inf at t = 0, falling with t."""
         log_alpha = self.log_alpha(t.double())
         return 2 * log_alpha - torch.expm1(2 * log_alpha).abs().log()
 
-    def time(self, log_snr: Tensor) -> Tensor:
+    def time_at_log_snr(self, log_snr: Tensor) -> Tensor:
         """The inverse of `log_snr`, by bisection; values out of reach give the nearer end."""
         target = log_snr.double()
         low, high = torch.zeros_like(target), torch.ones_like(target)
@@ -85,17 +85,19 @@ class VPSDE:
             low, high = torch.where(later, middle, low), torch.where(later, high, middle)
         return high
 
-    def between(self, starts: Sequence[Point], ends: Sequence[Point], share: float = 0.5) -> list[Point]:
-        """For each pair the level whose log-SNR lies `share` of the way from start to end."""
+    def levels_between(
+        self, starts: Sequence[NoiseLevel], ends: Sequence[NoiseLevel], fraction: float = 0.5
+    ) -> list[NoiseLevel]:
+        """For each pair the level whose log-SNR lies `get_component_weight` of the way from start to end."""
         ends_t = torch.tensor([[p.t for p in starts], [p.t for p in ends]], dtype=torch.float64)
         start, end = self.log_snr(ends_t)
-        return [self.at(t) for t in self.time(torch.lerp(start, end, share)).tolist()]
+        return [self.level(t) for t in self.time_at_log_snr(torch.lerp(start, end, fraction)).tolist()]
 
-    def at_angles(self, angles: Sequence[float]) -> list[Point]:
+    def levels_at_angles(self, angles: Sequence[float]) -> list[NoiseLevel]:
         """The levels at angles phi, log-SNR = -2 log tan phi; one bisection for all."""
         phi = torch.as_tensor(angles, dtype=torch.float64)
-        t = self.time(-2 * phi.tan().log())
-        return [Point(*row) for row in torch.stack([t, phi.cos(), phi.sin()], 1).tolist()]
+        t = self.time_at_log_snr(-2 * phi.tan().log())
+        return [NoiseLevel(*row) for row in torch.stack([t, phi.cos(), phi.sin()], 1).tolist()]
 
     def beta(self, t: Tensor) -> Tensor:
         """beta(t) = -2 d log alpha / dt per unit of time, float64, of the shape of t."""
@@ -107,7 +109,7 @@ class VPSDE:
     def perturb(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """x_t = alpha x_0 + sigma noise; x0 and noise [B, ...], t [B] or [1]."""
         alpha, sigma = self.marginal(t)
-        return per_image(alpha, x0) * x0 + per_image(sigma, x0) * noise
+        return append_dims(alpha, x0) * x0 + append_dims(sigma, x0) * noise
 
     @classmethod
     def linear(cls, beta_min: float = 0.1, beta_max: float = 20.0) -> VPSDE:
@@ -125,13 +127,15 @@ class VPSDE:
         return cls(lambda t: torch.log(torch.sin((1 - t) * quarter)) - whole)
 
     @classmethod
-    def scaled_linear(cls, beta_start: float = 0.00085, beta_end: float = 0.012, steps: int = 1000) -> VPSDE:
+    def scaled_linear(
+        cls, beta_start: float = 0.00085, beta_end: float = 0.012, num_train_timesteps: int = 1000
+    ) -> VPSDE:
         """sqrt(beta(t) / steps) linear in t: the closed form behind the table of Rombach et al. 2022.
 
         log alpha(t) = -steps/2 (b^2 t + b d t^2 + d^2 t^3 / 3), b = sqrt(beta_start), d = sqrt(beta_end) - b.
         """
         b, d = math.sqrt(beta_start), math.sqrt(beta_end) - math.sqrt(beta_start)
-        return cls(lambda t: -steps / 2 * t * (b**2 + b * d * t + d**2 * t**2 / 3), steps)
+        return cls(lambda t: -num_train_timesteps / 2 * t * (b**2 + b * d * t + d**2 * t**2 / 3), num_train_timesteps)
 
     @classmethod
     def tabulated(cls, alphas_cumprod: Tensor) -> VPSDE:
@@ -145,7 +149,7 @@ class VPSDE:
         if len(table) < 4 or not (table.diff() < 0).all() or table[-1] < 0:
             raise ValueError("alphas_cumprod: needs three or more falling numbers, below 1 and not below 0")
         steps, ends_in_zero = len(table) - 1, table[-1] == 0
-        curve = _monotone(-table.log()[: steps if ends_in_zero else None] / 2)
+        curve = _monotone_cubic(-table.log()[: steps if ends_in_zero else None] / 2)
 
         def log_alpha(t: Tensor) -> Tensor:
             tail = torch.log((steps * (1 - t)).clamp(max=1)) if ends_in_zero else 0.0
@@ -154,7 +158,7 @@ class VPSDE:
         return cls(log_alpha, steps)
 
 
-def _monotone(knots: Tensor) -> Callable[[Tensor], Tensor]:
+def _monotone_cubic(knots: Tensor) -> Callable[[Tensor], Tensor]:
     """The rising piecewise cubic through knots[k] at u = k, constant outside (Fritsch & Carlson 1980).
 
     Slopes are those of the parabola through three neighbours, at most thrice the flatter chord beside them.
@@ -174,50 +178,50 @@ def _monotone(knots: Tensor) -> Callable[[Tensor], Tensor]:
     return curve
 
 
-def linear_table(beta_start: float, beta_end: float, n: int) -> Tensor:
+def linear_alphas_cumprod(beta_start: float, beta_end: float, n: int) -> Tensor:
     """alphas_cumprod [n] of beta_k equally spaced (Ho et al. 2020, section 4)."""
     return torch.cumprod(1 - torch.linspace(beta_start, beta_end, n, dtype=torch.float64), 0)
 
 
-def scaled_linear_table(beta_start: float, beta_end: float, n: int) -> Tensor:
+def scaled_linear_alphas_cumprod(beta_start: float, beta_end: float, n: int) -> Tensor:
     """alphas_cumprod [n] of sqrt(beta_k) equally spaced (Rombach et al. 2022, Stable Diffusion)."""
     roots = torch.linspace(math.sqrt(beta_start), math.sqrt(beta_end), n, dtype=torch.float64)
     return torch.cumprod(1 - roots**2, 0)
 
 
-def cosine_table(beta_start: float, beta_end: float, n: int) -> Tensor:
+def cosine_alphas_cumprod(beta_start: float, beta_end: float, n: int) -> Tensor:
     """alphas_cumprod [n] of the cosine schedule with beta_k <= .999 (Nichol & Dhariwal 2021, section 3.2)."""
     log_alpha = VPSDE.cosine().log_alpha(torch.linspace(0, 1, n + 1, dtype=torch.float64))
     return torch.cumprod(1 - (-torch.expm1(2 * log_alpha.diff())).clamp(max=0.999), 0)
 
 
-def zero_terminal_snr(alphas_cumprod: Tensor) -> Tensor:
+def rescale_zero_terminal_snr(alphas_cumprod: Tensor) -> Tensor:
     """The table with alpha shifted and scaled to end in 0 (Lin et al. 2024, algorithm 1)."""
     alpha = alphas_cumprod.double().sqrt()
     return ((alpha - alpha[-1]) * alpha[0] / (alpha[0] - alpha[-1])) ** 2
 
 
-def betas(alphas_cumprod: Tensor) -> Tensor:
+def betas_from_alphas_cumprod(alphas_cumprod: Tensor) -> Tensor:
     """beta_i = 1 - alpha_i^2 / alpha_{i-1}^2 [n], float64: what the chain of a table adds at each step."""
     table = torch.cat([torch.ones(1, dtype=torch.float64), alphas_cumprod.double().cpu()])
     return 1 - table[1:] / table[:-1]
 
 
-def chain(x0: Tensor, alphas_cumprod: Tensor, noise: Callable[[Tensor], Tensor]) -> Iterator[Tensor]:
+def forward_markov_chain(x0: Tensor, alphas_cumprod: Tensor, noise: Callable[[Tensor], Tensor]) -> Iterator[Tensor]:
     """x_1, ..., x_n of the Markov chain x_i = sqrt(1 - beta_i) x_{i-1} + sqrt(beta_i) z_i.
 
     Ho et al. 2020, eq. 2. With beta_i = beta(i/n) / n it is the SDE as n grows (Song et al. 2021, appendix B), and at
     each i its law is that of `VPSDE.tabulated(alphas_cumprod)` at t = i/n exactly. x0 [B, ...]; `noise` as randn_like.
     """
     x = x0
-    for beta in betas(alphas_cumprod).tolist():
+    for beta in betas_from_alphas_cumprod(alphas_cumprod).tolist():
         x = math.sqrt(1 - beta) * x + math.sqrt(beta) * noise(x)
         yield x
 
 
-Table = Callable[[float, float, int], Tensor]  # (beta_start, beta_end, n) -> alphas_cumprod [n], float64
-SCHEDULES: dict[str, Table] = {  # by the names of diffusers' scheduler configurations
-    "linear": linear_table,
-    "scaled_linear": scaled_linear_table,
-    "squaredcos_cap_v2": cosine_table,
+BetaSchedule = Callable[[float, float, int], Tensor]  # (beta_start, beta_end, n) -> alphas_cumprod [n], float64
+BETA_SCHEDULES: dict[str, BetaSchedule] = {  # by the names of diffusers' scheduler configurations
+    "linear": linear_alphas_cumprod,
+    "scaled_linear": scaled_linear_alphas_cumprod,
+    "squaredcos_cap_v2": cosine_alphas_cumprod,
 }

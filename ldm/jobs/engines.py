@@ -12,15 +12,15 @@ from typing import Any, Protocol
 
 import torch
 
-from ldm.jobs.worker import Job, reason, work
+from ldm.jobs.worker import Job, describe_error, run_worker
 
-RESTARTS = 3  # of each worker, where its process died without a word
+MAX_RESTARTS = 3  # of each worker, where its process died without a word
 
 
 class Engine(Protocol):
     """Runs workers. `reasons` are why some ended too early, beyond help; one that died is begun again."""
 
-    reasons: list[str]
+    errors: list[str]
 
     def poll(self) -> int:
         """How many workers are at work; looks after them."""
@@ -32,11 +32,11 @@ class Engine(Protocol):
         """End all at once; where that cannot be, nothing happens, and the caller's own end will do it."""
 
 
-class Inline:
+class InlineEngine:
     """One worker, in a thread of this process."""
 
     def __init__(self, job: Job, devices: Sequence[str | None]) -> None:
-        self.reasons: list[str] = []
+        self.errors: list[str] = []
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, args=(job, devices[0]), daemon=True, name="worker")
         self._thread.start()
@@ -52,23 +52,23 @@ class Inline:
 
     def _run(self, job: Job, device: str | None) -> None:
         try:
-            work(job, self._stop, device)
+            run_worker(job, self._stop, device)
         except Exception as error:
-            self.reasons.append(reason(error))
+            self.errors.append(describe_error(error))
 
 
-class Local:
+class LocalEngine:
     """A process for each device, on this machine; they end with the one that began them."""
 
     def __init__(self, job: Job, devices: Sequence[str | None]) -> None:
-        self.reasons: list[str] = []
-        self._job, self._restarts = job, RESTARTS * len(devices)
+        self.errors: list[str] = []
+        self._job, self._restarts_left = job, MAX_RESTARTS * len(devices)
         self._threads = max(1, torch.get_num_threads() // len(devices))
         self._stopping = False
         self._workers = [self._start(device) for device in devices]
 
     def poll(self) -> int:
-        self._workers = [worker for old in self._workers if (worker := self._looked_after(*old)) is not None]
+        self._workers = [worker for old in self._workers if (worker := self._restart_if_dead(*old)) is not None]
         return len(self._workers)
 
     def stop(self) -> None:
@@ -86,45 +86,49 @@ class Local:
     def _start(self, device: str | None) -> tuple[Any, Connection, str | None]:
         context = multiprocessing.get_context("spawn")  # a forked CUDA does not work
         ours, theirs = context.Pipe(duplex=False)
-        process = context.Process(target=in_process, args=(self._job, device, self._threads, theirs), daemon=True)
+        process = context.Process(
+            target=run_worker_process, args=(self._job, device, self._threads, theirs), daemon=True
+        )
         process.start()
         theirs.close()
         return process, ours, device
 
-    def _looked_after(self, process: Any, words: Connection, device: str | None) -> tuple | None:
+    def _restart_if_dead(self, process: Any, connection: Connection, device: str | None) -> tuple | None:
         """The worker if it is at work, another in its place if it died, None where it has ended."""
         if process.is_alive():
-            return process, words, device
+            return process, connection, device
         with contextlib.suppress(EOFError, OSError):
-            if (last := words.recv()) is not None:
-                self.reasons.append(last)
+            if (last := connection.recv()) is not None:
+                self.errors.append(last)
             return None
         if self._stopping:
             return None
-        if self._restarts == 0:
-            self.reasons.append(f"workers died {RESTARTS} times each, the last by {ending(process.exitcode)}")
+        if self._restarts_left == 0:
+            self.errors.append(
+                f"workers died {MAX_RESTARTS} times each, the last by {describe_exit_code(process.exitcode)}"
+            )
             return None
-        self._restarts -= 1
+        self._restarts_left -= 1
         return self._start(device)
 
 
-def in_process(job: Job, device: str | None, threads: int, words: Connection) -> None:
+def run_worker_process(job: Job, device: str | None, threads: int, connection: Connection) -> None:
     """The life of a worker's process: its last word is None, or why it ended too early."""
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
-    threading.Thread(target=orphaned, args=(stop,), daemon=True).start()
+    threading.Thread(target=stop_when_orphaned, args=(stop,), daemon=True).start()
     torch.set_num_threads(threads)
     last = None
     try:
-        work(job, stop, device)
+        run_worker(job, stop, device)
     except Exception as error:
-        last = reason(error)
+        last = describe_error(error)
     with contextlib.suppress(OSError):  # nobody may be there to hear it
-        words.send(last)
+        connection.send(last)
 
 
-def orphaned(stop: threading.Event) -> None:
+def stop_when_orphaned(stop: threading.Event) -> None:
     """Ask the worker to stop once the process that began it is gone."""
     parent = multiprocessing.parent_process()
     if parent is not None:
@@ -132,27 +136,27 @@ def orphaned(stop: threading.Event) -> None:
         stop.set()
 
 
-def ending(code: int | None) -> str:
+def describe_exit_code(code: int | None) -> str:
     """How a process ended."""
     return signal.Signals(-code).name if code is not None and code < 0 else f"exit status {code}"
 
 
-class Ray:
+class RayEngine:
     """A Ray Core actor for each device, wherever the cluster has room: Ray places them and begins the dead again.
 
     It joins the cluster that RAY_ADDRESS names, or that runs here, or begins one. A task is tried as long as its actor
-    lives, which is begun again `RESTARTS` times. The job's folder, its source and its model must have the same paths on
+    lives, which is begun again `MAX_RESTARTS` times. The job's folder, its source and its model must have the same paths on
     all machines.
     """
 
     def __init__(self, job: Job, devices: Sequence[str | None]) -> None:
-        ray = self._ray = imported()
-        self.reasons: list[str] = []
+        ray = self._ray = import_ray()
+        self.errors: list[str] = []
         if not ray.is_initialized():
             ray.init(log_to_driver=False, include_dashboard=False)
         place = {"num_gpus": 1} if any(d is not None for d in devices) else {"num_cpus": 1}
-        actor = ray.remote(Actor).options(
-            **place, max_concurrency=2, max_restarts=RESTARTS, max_task_retries=-1, scheduling_strategy="SPREAD"
+        actor = ray.remote(RayWorker).options(
+            **place, max_concurrency=2, max_restarts=MAX_RESTARTS, max_task_retries=-1, scheduling_strategy="SPREAD"
         )
         self._actors = [actor.remote() for _ in devices]
         self._tasks = [a.run.remote(job, d and "cuda") for a, d in zip(self._actors, devices, strict=True)]
@@ -164,8 +168,8 @@ class Ray:
                 try:
                     said = self._ray.get(task)
                 except self._ray.exceptions.RayError as error:
-                    said = f"ray: {reason(error)}"
-                self.reasons += [said] if said is not None else []
+                    said = f"ray: {describe_error(error)}"
+                self.errors += [said] if said is not None else []
         return len(self._tasks)
 
     def stop(self) -> None:
@@ -177,7 +181,7 @@ class Ray:
             self._ray.kill(actor)
 
 
-class Actor:
+class RayWorker:
     """A worker in a process of Ray's."""
 
     def __init__(self) -> None:
@@ -186,16 +190,16 @@ class Actor:
     def run(self, job: Job, device: str | None) -> str | None:
         """None, or why it ended too early."""
         try:
-            work(job, self._stop, device)
+            run_worker(job, self._stop, device)
         except Exception as error:
-            return reason(error)
+            return describe_error(error)
         return None
 
     def stop(self) -> None:
         self._stop.set()
 
 
-def imported() -> Any:
+def import_ray() -> Any:
     """ray; ValueError with the cure where it is not installed."""
     try:
         import ray
@@ -204,10 +208,14 @@ def imported() -> Any:
     return ray
 
 
-ENGINES: dict[str, Callable[[Job, Sequence[str | None]], Engine]] = {"inline": Inline, "local": Local, "ray": Ray}
+ENGINES: dict[str, Callable[[Job, Sequence[str | None]], Engine]] = {
+    "inline": InlineEngine,
+    "local": LocalEngine,
+    "ray": RayEngine,
+}
 
 
-def places(engine: str, workers: int | None, device: str) -> list[str | None]:
+def assign_devices(engine: str, workers: int | None, device: str) -> list[str | None]:
     """A device for each worker: all of CUDA's where the model may be on any, and else the model's own, None.
 
     ValueError where the engine has no such number of workers.

@@ -14,15 +14,15 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 from ldm.checkpoints.files import read_json
-from ldm.data.tables import arrow
-from ldm.files import claim, publish
-from ldm.jobs.manifest import files, rows
+from ldm.data.tables import import_pyarrow
+from ldm.files import rename_noreplace, atomic_write
+from ldm.jobs.manifest import list_manifest_files, iter_manifest_rows
 from ldm.request import Request
 
 GROUP_ROWS, GROUP_BYTES = 100, 2**24  # of a parquet file's row group, which is read as a whole: what ends it first
 
 
-class Place(NamedTuple):
+class ImageRowSpan(NamedTuple):
     """Where the line of a finished picture is; places sort in the order of the job's source."""
 
     line: int
@@ -33,7 +33,7 @@ class Place(NamedTuple):
     end: int
 
 
-class Picture(NamedTuple):
+class ExportedImage(NamedTuple):
     """A picture's file as it lies in the job, and what it was drawn with."""
 
     name: str  # its id and suffix
@@ -41,63 +41,73 @@ class Picture(NamedTuple):
     settings: dict[str, Any]
 
 
-def export(folder: Path, out: Path, kind: str, size: int, told: Callable[[int, int], None]) -> tuple[int, int]:
+def export_job(
+    folder: Path, out: Path, export_format: str, shard_size: int, on_progress: Callable[[int, int], None]
+) -> tuple[int, int]:
     """Write a job's finished pictures to `out` in shards of `size`, all or nothing; the numbers of pictures and shards.
 
-    `kind` is one of `KINDS`; `told` hears how many pictures of how many are written. Of each picture about 350 bytes
+    `detect_suffix` is one of `EXPORT_FORMATS`; `told` hears how many pictures of how many are written. Of each picture about 350 bytes
     are kept in memory. ValueError where `out` is there, the folder is no job's or has no picture, or a picture is not
     the one that was finished; OSError with a file's name where `out` cannot be written.
     """
     if os.path.lexists(out):
         raise ValueError(f"{out}: is there already")
     with ExitStack() as stack:
-        places, model, (suffix, write) = index(folder, stack), named(folder), KINDS[kind]
-        starts = range(0, len(places), size)
+        places, model, (suffix, write) = (
+            index_finished_images(folder, stack),
+            read_model_name(folder),
+            EXPORT_FORMATS[export_format],
+        )
+        starts = range(0, len(places), shard_size)
 
-        def picture(at: int) -> Picture:
-            told(at, len(places))
-            return read(folder, places[at], model)
+        def picture(at: int) -> ExportedImage:
+            on_progress(at, len(places))
+            return read_finished_image(folder, places[at], model)
 
-        with publish(out.absolute(), claim) as draft:
+        with atomic_write(out.absolute(), rename_noreplace) as draft:
             draft.mkdir()
             for k, start in enumerate(starts):
                 shard = draft / f"{k:06d}.{suffix}"
                 try:
-                    write(shard, (picture(at) for at in range(start, min(start + size, len(places)))))
+                    write(shard, (picture(at) for at in range(start, min(start + shard_size, len(places)))))
                 except OSError as error:
                     error.filename = error.filename or str(out / shard.name)  # a write that fails names no file
                     raise
     return len(places), len(starts)
 
 
-def index(folder: Path, stack: ExitStack) -> list[Place]:
+def index_finished_images(folder: Path, stack: ExitStack) -> list[ImageRowSpan]:
     """The places of a job's finished pictures, in the order of its source; of two lines of one the later counts.
 
     Files stay open until `stack` ends, and so as they were, whatever a running job puts in their place. The joined one
     is opened last: what a worker's file held when it went is in it.
     """
-    found: dict[str, Place] = {}
-    for path in reversed(files(folder)) if folder.is_dir() else ():
+    found: dict[str, ImageRowSpan] = {}
+    for path in reversed(list_manifest_files(folder)) if folder.is_dir() else ():
         try:
             file = stack.enter_context(path.open("rb"))
         except FileNotFoundError:
             continue
-        own = {r["id"]: placed(r, file, start, end) for r, start, end in rows(file) if r["status"] == "done"}
+        own = {
+            r["id"]: make_image_row_span(r, file, start, end)
+            for r, start, end in iter_manifest_rows(file)
+            if r["status"] == "done"
+        }
         found = own | found
     if not found:
         raise ValueError(f"{folder}: no finished picture in it, or not a job's folder")
     return sorted(found.values())
 
 
-def placed(record: dict[str, Any], file: IO[bytes], start: int, end: int) -> Place:
+def make_image_row_span(record: dict[str, Any], file: IO[bytes], start: int, end: int) -> ImageRowSpan:
     """A line's place; ValueError where it says no request."""
     try:
-        return Place(record["line"], record["request"]["seed"], record["id"], file, start, end)
+        return ImageRowSpan(record["line"], record["request"]["seed"], record["id"], file, start, end)
     except (KeyError, TypeError):
         raise ValueError(f"{file.name}: its line of {record['id']} says no request") from None
 
 
-def named(folder: Path) -> str:
+def read_model_name(folder: Path) -> str:
     """What a job's pictures call their model; ValueError where `job.json` does not say it."""
     model = read_json(folder / "job.json").get("model")
     if not isinstance(model, str):
@@ -105,10 +115,10 @@ def named(folder: Path) -> str:
     return model
 
 
-def read(folder: Path, place: Place, model: str) -> Picture:
+def read_finished_image(folder: Path, span: ImageRowSpan, model: str) -> ExportedImage:
     """A finished picture; ValueError where its file is not what its line says."""
-    place.file.seek(place.start)
-    record = json.loads(place.file.read(place.end - place.start))
+    span.file.seek(span.start)
+    record = json.loads(span.file.read(span.end - span.start))
     path = folder / record["file"]
     try:
         data = path.read_bytes()
@@ -116,23 +126,23 @@ def read(folder: Path, place: Place, model: str) -> Picture:
         raise ValueError(f"{path}: {error.strerror}: the job's own command draws it again") from None
     if hashlib.sha256(data).hexdigest() != record["sha256"]:
         raise ValueError(f"{path}: not as it was finished: the job's own command with --check draws it again")
-    return Picture(f"{place.id}{path.suffix}", data, settings(record, model))
+    return ExportedImage(f"{span.id}{path.suffix}", data, flatten_settings(record, model))
 
 
-def settings(record: dict[str, Any], model: str) -> dict[str, Any]:
+def flatten_settings(record: dict[str, Any], model: str) -> dict[str, Any]:
     """What a picture was drawn with, flat, its prompt as `text`; of a picture that it began from, the pixels' hash."""
     values = dict(record["request"])
-    begun = {f"begun_from_{name}": (found := values.pop(name)) and found["sha256"] for name in BEGUN}
+    begun = {f"begun_from_{name}": (found := values.pop(name)) and found["sha256"] for name in INPUT_IMAGE_FIELDS}
     return {"id": record["id"], "text": values.pop("prompt"), "model": model, **values, **begun}
 
 
-BEGUN = "image", "mask"
+INPUT_IMAGE_FIELDS = "image", "mask"
 
 
-def write_tar(path: Path, pictures: Iterable[Picture]) -> None:
+def write_tar(path: Path, images: Iterable[ExportedImage]) -> None:
     """A webdataset tar: of each picture its file, the prompt as `.txt`, all settings as `.json`."""
     with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
-        for name, data, values in pictures:
+        for name, data, values in images:
             told = json.dumps(values, indent=1).encode()
             base = values["id"]
             for member, content in ((name, data), (f"{base}.txt", values["text"].encode()), (f"{base}.json", told)):
@@ -142,37 +152,37 @@ def write_tar(path: Path, pictures: Iterable[Picture]) -> None:
             tar.getmembers().clear()  # else it keeps them all
 
 
-def write_parquet(path: Path, pictures: Iterable[Picture]) -> None:
+def write_parquet(path: Path, images: Iterable[ExportedImage]) -> None:
     """A parquet file that `datasets` opens with its pictures: a row each, a column for each setting."""
-    pa = arrow(path)
+    pa = import_pyarrow(path)
     from pyarrow import parquet
 
     features = {"info": {"features": {"image": {"_type": "Image"}}}}
-    schema = pa.schema(columns(pa), {"huggingface": json.dumps(features)})
+    schema = pa.schema(build_parquet_columns(pa), {"huggingface": json.dumps(features)})
     with path.open("wb") as file, parquet.ParquetWriter(file, schema) as writer:
-        for group in groups(pictures):
+        for group in iter_row_groups(images):
             table = [{"image": {"bytes": data, "path": name}, **values} for name, data, values in group]
             writer.write_table(pa.Table.from_pylist(table, schema))
 
 
-def columns(pa: Any) -> list[tuple[str, Any]]:
+def build_parquet_columns(pa: Any) -> list[tuple[str, Any]]:
     """The columns of a parquet file with their types."""
     real, whole, text = pa.float64(), pa.int64(), pa.string()
     types = {"str": text, "int": whole, "float": real, "tuple[float": pa.list_(real), "tuple[int": pa.list_(whole)}
     request = {
         field.name: next(types[begin] for begin in types if str(field.type).startswith(begin))
         for field in fields(Request)
-        if field.name not in ("prompt", "latents", *BEGUN)
+        if field.name not in ("prompt", "latents", *INPUT_IMAGE_FIELDS)
     }
-    begun = {f"begun_from_{name}": text for name in BEGUN}
+    begun = {f"begun_from_{name}": text for name in INPUT_IMAGE_FIELDS}
     image = pa.struct({"bytes": pa.binary(), "path": text})
     return list({"image": image, "id": text, "text": text, "model": text, **request, **begun}.items())
 
 
-def groups(pictures: Iterable[Picture]) -> Iterator[Sequence[Picture]]:
+def iter_row_groups(images: Iterable[ExportedImage]) -> Iterator[Sequence[ExportedImage]]:
     """Pictures in row groups."""
-    group: list[Picture] = []
-    for picture in pictures:
+    group: list[ExportedImage] = []
+    for picture in images:
         group.append(picture)
         if len(group) == GROUP_ROWS or sum(len(each.data) for each in group) >= GROUP_BYTES:
             yield group
@@ -181,7 +191,7 @@ def groups(pictures: Iterable[Picture]) -> Iterator[Sequence[Picture]]:
         yield group
 
 
-KINDS: dict[str, tuple[str, Callable[[Path, Iterable[Picture]], None]]] = {
+EXPORT_FORMATS: dict[str, tuple[str, Callable[[Path, Iterable[ExportedImage]], None]]] = {
     "webdataset": ("tar", write_tar),
     "parquet": ("parquet", write_parquet),
 }

@@ -16,13 +16,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ldm.files import remove
+from ldm.files import remove_path
 
-EXPIRY = 60.0  # seconds without a sign of life
-BEAT = 1.0  # seconds between two signs of life, at most
-STATUS = 256  # bytes of a sign of life, all of which are written at once
-BOOT = Path("/proc/sys/kernel/random/boot_id")
-OWNER = re.compile(r"[\w.-]+\n")
+LEASE_TIMEOUT = 60.0  # seconds without a sign of life
+HEARTBEAT_INTERVAL = 1.0  # seconds between two signs of life, at most
+HEARTBEAT_BYTES = 256  # bytes of a sign of life, all of which are written at once
+BOOT_ID_PATH = Path("/proc/sys/kernel/random/boot_id")
+OWNER_PATTERN = re.compile(r"[\w.-]+\n")
 
 
 class Leases:
@@ -37,22 +37,28 @@ class Leases:
     tells whether it lives: the lock ends with the process. From another machine it lives until its file's time of
     change has stood still for `expiry` seconds of the observer's monotonic clock, while the observer looked; clocks of
     two machines are never compared, and may jump. The limit: a worker of another machine that sleeps for longer is
-    taken for dead, and `holds` tells it so when it wakes; at worst a picture is drawn twice and the later file stays.
+    taken for dead, and `is_image_intact` tells it so when it wakes; at worst a picture is drawn twice and the later file stays.
     """
 
     def __init__(
-        self, folder: Path, expiry: float = EXPIRY, clock: Callable[[], float] = time.monotonic, boot: str | None = None
+        self,
+        folder: Path,
+        timeout: float = LEASE_TIMEOUT,
+        clock: Callable[[], float] = time.monotonic,
+        boot_id: str | None = None,
     ) -> None:
-        self.folder, self.expiry, self.clock = folder, expiry, clock
-        self.boot = boot or (BOOT.read_text().strip() if BOOT.exists() else uuid.uuid4().hex)
+        self.folder, self.timeout, self.clock = folder, timeout, clock
+        self.boot_id = boot_id or (BOOT_ID_PATH.read_text().strip() if BOOT_ID_PATH.exists() else uuid.uuid4().hex)
         self.worker = f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
         self.status: dict[str, Any] = {}  # what others shall know
-        self._held: dict[str, Path] = {}
-        self._seen: dict[Path, tuple[int, float]] = {}  # a file's time of change, and when it was first seen so
-        self._ended = threading.Event()
+        self._lease_paths: dict[str, Path] = {}
+        self._observed_mtimes: dict[
+            Path, tuple[int, float]
+        ] = {}  # a file's time of change, and when it was first seen so
+        self._stop_event = threading.Event()
         folder.mkdir(parents=True, exist_ok=True)
-        self._beat = self._begin()
-        self._thread = threading.Thread(target=self._live, daemon=True, name="beat")
+        self._heartbeat_fd = self._create_heartbeat()
+        self._thread = threading.Thread(target=self._run_heartbeat, daemon=True, name="beat")
         self._thread.start()
 
     def __enter__(self) -> Leases:
@@ -60,20 +66,20 @@ class Leases:
 
     def __exit__(self, *error: object) -> None:
         """Return all that is held, and leave."""
-        self._ended.set()
+        self._stop_event.set()
         self._thread.join()
-        for name in list(self._held):
+        for name in list(self._lease_paths):
             self.release(name)
-        remove(self._path(self.worker))
-        os.close(self._beat)
+        remove_path(self._heartbeat_path(self.worker))
+        os.close(self._heartbeat_fd)
 
     def acquire(self, name: str) -> bool:
         """Try to get a lease: False where a living worker has it, be it this one."""
         while True:
-            older = self._all(name)
-            if older and self._owned(older[-1]):
+            older = self._lease_files(name)
+            if older and self._has_live_owner(older[-1]):
                 return False
-            path = self.folder / f"{name}.{number(older[-1]) + 1 if older else 0}"
+            path = self.folder / f"{name}.{parse_lease_generation(older[-1]) + 1 if older else 0}"
             try:
                 handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
             except FileExistsError:
@@ -81,34 +87,34 @@ class Leases:
             try:
                 os.write(handle, f"{self.worker}\n".encode())
             except OSError:
-                remove(path)
+                remove_path(path)
                 raise
             finally:
                 os.close(handle)
-            if self._all(name)[-1] == path:
+            if self._lease_files(name)[-1] == path:
                 break
-            remove(path)  # this worker looked before another began, and came after that had tidied up
-        self._held[name] = path
+            remove_path(path)  # this worker looked before another began, and came after that had tidied up
+        self._lease_paths[name] = path
         for path in older:
-            remove(path)
+            remove_path(path)
         return True
 
     def release(self, name: str) -> None:
         """Return a lease."""
-        path = self._held.pop(name, None)
-        if path is not None and self._owner(path) == self.worker:
-            remove(path)
+        path = self._lease_paths.pop(name, None)
+        if path is not None and self._read_owner(path) == self.worker:
+            remove_path(path)
 
     def holds(self, name: str) -> bool:
         """Is a lease that was got still this worker's? Not if it slept and was taken for dead."""
-        return name in self._held and self._all(name)[-1:] == [self._held[name]]
+        return name in self._lease_paths and self._lease_files(name)[-1:] == [self._lease_paths[name]]
 
-    def free(self, name: str) -> bool:
+    def is_free(self, name: str) -> bool:
         """Does no living worker hold a lease?"""
-        return not any(map(self._owned, self._all(name)))
+        return not any(map(self._has_live_owner, self._lease_files(name)))
 
     @contextmanager
-    def alone(self, name: str) -> Iterator[None]:
+    def exclusive(self, name: str) -> Iterator[None]:
         """Hold a lease for a while, once nobody else does."""
         while not self.acquire(name):
             time.sleep(0.05)
@@ -117,15 +123,15 @@ class Leases:
         finally:
             self.release(name)
 
-    def live(self, worker: str) -> bool:
+    def is_alive(self, worker: str) -> bool:
         """Does a worker live? The rule is the class's."""
         if worker == self.worker:
             return True
-        path = self._path(worker)
+        path = self._heartbeat_path(worker)
         try:
             with path.open("rb") as file:
-                if status_of(file.read()).get("boot") != self.boot:
-                    return self._changes(path)
+                if parse_heartbeat(file.read()).get("boot") != self.boot_id:
+                    return self._changed_recently(path)
                 fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
                 return False
         except BlockingIOError:
@@ -133,71 +139,73 @@ class Leases:
         except FileNotFoundError:
             return False
         except OSError:
-            return self._changes(path)
+            return self._changed_recently(path)
 
-    def statuses(self) -> list[dict[str, Any]]:
+    def worker_statuses(self) -> list[dict[str, Any]]:
         """What every living worker lets others know."""
         beats = {path.stem: path for path in self.folder.glob("*.beat")}
-        return [status_of(content(path)) for worker, path in beats.items() if self.live(worker)]
+        return [parse_heartbeat(read_file_head(path)) for worker, path in beats.items() if self.is_alive(worker)]
 
-    def sweep(self, done: Container[str]) -> None:
+    def remove_stale(self, done: Container[str]) -> None:
         """Remove the beats of the dead, and the leases of what is done."""
         for path in list(self.folder.iterdir()):
-            if path.stem in done or (path.suffix == ".beat" and not self.live(path.stem)):
-                remove(path)
+            if path.stem in done or (path.suffix == ".beat" and not self.is_alive(path.stem)):
+                remove_path(path)
 
-    def _all(self, name: str) -> list[Path]:
+    def _lease_files(self, name: str) -> list[Path]:
         """The files of a lease, the one that counts last."""
         names = [entry for entry in os.listdir(self.folder) if entry.startswith(f"{name}.")]
-        return sorted((self.folder / entry for entry in names if entry[len(name) + 1 :].isdecimal()), key=number)
+        return sorted(
+            (self.folder / entry for entry in names if entry[len(name) + 1 :].isdecimal()), key=parse_lease_generation
+        )
 
-    def _owned(self, path: Path) -> bool:
+    def _has_live_owner(self, path: Path) -> bool:
         """Does the owner of a lease live? Where it names none it is as young as it was first seen."""
-        owner = self._owner(path)
-        return self._changes(path) if owner is None else self.live(owner)
+        owner = self._read_owner(path)
+        return self._changed_recently(path) if owner is None else self.is_alive(owner)
 
-    def _owner(self, path: Path) -> str | None:
-        text = content(path).decode("utf-8", "replace")
-        return text[:-1] if OWNER.fullmatch(text) else None
+    def _read_owner(self, path: Path) -> str | None:
+        text = read_file_head(path).decode("utf-8", "replace")
+        return text[:-1] if OWNER_PATTERN.fullmatch(text) else None
 
-    def _changes(self, path: Path) -> bool:
+    def _changed_recently(self, path: Path) -> bool:
         """Did a file change within the last `expiry` seconds in which it was looked at?"""
         try:
             changed = path.stat().st_mtime_ns
         except OSError:
             return False
         now = self.clock()
-        if self._seen.get(path, (None, 0.0))[0] != changed:
-            self._seen[path] = changed, now
-        return now - self._seen[path][1] < self.expiry
+        if self._observed_mtimes.get(path, (None, 0.0))[0] != changed:
+            self._observed_mtimes[path] = changed, now
+        return now - self._observed_mtimes[path][1] < self.timeout
 
-    def _path(self, worker: str) -> Path:
+    def _heartbeat_path(self, worker: str) -> Path:
         return self.folder / f"{worker}.beat"
 
-    def _begin(self) -> int:
+    def _create_heartbeat(self) -> int:
         """Begin to live: the lock comes before the boot id, without which nobody asks for the lock."""
-        handle = os.open(self._path(self.worker), os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
+        handle = os.open(self._heartbeat_path(self.worker), os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
         with contextlib.suppress(OSError):  # a file system without locks: others see it change
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        self._tell(handle)
+        self._write_heartbeat(handle)
         return handle
 
-    def _tell(self, handle: int) -> None:
-        text = json.dumps({"boot": self.boot, **self.status}).encode()
-        os.pwrite(handle, text.ljust(STATUS - 1) + b"\n", 0)
+    def _write_heartbeat(self, fd: int) -> None:
+        text = json.dumps({"boot": self.boot_id, **self.status}).encode()
+        os.pwrite(fd, text.ljust(HEARTBEAT_BYTES - 1) + b"\n", 0)
 
-    def _live(self) -> None:
-        while not self._ended.wait(min(BEAT, self.expiry / 4)):
+    def _run_heartbeat(self) -> None:
+        while not self._stop_event.wait(min(HEARTBEAT_INTERVAL, self.timeout / 4)):
             with contextlib.suppress(OSError):  # nothing is lost: at worst others take this worker for dead
-                self._tell(self._beat)
+                self._write_heartbeat(self._heartbeat_fd)
 
 
-def number(path: Path) -> int:
+def parse_lease_generation(path: Path) -> int:
     """Which of a lease's files it is."""
     return int(path.suffix[1:])
 
 
-def status_of(data: bytes) -> dict[str, Any]:
+def parse_heartbeat(data: bytes) -> dict[str, Any]:
     """What a beat says; nothing where it is garbage."""
     try:
         found = json.loads(data)
@@ -206,7 +214,7 @@ def status_of(data: bytes) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def content(path: Path) -> bytes:
+def read_file_head(path: Path) -> bytes:
     """The first bytes of a file; none where it cannot be read."""
     try:
         with path.open("rb") as file:

@@ -12,10 +12,10 @@ import sys
 
 import torch
 
-_LIBRARY: list[torch.library.Library] = []  # a Library's definitions live as long as the object
+_LIBRARIES: list[torch.library.Library] = []  # a Library's definitions live as long as the object
 
 
-def mend() -> None:
+def patch_torchvision() -> None:
     try:
         importlib.import_module("torchvision")
     except ImportError:
@@ -28,8 +28,8 @@ def mend() -> None:
         library = torch.library.Library("torchvision", "DEF")
         for op in ("nms", "qnms"):
             library.define(f"{op}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        _LIBRARY.append(library)
+        _LIBRARIES.append(library)
         importlib.import_module("torchvision")
 
 
-mend()
+patch_torchvision()

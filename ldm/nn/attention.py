@@ -13,17 +13,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-Attend = Callable[[Tensor, Tensor, Tensor, int], Tensor]
+AttentionFn = Callable[[Tensor, Tensor, Tensor, int], Tensor]
 
 
-def split(x: Tensor, heads: int) -> Tensor:
+def split_heads(x: Tensor, heads: int) -> Tensor:
     """[B, N, H D] -> [B, N, H, D] without a copy."""
     return x.unflatten(-1, (heads, -1))
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
     """torch's fused kernels; logits are float32 inside, whatever the input."""
-    q, k, v = (split(a, heads).transpose(1, 2) for a in (q, k, v))  # [B, H, N, D]
+    q, k, v = (split_heads(a, heads).transpose(1, 2) for a in (q, k, v))  # [B, H, N, D]
     return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
 
 
@@ -31,7 +31,7 @@ def math(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
     """Two batched products around a softmax: on a CPU the fastest to train, up to some 64 tokens."""
     if q.dtype == torch.float16:  # the logits of SD 2.1 exceed its range
         return math(q.float(), k.float(), v.float(), heads).half()
-    q, k, v = (split(a, heads).transpose(1, 2) for a in (q, k, v))  # [B, H, N, D]
+    q, k, v = (split_heads(a, heads).transpose(1, 2) for a in (q, k, v))  # [B, H, N, D]
     weights = torch.softmax((q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2), dim=-1)
     return (weights @ v).transpose(1, 2).flatten(2)
 
@@ -40,13 +40,13 @@ def xformers(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
     """xformers' memory-efficient kernel (Rabe & Staats 2021, arXiv:2112.05682), on a CUDA device."""
     from xformers.ops import memory_efficient_attention
 
-    return memory_efficient_attention(split(q, heads), split(k, heads), split(v, heads)).flatten(2)
+    return memory_efficient_attention(split_heads(q, heads), split_heads(k, heads), split_heads(v, heads)).flatten(2)
 
 
-ATTENTION: dict[str, Attend] = {"sdpa": sdpa, "math": math, "xformers": xformers}
+ATTENTION: dict[str, AttentionFn] = {"sdpa": sdpa, "math": math, "xformers": xformers}
 
 
-def available() -> dict[str, str | None]:
+def check_attention_backends() -> dict[str, str | None]:
     """Every back end by name: None where it can be used here, else the reason why not."""
     reasons: dict[str, str | None] = dict.fromkeys(ATTENTION)
     if importlib.util.find_spec("xformers") is None:
@@ -56,9 +56,9 @@ def available() -> dict[str, str | None]:
     return reasons
 
 
-def backend(name: str) -> Attend:
+def get_attention_backend(name: str) -> AttentionFn:
     """The back end of that name; ValueError where it is unknown or cannot be used here."""
-    reasons = available()
+    reasons = check_attention_backends()
     if name not in reasons:
         raise ValueError(f"attention {name!r}: choose from {', '.join(ATTENTION)}")
     if reasons[name]:

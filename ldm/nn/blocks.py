@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.grad import conv2d_input
 
-from ldm.nn.attention import Attend, sdpa
+from ldm.nn.attention import AttentionFn, sdpa
 
-KeyValue = tuple[Tensor, Tensor]
+KVPair = tuple[Tensor, Tensor]
 
 
-class Positional(nn.Module):
+class SinusoidalEmbedding(nn.Module):
     """Timesteps as waves: t -> (cos w_i t, sin w_i t), w_i = 10000^(-i / (n - shift)), i < n = width / 2.
 
     Vaswani et al. 2017, sec. 3.5; Ho et al. 2020, app. B. t [B] -> [B, width], float32.
@@ -24,15 +24,17 @@ class Positional(nn.Module):
 
     def __init__(self, width: int, flip_sin_to_cos: bool = True, freq_shift: float = 0) -> None:
         super().__init__()
-        self.width, self.flip, self.shift = width, flip_sin_to_cos, freq_shift
+        self.width, self.flip_sin_to_cos, self.freq_shift = width, flip_sin_to_cos, freq_shift
 
     def forward(self, t: Tensor) -> Tensor:
         n = self.width // 2
         i = torch.arange(n, dtype=torch.float32, device=t.device)
-        return sincos(t.float()[:, None] * torch.exp(-math.log(10_000) * i / (n - self.shift)), self.flip)
+        return sincos(
+            t.float()[:, None] * torch.exp(-math.log(10_000) * i / (n - self.freq_shift)), self.flip_sin_to_cos
+        )
 
 
-class Fourier(nn.Module):
+class GaussianFourierProjection(nn.Module):
     """Timesteps as random Fourier features: t -> (cos 2 pi w_i t, sin 2 pi w_i t), Gaussian w_i.
 
     Tancik et al. 2020 (arXiv:2006.10739), sec. 3; Song et al. 2021 (arXiv:2011.13456), app. G.
@@ -41,7 +43,7 @@ class Fourier(nn.Module):
 
     def __init__(self, width: int, flip_sin_to_cos: bool = True) -> None:
         super().__init__()
-        self.width, self.flip = width, flip_sin_to_cos
+        self.width, self.flip_sin_to_cos = width, flip_sin_to_cos
         self.weight = nn.Parameter(torch.empty(width // 2), requires_grad=False)
         nn.init.normal_(self.weight, std=16 / 1000)  # Song et al.: 16, for times that end at 1
 
@@ -50,11 +52,11 @@ class Fourier(nn.Module):
         return super()._apply(lambda a: a.to(fn(a).device), recurse)
 
     def forward(self, t: Tensor) -> Tensor:
-        return sincos(t.float()[:, None] * self.weight * 2 * math.pi, self.flip)
+        return sincos(t.float()[:, None] * self.weight * 2 * math.pi, self.flip_sin_to_cos)
 
 
-def sincos(phase: Tensor, flip: bool) -> Tensor:
-    return torch.cat([phase.cos(), phase.sin()] if flip else [phase.sin(), phase.cos()], dim=-1)
+def sincos(phase: Tensor, flip_sin_to_cos: bool) -> Tensor:
+    return torch.cat([phase.cos(), phase.sin()] if flip_sin_to_cos else [phase.sin(), phase.cos()], dim=-1)
 
 
 class TimestepEmbedding(nn.Module):
@@ -69,7 +71,7 @@ class TimestepEmbedding(nn.Module):
         return self.linear_2(F.silu(self.linear_1(x)))
 
 
-class SmallConv(torch.autograd.Function):
+class SmallConv2dFunction(torch.autograd.Function):
     """A 3x3 convolution whose weight gradient is one matrix product, dw = g^T windows(x).
 
     oneDNN's own takes four times as long on pictures of 4x4 (bfloat16, AMX): a tenth of a small U-Net's step.
@@ -84,7 +86,7 @@ class SmallConv(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, g: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         x, weight = ctx.saved_tensors
-        rows = tokens(g).flatten(0, 1)  # [B H W, out]
+        rows = to_tokens(g).flatten(0, 1)  # [B H W, out]
         padded = F.pad(x.permute(0, 2, 3, 1), (0, 0, 1, 1, 1, 1))
         windows = padded.unfold(1, 3, 1).unfold(2, 3, 1).permute(0, 1, 2, 4, 5, 3).flatten(3).flatten(0, 2)
         dw = (rows.t() @ windows).unflatten(1, (3, 3, -1)).permute(0, 3, 1, 2)
@@ -92,7 +94,7 @@ class SmallConv(torch.autograd.Function):
 
 
 class Conv2d(nn.Conv2d):
-    """nn.Conv2d, constructor and all (peft makes adapters of the same class); on a CPU it trains by `SmallConv`."""
+    """nn.Conv2d, constructor and all (peft makes adapters of the same class); on a CPU it trains by `SmallConv2dFunction`."""
 
     def forward(self, x: Tensor) -> Tensor:
         small = self.training and x.device.type == "cpu" and x.shape[-2] * x.shape[-1] <= 16
@@ -100,7 +102,7 @@ class Conv2d(nn.Conv2d):
         if not (small and same) or self.bias is None:
             return super().forward(x)
         dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
-        return SmallConv.apply(x.to(dtype), self.weight.to(dtype), self.bias.to(dtype))
+        return SmallConv2dFunction.apply(x.to(dtype), self.weight.to(dtype), self.bias.to(dtype))
 
 
 class ResnetBlock(nn.Module):
@@ -159,17 +161,17 @@ class Attention(nn.Module):
     def __init__(self, dim: int, context: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
-        self.attend: Attend = sdpa
+        self.attention_fn: AttentionFn = sdpa
         self.to_q = nn.Linear(dim, dim, bias=False)
         self.to_k = nn.Linear(context, dim, bias=False)
         self.to_v = nn.Linear(context, dim, bias=False)
         self.to_out = nn.Sequential(nn.Linear(dim, dim))
 
-    def project(self, context: Tensor) -> KeyValue:
+    def project_kv(self, context: Tensor) -> KVPair:
         return self.to_k(context), self.to_v(context)
 
-    def forward(self, x: Tensor, kv: KeyValue) -> Tensor:
-        return self.to_out(self.attend(self.to_q(x), *kv, self.heads))
+    def forward(self, x: Tensor, kv: KVPair) -> Tensor:
+        return self.to_out(self.attention_fn(self.to_q(x), *kv, self.heads))
 
 
 class GEGLU(nn.Module):
@@ -207,42 +209,48 @@ class TransformerBlock(nn.Module):
         self.norm3 = nn.LayerNorm(dim)
         self.ff = FeedForward(dim)
 
-    def forward(self, x: Tensor, text: KeyValue) -> Tensor:
+    def forward(self, x: Tensor, context_kv: KVPair) -> Tensor:
         h = self.norm1(x)
-        x = x + self.attn1(h, self.attn1.project(h))
-        x = x + self.attn2(self.norm2(x), text)
+        x = x + self.attn1(h, self.attn1.project_kv(h))
+        x = x + self.attn2(self.norm2(x), context_kv)
         return x + self.ff(self.norm3(x))
 
 
-class Transformer(nn.Module):
+class SpatialTransformer(nn.Module):
     """x + transformer(norm(x)) over the pixels of [B, C, H, W]: Rombach et al. 2022 (arXiv:2112.10752), app. E.2.1.
 
     The maps in and out are 1x1 convolutions (SD 1) or `linear` on tokens (SD 2): one function, two weight shapes.
     """
 
-    def __init__(self, dim: int, context: int, heads: int, depth: int, *, groups: int, linear: bool) -> None:
+    def __init__(
+        self, dim: int, context: int, heads: int, depth: int, *, groups: int, use_linear_projection: bool
+    ) -> None:
         super().__init__()
-        self.linear = linear
+        self.use_linear_projection = use_linear_projection
         self.norm = nn.GroupNorm(groups, dim, eps=1e-6)
-        self.proj_in: nn.Module = nn.Linear(dim, dim) if linear else nn.Conv2d(dim, dim, 1)
+        self.proj_in: nn.Module = nn.Linear(dim, dim) if use_linear_projection else nn.Conv2d(dim, dim, 1)
         self.transformer_blocks = nn.ModuleList(TransformerBlock(dim, context, heads) for _ in range(depth))
-        self.proj_out: nn.Module = nn.Linear(dim, dim) if linear else nn.Conv2d(dim, dim, 1)
+        self.proj_out: nn.Module = nn.Linear(dim, dim) if use_linear_projection else nn.Conv2d(dim, dim, 1)
 
-    def forward(self, x: Tensor, pairs: Iterator[KeyValue]) -> Tensor:
+    def forward(self, x: Tensor, kv_pairs: Iterator[KVPair]) -> Tensor:
         size = x.shape[-2:]
         h = self.norm(x)
-        h = self.proj_in(tokens(h)) if self.linear else tokens(self.proj_in(h))
+        h = self.proj_in(to_tokens(h)) if self.use_linear_projection else to_tokens(self.proj_in(h))
         for block in self.transformer_blocks:
-            h = block(h, next(pairs))
-        h = pixels(self.proj_out(h), size) if self.linear else self.proj_out(pixels(h, size))
+            h = block(h, next(kv_pairs))
+        h = (
+            to_feature_map(self.proj_out(h), size)
+            if self.use_linear_projection
+            else self.proj_out(to_feature_map(h, size))
+        )
         return x + h
 
 
-def tokens(x: Tensor) -> Tensor:
+def to_tokens(x: Tensor) -> Tensor:
     """[B, C, H, W] -> [B, H W, C]; contiguous without a copy where x is channels_last."""
     return x.flatten(2).transpose(1, 2)
 
 
-def pixels(x: Tensor, size: Sequence[int]) -> Tensor:
+def to_feature_map(x: Tensor, size: Sequence[int]) -> Tensor:
     """[B, H W, C] -> [B, C, H, W], channels_last without a copy."""
     return x.transpose(1, 2).unflatten(2, tuple(size))

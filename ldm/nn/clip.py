@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate, normalize
 
 import ldm.nn._torchvision  # noqa: F401  must come before transformers
-from ldm.nn.text import vocabulary
+from ldm.nn.text import build_clip_vocab
 
 from tokenizers.pre_tokenizers import ByteLevel  # isort: skip
 from tokenizers.trainers import BpeTrainer  # isort: skip
@@ -26,8 +26,8 @@ from transformers import (  # isort: skip
 )
 
 
-def clip_towers(
-    text: Mapping[str, Any], vision: Mapping[str, Any], projection_dim: int, tokenizer: CLIPTokenizer
+def build_clip(
+    text_config: Mapping[str, Any], vision_config: Mapping[str, Any], projection_dim: int, tokenizer: CLIPTokenizer
 ) -> CLIPModel:
     """Both towers of CLIP (Radford et al. 2021), random, the text tower for this tokenizer's vocabulary."""
     words = {
@@ -39,22 +39,22 @@ def clip_towers(
         "projection_dim": projection_dim,
     }
     config = CLIPConfig(
-        text_config={**text, **words},
-        vision_config={**vision, "projection_dim": projection_dim},
+        text_config={**text_config, **words},
+        vision_config={**vision_config, "projection_dim": projection_dim},
         projection_dim=projection_dim,
     )
     # eager attention: on a CPU the flash kernel's backward pass takes half of a step at these lengths
     return CLIPModel._from_config(config, attn_implementation="eager")
 
 
-def unit_vectors(clip: CLIPModel, images: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+def compute_clip_embeddings(clip: CLIPModel, images: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
     """Pictures [B, 3, H, W] in [-1, 1] and token ids [B, T] as vectors of length one, [B, D] each."""
     pictures = clip.visual_projection(clip.vision_model(images).pooler_output)
     captions = clip.text_projection(clip.text_model(ids).pooler_output)
     return normalize(pictures, dim=-1), normalize(captions, dim=-1)
 
 
-def towers(clip: CLIPModel) -> dict[str, PreTrainedModel]:
+def split_clip(clip: CLIPModel) -> dict[str, PreTrainedModel]:
     """The trained towers as transformers' own classes, by the name of the folder that holds each."""
     text = CLIPTextModel(clip.config.text_config)
     text.load_state_dict(clip.text_model.state_dict())
@@ -64,7 +64,7 @@ def towers(clip: CLIPModel) -> dict[str, PreTrainedModel]:
     return {"text_encoder": text, "image_encoder": image}
 
 
-def image_tower(folder: Path) -> Callable[[Tensor], Tensor]:
+def load_image_encoder(folder: Path) -> Callable[[Tensor], Tensor]:
     """The image tower in an `image_encoder/` folder: pictures [B, 3, H, W] in [-1, 1] to vectors of length one, [B, D].
 
     Pictures are reduced to the tower's size by averages over areas, as picto's tower learnt to see them.
@@ -79,7 +79,7 @@ def image_tower(folder: Path) -> Callable[[Tensor], Tensor]:
     return see
 
 
-def learn_vocabulary(captions: Iterable[str], size: int, context_length: int) -> CLIPTokenizer:
+def train_tokenizer(captions: Iterable[str], size: int, context_length: int) -> CLIPTokenizer:
     """A byte-level BPE in CLIP's own form (section 2.4), learnt from captions: `size` tokens at most."""
     alphabet = sorted(ByteLevel.alphabet())
     learner = CLIPTokenizer().backend_tokenizer
@@ -93,4 +93,4 @@ def learn_vocabulary(captions: Iterable[str], size: int, context_length: int) ->
         ),
     )
     merges = [(a, b) for a, b in json.loads(learner.to_str())["model"]["merges"]]
-    return CLIPTokenizer(vocab=vocabulary(merges), merges=merges, model_max_length=context_length)
+    return CLIPTokenizer(vocab=build_clip_vocab(merges), merges=merges, model_max_length=context_length)

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 
 
-class Extended(nn.Module):
-    """A table of vectors [n, C], and behind it `vectors` [m, C] that learn: Gal et al. 2022 (arXiv:2208.01618)."""
+class ExtendedEmbedding(nn.Module):
+    """A table of vectors [n, C], and behind it `extract_placeholder_embeddings` [m, C] that learn: Gal et al. 2022 (arXiv:2208.01618)."""
 
     def __init__(self, table: nn.Embedding, first: Tensor) -> None:
         super().__init__()

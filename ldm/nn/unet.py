@@ -17,22 +17,22 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ldm.conditioning import Conditioning
-from ldm.nn.attention import backend
+from ldm.nn.attention import get_attention_backend
 from ldm.nn.blocks import (
     Attention,
     Conv2d,
     Downsample,
-    Fourier,
-    KeyValue,
-    Positional,
+    GaussianFourierProjection,
+    KVPair,
+    SinusoidalEmbedding,
     ResnetBlock,
     TimestepEmbedding,
-    Transformer,
+    SpatialTransformer,
     TransformerBlock,
     Upsample,
 )
 
-CLASS_NAME = "UNet2DConditionModel"
+UNET_CLASS_NAME = "UNet2DConditionModel"
 
 DOWN_BLOCKS = {"CrossAttnDownBlock2D": True, "DownBlock2D": False}  # has it transformers?
 UP_BLOCKS = {"CrossAttnUpBlock2D": True, "UpBlock2D": False}
@@ -41,18 +41,18 @@ MID_BLOCKS = {
     "UNetMidBlock2D": (1, 0),
     None: (0, 0),
 }  # resnets, transformers
-TIME_SCALE_SHIFTS = {"default": False, "scale_shift": True}
-TIME_EMBEDDINGS = {"positional": 4, "fourier": 2}  # width of the embedding over block_out_channels[0]
-ADDITIONS = {None: False, "text_time": True}  # does the timestep embedding take Conditioning.added?
-CHOICES: dict[str, Mapping[Any, Any]] = {
-    "addition_embed_type": ADDITIONS,
+RESNET_TIME_SCALE_SHIFTS = {"default": False, "scale_shift": True}
+TIME_EMBEDDING_TYPES = {"positional": 4, "fourier": 2}  # width of the embedding over block_out_channels[0]
+ADDITION_EMBED_TYPES = {None: False, "text_time": True}  # does the timestep embedding take Conditioning.added?
+UNET_FIELD_CHOICES: dict[str, Mapping[Any, Any]] = {
+    "addition_embed_type": ADDITION_EMBED_TYPES,
     "down_block_types": DOWN_BLOCKS,
     "up_block_types": UP_BLOCKS,
     "mid_block_type": MID_BLOCKS,
-    "resnet_time_scale_shift": TIME_SCALE_SHIFTS,
-    "time_embedding_type": TIME_EMBEDDINGS,
+    "resnet_time_scale_shift": RESNET_TIME_SCALE_SHIFTS,
+    "time_embedding_type": TIME_EMBEDDING_TYPES,
 }
-PER_LEVEL = (
+PER_LEVEL_FIELDS = (
     "down_block_types",
     "up_block_types",
     "layers_per_block",
@@ -61,7 +61,7 @@ PER_LEVEL = (
 )
 
 # diffusers' fields that are not implemented, with the only value that is understood.
-NEUTRAL: dict[str, Any] = {
+UNSUPPORTED_UNET_FIELDS: dict[str, Any] = {
     "act_fn": "silu",
     "addition_embed_type_num_heads": 64,
     "attention_type": "default",
@@ -129,15 +129,15 @@ class UNetConfig:
             value = getattr(self, field.name)
             if isinstance(value, list):  # JSON has no tuples
                 object.__setattr__(self, field.name, tuple(value))
-        for name, table in CHOICES.items():
+        for name, table in UNET_FIELD_CHOICES.items():
             value = getattr(self, name)
             for choice in value if isinstance(value, tuple) else (value,):
                 if choice not in table:
                     raise ValueError(f"U-Net {name} {choice!r}: choose from {', '.join(map(str, table))}")
-        for name in PER_LEVEL:
+        for name in PER_LEVEL_FIELDS:
             self.per_level(name)
         for name in ("addition_time_embed_dim", "projection_class_embeddings_input_dim"):
-            if ADDITIONS[self.addition_embed_type] and not getattr(self, name):
+            if ADDITION_EMBED_TYPES[self.addition_embed_type] and not getattr(self, name):
                 raise ValueError(f"U-Net {name} {getattr(self, name)!r}: {self.addition_embed_type} needs a width")
         for width, heads in zip(self.block_out_channels, self.per_level("attention_head_dim"), strict=True):
             for name, divisor in (("norm_num_groups", self.norm_num_groups), ("attention_head_dim", heads)):
@@ -157,24 +157,26 @@ class UNetConfig:
         """The content of a diffusers config.json; ValueError names the first field that would go unheeded."""
         ours = {field.name for field in fields(cls)}
         for name, value in config.items():
-            if name == "_class_name" and value != CLASS_NAME:
-                raise ValueError(f"U-Net config: _class_name is {value!r}, not {CLASS_NAME!r}")
-            if name in NEUTRAL and value != NEUTRAL[name]:
-                raise ValueError(f"U-Net config: {name} = {value!r} is not supported, only {NEUTRAL[name]!r}")
-            if not (name in ours or name in NEUTRAL or name.startswith("_")):
+            if name == "_class_name" and value != UNET_CLASS_NAME:
+                raise ValueError(f"U-Net config: _class_name is {value!r}, not {UNET_CLASS_NAME!r}")
+            if name in UNSUPPORTED_UNET_FIELDS and value != UNSUPPORTED_UNET_FIELDS[name]:
+                raise ValueError(
+                    f"U-Net config: {name} = {value!r} is not supported, only {UNSUPPORTED_UNET_FIELDS[name]!r}"
+                )
+            if not (name in ours or name in UNSUPPORTED_UNET_FIELDS or name.startswith("_")):
                 raise ValueError(f"U-Net config: unknown field {name} = {value!r}")
         return cls(**{name: value for name, value in config.items() if name in ours})
 
     def to_dict(self) -> dict[str, Any]:
         """What diffusers' `UNet2DConditionModel.from_config` reads; JSON types only."""
         values = {name: list(v) if isinstance(v, tuple) else v for name, v in asdict(self).items()}
-        return {"_class_name": CLASS_NAME, **values}
+        return {"_class_name": UNET_CLASS_NAME, **values}
 
 
-Layer = tuple[nn.Module, nn.Module | None]  # a residual block and its transformer
+UNetLayer = tuple[nn.Module, nn.Module | None]  # a residual block and its transformer
 
 
-class Stage(nn.Module):
+class UNetBlock(nn.Module):
     """One resolution: residual blocks, each followed by a transformer while there are any, then a change of size."""
 
     def __init__(
@@ -190,32 +192,37 @@ class Stage(nn.Module):
         self.downsamplers = nn.ModuleList(downsamplers)
         self.upsamplers = nn.ModuleList(upsamplers)
 
-    def layers(self) -> Iterator[Layer]:
+    def layers(self) -> Iterator[UNetLayer]:
         return zip_longest(self.resnets, self.attentions)
 
 
-def depth(layer: Layer) -> int:
+def num_transformer_blocks(layer: UNetLayer) -> int:
     """How many pairs of keys and values a layer takes."""
-    return len(cast(Transformer, layer[1]).transformer_blocks) if layer[1] else 0
+    return len(cast(SpatialTransformer, layer[1]).transformer_blocks) if layer[1] else 0
 
 
-def apply(layer: Layer, x: Tensor, emb: Tensor, pairs: Sequence[KeyValue]) -> Tensor:
+def apply_layer(layer: UNetLayer, x: Tensor, emb: Tensor, kv_pairs: Sequence[KVPair]) -> Tensor:
     resnet, transformer = layer
     x = resnet(x, emb)
-    return x if transformer is None else transformer(x, iter(pairs))
+    return x if transformer is None else transformer(x, iter(kv_pairs))
 
 
-def stage(config: UNetConfig, level: int, inputs: list[int], attentions: int, **resample: Any) -> Stage:
+def build_block(
+    config: UNetConfig, level: int, in_channels: list[int], num_attentions: int, **resample: Any
+) -> UNetBlock:
     """A stage with a residual block for each of the input widths and as many transformers as said."""
     width, groups, eps = config.block_out_channels[level], config.norm_num_groups, config.norm_eps
-    emb = TIME_EMBEDDINGS[config.time_embedding_type] * config.block_out_channels[0]
-    shift = TIME_SCALE_SHIFTS[config.resnet_time_scale_shift]
+    emb = TIME_EMBEDDING_TYPES[config.time_embedding_type] * config.block_out_channels[0]
+    shift = RESNET_TIME_SCALE_SHIFTS[config.resnet_time_scale_shift]
     heads = config.per_level("attention_head_dim")[level]
     depth = config.per_level("transformer_layers_per_block")[level]
     text, linear = config.cross_attention_dim, config.use_linear_projection
-    return Stage(
-        [ResnetBlock(dim, width, emb, groups=groups, eps=eps, scale_shift=shift) for dim in inputs],
-        [Transformer(width, text, heads, depth, groups=groups, linear=linear) for _ in range(attentions)],
+    return UNetBlock(
+        [ResnetBlock(dim, width, emb, groups=groups, eps=eps, scale_shift=shift) for dim in in_channels],
+        [
+            SpatialTransformer(width, text, heads, depth, groups=groups, use_linear_projection=linear)
+            for _ in range(num_attentions)
+        ],
         **resample,
     )
 
@@ -232,17 +239,17 @@ class UNet(nn.Module):
         super().__init__()
         self.config = config
         widths, layers = config.block_out_channels, config.per_level("layers_per_block")
-        emb = TIME_EMBEDDINGS[config.time_embedding_type] * widths[0]
+        emb = TIME_EMBEDDING_TYPES[config.time_embedding_type] * widths[0]
         self.conv_in = Conv2d(config.in_channels, widths[0], 3, padding=1)
         self.time_proj = (
-            Fourier(emb, config.flip_sin_to_cos)
+            GaussianFourierProjection(emb, config.flip_sin_to_cos)
             if config.time_embedding_type == "fourier"
-            else Positional(widths[0], config.flip_sin_to_cos, config.freq_shift)
+            else SinusoidalEmbedding(widths[0], config.flip_sin_to_cos, config.freq_shift)
         )
         self.time_embedding = TimestepEmbedding(self.time_proj.width, emb)
         self.add_time_proj = self.add_embedding = None
-        if ADDITIONS[config.addition_embed_type]:
-            self.add_time_proj = Positional(
+        if ADDITION_EMBED_TYPES[config.addition_embed_type]:
+            self.add_time_proj = SinusoidalEmbedding(
                 config.addition_time_embed_dim or 0, config.flip_sin_to_cos, config.freq_shift
             )
             self.add_embedding = TimestepEmbedding(config.projection_class_embeddings_input_dim or 0, emb)
@@ -252,24 +259,24 @@ class UNet(nn.Module):
         for i, kind in enumerate(config.down_block_types):
             inputs = [dim] + [widths[i]] * (layers[i] - 1)
             half = [Downsample(widths[i])] if i < len(widths) - 1 else []
-            self.down_blocks.append(stage(config, i, inputs, layers[i] * DOWN_BLOCKS[kind], downsamplers=half))
+            self.down_blocks.append(build_block(config, i, inputs, layers[i] * DOWN_BLOCKS[kind], downsamplers=half))
             skips += [widths[i]] * (layers[i] + len(half))
             dim = widths[i]
 
         resnets, attentions = MID_BLOCKS[config.mid_block_type]
-        self.mid_block = stage(config, len(widths) - 1, [dim] * resnets, attentions)
+        self.mid_block = build_block(config, len(widths) - 1, [dim] * resnets, attentions)
 
         self.up_blocks = nn.ModuleList()
         for i, kind in zip(reversed(range(len(widths))), config.up_block_types, strict=True):
             inputs = [n + skips.pop() for n in [dim] + [widths[i]] * layers[i]]
             twice = [Upsample(widths[i])] if i > 0 else []
-            self.up_blocks.append(stage(config, i, inputs, len(inputs) * UP_BLOCKS[kind], upsamplers=twice))
+            self.up_blocks.append(build_block(config, i, inputs, len(inputs) * UP_BLOCKS[kind], upsamplers=twice))
             dim = widths[i]
 
         self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, dim, config.norm_eps)
         self.conv_out = Conv2d(dim, config.out_channels, 3, padding=1)
         self.attention = attention
-        self.checkpointing = False  # keep no layer's activations for the backward pass, compute them again
+        self.gradient_checkpointing = False  # keep no layer's activations for the backward pass, compute them again
 
     @property
     def attention(self) -> str:
@@ -278,26 +285,26 @@ class UNet(nn.Module):
 
     @attention.setter
     def attention(self, name: str) -> None:
-        attend = backend(name)
+        attend = get_attention_backend(name)
         self._attention = name
         for module in self.modules():
             if isinstance(module, Attention):
-                module.attend = attend
+                module.attention_fn = attend
 
     @property
     def dtype(self) -> torch.dtype:
         return self.conv_in.weight.dtype
 
-    def project(self, cond: Conditioning) -> Conditioning:
+    def compute_kv_cache(self, cond: Conditioning) -> Conditioning:
         """The same text with every cross-attention's keys and values, so that no step computes them again."""
-        if cond.keys_values is not None:
+        if cond.kv_cache is not None:
             return cond
         context = cond.context.to(self.dtype)
         crosses = [block.attn2 for block in self.modules() if isinstance(block, TransformerBlock)]
-        return replace(cond, keys_values=tuple(cross.project(context) for cross in crosses))
+        return replace(cond, kv_cache=tuple(cross.project_kv(context) for cross in crosses))
 
-    def added(self, pooled: Tensor, time_ids: Tensor) -> Tensor:
-        """`Conditioning.added` [B, P + n width]: the text's pooled vector [B, P] and the waves of its time ids [B, n].
+    def make_vector(self, pooled: Tensor, time_ids: Tensor) -> Tensor:
+        """`Conditioning.vector` [B, P + n width]: the text's pooled vector [B, P] and the waves of its time ids [B, n].
 
         SDXL's ids are the original height and width, the crop's top and left, the height and width to draw, in pixels
         (Podell et al. 2023, arXiv:2307.01952, sec. 2.2). float32. ValueError where the U-Net takes none, or as many.
@@ -313,46 +320,46 @@ class UNet(nn.Module):
             )
         return added
 
-    def embedding(self, t: Tensor, cond: Conditioning) -> Tensor:
+    def embed_timestep(self, t: Tensor, cond: Conditioning) -> Tensor:
         """What every residual block is told, [B, E]: the timestep, and `cond.added` where the U-Net takes it."""
         emb = self.time_embedding(self.time_proj(t).to(self.dtype))
-        if (self.add_embedding is None) != (cond.added is None):
+        if (self.add_embedding is None) != (cond.vector is None):
             takes = "takes no" if self.add_embedding is None else "needs"
             raise ValueError(f"this U-Net {takes} pooled text and time ids (Conditioning.added)")
-        return emb if self.add_embedding is None else emb + self.add_embedding(cast(Tensor, cond.added).to(self.dtype))
+        return emb if self.add_embedding is None else emb + self.add_embedding(cast(Tensor, cond.vector).to(self.dtype))
 
-    def input(self, x: Tensor, cond: Conditioning) -> Tensor:
+    def prepare_input(self, x: Tensor, cond: Conditioning) -> Tensor:
         """What the first convolution reads: x [B, C, H, W], then the conditioning's channels."""
         x = x.to(self.dtype)
-        if cond.channels is not None:
-            x = torch.cat([x, cond.channels.to(self.dtype)], dim=1)
+        if cond.concat is not None:
+            x = torch.cat([x, cond.concat.to(self.dtype)], dim=1)
         if x.shape[1] != self.config.in_channels:
             raise ValueError(f"this U-Net takes {self.config.in_channels} channels, and {x.shape[1]} are given")
         return 2 * x - 1 if self.config.center_input_sample else x
 
-    def _layer(self, layer: Layer, x: Tensor, emb: Tensor, pairs: Iterator[KeyValue]) -> Tensor:
-        own = list(islice(pairs, depth(layer)))
-        if self.checkpointing and torch.is_grad_enabled():
-            return checkpoint(apply, layer, x, emb, own, use_reentrant=False)
-        return apply(layer, x, emb, own)
+    def _apply_layer(self, layer: UNetLayer, x: Tensor, emb: Tensor, kv_pairs: Iterator[KVPair]) -> Tensor:
+        own = list(islice(kv_pairs, num_transformer_blocks(layer)))
+        if self.gradient_checkpointing and torch.is_grad_enabled():
+            return checkpoint(apply_layer, layer, x, emb, own, use_reentrant=False)
+        return apply_layer(layer, x, emb, own)
 
     def forward(self, x: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
-        pairs = iter(self.project(cond).keys_values or ())
-        emb = F.silu(self.embedding(t, cond))
-        x = self.conv_in(self.input(x, cond))
+        pairs = iter(self.compute_kv_cache(cond).kv_cache or ())
+        emb = F.silu(self.embed_timestep(t, cond))
+        x = self.conv_in(self.prepare_input(x, cond))
         skips = [x]
-        for down in cast(Iterable[Stage], self.down_blocks):
+        for down in cast(Iterable[UNetBlock], self.down_blocks):
             for layer in down.layers():
-                x = self._layer(layer, x, emb, pairs)
+                x = self._apply_layer(layer, x, emb, pairs)
                 skips.append(x)
             for downsample in down.downsamplers:
                 x = downsample(x)
                 skips.append(x)
         for layer in self.mid_block.layers():
-            x = self._layer(layer, x, emb, pairs)
-        for up in cast(Iterable[Stage], self.up_blocks):
+            x = self._apply_layer(layer, x, emb, pairs)
+        for up in cast(Iterable[UNetBlock], self.up_blocks):
             for layer in up.layers():
-                x = self._layer(layer, torch.cat([x, skips.pop()], dim=1), emb, pairs)
+                x = self._apply_layer(layer, torch.cat([x, skips.pop()], dim=1), emb, pairs)
             for upsample in up.upsamplers:
                 x = upsample(x, skips[-1].shape[-2:])
         return self.conv_out(F.silu(self.conv_norm_out(x)))

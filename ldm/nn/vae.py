@@ -24,12 +24,12 @@ class Posterior(NamedTuple):
         return self.mean + self.std * noise
 
 
-def autoencoder(config: Mapping[str, Any]) -> AutoencoderKL:
+def build_vae(config: Mapping[str, Any]) -> AutoencoderKL:
     """An AutoencoderKL with torch's default initial weights, from diffusers' configuration fields."""
     return AutoencoderKL.from_config(dict(config))
 
 
-def start_linear(vae: AutoencoderKL) -> None:
+def init_weights(vae: AutoencoderKL) -> None:
     """Initial weights for training: a linear map that keeps variance, from pixels to latents and back.
 
     Residual branches start at zero (Goyal et al. 2017, section 5.1), and the convolutions between them are orthogonal
@@ -42,36 +42,36 @@ def start_linear(vae: AutoencoderKL) -> None:
             torch.nn.init.orthogonal_(parameter)
 
 
-def config_of(vae: AutoencoderKL) -> dict[str, Any]:
+def get_vae_config(vae: AutoencoderKL) -> dict[str, Any]:
     """The fields of a `vae/config.json`."""
     return {k: v for k, v in vae.config.items() if not k.startswith("_") or k == "_class_name"}
 
 
-def downscale(vae: AutoencoderKL) -> int:
+def vae_scale_factor(vae: AutoencoderKL) -> int:
     """Pixels a side for each latent: 8 for Stable Diffusion."""
     return 2 ** (len(vae.config["block_out_channels"]) - 1)
 
 
-def moments(vae: AutoencoderKL, images: Tensor) -> Posterior:
+def encode_unscaled(vae: AutoencoderKL, images: Tensor) -> Posterior:
     """The unscaled posterior; log-variance is clipped to [-30, 20] as Stable Diffusion's is."""
     hidden = vae.encoder(images)
     mean, log_var = (vae.quant_conv(hidden) if vae.quant_conv is not None else hidden).chunk(2, dim=1)
     return Posterior(mean, torch.exp(0.5 * log_var.clamp(-30, 20)))
 
 
-def reconstruct(vae: AutoencoderKL, z: Tensor) -> Tensor:
+def decode_unscaled(vae: AutoencoderKL, z: Tensor) -> Tensor:
     """Pictures from unscaled latents."""
     return vae.decoder(vae.post_quant_conv(z) if vae.post_quant_conv is not None else z)
 
 
-def encode(vae: AutoencoderKL, images: Tensor) -> Posterior:
+def encode_images(vae: AutoencoderKL, images: Tensor) -> Posterior:
     """q(z | x) of scaled latents, float32: variance about 1, as the U-Net sees them."""
     scale = vae.config["scaling_factor"]
-    mean, std = moments(vae, images.to(vae.dtype, memory_format=torch.channels_last))
+    mean, std = encode_unscaled(vae, images.to(vae.dtype, memory_format=torch.channels_last))
     return Posterior(mean.float() * scale, std.float() * scale)
 
 
-def decode(vae: AutoencoderKL, latents: Tensor) -> Tensor:
+def decode_latents(vae: AutoencoderKL, latents: Tensor) -> Tensor:
     """Pictures [B, 3, H, W], about [-1, 1], float32, from scaled latents."""
     z = (latents / vae.config["scaling_factor"]).to(vae.dtype, memory_format=torch.channels_last)
-    return reconstruct(vae, z).float()
+    return decode_unscaled(vae, z).float()

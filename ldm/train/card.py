@@ -10,36 +10,36 @@ import yaml
 from PIL import Image
 
 from ldm.config import Recipe
-from ldm.data.pictures import FolderDataset
+from ldm.data.pictures import ImageDataset
 from ldm.images import contact_sheet
-from ldm.train.curves import figure, panel, read_curve
+from ldm.train.curves import render_figure, render_panel, read_curve
 
-COLUMNS = 8
+CARD_GRID_COLUMNS = 8
 
 
-def write_card(
+def write_model_card(
     recipe: Recipe,
-    dataset: FolderDataset,
-    drawn: Mapping[str, Sequence[Image.Image]],
+    dataset: ImageDataset,
+    samples: Mapping[str, Sequence[Image.Image]],
     prompts: Sequence[str],
     folder: Path,
 ) -> None:
     """Write MODEL_CARD.md, beside it curves.svg and, for each of `drawn`, a picture of the prompts drawn."""
     asked = recipe.model_dump(mode="json", exclude_defaults=True)
     parts = [f"# {recipe.output_dir.name}", f"## Recipe\n\n```yaml\n{yaml.safe_dump(asked, sort_keys=False)}```"]
-    parts.append(f"## Pictures\n\n{summary(dataset)}")
-    if curves := curves_of(recipe.output_dir / "log.jsonl"):
+    parts.append(f"## Pictures\n\n{summarize_dataset(dataset)}")
+    if curves := render_loss_curves(recipe.output_dir / "log.jsonl"):
         (folder / "curves.svg").write_text(curves, encoding="utf-8")
         parts.append("## Curves\n\n![curves](curves.svg)")
-    for name, pictures in drawn.items():
-        contact_sheet(pictures, prompts, COLUMNS).save(folder / f"{name}.png")
+    for name, pictures in samples.items():
+        contact_sheet(pictures, prompts, CARD_GRID_COLUMNS).save(folder / f"{name}.png")
         parts.append(f"## {name.capitalize()}\n\n![{name}]({name}.png)")
     (folder / "MODEL_CARD.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
 
 
-def summary(dataset: FolderDataset) -> str:
+def summarize_dataset(dataset: ImageDataset) -> str:
     """The number of pictures, their shapes after cropping, and the first captions, as a table and a list."""
-    shapes = Counter(look.placement.bucket for look in dataset.surveyed)
+    shapes = Counter(look.placement.bucket for look in dataset.image_infos)
     rows = [f"| {width} x {height} | {count} |" for (width, height), count in sorted(shapes.items())]
     captions = dict.fromkeys(sample.caption for sample in dataset.samples)
     told = [f"- {caption}" for caption in [*captions][:5]]
@@ -47,8 +47,8 @@ def summary(dataset: FolderDataset) -> str:
     return "\n".join(["| shape | pictures |", "|---|---|", *rows, "", "Captions:", "", *told, *more])
 
 
-def curves_of(log: Path) -> str:
+def render_loss_curves(log: Path) -> str:
     """The losses of a log as an SVG picture; nothing where it has none."""
     found = {name: read_curve(log, key) for name, key in (("training", "loss"), ("held out", "val_loss"))}
     drawn = {name: curve for name, curve in found.items() if curve}
-    return figure([panel("loss (log scale)", drawn, log_scale=True)]) if drawn else ""
+    return render_figure([render_panel("loss (log scale)", drawn, log_scale=True)]) if drawn else ""

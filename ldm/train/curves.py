@@ -7,8 +7,8 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-WIDTH, HEIGHT, MARGIN = 420, 220, 44
-COLOURS = ("#2a6fbb", "#d1495b", "#3a7d44")
+PLOT_WIDTH, PLOT_HEIGHT, PLOT_MARGIN = 420, 220, 44
+PLOT_COLORS = ("#2a6fbb", "#d1495b", "#3a7d44")
 
 Curve = list[tuple[float, float]]
 
@@ -19,7 +19,7 @@ def read_curve(log: Path, key: str) -> Curve:
     return [(line["step"], line[key]) for line in lines if key in line]
 
 
-def panel(title: str, curves: dict[str, Curve], left: int = 0, log_scale: bool = False) -> str:
+def render_panel(title: str, curves: dict[str, Curve], x_offset: int = 0, log_scale: bool = False) -> str:
     """One pair of axes with a few curves, as SVG elements `left` pixels from the edge."""
     look = math.log10 if log_scale else float
     points = [point for curve in curves.values() for point in curve]
@@ -28,27 +28,27 @@ def panel(title: str, curves: dict[str, Curve], left: int = 0, log_scale: bool =
     span = (high - low) or 1.0
 
     def place(step: float, value: float) -> str:
-        x = left + MARGIN + step / right * (WIDTH - 2 * MARGIN)
-        return f"{x:.1f},{HEIGHT - MARGIN - (look(value) - low) / span * (HEIGHT - 2 * MARGIN):.1f}"
+        x = x_offset + PLOT_MARGIN + step / right * (PLOT_WIDTH - 2 * PLOT_MARGIN)
+        return f"{x:.1f},{PLOT_HEIGHT - PLOT_MARGIN - (look(value) - low) / span * (PLOT_HEIGHT - 2 * PLOT_MARGIN):.1f}"
 
     def words(x: float, y: float, text: str, anchor: str = "start", colour: str = "#333") -> str:
-        return f'<text x="{left + x:.0f}" y="{y:.0f}" text-anchor="{anchor}" fill="{colour}">{text}</text>'
+        return f'<text x="{x_offset + x:.0f}" y="{y:.0f}" text-anchor="{anchor}" fill="{colour}">{text}</text>'
 
-    frame = f'x="{left + MARGIN}" y="{MARGIN}" width="{WIDTH - 2 * MARGIN}" height="{HEIGHT - 2 * MARGIN}"'
-    parts = [f'<rect {frame} fill="none" stroke="#bbb"/>', words(WIDTH / 2, 18, title, "middle")]
+    frame = f'x="{x_offset + PLOT_MARGIN}" y="{PLOT_MARGIN}" width="{PLOT_WIDTH - 2 * PLOT_MARGIN}" height="{PLOT_HEIGHT - 2 * PLOT_MARGIN}"'
+    parts = [f'<rect {frame} fill="none" stroke="#bbb"/>', words(PLOT_WIDTH / 2, 18, title, "middle")]
     for level in (low, high):
         value = 10**level if log_scale else level
-        y = HEIGHT - MARGIN - (level - low) / span * (HEIGHT - 2 * MARGIN) + 4
-        parts.append(words(MARGIN - 5, y, f"{value:.3g}", "end"))
-    parts.append(words(WIDTH - MARGIN, HEIGHT - MARGIN + 16, f"step {right:.0f}", "end"))
+        y = PLOT_HEIGHT - PLOT_MARGIN - (level - low) / span * (PLOT_HEIGHT - 2 * PLOT_MARGIN) + 4
+        parts.append(words(PLOT_MARGIN - 5, y, f"{value:.3g}", "end"))
+    parts.append(words(PLOT_WIDTH - PLOT_MARGIN, PLOT_HEIGHT - PLOT_MARGIN + 16, f"step {right:.0f}", "end"))
     for k, (name, curve) in enumerate(curves.items()):
         line = " ".join(place(step, value) for step, value in curve)
-        parts.append(f'<polyline points="{line}" fill="none" stroke="{COLOURS[k]}" stroke-width="1.3"/>')
-        parts.append(words(MARGIN + 110 * k, HEIGHT - 8, name, colour=COLOURS[k]))
+        parts.append(f'<polyline points="{line}" fill="none" stroke="{PLOT_COLORS[k]}" stroke-width="1.3"/>')
+        parts.append(words(PLOT_MARGIN + 110 * k, PLOT_HEIGHT - 8, name, colour=PLOT_COLORS[k]))
     return "\n".join(parts)
 
 
-def figure(panels: Sequence[str]) -> str:
+def render_figure(panels: Sequence[str]) -> str:
     """Panels side by side as one SVG document."""
-    head = f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH * len(panels)}" height="{HEIGHT}"'
+    head = f'<svg xmlns="http://www.w3.org/2000/svg" width="{PLOT_WIDTH * len(panels)}" height="{PLOT_HEIGHT}"'
     return "\n".join([f'{head} font-family="sans-serif" font-size="12">', *panels, "</svg>\n"])

@@ -7,15 +7,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ldm.rng import Noise, keyed, keyed_uniform
-from ldm.train.task import Visit
+from ldm.rng import Noise, derive_seed, derive_uniform
+from ldm.train.task import SampleKey
 
 
-def draw(seed: int, visits: Sequence[Visit], purpose: str, shape: Sequence[int]) -> Tensor:
+def sample_normal(seed: int, sample_keys: Sequence[SampleKey], purpose: str, shape: Sequence[int]) -> Tensor:
     """N(0, I) for each visit, [B, *shape], float32 on the host."""
-    return Noise([keyed(seed, *visit, purpose) for visit in visits])(torch.empty(len(visits), *shape))
+    return Noise([derive_seed(seed, *visit, purpose) for visit in sample_keys])(torch.empty(len(sample_keys), *shape))
 
 
-def draw_uniform(seed: int, visits: Sequence[Visit], purpose: str) -> Tensor:
+def sample_uniform(seed: int, sample_keys: Sequence[SampleKey], purpose: str) -> Tensor:
     """A number in [0, 1) for each visit, [B], float64 on the host."""
-    return torch.tensor([keyed_uniform(seed, *visit, purpose) for visit in visits], dtype=torch.float64)
+    return torch.tensor([derive_uniform(seed, *visit, purpose) for visit in sample_keys], dtype=torch.float64)

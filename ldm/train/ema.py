@@ -9,21 +9,21 @@ import numpy as np
 import torch
 from torch import nn
 
-Rate = Callable[[int], float]  # how far the average moves towards the weights after `step` updates
+EMARate = Callable[[int], float]  # how far the average moves towards the weights after `step` updates
 
 
-def exponential(decay: float) -> Rate:
+def exponential_ema_rate(decay: float) -> EMARate:
     """1 - d with d = min(decay, (1 + step) / (10 + step)): the young forget faster."""
     return lambda step: 1 - min(decay, (1 + step) / (10 + step))
 
 
-def power(sigma_rel: float) -> Rate:
+def power_ema_rate(sigma_rel: float) -> EMARate:
     """1 - (1 - 1 / step)^(gamma + 1): the weights of step tau count as tau^gamma (Karras et al. 2024, eqs. 2 and 3)."""
-    exponent = gamma(sigma_rel) + 1
+    exponent = sigma_rel_to_gamma(sigma_rel) + 1
     return lambda step: 1 - (1 - 1 / step) ** exponent
 
 
-def gamma(sigma_rel: float) -> float:
+def sigma_rel_to_gamma(sigma_rel: float) -> float:
     """The power whose profile has the deviation sigma_rel, as a share of the training's length.
 
     sigma_rel^2 (gamma + 2)^2 (gamma + 3) = gamma + 1, its largest root (Karras et al. 2024, eq. 6 and algorithm 2).
@@ -35,10 +35,10 @@ def gamma(sigma_rel: float) -> float:
     return float(np.roots([1, 7, 16 - t, 12 - t]).real.max())
 
 
-class Average:
+class EMAModel:
     """theta' <- theta' + rate(step) (theta - theta'), beside a model that learns."""
 
-    def __init__(self, model: nn.Module, rate: Rate) -> None:
+    def __init__(self, model: nn.Module, rate: EMARate) -> None:
         self.model = copy.deepcopy(model).eval().requires_grad_(False)
         self.rate = rate
 

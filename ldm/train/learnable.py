@@ -15,24 +15,24 @@ from torch import Tensor, nn
 
 from ldm.checkpoints.formats import Checkpoint
 from ldm.conditioning import Conditioning
-from ldm.data.latents import LatentCache, digest
-from ldm.nn.prompts import Words, divided
-from ldm.nn.text import Chunk, Tower, spelled
+from ldm.data.latents import LatentCache, blake2b_hexdigest
+from ldm.nn.prompts import PlaceholderTokens, split_on_tokens
+from ldm.nn.text import PromptChunk, TextEncoder, tokenize
 
-CAPTIONS_KEPT = 4096  # of which the embeddings stay at hand
+CAPTION_CACHE_SIZE = 4096  # of which the embeddings stay at hand
 
-Ids = tuple[tuple[int, ...], ...]  # of one caption, for each text encoder
+CaptionTokenIds = tuple[tuple[int, ...], ...]  # of one caption, for each text encoder
 
 
-class Captions(NamedTuple):
+class TokenizedCaptions(NamedTuple):
     """Captions of a batch as token ids; the sizes [B, 6] that SDXL is told; `shown` [B], 0 where a caption is empty."""
 
-    ids: list[Ids]
-    sizes: Tensor
-    shown: Tensor
+    token_ids: list[CaptionTokenIds]
+    time_ids: Tensor
+    nonempty: Tensor
 
 
-class Learnable(nn.Module):
+class TrainableModel(nn.Module):
     """The parameters of a model that learn, and they alone: its networks are no modules of this one.
 
     So a checkpoint, an average and a parallel wrapper hold what learns; a copy of it shares all the rest.
@@ -40,40 +40,44 @@ class Learnable(nn.Module):
 
     def __init__(self, model: Checkpoint) -> None:
         super().__init__()
-        self.whole = model
+        self.full_model = model
         for folder, network in model.networks.items():
             for name, parameter in network.named_parameters():
                 if parameter.requires_grad:
-                    plant(self, f"{folder}.{name}", parameter)
+                    register_nested_parameter(self, f"{folder}.{name}", parameter)
 
-    def forward(self, x: Tensor, t: Tensor, text: Conditioning | Captions) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, text: Conditioning | TokenizedCaptions) -> Tensor:
         """The U-Net's output; texts are read here where the text encoders learn."""
-        return self.whole.unet(x, t, text if isinstance(text, Conditioning) else read(self.whole, text))
+        return self.full_model.unet(
+            x, t, text if isinstance(text, Conditioning) else encode_captions(self.full_model, text)
+        )
 
     def modules(self, remove_duplicate: bool = True) -> Iterator[nn.Module]:
         """Those of the networks too: an optimizer asks which are embeddings, the loop which save memory."""
         yield from super().modules(remove_duplicate)
-        for network in self.whole.networks.values():
+        for network in self.full_model.networks.values():
             yield from network.modules()
 
-    def train(self, mode: bool = True) -> Learnable:
+    def train(self, mode: bool = True) -> TrainableModel:
         """A network that learns as a whole is in training mode; one that is frozen never is."""
-        for network in self.whole.networks.values():
+        for network in self.full_model.networks.values():
             network.train(mode and all(p.requires_grad for p in network.parameters()))
         return super().train(mode)
 
-    def __deepcopy__(self, memo: dict[int, object]) -> Learnable:
+    def __deepcopy__(self, memo: dict[int, object]) -> TrainableModel:
         own = set(map(id, self.parameters()))
-        for network in self.whole.networks.values():
+        for network in self.full_model.networks.values():
             frozen = (a for a in chain(network.parameters(), network.buffers()) if id(a) not in own)
             memo |= {id(a): a for a in frozen}
-        memo |= {id(part): part for part in (self.whole.vae, *(t.tokenizer for t in self.whole.towers))}
+        memo |= {
+            id(part): part for part in (self.full_model.vae, *(t.tokenizer for t in self.full_model.text_encoders))
+        }
         twin = memo[id(self)] = type(self).__new__(type(self))
         twin.__dict__ = copy.deepcopy(self.__dict__, memo)
         return twin
 
 
-def plant(root: nn.Module, name: str, parameter: nn.Parameter) -> None:
+def register_nested_parameter(root: nn.Module, name: str, parameter: nn.Parameter) -> None:
     """Register a parameter under a dotted name, in bare modules."""
     *parents, last = name.split(".")
     for part in parents:
@@ -83,73 +87,91 @@ def plant(root: nn.Module, name: str, parameter: nn.Parameter) -> None:
     root.register_parameter(last, parameter)
 
 
-def lower(network: nn.Module, dtype: torch.dtype) -> None:
+def cast_frozen_parameters(network: nn.Module, dtype: torch.dtype) -> None:
     """Give what is frozen in a network a dtype, and what learns float32."""
     for parameter in network.parameters():
         parameter.data = parameter.data.to(torch.float32 if parameter.requires_grad else dtype)
 
 
-def ids_of(towers: Sequence[Tower], caption: str, words: Words) -> Ids:
+def tokenize_caption(
+    text_encoders: Sequence[TextEncoder], caption: str, placeholder_tokens: PlaceholderTokens
+) -> CaptionTokenIds:
     """A caption as each text encoder reads it, cut to its length and padded; its text is plain, without weights.
 
     ValueError for a character that the vocabulary lacks.
     """
-    first = towers[0].tokenizer
-    stretches = (spelled(first, s) if isinstance(s, str) else list(s) for s in divided(caption, words))
+    first = text_encoders[0].tokenizer
+    stretches = (
+        tokenize(first, s) if isinstance(s, str) else list(s) for s in split_on_tokens(caption, placeholder_tokens)
+    )
     inner = list(chain.from_iterable(stretches))[: first.model_max_length - 2]
     framed = first.bos_token_id, *inner, first.eos_token_id
-    chunk = Chunk(framed, (1.0,) * len(framed))
-    return tuple(tuple(tower.padded(chunk)[0][0].tolist()) for tower in towers)
+    chunk = PromptChunk(framed, (1.0,) * len(framed))
+    return tuple(tuple(tower.pad_chunk(chunk)[0][0].tolist()) for tower in text_encoders)
 
 
-def read(model: Checkpoint, texts: Captions) -> Conditioning:
+def encode_captions(model: Checkpoint, captions: TokenizedCaptions) -> Conditioning:
     """The conditioning of captions, by the text encoders as they are now."""
     contexts, pooled = zip(
-        *(tower.states(torch.tensor([row[k] for row in texts.ids])) for k, tower in enumerate(model.towers)),
+        *(
+            tower.encode_ids(torch.tensor([row[k] for row in captions.token_ids]))
+            for k, tower in enumerate(model.text_encoders)
+        ),
         strict=True,
     )
     vectors = [vector for vector in pooled if vector is not None]
-    return conditioning(model, torch.cat(contexts, -1), torch.cat(vectors, -1) if vectors else None, texts)
+    return make_caption_conditioning(
+        model, torch.cat(contexts, -1), torch.cat(vectors, -1) if vectors else None, captions
+    )
 
 
-def conditioning(model: Checkpoint, context: Tensor, pooled: Tensor | None, texts: Captions) -> Conditioning:
+def make_caption_conditioning(
+    model: Checkpoint, context: Tensor, pooled: Tensor | None, captions: TokenizedCaptions
+) -> Conditioning:
     """A conditioning of states [B, T, C]; an empty caption is zeros where no prompt is, when the model draws."""
-    if model.zero_negative:
-        shown = texts.shown.to(context)
+    if model.force_zeros_for_empty_prompt:
+        shown = captions.nonempty.to(context)
         context, pooled = context * shown[:, None, None], None if pooled is None else pooled * shown[:, None]
     if pooled is None or model.unet.add_embedding is None:
         return Conditioning(context)
-    return Conditioning(context, added=model.unet.added(pooled, texts.sizes.to(pooled.device)))
+    return Conditioning(context, vector=model.unet.make_vector(pooled, captions.time_ids.to(pooled.device)))
 
 
-class Encoded:
+class CachedTextEncoder:
     """Captions as frozen text encoders read them, each alone, so that none depends on its batch; kept on disk."""
 
     def __init__(self, model: Checkpoint, cache: LatentCache) -> None:
         self.model, self.cache = model, cache
-        self._row = lru_cache(CAPTIONS_KEPT)(self._found)
+        self._lookup = lru_cache(CAPTION_CACHE_SIZE)(self._load_or_encode)
 
-    def __call__(self, texts: Captions) -> Conditioning:
-        rows = [self._row(tuple(map(tuple, ids))) for ids in texts.ids]  # a loader of batches makes lists of tuples
-        width = sum(tower.model.config.hidden_size for tower in self.model.towers)
-        room = len(texts.ids[0][0]) * width
+    def __call__(self, captions: TokenizedCaptions) -> Conditioning:
+        rows = [
+            self._lookup(tuple(map(tuple, ids))) for ids in captions.token_ids
+        ]  # a loader of batches makes lists of tuples
+        width = sum(tower.model.config.hidden_size for tower in self.model.text_encoders)
+        room = len(captions.token_ids[0][0]) * width
         states = torch.stack([row[:room] for row in rows]).unflatten(1, (-1, width))
         pooled = torch.stack([row[room:] for row in rows]) if len(rows[0]) > room else None
-        return conditioning(self.model, states, pooled, texts)
+        return make_caption_conditioning(self.model, states, pooled, captions)
 
-    def _found(self, ids: Ids) -> Tensor:
+    def _load_or_encode(self, ids: CaptionTokenIds) -> Tensor:
         """States and pooled vector in one row, in float32 on the device."""
-        (row,) = self.cache.get([digest(json.dumps(ids))], lambda _: [self._read(ids)])
+        (row,) = self.cache.get_or_compute([blake2b_hexdigest(json.dumps(ids))], lambda _: [self._encode(ids)])
         return torch.tensor(row, device=self.model.unet.conv_in.weight.device)
 
     @torch.no_grad()
-    def _read(self, ids: Ids) -> np.ndarray:
-        parts = [tower.states(torch.tensor([row])) for tower, row in zip(self.model.towers, ids, strict=True)]
+    def _encode(self, ids: CaptionTokenIds) -> np.ndarray:
+        parts = [
+            tower.encode_ids(torch.tensor([row])) for tower, row in zip(self.model.text_encoders, ids, strict=True)
+        ]
         whole = torch.cat([states for states, _ in parts], -1).flatten()
         vectors = [pooled.flatten() for _, pooled in parts if pooled is not None]
         return torch.cat([whole, *vectors]).float().cpu().numpy()
 
 
-def facts(model: Checkpoint) -> Mapping[str, object]:
+def text_encoder_settings(model: Checkpoint) -> Mapping[str, object]:
     """What the reading of captions depends on beside weights: the layers that are read."""
-    return {str(k): [tower.layer, tower.final_norm, tower.projected] for k, tower in enumerate(model.towers)}
+    return {
+        str(k): [tower.layer_idx, tower.final_norm, tower.with_projection]
+        for k, tower in enumerate(model.text_encoders)
+    }

@@ -12,144 +12,162 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from ldm.checkpoints.convert import convert
+from ldm.checkpoints.convert import convert_checkpoint
 from ldm.checkpoints.embeddings import save_embeddings
-from ldm.checkpoints.files import DIFFUSERS, TRANSFORMERS, read_json, save_module
-from ldm.checkpoints.formats import Checkpoint, locate
-from ldm.checkpoints.lora_save import DIFFUSERS_FILE, save_adapter
+from ldm.checkpoints.files import DIFFUSERS_WEIGHTS_NAME, TRANSFORMERS_WEIGHTS_NAME, read_json, save_module
+from ldm.checkpoints.formats import Checkpoint, locate_weights
+from ldm.checkpoints.lora_save import LORA_WEIGHT_NAME_SAFE, save_adapter
 from ldm.checkpoints.networks import TEXT_ENCODERS
-from ldm.config import TuneObjective
-from ldm.nn.inversion import Extended
+from ldm.config import FinetuneObjective
+from ldm.nn.inversion import ExtendedEmbedding
 from ldm.nn.lora import Adapter
-from ldm.nn.lora_train import changes, inject
-from ldm.nn.text import Tower, spelled
-from ldm.pipeline import PICTO, Pipeline
+from ldm.nn.lora_train import extract_lora_deltas, inject_lora
+from ldm.nn.text import TextEncoder, tokenize
+from ldm.pipeline import PICTO_PATH, Pipeline
 
-KOHYA_FILE = "lora_kohya.safetensors"
-EMBEDS_FILE = "learned_embeds.safetensors"
+KOHYA_LORA_FILE = "lora_kohya.safetensors"
+LEARNED_EMBEDS_FILE = "learned_embeds.safetensors"
 
 
-class Method(NamedTuple):
+class FinetuneMethod(NamedTuple):
     """A way to tune.
 
-    `prepare` gives the model, in float32, whose parameters that learn want gradients; `export` writes what they have
+    `prepare` gives the model, in float32, whose parameters that learn want gradients; `export_job` writes what they have
     become to a folder, and `reopen` is a pipeline with that folder's content. `drawing` is one of the model as it is,
     given what it was prepared from too.
     """
 
-    prepare: Callable[[Checkpoint, TuneObjective], Checkpoint]
-    export: Callable[[Checkpoint, TuneObjective, Path], None]
-    reopen: Callable[[TuneObjective, Path], Pipeline]
-    drawing: Callable[[Checkpoint, Checkpoint, TuneObjective], Pipeline]
+    prepare: Callable[[Checkpoint, FinetuneObjective], Checkpoint]
+    export: Callable[[Checkpoint, FinetuneObjective, Path], None]
+    load_pipeline: Callable[[FinetuneObjective, Path], Pipeline]
+    make_pipeline: Callable[[Checkpoint, Checkpoint, FinetuneObjective], Pipeline]
 
 
-def source(objective: TuneObjective) -> str | Path:
+def base_model_path(objective: FinetuneObjective) -> str | Path:
     """What a recipe tunes."""
-    return objective.pretrained_model_name_or_path or PICTO
+    return objective.pretrained_model_name_or_path or PICTO_PATH
 
 
-def untuned(objective: TuneObjective) -> Pipeline:
+def load_base_pipeline(objective: FinetuneObjective) -> Pipeline:
     """The pretrained model as it was."""
-    return Pipeline.from_pretrained(source(objective), revision=objective.revision, variant=objective.variant)
+    return Pipeline.from_pretrained(base_model_path(objective), revision=objective.revision, variant=objective.variant)
 
 
-def learning(model: Checkpoint, objective: TuneObjective) -> list[str]:
+def trainable_network_names(model: Checkpoint, objective: FinetuneObjective) -> list[str]:
     """The folders of the networks that learn."""
-    return ["unet", *TEXT_ENCODERS[: len(model.towers) if objective.train_text_encoder else 0]]
+    return ["unet", *TEXT_ENCODERS[: len(model.text_encoders) if objective.train_text_encoder else 0]]
 
 
-def _prepare_full(model: Checkpoint, objective: TuneObjective) -> Checkpoint:
-    for folder in learning(model, objective):
+def _prepare_full(model: Checkpoint, objective: FinetuneObjective) -> Checkpoint:
+    for folder in trainable_network_names(model, objective):
         model.networks[folder].requires_grad_(True)
     return model
 
 
-def _export_full(model: Checkpoint, objective: TuneObjective, folder: Path) -> None:
+def _export_full(model: Checkpoint, objective: FinetuneObjective, folder: Path) -> None:
     """The whole model in diffusers' layout: all as it was but for the networks that learnt."""
-    convert(locate(source(objective), objective.revision, None, objective.variant), folder)
-    for name in learning(model, objective):
+    convert_checkpoint(locate_weights(base_model_path(objective), objective.revision, None, objective.variant), folder)
+    for name in trainable_network_names(model, objective):
         config = model.unet.config.to_dict() if name == "unet" else read_json(folder / name / "config.json")
         shutil.rmtree(folder / name)
-        save_module(model.networks[name], config, folder / name, DIFFUSERS if name == "unet" else TRANSFORMERS)
+        save_module(
+            model.networks[name],
+            config,
+            folder / name,
+            DIFFUSERS_WEIGHTS_NAME if name == "unet" else TRANSFORMERS_WEIGHTS_NAME,
+        )
 
 
-def _prepare_lora(model: Checkpoint, objective: TuneObjective) -> Checkpoint:
-    for folder in learning(model, objective):
-        inject(model.networks[folder], objective.targets, objective.rank, objective.alpha, objective.dora)
+def _prepare_lora(model: Checkpoint, objective: FinetuneObjective) -> Checkpoint:
+    for folder in trainable_network_names(model, objective):
+        inject_lora(model.networks[folder], objective.targets, objective.rank, objective.alpha, objective.dora)
     return model
 
 
-def adapter(model: Checkpoint) -> Adapter:
+def extract_adapter(model: Checkpoint) -> Adapter:
     """What the adapters of a model have learnt."""
-    found = {target: d for name, network in model.networks.items() for target, d in changes(network, name).items()}
+    found = {
+        target: d
+        for name, network in model.networks.items()
+        for target, d in extract_lora_deltas(network, name).items()
+    }
     return Adapter("tuned", found)
 
 
-def _export_lora(model: Checkpoint, objective: TuneObjective, folder: Path) -> None:
+def _export_lora(model: Checkpoint, objective: FinetuneObjective, folder: Path) -> None:
     """The adapter in diffusers' dialect and, beside it, in kohya's."""
-    for name, to in ((DIFFUSERS_FILE, "diffusers"), (KOHYA_FILE, "kohya")):
-        save_adapter(adapter(model), folder / name, to, model.networks, model.family)
+    for name, to in ((LORA_WEIGHT_NAME_SAFE, "diffusers"), (KOHYA_LORA_FILE, "kohya")):
+        save_adapter(extract_adapter(model), folder / name, to, model.networks, model.family)
 
 
-def _reopen_lora(objective: TuneObjective, folder: Path) -> Pipeline:
-    pipe = untuned(objective)
-    pipe.load_lora_weights(folder / DIFFUSERS_FILE)
+def _load_pipeline_lora(objective: FinetuneObjective, folder: Path) -> Pipeline:
+    pipe = load_base_pipeline(objective)
+    pipe.load_lora_weights(folder / LORA_WEIGHT_NAME_SAFE)
     return pipe
 
 
-def _prepare_inversion(model: Checkpoint, objective: TuneObjective) -> Checkpoint:
+def _prepare_inversion(model: Checkpoint, objective: FinetuneObjective) -> Checkpoint:
     """Text encoders of a larger vocabulary; the model's own stay as they were."""
     word, known = objective.placeholder_token or "", objective.initializer_token or ""
-    tokenizer = model.towers[0].tokenizer
-    if len(spelled(tokenizer, word)) < 2:
+    tokenizer = model.text_encoders[0].tokenizer
+    if len(tokenize(tokenizer, word)) < 2:
         raise ValueError(f"placeholder_token {word!r}: must be a word that the model does not have yet")
-    ids = spelled(tokenizer, known)
-    return replace(model, towers=tuple(_extended(tower, ids, objective.num_vectors) for tower in model.towers))
+    ids = tokenize(tokenizer, known)
+    return replace(
+        model,
+        text_encoders=tuple(_extend_text_encoder(tower, ids, objective.num_vectors) for tower in model.text_encoders),
+    )
 
 
-def _extended(tower: Tower, ids: Sequence[int], count: int) -> Tower:
+def _extend_text_encoder(text_encoder: TextEncoder, initializer_ids: Sequence[int], num_vectors: int) -> TextEncoder:
     """A tower whose new vectors begin as those of some tokens, in turn."""
-    shared: dict[int, object] = {id(a): a for a in (*tower.model.parameters(), *tower.model.buffers())}
-    twin = replace(tower, model=copy.deepcopy(tower.model, shared))
-    embeddings = twin.text.embeddings
-    first = embeddings.token_embedding.weight[[ids[k % len(ids)] for k in range(count)]]
-    embeddings.token_embedding = Extended(embeddings.token_embedding, first)
+    shared: dict[int, object] = {id(a): a for a in (*text_encoder.model.parameters(), *text_encoder.model.buffers())}
+    twin = replace(text_encoder, model=copy.deepcopy(text_encoder.model, shared))
+    embeddings = twin.text_model.embeddings
+    first = embeddings.token_embedding.weight[[initializer_ids[k % len(initializer_ids)] for k in range(num_vectors)]]
+    embeddings.token_embedding = ExtendedEmbedding(embeddings.token_embedding, first)
     return twin
 
 
-def vectors(model: Checkpoint) -> dict[str, Tensor]:
+def extract_placeholder_embeddings(model: Checkpoint) -> dict[str, Tensor]:
     """What a word has become, by the folder of the text encoder."""
     return {
-        name: tower.text.embeddings.token_embedding.vectors.detach().cpu()
-        for name, tower in zip(TEXT_ENCODERS, model.towers, strict=False)
+        name: tower.text_model.embeddings.token_embedding.vectors.detach().cpu()
+        for name, tower in zip(TEXT_ENCODERS, model.text_encoders, strict=False)
     }
 
 
-def _export_inversion(model: Checkpoint, objective: TuneObjective, folder: Path) -> None:
+def _export_inversion(model: Checkpoint, objective: FinetuneObjective, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    save_embeddings(folder / EMBEDS_FILE, objective.placeholder_token or "", vectors(model))
+    save_embeddings(
+        folder / LEARNED_EMBEDS_FILE, objective.placeholder_token or "", extract_placeholder_embeddings(model)
+    )
 
 
-def _reopen_inversion(objective: TuneObjective, folder: Path) -> Pipeline:
-    pipe = untuned(objective)
-    pipe.load_textual_inversion(folder / EMBEDS_FILE, objective.placeholder_token or "")
+def _load_pipeline_inversion(objective: FinetuneObjective, folder: Path) -> Pipeline:
+    pipe = load_base_pipeline(objective)
+    pipe.load_textual_inversion(folder / LEARNED_EMBEDS_FILE, objective.placeholder_token or "")
     return pipe
 
 
-def _drawing_inversion(plain: Checkpoint, model: Checkpoint, objective: TuneObjective) -> Pipeline:
-    pipe = Pipeline(plain)
+def _make_pipeline_inversion(base_model: Checkpoint, model: Checkpoint, objective: FinetuneObjective) -> Pipeline:
+    pipe = Pipeline(base_model)
     with TemporaryDirectory() as folder:
         _export_inversion(model, objective, Path(folder))
-        pipe.load_textual_inversion(Path(folder) / EMBEDS_FILE, objective.placeholder_token or "")
+        pipe.load_textual_inversion(Path(folder) / LEARNED_EMBEDS_FILE, objective.placeholder_token or "")
     return pipe
 
 
-def _drawing(plain: Checkpoint, model: Checkpoint, objective: TuneObjective) -> Pipeline:
+def _make_pipeline(base_model: Checkpoint, model: Checkpoint, objective: FinetuneObjective) -> Pipeline:
     return Pipeline(model)
 
 
-METHODS: dict[str, Method] = {
-    "full": Method(_prepare_full, _export_full, lambda objective, folder: Pipeline.from_pretrained(folder), _drawing),
-    "lora": Method(_prepare_lora, _export_lora, _reopen_lora, _drawing),
-    "textual_inversion": Method(_prepare_inversion, _export_inversion, _reopen_inversion, _drawing_inversion),
+FINETUNE_METHODS: dict[str, FinetuneMethod] = {
+    "full": FinetuneMethod(
+        _prepare_full, _export_full, lambda objective, folder: Pipeline.from_pretrained(folder), _make_pipeline
+    ),
+    "lora": FinetuneMethod(_prepare_lora, _export_lora, _load_pipeline_lora, _make_pipeline),
+    "textual_inversion": FinetuneMethod(
+        _prepare_inversion, _export_inversion, _load_pipeline_inversion, _make_pipeline_inversion
+    ),
 }

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from ldm.config import Recipe
 from ldm.diffusion.spacing import choose
 
-NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # a quintic whose iterates drive every singular value to about 1
+NEWTON_SCHULZ_COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # a quintic whose iterates drive every singular value to about 1
 
 
-def optimizer_for(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
+def create_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
     """The recipe's optimizer of what learns in a model; ValueError for a name or an option that there is not."""
     try:
         return choose(OPTIMIZERS, recipe.optimizer, "optimizer")(model, recipe)
@@ -25,31 +25,31 @@ def optimizer_for(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
 
 def adamw(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
     """AdamW (Loshchilov & Hutter 2019), fused."""
-    return _adamw(learning(model), recipe, **recipe.optimizer_options)
+    return _make_adamw(trainable_parameters(model), recipe, **recipe.optimizer_options)
 
 
-def _adamw(parameters: Iterable[Tensor], recipe: Recipe, **options: Any) -> torch.optim.AdamW:
-    return torch.optim.AdamW(parameters, **{**common(recipe), "fused": True, **options})
+def _make_adamw(parameters: Iterable[Tensor], recipe: Recipe, **options: Any) -> torch.optim.AdamW:
+    return torch.optim.AdamW(parameters, **{**adam_options(recipe), "fused": True, **options})
 
 
 def adamw8bit(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
     """AdamW with moments of 8 bits, a scale for each block (Dettmers et al. 2022)."""
-    make = extra("bitsandbytes.optim", "adamw8bit").AdamW8bit
-    return make(learning(model), **{**common(recipe), **recipe.optimizer_options})
+    make = import_optim_extra("bitsandbytes.optim", "adamw8bit").AdamW8bit
+    return make(trainable_parameters(model), **{**adam_options(recipe), **recipe.optimizer_options})
 
 
 def prodigy(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
     """Prodigy finds the rate itself (Mishchenko & Defazio 2024); `learning_rate`, usually 1, is a factor of it."""
-    make = extra("prodigyopt", "prodigy").Prodigy
-    return make(learning(model), **{**common(recipe), **recipe.optimizer_options})
+    make = import_optim_extra("prodigyopt", "prodigy").Prodigy
+    return make(trainable_parameters(model), **{**adam_options(recipe), **recipe.optimizer_options})
 
 
-def learning(model: nn.Module) -> list[nn.Parameter]:
+def trainable_parameters(model: nn.Module) -> list[nn.Parameter]:
     """The parameters that learn."""
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
-def common(recipe: Recipe) -> dict[str, Any]:
+def adam_options(recipe: Recipe) -> dict[str, Any]:
     """The options that every kind of Adam has."""
     return {
         "lr": recipe.learning_rate,
@@ -58,7 +58,7 @@ def common(recipe: Recipe) -> dict[str, Any]:
     }
 
 
-def extra(module: str, optimizer: str) -> Any:
+def import_optim_extra(module: str, optimizer: str) -> Any:
     """A module of the extra `optim`; ValueError says how to get it."""
     try:
         return import_module(module)
@@ -72,7 +72,7 @@ class Muon(torch.optim.Optimizer):
     M <- m M + (1 - m) G;  W <- (1 - lr d) W - lr .2 sqrt(max(rows, columns)) polar((1 - m) G + m M), m = .95, with the
     scale that gives Adam's usual size of step, so that one learning rate serves both (Liu et al. 2025, eq. 4). A
     convolution's weight is the matrix [out, in k k]; it must be in channels_last. Embeddings, and modules named in
-    `edges`, a network's first and last layers, are AdamW's. torch's own Muon takes matrices alone.
+    `image_gradient_loss`, a network's first and last layers, are AdamW's. torch's own Muon takes matrices alone.
     """
 
     def __init__(
@@ -81,7 +81,7 @@ class Muon(torch.optim.Optimizer):
         tables = {m.weight for m in model.modules() if isinstance(m, nn.Embedding)}
         named = {n: p for n, p in model.named_parameters() if p.requires_grad}
         inner = {n: p for n, p in named.items() if p.dim() > 1 and p not in tables and not edges & {*n.split(".")}}
-        self.adamw = _adamw([p for n, p in named.items() if n not in inner], recipe)
+        self.adamw = _make_adamw([p for n, p in named.items() if n not in inner], recipe)
         super().__init__(inner.values(), {"lr": recipe.learning_rate, "weight_decay": recipe.adam_weight_decay})
         self.param_groups += self.adamw.param_groups
 
@@ -95,35 +95,38 @@ class Muon(torch.optim.Optimizer):
             if not state:
                 state["momentum"] = torch.zeros_like(parameter)
             momentum = state["momentum"].lerp_(parameter.grad, 0.05)
-            matrix = rows(parameter)
+            matrix = flatten_to_matrix(parameter)
             assert matrix.data_ptr() == parameter.data_ptr(), "a convolution that is not in channels_last"
             size = 0.2 * max(matrix.shape) ** 0.5
             matrix.mul_(1 - inner["lr"] * inner["weight_decay"])
-            matrix.sub_(polar(rows(parameter.grad.lerp(momentum, 0.95))), alpha=inner["lr"] * size)
+            matrix.sub_(
+                newton_schulz_orthogonalize(flatten_to_matrix(parameter.grad.lerp(momentum, 0.95))),
+                alpha=inner["lr"] * size,
+            )
         # one state and one list of groups, also after load_state_dict has replaced them
         self.adamw.state, self.adamw.param_groups = self.state, self.param_groups[1:]
         self.adamw.step()
 
 
-def rows(weight: Tensor) -> Tensor:
+def flatten_to_matrix(weight: Tensor) -> Tensor:
     """A weight as a matrix [out, rest]: a view, also of a convolution in channels_last; the columns' order is free."""
     return (weight.permute(0, *range(2, weight.dim()), 1) if weight.dim() > 2 else weight).flatten(1)
 
 
-def polar(matrix: Tensor, iterations: int = 5) -> Tensor:
+def newton_schulz_orthogonalize(matrix: Tensor, num_iterations: int = 5) -> Tensor:
     """The orthogonal factor U V^T of U S V^T, nearly, by Newton and Schulz's iteration in bfloat16."""
-    a, b, c = NEWTON_SCHULZ
+    a, b, c = NEWTON_SCHULZ_COEFFICIENTS
     tall = matrix.shape[0] > matrix.shape[1]
     x = (matrix.T if tall else matrix).bfloat16().contiguous()  # one layout, one result: strides of 1 x 1 vary
     x = x / (x.norm() + 1e-7)
-    for _ in range(iterations):
+    for _ in range(num_iterations):
         gram = x @ x.T
         x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return (x.T if tall else x).to(matrix.dtype)
 
 
 def muon(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
-    """Muon with the options `edges`, names of modules."""
+    """Muon with the options `image_gradient_loss`, names of modules."""
     options = {name: frozenset(value) for name, value in recipe.optimizer_options.items()}
     return Muon(model, recipe, **options)
 

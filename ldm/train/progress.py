@@ -13,60 +13,64 @@ from rich.progress import Progress as Bar
 
 from ldm.config import Recipe
 
-Tell = Callable[[Mapping[str, float], int], None]  # (figures, step): a tracker
+LogMetrics = Callable[[Mapping[str, float], int], None]  # (figures, step): a tracker
 
 
-class Progress:
-    """Logs the mean of steps' figures; lines past `start` are cut first, so that a resumed log is an undisturbed one.
+class MetricLogger:
+    """Logs the mean of steps' figures; lines past `start_trackers` are cut first, so that a resumed log is an undisturbed one.
 
-    `tell` hears every line too. Where `writes` is false (not the main process) all is silence.
+    `log_to_trackers` hears every line too. Where `writes` is false (not the main process) all is silence.
     """
 
-    def __init__(self, path: Path, start: int, recipe: Recipe, tell: Tell, writes: bool = True) -> None:
-        self.path, self.recipe, self.tell, self.writes = path, recipe, tell, writes
-        self.console = Console(stderr=True, quiet=not writes)
+    def __init__(
+        self, path: Path, start_step: int, recipe: Recipe, on_log: LogMetrics, is_main_process: bool = True
+    ) -> None:
+        self.path, self.recipe, self.on_log, self.is_main_process = path, recipe, on_log, is_main_process
+        self.console = Console(stderr=True, quiet=not is_main_process)
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        self.bar = Bar(*columns, console=self.console, disable=not (writes and self.console.is_terminal))
-        self.task = self.bar.add_task("training", total=recipe.max_train_steps, completed=start)
-        self._start_clock(start)
-        if writes:
-            kept = [line for line in _lines(path) if json.loads(line)["step"] <= start]
+        self.progress_bar = Bar(
+            *columns, console=self.console, disable=not (is_main_process and self.console.is_terminal)
+        )
+        self.progress_task = self.progress_bar.add_task("training", total=recipe.max_train_steps, completed=start_step)
+        self._reset_clock(start_step)
+        if is_main_process:
+            kept = [line for line in _read_complete_lines(path) if json.loads(line)["step"] <= start_step]
             path.write_text("".join(line + "\n" for line in kept))
 
-    def __enter__(self) -> Progress:
-        self.bar.start()
+    def __enter__(self) -> MetricLogger:
+        self.progress_bar.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.bar.stop()
+        self.progress_bar.stop()
 
-    def _start_clock(self, step: int) -> None:
-        self.since, self.clock = step, time.monotonic()
+    def _reset_clock(self, step: int) -> None:
+        self.last_logged_step, self.last_logged_time = step, time.monotonic()
 
-    def step(self, step: int) -> None:
+    def update_progress(self, step: int) -> None:
         """One more is done."""
-        self.bar.update(self.task, completed=step)
+        self.progress_bar.update(self.progress_task, completed=step)
 
-    def log(self, step: int, figures: Mapping[str, float]) -> None:
+    def log_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
         """Append a line of the steps' figures with the images per second since the last line."""
-        images = (step - self.since) * self.recipe.train_batch_size
-        speed = images / (time.monotonic() - self.clock)
-        self.bar.update(self.task, description=f"loss {figures['loss']:.4f}  {speed:.3g} images/s")
-        self.write(step, {**figures, "images_per_second": speed})
+        images = (step - self.last_logged_step) * self.recipe.train_batch_size
+        speed = images / (time.monotonic() - self.last_logged_time)
+        self.progress_bar.update(self.progress_task, description=f"loss {metrics['loss']:.4f}  {speed:.3g} images/s")
+        self.write_metrics(step, {**metrics, "images_per_second": speed})
 
-    def write(self, step: int, figures: Mapping[str, float], always: bool = False) -> None:
+    def write_metrics(self, step: int, metrics: Mapping[str, float], force_print: bool = False) -> None:
         """Append a line, and say it where no bar shows (or `always`); the clock starts anew."""
-        rounded = {"step": step, **{k: float(f"{v:.5g}") for k, v in figures.items()}}
-        if self.writes:
+        rounded = {"step": step, **{k: float(f"{v:.5g}") for k, v in metrics.items()}}
+        if self.is_main_process:
             with self.path.open("a") as file:
                 file.write(json.dumps(rounded) + "\n")
-            self.tell(figures, step)
-        if always or not self.console.is_terminal:
+            self.on_log(metrics, step)
+        if force_print or not self.console.is_terminal:
             self.console.print(" ".join(f"{k} {v:g}" for k, v in rounded.items()), highlight=False, soft_wrap=True)
-        self._start_clock(step)
+        self._reset_clock(step)
 
 
-def _lines(path: Path) -> list[str]:
+def _read_complete_lines(path: Path) -> list[str]:
     """Whole lines of a log; a last one that was cut off is dropped."""
     if not path.exists():
         return []

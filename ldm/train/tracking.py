@@ -14,7 +14,7 @@ from PIL import Image
 from ldm.diffusion.spacing import choose
 
 
-def installed(names: Sequence[str]) -> list[str]:
+def filter_installed_trackers(names: Sequence[str]) -> list[str]:
     """Those of the trackers that can be used here; a warning for each other, ValueError for an unknown name."""
     here = {str(name) for name in get_available_trackers()}
     for name in names:
@@ -25,17 +25,17 @@ def installed(names: Sequence[str]) -> list[str]:
     return [name for name in names if name in here]
 
 
-def start(accelerator: Accelerator, step: int) -> None:
+def start_trackers(accelerator: Accelerator, step: int) -> None:
     """Open the trackers; what TensorBoard was told beyond `step`, before a kill, is forgotten."""
     accelerator.init_trackers("events", init_kwargs={"tensorboard": {"purge_step": step + 1}})
 
 
-def tell(accelerator: Accelerator, figures: Mapping[str, Any], step: int) -> None:
-    accelerator.log(dict(figures), step=step)
+def log_to_trackers(accelerator: Accelerator, metrics: Mapping[str, Any], step: int) -> None:
+    accelerator.log(dict(metrics), step=step)
 
 
-def show(accelerator: Accelerator, picture: Image.Image, step: int) -> None:
+def log_sample_image(accelerator: Accelerator, image: Image.Image, step: int) -> None:
     """A picture for TensorBoard."""
     for tracker in accelerator.trackers:
         if tracker.name == "tensorboard":
-            tracker.log_images({"samples": np.asarray(picture)[None]}, step, dataformats="NHWC")
+            tracker.log_images({"samples": np.asarray(image)[None]}, step, dataformats="NHWC")

@@ -17,11 +17,11 @@ import diffusers  # isort: skip
 
 from ldm.checkpoints import formats, unpickle
 from ldm.checkpoints import rewrite as same_layout
-from ldm.checkpoints.convert import convert
-from ldm.checkpoints.detect import Reply
+from ldm.checkpoints.convert import convert_checkpoint
+from ldm.checkpoints.detect import ProbeResult
 from ldm.checkpoints.families import FAMILIES
-from ldm.checkpoints.keys import skeleton, to_directory, to_single
-from ldm.checkpoints.tensors import TensorFile
+from ldm.checkpoints.keys import build_meta_state_dicts, convert_to_diffusers, convert_to_original
+from ldm.checkpoints.tensors import SafetensorsFile
 from ldm.nn import text
 
 CPU = torch.device("cpu")
@@ -38,11 +38,11 @@ WEIGHTS = {
 def small(name):
     """The family with its own structure, layout and vocabulary, and narrow layers."""
     family = FAMILIES[name]
-    levels, xl = len(family.unet["block_out_channels"]), "text_encoder_2" in family.towers
+    levels, xl = len(family.unet["block_out_channels"]), "text_encoder_2" in family.text_encoders
     sizes = {"hidden_size": 16, "intermediate_size": 24, "projection_dim": 12, "num_hidden_layers": 2}
     towers = {
         folder: replace(tower, config=tower.config | sizes | {"num_attention_heads": 2})
-        for folder, tower in family.towers.items()
+        for folder, tower in family.text_encoders.items()
     }
     unet = {
         "block_out_channels": [16, 16, 32, 32][:levels],
@@ -54,11 +54,11 @@ def small(name):
     }
     pooled = {"addition_time_embed_dim": 8, "projection_class_embeddings_input_dim": 60} if xl else {}
     vae = {"block_out_channels": [8, 8, 16, 16], "norm_num_groups": 4, "layers_per_block": 1}
-    return replace(family, unet=family.unet | unet | pooled, vae=family.vae | vae, towers=towers)
+    return replace(family, unet=family.unet | unet | pooled, vae=family.vae | vae, text_encoders=towers)
 
 
 SMALL = {name: small(name) for name in FAMILIES}
-clip_tokenizer = cache(text.clip_tokenizer)
+clip_tokenizer = cache(text.build_clip_tokenizer)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -66,7 +66,7 @@ def families():
     with pytest.MonkeyPatch.context() as patch:
         for name, family in SMALL.items():
             patch.setitem(FAMILIES, name, family)
-        patch.setattr(text, "clip_tokenizer", clip_tokenizer)
+        patch.setattr(text, "build_clip_tokenizer", clip_tokenizer)
         yield
 
 
@@ -74,14 +74,14 @@ def families():
 def components(name):
     """Random weights of a directory."""
     g = torch.Generator().manual_seed(0)
-    shapes = skeleton(SMALL[name])
+    shapes = build_meta_state_dicts(SMALL[name])
     return {f: {n: torch.randn(a.shape, generator=g) for n, a in tensors.items()} for f, tensors in shapes.items()}
 
 
 @cache
 def wholes(name):
     """The same as a single file."""
-    return to_single(components(name), SMALL[name])
+    return convert_to_original(components(name), SMALL[name])
 
 
 @pytest.fixture
@@ -109,7 +109,7 @@ def folders(families, tmp_path_factory):
     def made(name):
         path = tmp_path_factory.mktemp(name)
         save_file(wholes(name), path / "model.safetensors")
-        report = convert(path / "model.safetensors", path / "folder", prediction=usual(name))
+        report = convert_checkpoint(path / "model.safetensors", path / "folder", prediction=usual(name))
         assert report["family"] == name and report["ignored"] == {}
         return path / "folder"
 
@@ -136,10 +136,10 @@ def contents(folder):
 
 @every_family
 def test_there_and_back_is_the_same_bit_for_bit(name, folders, tmp_path):
-    report = convert(folders(name), tmp_path / "back.safetensors")
+    report = convert_checkpoint(folders(name), tmp_path / "back.safetensors")
     assert (report["family"], report["prediction"], report["zero_snr"]) == (name, usual(name), False)
     assert same(load_file(tmp_path / "back.safetensors"), wholes(name))
-    convert(tmp_path / "back.safetensors", tmp_path / "again")  # which says itself what it predicts
+    convert_checkpoint(tmp_path / "back.safetensors", tmp_path / "again")  # which says itself what it predicts
     found, expected = contents(tmp_path / "again"), contents(folders(name))
     assert found.keys() == expected.keys()
     assert all(same(a, expected[n]) if isinstance(a, dict) else a == expected[n] for n, a in found.items())
@@ -147,10 +147,12 @@ def test_there_and_back_is_the_same_bit_for_bit(name, folders, tmp_path):
 
 @every_family
 def test_diffusers_and_we_load_a_written_folder(name, folders):
-    family, expected = FAMILIES[name], to_directory(wholes(name), FAMILIES[name])
-    theirs = getattr(diffusers, family.pipeline).from_pretrained(folders(name), local_files_only=True)
-    ours = formats.load(folders(name), CPU, torch.float32)
-    direct = formats.load(folders(name).with_name("model.safetensors"), CPU, torch.float32, prediction=usual(name))
+    family, expected = FAMILIES[name], convert_to_diffusers(wholes(name), FAMILIES[name])
+    theirs = getattr(diffusers, family.pipeline_class).from_pretrained(folders(name), local_files_only=True)
+    ours = formats.load_checkpoint(folders(name), CPU, torch.float32)
+    direct = formats.load_checkpoint(
+        folders(name).with_name("model.safetensors"), CPU, torch.float32, prediction=usual(name)
+    )
     assert ours.networks.keys() == expected.keys()
     for folder, network in ours.networks.items():
         other = getattr(theirs, folder).state_dict()
@@ -158,9 +160,9 @@ def test_diffusers_and_we_load_a_written_folder(name, folders):
         assert same(dict(network.state_dict()), dict(direct.networks[folder].state_dict()))
         assert sum(a.numel() for a in other.values()) == sum(a.numel() for a in expected[folder].values())
     assert theirs.scheduler.config.prediction_type == {"v": "v_prediction", "eps": "epsilon"}[usual(name)]
-    assert ours.family == name and ours.zero_negative == family.zero_negative
+    assert ours.family == name and ours.force_zeros_for_empty_prompt == family.force_zeros_for_empty_prompt
     words = "a red apple on a table"  # no "!", which transformers cuts out of texts where it pads
-    for tower, tokenizer in zip(ours.towers, ("tokenizer", "tokenizer_2"), strict=False):
+    for tower, tokenizer in zip(ours.text_encoders, ("tokenizer", "tokenizer_2"), strict=False):
         own = getattr(theirs, tokenizer)
         assert own(words, padding="max_length").input_ids == tower.tokenizer(words, padding="max_length").input_ids
     if name == "sdxl":
@@ -174,24 +176,24 @@ def test_what_is_not_needed_is_listed_with_the_reason(single, tmp_path):
         "alphas_cumprod": torch.ones(1000),
     }
     path, _ = single("sd2-base", **extra)
-    report = convert(path, tmp_path / "folder", prediction="eps")
+    report = convert_checkpoint(path, tmp_path / "folder", prediction="eps")
     listed = {name: reason for reason, names in report["ignored"].items() for name in names}
     assert (
         listed.keys() == extra.keys()
         and "last layer" in listed["cond_stage_model.model.transformer.resblocks.2.ln_1.weight"]
     )
     (tmp_path / "folder" / "generation_config.json").write_text('{"num_inference_steps": 9}')
-    back = convert(tmp_path / "folder", tmp_path / "back.safetensors")
+    back = convert_checkpoint(tmp_path / "folder", tmp_path / "back.safetensors")
     assert back["left_out"].keys() == {"generation_config.json", "cond_stage_model.model.transformer.resblocks.2.*"}
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 def test_a_dtype_is_rounded_to_once(single, tmp_path, dtype):
     path, tensors = single("sd1", change=lambda t: t.update({n: a.double() for n, a in t.items()}))
-    convert(path, tmp_path / "folder", prediction="eps", dtype=dtype)
-    convert(tmp_path / "folder", tmp_path / "back.safetensors")
+    convert_checkpoint(path, tmp_path / "folder", prediction="eps", dtype=dtype)
+    convert_checkpoint(tmp_path / "folder", tmp_path / "back.safetensors")
     assert same(load_file(tmp_path / "back.safetensors"), {n: a.to(dtype) for n, a in tensors.items()})
-    convert(path, tmp_path / "same.safetensors", dtype=dtype)
+    convert_checkpoint(path, tmp_path / "same.safetensors", dtype=dtype)
     assert same(load_file(tmp_path / "same.safetensors"), {n: a.to(dtype) for n, a in tensors.items()})
 
 
@@ -199,8 +201,8 @@ def test_each_tensor_keeps_its_dtype(single, tmp_path):
     """Where queries, keys and values of one map differ, as they can in no single file, the wider one is all theirs."""
     halves = {"model.diffusion_model.out.2.bias", "first_stage_model.decoder.conv_out.weight"}
     path, tensors = single("sdxl", change=lambda t: t.update({n: t[n].half() for n in halves}))
-    convert(path, tmp_path / "folder", prediction="eps")
-    convert(tmp_path / "folder", tmp_path / "back.safetensors")
+    convert_checkpoint(path, tmp_path / "folder", prediction="eps")
+    convert_checkpoint(tmp_path / "folder", tmp_path / "back.safetensors")
     assert same(load_file(tmp_path / "back.safetensors"), tensors)
 
 
@@ -214,23 +216,25 @@ def test_each_tensor_keeps_its_dtype(single, tmp_path):
 )
 def test_a_written_single_file_says_what_it_predicts(name, kind, zero, marks, single, tmp_path, monkeypatch):
     path, tensors = single(name)
-    convert(path, tmp_path / "folder", prediction=kind, zero_snr=zero)
-    convert(tmp_path / "folder", tmp_path / "apple.safetensors")
+    convert_checkpoint(path, tmp_path / "folder", prediction=kind, zero_snr=zero)
+    convert_checkpoint(tmp_path / "folder", tmp_path / "apple.safetensors")
     assert load_file(tmp_path / "apple.safetensors").keys() - tensors.keys() == marks
     with safe_open(tmp_path / "apple.safetensors", "pt") as file:
         header = file.metadata()
     assert header["modelspec.title"] == "apple" and header["modelspec.sai_model_spec"] == "1.0.0"
     assert header["modelspec.prediction_type"] == {"eps": "epsilon", "v": "v"}[kind]
-    assert header["modelspec.resolution"] == f"{FAMILIES[name].size}x{FAMILIES[name].size}"
-    monkeypatch.setattr(formats, "asked", lambda *_: pytest.fail("the U-Net was asked"))
-    report = convert(tmp_path / "apple.safetensors", tmp_path / "again")
+    assert header["modelspec.resolution"] == f"{FAMILIES[name].resolution}x{FAMILIES[name].resolution}"
+    monkeypatch.setattr(formats, "probe_unet", lambda *_: pytest.put_failure("the U-Net was asked"))
+    report = convert_checkpoint(tmp_path / "apple.safetensors", tmp_path / "again")
     assert (report["family"], report["prediction"], report["zero_snr"]) == (name, kind, zero)
     assert contents(tmp_path / "again").keys() == contents(tmp_path / "folder").keys()
     scheduler = "scheduler/scheduler_config.json"
     assert (tmp_path / "again" / scheduler).read_text() == (tmp_path / "folder" / scheduler).read_text()
 
 
-@pytest.mark.parametrize("reply, found", [(Reply(1, 0), "eps"), (Reply(0.34, -0.94), "v"), (Reply(0, 0), None)])
+@pytest.mark.parametrize(
+    "reply, found", [(ProbeResult(1, 0), "eps"), (ProbeResult(0.34, -0.94), "v"), (ProbeResult(0, 0), None)]
+)
 def test_the_u_net_of_a_silent_file_is_asked(reply, found, single, tmp_path, monkeypatch):
     path, tensors = single("sd1")
     weight = "model.diffusion_model.input_blocks.0.0.weight"
@@ -239,13 +243,13 @@ def test_the_u_net_of_a_silent_file_is_asked(reply, found, single, tmp_path, mon
         assert torch.equal(unet.conv_in.weight.float(), tensors[weight].bfloat16().float()) and len(towers) == 1
         return reply
 
-    monkeypatch.setattr(formats, "asked", asked)
+    monkeypatch.setattr(formats, "probe_unet", asked)
     if found is None:
         with pytest.raises(ValueError, match=rf"{path}: cannot tell what the U-Net predicts"):
-            convert(path, tmp_path / "folder")
+            convert_checkpoint(path, tmp_path / "folder")
         assert [p.name for p in tmp_path.iterdir()] == [path.name]
         return
-    report = convert(path, tmp_path / "folder")
+    report = convert_checkpoint(path, tmp_path / "folder")
     assert report["prediction"] == found and any("measured" in line for line in report["evidence"])
 
 
@@ -255,8 +259,8 @@ def test_the_moving_average_takes_the_place_of_the_last_weights(single, tmp_path
 
     unet = {n: a for n, a in wholes("sd1").items() if n.startswith("model.diffusion")}
     path, _ = single("sd1", **{flat(name): a + 1 for name, a in unet.items()})
-    plain = convert(path, tmp_path / "plain", prediction="eps")
-    averaged = convert(path, tmp_path / "averaged", prediction="eps", ema=True)
+    plain = convert_checkpoint(path, tmp_path / "plain", prediction="eps")
+    averaged = convert_checkpoint(path, tmp_path / "averaged", prediction="eps", ema=True)
     weights = "unet/diffusion_pytorch_model.safetensors"
     found, expected = load_file(tmp_path / "averaged" / weights), load_file(tmp_path / "plain" / weights)
     assert same(found, {n: a + 1 for n, a in expected.items()})
@@ -267,16 +271,16 @@ def test_few_tensors_are_in_memory_at_a_time(single, tmp_path, monkeypatch):
     path, tensors = single("sd2-base")
     living, most = weakref.WeakSet(), [0]
 
-    def read(self, hasher=None, plain=TensorFile.read):
+    def read(self, hasher=None, plain=SafetensorsFile.iter_tensors):
         for name, tensor in plain(self, hasher):
             living.add(tensor)
             most[0] = max(most[0], len(living))
             yield name, tensor
 
-    monkeypatch.setattr(TensorFile, "read", read)
-    convert(path, tmp_path / "folder", prediction="eps")
-    convert(tmp_path / "folder", tmp_path / "back.safetensors")
-    convert(path, tmp_path / "half.safetensors", dtype=torch.float16)
+    monkeypatch.setattr(SafetensorsFile, "read", read)
+    convert_checkpoint(path, tmp_path / "folder", prediction="eps")
+    convert_checkpoint(tmp_path / "folder", tmp_path / "back.safetensors")
+    convert_checkpoint(path, tmp_path / "half.safetensors", dtype=torch.float16)
     assert 0 < most[0] <= 12 < len(tensors) / 10
 
 
@@ -330,7 +334,7 @@ def fault(single, tmp_path):
         spoilt(source)
         before = sorted(tmp_path.rglob("*"))
         with pytest.raises(ValueError, match=said) as error:
-            convert(source, dst, **options)
+            convert_checkpoint(source, dst, **options)
         assert "\n" not in str(error.value) and sorted(tmp_path.rglob("*")) == before
         return str(error.value)
 
@@ -357,12 +361,12 @@ def test_a_spoilt_folder_is_compared_with_the_family_that_it_nearly_is(name, unl
     shutil.copytree(folders(name), tmp_path / "folder")
     edit(tmp_path / "folder" / "scheduler/scheduler_config.json", beta_end=0.013)
     with pytest.raises(ValueError, match=f"; unlike {unlike}: another noise schedule$"):
-        convert(tmp_path / "folder", tmp_path / "out.safetensors")
+        convert_checkpoint(tmp_path / "folder", tmp_path / "out.safetensors")
 
 
 def test_a_folder_of_no_family_is_no_single_file(tiny, tmp_path):
     with pytest.raises(ValueError, match=rf"{tiny}: of no family that a single file could stand for; unlike "):
-        convert(tiny, tmp_path / "out.safetensors")
+        convert_checkpoint(tiny, tmp_path / "out.safetensors")
     assert not [*tmp_path.iterdir()]
 
 
@@ -385,14 +389,14 @@ def test_a_destination_is_not_written_over(dst, made, options, said, fault, sing
 
 def test_an_empty_folder_is_filled(single, tmp_path):
     (tmp_path / "out").mkdir()
-    convert(single("sd1")[0], tmp_path / "out", prediction="eps")
+    convert_checkpoint(single("sd1")[0], tmp_path / "out", prediction="eps")
     assert (tmp_path / "out" / "model_index.json").is_file() and len([*tmp_path.iterdir()]) == 2
 
 
 def test_a_link_to_an_empty_folder_stays_one(single, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "link").symlink_to("out")
-    convert(single("sd1")[0], tmp_path / "link", prediction="eps")
+    convert_checkpoint(single("sd1")[0], tmp_path / "link", prediction="eps")
     assert (tmp_path / "link").is_symlink() and (tmp_path / "out" / "model_index.json").is_file()
 
 
@@ -400,21 +404,23 @@ def test_a_pickled_model_becomes_a_file_and_a_folder(folders, tmp_path, monkeypa
     """A Lightning checkpoint of 2022: weights under state_dict, a step and optimizer states beside them."""
     tensors, ckpt = wholes("sd1"), tmp_path / "model.ckpt"
     torch.save({"state_dict": tensors, "global_step": 5, "optimizer_states": [{"m": torch.ones(2)}]}, ckpt)
-    report = convert(ckpt, tmp_path / "plain.safetensors", trust=True, dtype=torch.float16)
+    report = convert_checkpoint(ckpt, tmp_path / "plain.safetensors", trust=True, dtype=torch.float16)
     assert same(load_file(tmp_path / "plain.safetensors"), {n: a.half() for n, a in tensors.items()})
     assert report["dropped"] == {"model.ckpt": ["global_step", "optimizer_states"]}
-    monkeypatch.setattr(same_layout, "unpickle", lambda src, dst, dtype: unpickle.rewrite(src, dst))  # to save time
-    convert(ckpt, tmp_path / "one", trust=True, prediction="eps")
+    monkeypatch.setattr(
+        same_layout, "unpickle_weights", lambda src, dst, dtype: unpickle.unpickle_in_process(src, dst)
+    )  # to save time
+    convert_checkpoint(ckpt, tmp_path / "one", trust=True, prediction="eps")
     found, expected = contents(tmp_path / "one"), contents(folders("sd1"))
     assert found.keys() == expected.keys() and all(same(found[n], a) for n, a in expected.items() if type(a) is dict)
     with pytest.raises(ValueError, match=rf"{ckpt}: no moving average"):
-        convert(ckpt, tmp_path / "two", trust=True, prediction="eps", ema=True)
+        convert_checkpoint(ckpt, tmp_path / "two", trust=True, prediction="eps", ema=True)
     assert {path.name for path in tmp_path.iterdir()} == {"model.ckpt", "plain.safetensors", "one"}
 
 
 def test_a_folder_of_pickles_becomes_one_of_safetensors(folder, tmp_path, monkeypatch):
     """With a network in shards, and a component that is there in both forms; read in this process, to save time."""
-    monkeypatch.setattr(same_layout, "unpickle", lambda src, dst, dtype: unpickle.rewrite(src, dst))
+    monkeypatch.setattr(same_layout, "unpickle_weights", lambda src, dst, dtype: unpickle.unpickle_in_process(src, dst))
     expected = contents(folder)
     for name in ("unet", "text_encoder"):
         file = folder / name / f"{WEIGHTS[name]}.safetensors"
@@ -432,12 +438,12 @@ def test_a_folder_of_pickles_becomes_one_of_safetensors(folder, tmp_path, monkey
     torch.save({"a": torch.ones(1)}, folder / "vae" / "diffusion_pytorch_model.bin")
     (folder / "remote.py").write_text("print()")
     with pytest.raises(ValueError, match=r"\.bin.*ldm convert --trust"):
-        convert(folder, tmp_path / "new")
-    report = convert(folder, tmp_path / "new", trust=True)
+        convert_checkpoint(folder, tmp_path / "new")
+    report = convert_checkpoint(folder, tmp_path / "new", trust=True)
     assert report["left_out"].keys() == {"remote.py", "vae/diffusion_pytorch_model.bin"}
-    model = formats.load(tmp_path / "new", CPU, torch.float32)
+    model = formats.load_checkpoint(tmp_path / "new", CPU, torch.float32)
     assert same(dict(model.unet.state_dict()), expected["unet/diffusion_pytorch_model.safetensors"])
-    own = {f"text_model.{n}": a for n, a in model.towers[0].model.state_dict().items()}
+    own = {f"text_model.{n}": a for n, a in model.text_encoders[0].model.state_dict().items()}
     assert same(own, expected["text_encoder/model.safetensors"])
-    convert(folder, tmp_path / "one.safetensors", trust=True)
+    convert_checkpoint(folder, tmp_path / "one.safetensors", trust=True)
     assert same(load_file(tmp_path / "one.safetensors"), wholes("sd1"))

@@ -5,18 +5,26 @@ import math
 import pytest
 import torch
 
-from ldm.checkpoints.detect import ANGLE, ANSWERS, Reply, family_of, judged, probe, verdict
+from ldm.checkpoints.detect import (
+    PROBE_ANGLE,
+    EXPECTED_PROBE_RESULTS,
+    ProbeResult,
+    detect_family,
+    classify_probe,
+    probe_network,
+    detect_model,
+)
 from ldm.checkpoints.families import FAMILIES
-from ldm.checkpoints.formats import load
-from ldm.checkpoints.keys import layout
-from ldm.checkpoints.schedule import table
+from ldm.checkpoints.formats import load_checkpoint
+from ldm.checkpoints.keys import build_key_mappings
+from ldm.checkpoints.schedule import compute_alphas_cumprod
 from ldm.conditioning import Conditioning
-from ldm.diffusion.prediction import PREDICTIONS, convert
-from ldm.diffusion.sde import VPSDE, per_image
+from ldm.diffusion.prediction import PREDICTIONS, convert_prediction
+from ldm.diffusion.sde import VPSDE, append_dims
 from ldm.nn.unet import UNet
-from ldm.pipeline import PICTO
+from ldm.pipeline import PICTO_PATH
 from ldm.rng import Noise
-from ldm.texts import Texts
+from ldm.texts import PromptEncoder
 
 SD = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
 SCHEDULES = {
@@ -34,7 +42,7 @@ def meta(*shape):
 
 def single(name):
     """The tensors of a family's single file, full size, on the meta device."""
-    return {entry.single: entry.whole for entry in layout(FAMILIES[name])}
+    return {entry.original_key: entry.original_tensor for entry in build_key_mappings(FAMILIES[name])}
 
 
 def never():
@@ -48,44 +56,44 @@ def singles():
 
 @pytest.fixture(scope="module")
 def picto():
-    return load(PICTO, torch.device("cpu"), torch.float32)
+    return load_checkpoint(PICTO_PATH, torch.device("cpu"), torch.float32)
 
 
 def as_if(model, kind, sde):
     """The model's network as one of another prediction, trained on another schedule: the same at equal log-SNR."""
 
     def network(x, timesteps, cond):
-        t = (timesteps.double() + 1) / sde.steps
-        own = model.sde.timestep(model.sde.time(sde.log_snr(t))).float()
-        return convert(model.unet(x, own, cond), x, *sde.marginal(t), "v", kind)
+        t = (timesteps.double() + 1) / sde.num_train_timesteps
+        own = model.sde.timestep(model.sde.time_at_log_snr(sde.log_snr(t))).float()
+        return convert_prediction(model.unet(x, own, cond), x, *sde.marginal(t), "v", kind)
 
     return network
 
 
-@pytest.mark.parametrize("kind", ANSWERS)
+@pytest.mark.parametrize("kind", EXPECTED_PROBE_RESULTS)
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_a_trained_network_is_told(picto, schedule, kind):
     """For any seed and prompt; picto predicts v on the cosine schedule."""
-    sde, texts = VPSDE.tabulated(table(SCHEDULES[schedule])), Texts(picto)
+    sde, texts = VPSDE.tabulated(compute_alphas_cumprod(SCHEDULES[schedule])), PromptEncoder(picto)
     for seed, prompt in enumerate(["", "", "a red apple on a blue background", "two stars"]):
-        reply = probe(as_if(picto, kind, sde), sde, texts(prompt), SHAPE, Noise([seed]))
-        assert judged(reply)[0] == kind, reply
+        reply = probe_network(as_if(picto, kind, sde), sde, texts(prompt), SHAPE, Noise([seed]))
+        assert classify_probe(reply)[0] == kind, reply
 
 
 def test_an_untrained_network_is_refused(picto):
     for seed in range(6):
         torch.manual_seed(seed)
-        reply = probe(UNet(picto.unet.config).eval(), picto.sde, Texts(picto)(""), SHAPE, Noise([seed]))
+        reply = probe_network(UNet(picto.unet.config).eval(), picto.sde, PromptEncoder(picto)(""), SHAPE, Noise([seed]))
         assert math.hypot(*reply) < 0.1
         with pytest.raises(ValueError, match="cannot tell what the U-Net predicts"):
-            judged(reply)
+            classify_probe(reply)
 
 
 def flat(kind, gain=1.0, offset=0.0):
     """The best denoiser of flat pictures: their mean, times `gain`, and what it says of any picture."""
 
     def network(x, timesteps, cond):
-        alpha, sigma = (per_image(a, x) for a in VPSDE.cosine().marginal((timesteps.double() + 1) / 1000))
+        alpha, sigma = (append_dims(a, x) for a in VPSDE.cosine().marginal((timesteps.double() + 1) / 1000))
         x0 = gain * x.mean((2, 3), keepdim=True).expand_as(x) / alpha + offset
         return PREDICTIONS[kind].to_output(x0, x, alpha, sigma)
 
@@ -93,46 +101,46 @@ def flat(kind, gain=1.0, offset=0.0):
 
 
 def reply_of(network, seed=0, side=64):
-    return probe(network, VPSDE.cosine(), NOTHING, (1, 4, side, side), Noise([seed]))
+    return probe_network(network, VPSDE.cosine(), NOTHING, (1, 4, side, side), Noise([seed]))
 
 
-@pytest.mark.parametrize("kind", ANSWERS)
+@pytest.mark.parametrize("kind", EXPECTED_PROBE_RESULTS)
 def test_a_perfect_denoiser_answers_its_target(kind):
-    assert math.dist(reply_of(flat(kind)), ANSWERS[kind]) < 0.03
+    assert math.dist(reply_of(flat(kind)), EXPECTED_PROBE_RESULTS[kind]) < 0.03
 
 
-@pytest.mark.parametrize("kind", ANSWERS)
+@pytest.mark.parametrize("kind", EXPECTED_PROBE_RESULTS)
 @pytest.mark.parametrize("gain", [0.0, 0.3, 0.6, 0.8, 1.2])
 def test_a_denoiser_drawn_to_the_mean_of_pictures(kind, gain):
-    """x0 is g x0: the answers are as `judged` derives them, and eps is told for any g, the others from .6 on."""
+    """x0 is g x0: the answers are as `classify_probe` derives them, and eps is told for any g, the others from .6 on."""
     reply = reply_of(flat(kind, gain))
-    alpha, sigma = math.cos(ANGLE), math.sin(ANGLE)
+    alpha, sigma = math.cos(PROBE_ANGLE), math.sin(PROBE_ANGLE)
     b = {"eps": (1 - gain) * alpha / sigma, "v": (alpha**2 - gain) / sigma, "x0": gain}[kind]
-    assert math.dist(reply, (ANSWERS[kind].noise, b)) < 0.03
+    assert math.dist(reply, (EXPECTED_PROBE_RESULTS[kind].noise_coef, b)) < 0.03
     if kind == "eps" or gain >= 0.6:
-        assert judged(reply)[0] == kind
+        assert classify_probe(reply)[0] == kind
     else:
         with pytest.raises(ValueError, match="say --prediction eps or v"):
-            judged(reply)
+            classify_probe(reply)
 
 
-@pytest.mark.parametrize("kind", ANSWERS)
+@pytest.mark.parametrize("kind", EXPECTED_PROBE_RESULTS)
 def test_what_is_the_same_in_all_pictures_does_not_count(kind):
     offset = torch.tensor([1.0, -2.0, 0.5, 3.0])[:, None, None]
     assert math.dist(reply_of(flat(kind, offset=offset)), reply_of(flat(kind))) < 0.05
 
 
 def test_answers_are_too_far_apart_to_be_mistaken():
-    points = [*ANSWERS.values(), Reply(0, 0)]
+    points = [*EXPECTED_PROBE_RESULTS.values(), ProbeResult(0, 0)]
     assert min(math.dist(a, b) for k, a in enumerate(points) for b in points[:k]) >= 1
     with pytest.raises(ValueError, match="cannot tell"):
-        judged(Reply(math.nan, math.nan))  # float16 that overflows
+        classify_probe(ProbeResult(math.nan, math.nan))  # float16 that overflows
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.parametrize("kind", ["eps", "v"])
 def test_a_silent_file_is_measured(singles, name, kind):
-    found = verdict(singles[name], {}, lambda: ANSWERS[kind])
+    found = detect_model(singles[name], {}, lambda: EXPECTED_PROBE_RESULTS[kind])
     twins = {"eps": "sd2-base", "v": "sd2-v"}
     assert found.family == (twins[kind] if name in twins.values() else name)
     assert (found.prediction, found.zero_snr) == (kind, False)
@@ -142,7 +150,7 @@ def test_a_silent_file_is_measured(singles, name, kind):
 
 def test_the_u_net_is_asked_once(singles):
     calls = []
-    verdict(singles["sd1"], {}, lambda: calls.append(1) or ANSWERS["v"])
+    detect_model(singles["sd1"], {}, lambda: calls.append(1) or EXPECTED_PROBE_RESULTS["v"])
     assert calls == [1]
 
 
@@ -215,14 +223,14 @@ TOLD = {  # family, marks, header, what the user says: family, prediction, zero 
 def test_what_is_told_is_not_measured(singles, case):
     name, marks, header, user, *expected, word = TOLD[case]
     tensors = singles[name] | {mark: meta(0) for mark in marks}
-    found = verdict(tensors, header, never, **user)
+    found = detect_model(tensors, header, never, **user)
     assert [found.family, found.prediction, found.zero_snr] == expected
     assert any(word in line for line in found.evidence), found.evidence
 
 
 def test_a_family_that_the_user_names_does_not_silence_the_u_net(singles):
     """It says what the prediction is only where it chooses between two of the same tensors."""
-    assert verdict(singles["sd1"], {}, lambda: ANSWERS["v"], family="sd1").prediction == "v"
+    assert detect_model(singles["sd1"], {}, lambda: EXPECTED_PROBE_RESULTS["v"], family="sd1").prediction == "v"
 
 
 CONTRADICTIONS = {
@@ -242,7 +250,7 @@ CONTRADICTIONS = {
 def test_a_contradiction_is_an_error(singles, case):
     name, marks, header, user, said = CONTRADICTIONS[case]
     with pytest.raises(ValueError, match=said):
-        verdict(singles[name] | {mark: meta(0) for mark in marks}, header, never, **user)
+        detect_model(singles[name] | {mark: meta(0) for mark in marks}, header, never, **user)
 
 
 UNET, INPUT = "model.diffusion_model.", "model.diffusion_model.input_blocks.0.0.weight"
@@ -278,7 +286,7 @@ STRANGERS = {  # tensors that are the whole file, and what it is
 def test_another_file_is_told_by_name(case):
     tensors, said = STRANGERS[case]
     with pytest.raises(ValueError, match=said):
-        family_of(tensors)
+        detect_family(tensors)
 
 
 def without(tensors, beginning):
@@ -318,4 +326,4 @@ RELATIVES = {  # changes of a family's file, and what they make of it
 def test_a_relative_is_told_by_name(singles, case):
     name, change, said = RELATIVES[case]
     with pytest.raises(ValueError, match=said):
-        family_of(change(dict(singles[name])))
+        detect_family(change(dict(singles[name])))

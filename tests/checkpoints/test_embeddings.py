@@ -4,7 +4,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from ldm.checkpoints.embeddings import load_embeddings, word_of
+from ldm.checkpoints.embeddings import load_embeddings, read_placeholder_token
 
 ONE, MANY = torch.randn(768, generator=torch.Generator().manual_seed(0)), torch.arange(2304.0).reshape(3, 768)
 WIDE = torch.arange(3840.0).reshape(3, 1280)
@@ -62,7 +62,7 @@ def test_what_is_no_embedding_is_refused_by_name(tmp_path, tensors, said):
 )
 def test_a_file_says_its_word(tmp_path, tensors, metadata, word):
     save_file(tensors, tmp_path / "word.safetensors", metadata)
-    assert word_of(tmp_path / "word.safetensors") == word
+    assert read_placeholder_token(tmp_path / "word.safetensors") == word
 
 
 def test_a_header_of_endless_sides_is_refused(tmp_path):

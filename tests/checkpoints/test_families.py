@@ -15,9 +15,9 @@ from diffusers.loaders.single_file_utils import (
 )
 from transformers import CLIPTextConfig
 
-from ldm.checkpoints.families import CLIP_G, CLIP_H, CLIP_L, CLIP_L_XL, FAMILIES
-from ldm.checkpoints.keys import skeleton
-from ldm.checkpoints.schedule import table
+from ldm.checkpoints.families import SDXL_CLIP_G, SD2_CLIP_H, SD1_CLIP_L, SDXL_CLIP_L, FAMILIES
+from ldm.checkpoints.keys import build_meta_state_dicts
+from ldm.checkpoints.schedule import compute_alphas_cumprod
 from ldm.nn.unet import UNetConfig
 
 every_family = pytest.mark.parametrize("name", FAMILIES)
@@ -39,19 +39,24 @@ SIZES = {"sd1": "v1", "sd1-inpainting": "inpainting", "sd2-v": "v2", "sdxl": "xl
 
 @every_family
 def test_full_size_networks_have_the_published_number_of_parameters(name):
-    count = {folder: sum(a.numel() for a in tensors.values()) for folder, tensors in skeleton(FAMILIES[name]).items()}
+    count = {
+        folder: sum(a.numel() for a in tensors.values())
+        for folder, tensors in build_meta_state_dicts(FAMILIES[name]).items()
+    }
     assert count == PARAMETERS[name]
 
 
 @every_family
 def test_a_family_fits_together(name):
     family = FAMILIES[name]
-    unet, towers = UNetConfig.from_dict(family.unet), family.towers.values()
+    unet, towers = UNetConfig.from_dict(family.unet), family.text_encoders.values()
     assert (
-        unet.sample_size * 2 ** (len(family.vae["block_out_channels"]) - 1) == family.size == family.vae["sample_size"]
+        unet.sample_size * 2 ** (len(family.vae["block_out_channels"]) - 1)
+        == family.resolution
+        == family.vae["sample_size"]
     )
     assert unet.cross_attention_dim == sum(tower.config["hidden_size"] for tower in towers)
-    pooled = sum(tower.config["projection_dim"] for tower in towers if tower.projected)
+    pooled = sum(tower.config["projection_dim"] for tower in towers if tower.with_projection)
     ids = 6 * (unet.addition_time_embed_dim or 0)
     assert pooled + ids == (unet.projection_class_embeddings_input_dim or 0)
     known = 2 * family.vae["latent_channels"] + 1 if "inpainting" in name else family.vae["latent_channels"]
@@ -66,16 +71,16 @@ def test_no_field_is_unknown_to_the_class_that_reads_it(name):
         ours = config.keys() - {"_class_name"}
         stray = {"set_alpha_to_one", "skip_prk_steps", "clip_sample"} if config is family.scheduler else set()
         assert ours - stray <= known.keys()
-    for tower in family.towers.values():
+    for tower in family.text_encoders.values():
         assert tower.config.keys() <= CLIPTextConfig().to_dict().keys()
-    assert hasattr(diffusers, family.pipeline)
+    assert hasattr(diffusers, family.pipeline_class)
 
 
 @every_family
 def test_the_schedule_is_stable_diffusion_s(name):
     """sqrt(beta) linear: sigma/alpha from 0.0292 to 14.6146, and diffusers' table in single precision."""
     config = FAMILIES[name].scheduler
-    alphas = table(config)
+    alphas = compute_alphas_cumprod(config)
     ratio = ((1 - alphas) / alphas).sqrt()
     assert math.isclose(ratio[0], 0.0291672, rel_tol=1e-5) and math.isclose(ratio[-1], 14.6146412, rel_tol=1e-5)
     theirs = getattr(diffusers, config["_class_name"]).from_config(config)
@@ -86,19 +91,24 @@ def test_the_schedule_is_stable_diffusion_s(name):
 
 @pytest.mark.parametrize("name, theirs", SIZES.items())
 def test_native_sizes_are_diffusers(name, theirs):
-    assert FAMILIES[name].size == DIFFUSERS_TO_LDM_DEFAULT_IMAGE_SIZE_MAP[theirs]
+    assert FAMILIES[name].resolution == DIFFUSERS_TO_LDM_DEFAULT_IMAGE_SIZE_MAP[theirs]
 
 
 @pytest.mark.parametrize(
     "tower, model",
-    [(CLIP_L, "ViT-L-14-quickgelu"), (CLIP_L_XL, "ViT-L-14-quickgelu"), (CLIP_H, "ViT-H-14"), (CLIP_G, "ViT-bigG-14")],
+    [
+        (SD1_CLIP_L, "ViT-L-14-quickgelu"),
+        (SDXL_CLIP_L, "ViT-L-14-quickgelu"),
+        (SD2_CLIP_H, "ViT-H-14"),
+        (SDXL_CLIP_G, "ViT-bigG-14"),
+    ],
     ids=["L", "L of XL", "H", "G"],
 )
 def test_towers_are_open_clip_s(tower, model):
     theirs, config = open_clip.get_model_config(model), tower.config
     text = theirs["text_cfg"]
     assert (config["hidden_size"], config["num_attention_heads"]) == (text["width"], text["heads"])
-    assert config["num_hidden_layers"] + tower.dropped == text["layers"]
+    assert config["num_hidden_layers"] + tower.num_dropped_layers == text["layers"]
     assert (config["vocab_size"], config["max_position_embeddings"]) == (text["vocab_size"], text["context_length"])
     assert config["projection_dim"] == theirs["embed_dim"]
     assert config["hidden_act"] == ("quick_gelu" if theirs.get("quick_gelu") else "gelu")

@@ -9,13 +9,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ldm.checkpoints import formats
-from ldm.checkpoints.directory import choose_weights
+from ldm.checkpoints.directory import choose_weight_files
 from ldm.checkpoints.families import FAMILIES
-from ldm.checkpoints.schedule import SCHEDULERS, schedule_of, table
+from ldm.checkpoints.schedule import DIFFUSERS_SCHEDULERS, parse_scheduler_config, compute_alphas_cumprod
 from ldm.diffusion.prediction import PREDICTIONS
 from ldm.diffusion.samplers import SAMPLERS
-from ldm.nn.text import load_tokenizer, tokens
-from ldm.pipeline import PICTO
+from ldm.nn.text import load_clip_tokenizer, tokenize_captions
+from ldm.pipeline import PICTO_PATH
 
 import ldm.nn._torchvision  # noqa: F401  isort: skip
 import diffusers  # isort: skip
@@ -48,7 +48,7 @@ VAE = {
 
 
 def load(folder):
-    return formats.load(folder, CPU, torch.float32)
+    return formats.load_checkpoint(folder, CPU, torch.float32)
 
 
 @pytest.fixture
@@ -117,10 +117,10 @@ def test_text_is_embedded_as_transformers_does(tiny):
     theirs = CLIPTokenizer.from_pretrained(tiny / "tokenizer"), CLIPTextModel.from_pretrained(tiny / "text_encoder")
     prompts = ["a red apple", "", "two stars to the left of a cat on a blue background and far too many words to fit"]
     ids = theirs[0](prompts, padding="max_length", truncation=True, max_length=16, return_tensors="pt").input_ids
-    assert torch.equal(ids, tokens(load_tokenizer(tiny / "tokenizer"), prompts))
+    assert torch.equal(ids, tokenize_captions(load_clip_tokenizer(tiny / "tokenizer"), prompts))
     with torch.no_grad():
         expected = theirs[1].float()(ids).last_hidden_state
-        torch.testing.assert_close(load(tiny).towers[0].states(ids)[0], expected, rtol=0, atol=1e-5)
+        torch.testing.assert_close(load(tiny).text_encoders[0].encode_ids(ids)[0], expected, rtol=0, atol=1e-5)
 
 
 XL = {
@@ -195,15 +195,17 @@ SAVED = {  # as diffusers saves: its options, ours
 def test_what_diffusers_saves_is_loaded(theirs, tmp_path, kind, way):
     saving, loading = SAVED[way]
     theirs[kind].save_pretrained(tmp_path, **saving)
-    model = formats.load(tmp_path, CPU, torch.float32, **loading)
+    model = formats.load_checkpoint(tmp_path, CPU, torch.float32, **loading)
     assert arrived(model, theirs[kind]) and list(model.networks) == [n for n in FOLDERS if hasattr(theirs[kind], n)]
     xl = kind == "xl"
-    assert model.zero_negative == xl and model.family is None
+    assert model.force_zeros_for_empty_prompt == xl and model.family is None
     expected = {"num_inference_steps": 50, "guidance_scale": 5.0 if xl else 7.5, "spacing": "leading"}
-    assert model.defaults == {**expected, "sampler": "euler" if xl else "dpmpp_2m"}
-    assert [t.projected for t in model.towers] == ([False, True] if xl else [False])
-    assert {(t.layer, t.final_norm) for t in model.towers} == ({(-2, False)} if xl else {(-1, True)})
-    assert [t.tokenizer.pad_token for t in model.towers] == ["<|endoftext|>", "!</w>"][: len(model.towers)]
+    assert model.generation_defaults == {**expected, "sampler": "euler" if xl else "dpmpp_2m"}
+    assert [t.with_projection for t in model.text_encoders] == ([False, True] if xl else [False])
+    assert {(t.layer_idx, t.final_norm) for t in model.text_encoders} == ({(-2, False)} if xl else {(-1, True)})
+    assert [t.tokenizer.pad_token for t in model.text_encoders] == ["<|endoftext|>", "!</w>"][
+        : len(model.text_encoders)
+    ]
 
 
 def test_of_several_variants_one_must_be_named(theirs, tmp_path):
@@ -211,7 +213,7 @@ def test_of_several_variants_one_must_be_named(theirs, tmp_path):
         theirs["plain"].save_pretrained(tmp_path, variant=variant)
     with pytest.raises(ValueError, match=r"unet/diffusion_pytorch_model\.safetensors: .* variants here: fp16, non_ema"):
         load(tmp_path)
-    assert arrived(formats.load(tmp_path, CPU, torch.float32, variant="non_ema"), theirs["plain"])
+    assert arrived(formats.load_checkpoint(tmp_path, CPU, torch.float32, variant="non_ema"), theirs["plain"])
 
 
 @pytest.mark.parametrize(
@@ -234,7 +236,7 @@ def test_of_several_variants_one_must_be_named(theirs, tmp_path):
     ],
 )
 def test_the_weights_of_a_variant(names, variant, chosen):
-    assert choose_weights(names, "m", variant) == chosen
+    assert choose_weight_files(names, "m", variant) == chosen
 
 
 def test_old_names_are_known(theirs, tmp_path):
@@ -264,21 +266,21 @@ def test_hashes_are_the_files(theirs, tmp_path):
     theirs["plain"].save_pretrained(tmp_path / "whole")
     theirs["plain"].save_pretrained(tmp_path / "parts", max_shard_size="20KB")
     whole, parts = load(tmp_path / "whole"), load(tmp_path / "parts")
-    assert whole.hashes["unet"] == hashlib.sha256((tmp_path / "whole" / UNET).read_bytes()).hexdigest()
+    assert whole.weight_hashes["unet"] == hashlib.sha256((tmp_path / "whole" / UNET).read_bytes()).hexdigest()
     shards = sorted((tmp_path / "parts" / "unet").glob("*.safetensors"))
     assert len(shards) > 1
-    assert parts.hashes["unet"] == hashlib.sha256(b"".join(s.read_bytes() for s in shards)).hexdigest()
+    assert parts.weight_hashes["unet"] == hashlib.sha256(b"".join(s.read_bytes() for s in shards)).hexdigest()
 
 
 def test_an_autoencoder_of_another_folder(vae_config, tiny, tmp_path):
     other = AutoencoderKL(**vae_config | {"scaling_factor": 0.25})
     other.save_pretrained(tmp_path / "vae")
-    model = formats.load(tiny, CPU, torch.float32, vae=tmp_path / "vae")
+    model = formats.load_checkpoint(tiny, CPU, torch.float32, vae=tmp_path / "vae")
     assert all(torch.equal(a, other.state_dict()[n]) for n, a in model.vae.state_dict().items())
     assert model.vae.config.scaling_factor == 0.25
     AutoencoderKL(**vae_config | {"latent_channels": 8}).save_pretrained(tmp_path / "wide")
     with pytest.raises(ValueError, match="wide: its latents are of 8 channels"):
-        formats.load(tiny, CPU, torch.float32, vae=tmp_path / "wide")
+        formats.load_checkpoint(tiny, CPU, torch.float32, vae=tmp_path / "wide")
 
 
 @pytest.mark.parametrize(
@@ -300,7 +302,7 @@ def test_a_scheduler_is_heeded(name, config):
     expected = drawn.get(name, "dpmpp_3m" if "solver_order" in config else "dpmpp_2m_sde")
     spacings = {"use_karras_sigmas": "karras", "use_lu_lambdas": "log_snr", "use_beta_sigmas": "beta"}
     asked = [spacings[field] for field in config if field in spacings]
-    schedule = schedule_of({"_class_name": name, **theirs.config})
+    schedule = parse_scheduler_config({"_class_name": name, **theirs.config})
     assert schedule.sampler == expected and schedule.prediction is PREDICTIONS["eps"]
     assert schedule.spacing == (asked[0] if asked else theirs.config.timestep_spacing)
     t = (torch.arange(len(theirs.alphas_cumprod), dtype=torch.float64) + 1) / len(theirs.alphas_cumprod)
@@ -308,13 +310,13 @@ def test_a_scheduler_is_heeded(name, config):
     torch.testing.assert_close(alphas.float(), theirs.alphas_cumprod, rtol=1e-4, atol=1e-7)
 
 
-@pytest.mark.parametrize("name", SCHEDULERS)
+@pytest.mark.parametrize("name", DIFFUSERS_SCHEDULERS)
 def test_every_field_of_a_scheduler_is_known(name):
     """As diffusers itself makes it, with all its fields; and a class's own defaults are its."""
     theirs = getattr(diffusers, name)()
-    schedule = schedule_of({"_class_name": name, **theirs.config})
-    assert schedule == schedule_of({"_class_name": name})._replace(sde=schedule.sde)
-    assert torch.equal(table({"_class_name": name}), table(theirs.config))
+    schedule = parse_scheduler_config({"_class_name": name, **theirs.config})
+    assert schedule == parse_scheduler_config({"_class_name": name})._replace(sde=schedule.sde)
+    assert torch.equal(compute_alphas_cumprod({"_class_name": name}), compute_alphas_cumprod(theirs.config))
     assert schedule.spacing == theirs.config.get("timestep_spacing", "linspace")
     assert schedule.sampler in SAMPLERS
 
@@ -340,17 +342,17 @@ def test_every_field_of_a_scheduler_is_known(name):
 )
 def test_what_a_scheduler_may_not_say_is_refused(config):
     with pytest.raises(ValueError, match=next(iter(config))):
-        schedule_of({"_class_name": "EulerDiscreteScheduler", **config})
+        parse_scheduler_config({"_class_name": "EulerDiscreteScheduler", **config})
 
 
 def test_the_user_overrules_the_schedule(tiny):
-    model = formats.load(tiny, CPU, torch.float32, prediction="x0", zero_snr=True)
-    assert model.prediction is PREDICTIONS["x0"] and model.sde.at(1.0).alpha == 0
-    assert load(tiny).prediction is PREDICTIONS["v"] and load(tiny).sde.at(1.0).alpha > 0
+    model = formats.load_checkpoint(tiny, CPU, torch.float32, prediction="x0", zero_snr=True)
+    assert model.prediction is PREDICTIONS["x0"] and model.sde.level(1.0).alpha == 0
+    assert load(tiny).prediction is PREDICTIONS["v"] and load(tiny).sde.level(1.0).alpha > 0
 
 
 def test_what_the_makers_recommend_counts_most(tiny, copy):
-    assert load(tiny).defaults == {
+    assert load(tiny).generation_defaults == {
         "num_inference_steps": 6,
         "guidance_scale": 3.0,
         "sampler": "ddim",
@@ -358,12 +360,12 @@ def test_what_the_makers_recommend_counts_most(tiny, copy):
     }
     (copy / "generation_config.json").write_text('{"sampler": "heun", "spacing": "karras"}')
     defaults = {"num_inference_steps": 50, "guidance_scale": 7.5, "sampler": "heun", "spacing": "karras"}
-    assert load(copy).defaults == defaults
+    assert load(copy).generation_defaults == defaults
 
 
 def test_picto_draws_as_it_did():
-    picto = formats.load(PICTO, CPU, torch.float32)
-    assert (picto.defaults["sampler"], picto.defaults["spacing"]) == ("dpmpp_2m", "trailing")
+    picto = formats.load_checkpoint(PICTO_PATH, CPU, torch.float32)
+    assert (picto.generation_defaults["sampler"], picto.generation_defaults["spacing"]) == ("dpmpp_2m", "trailing")
 
 
 @pytest.mark.parametrize(
@@ -378,4 +380,4 @@ def test_picto_draws_as_it_did():
 )
 def test_the_table_is_diffusers(config):
     expected = DDIMScheduler.from_config(config).alphas_cumprod
-    torch.testing.assert_close(table(config).float(), expected, rtol=1e-4, atol=1e-7)
+    torch.testing.assert_close(compute_alphas_cumprod(config).float(), expected, rtol=1e-4, atol=1e-7)

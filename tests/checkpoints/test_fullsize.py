@@ -6,9 +6,16 @@ from functools import cache
 import pytest
 import torch
 
-from ldm.checkpoints.detect import families_of
+from ldm.checkpoints.detect import detect_families
 from ldm.checkpoints.families import FAMILIES
-from ldm.checkpoints.keys import EMA_PREFIX, UNET_PREFIX, layout, plan, plan_directory, to_directory
+from ldm.checkpoints.keys import (
+    EMA_PREFIX,
+    UNET_PREFIX,
+    build_key_mappings,
+    map_single_file_keys,
+    map_diffusers_keys,
+    convert_to_diffusers,
+)
 
 TWINS = ("sd2-base", "sd2-v")  # have the same tensors
 AVERAGED = 686  # tensors of a U-Net of 860 M parameters, each with its average; 1680 in SDXL
@@ -18,7 +25,7 @@ LAST = "cond_stage_model.model.transformer.resblocks.23."
 @cache
 def single(name):
     """What the makers' tools write, but for what a directory has no place for."""
-    return {entry.single: entry.whole for entry in layout(FAMILIES[name])}
+    return {entry.original_key: entry.original_tensor for entry in build_key_mappings(FAMILIES[name])}
 
 
 def averaged(tensors):
@@ -51,34 +58,34 @@ every_family = pytest.mark.parametrize("name", FAMILIES)
 @every_family
 @pytest.mark.parametrize("form", FORMS)
 def test_the_family_is_told(name, form):
-    assert families_of(FORMS[form](single(name))) == (TWINS if name in TWINS else (name,))
+    assert detect_families(FORMS[form](single(name))) == (TWINS if name in TWINS else (name,))
 
 
 @every_family
 def test_each_tensor_of_a_single_file_has_one_place(name):
     """With all that it may hold besides, and under other names."""
     tensors = averaged(renamed(as_published(single(name))))
-    found = plan(tensors, FAMILIES[name])
-    assert len(found) == len(single(name)) and len({entry.single for entry in found.values()}) == len(found)
-    places = Counter((entry.folder, part) for entry in found.values() for part in entry.parts)
+    found = map_single_file_keys(tensors, FAMILIES[name])
+    assert len(found) == len(single(name)) and len({entry.original_key for entry in found.values()}) == len(found)
+    places = Counter((entry.component, part) for entry in found.values() for part in entry.parts)
     assert set(places.values()) == {1}
     assert sum(tensors[given].numel() for given in found) == sum(a.numel() for a in single(name).values())
 
 
 @every_family
 def test_each_tensor_of_a_directory_has_one_place(name):
-    directory = to_directory(single(name), FAMILIES[name])
-    found = plan_directory(directory, FAMILIES[name])
+    directory = convert_to_diffusers(single(name), FAMILIES[name])
+    found = map_diffusers_keys(directory, FAMILIES[name])
     assert len(found) == sum(map(len, directory.values()))
-    assert len({(entry.single, part) for entry, part in found.values()}) == len(found)
-    assert {entry.single for entry, _ in found.values()} == single(name).keys()
+    assert len({(entry.original_key, part) for entry, part in found.values()}) == len(found)
+    assert {entry.original_key for entry, _ in found.values()} == single(name).keys()
 
 
 @every_family
 def test_the_average_takes_the_place_of_the_u_net_alone(name):
     tensors = averaged(single(name))
-    found = plan(tensors, FAMILIES[name], ema=True)
+    found = map_single_file_keys(tensors, FAMILIES[name], ema=True)
     averages = {given: entry for given, entry in found.items() if given.startswith(EMA_PREFIX)}
-    assert {entry.folder for entry in averages.values()} == {"unet"}
+    assert {entry.component for entry in averages.values()} == {"unet"}
     assert len(averages) == (1680 if name == "sdxl" else AVERAGED)
-    assert len({entry.single for entry in found.values()}) == len(found) == len(single(name))
+    assert len({entry.original_key for entry in found.values()}) == len(found) == len(single(name))

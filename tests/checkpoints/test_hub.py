@@ -129,7 +129,7 @@ def fetch(site, tmp_path, monkeypatch):
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
         close_session()  # its client remembers whether it is offline
         try:
-            return str(hub.fetch(*(word or None for word in words)))
+            return str(hub.download_from_hub(*(word or None for word in words)))
         except ValueError as error:
             return f"refused: {error}"
         finally:
@@ -172,7 +172,7 @@ def test_of_each_kind_its_files_alone_are_fetched(site, fetch, source, kind, fil
     _, asked = site
     asked.clear()
     path = Path(fetch(source, "", "", "", kind))
-    assert sorted(asked) == sorted(files) and hub.name(source) == called
+    assert sorted(asked) == sorted(files) and hub.name_from_repo_id(source) == called
     assert path.is_file() == files[0].endswith(".safetensors") and (path.is_dir() or path.name == files[0])
     asked.clear()
     assert fetch(source, "", "", "", kind, offline=True) == str(path) and not asked
@@ -230,4 +230,4 @@ def test_without_the_network_it_is_said(fetch):
     ],
 )
 def test_a_name_is_told_from_a_path(source, name):
-    assert hub.is_id(source) is name
+    assert hub.is_repo_id(source) is name

@@ -20,7 +20,15 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from ldm.checkpoints.families import FAMILIES
 from ldm.checkpoints.files import save_tensors, write_json
-from ldm.checkpoints.keys import ignored, layout, plan, plan_directory, skeleton, to_directory, to_single
+from ldm.checkpoints.keys import (
+    ignored_reason,
+    build_key_mappings,
+    map_single_file_keys,
+    map_diffusers_keys,
+    build_meta_state_dicts,
+    convert_to_diffusers,
+    convert_to_original,
+)
 
 every_family = pytest.mark.parametrize("name", FAMILIES)
 MODEL_TYPES = {  # ours: diffusers'
@@ -60,14 +68,14 @@ def tiny(name):
         "transformer_layers_per_block": [1, 2, 3] if name == "sdxl" else 1,
     }
     vae = {"block_out_channels": [8, 8, 16, 16], "norm_num_groups": 4, "layers_per_block": 1}
-    towers = {folder: small(tower) for folder, tower in family.towers.items()}
-    return replace(family, unet=family.unet | unet, vae=family.vae | vae, towers=towers)
+    towers = {folder: small(tower) for folder, tower in family.text_encoders.items()}
+    return replace(family, unet=family.unet | unet, vae=family.vae | vae, text_encoders=towers)
 
 
 def components(family):
     """Random weights of a directory."""
     g = torch.Generator().manual_seed(0)
-    shapes = skeleton(family)
+    shapes = build_meta_state_dicts(family)
     return {f: {n: torch.randn(a.shape, generator=g) for n, a in tensors.items()} for f, tensors in shapes.items()}
 
 
@@ -85,7 +93,7 @@ def as_diffusers_converts(single, family):
         "unet": convert_ldm_unet_checkpoint(single, dict(family.unet)),
         "vae": convert_ldm_vae_checkpoint(single, dict(family.vae)),
     }
-    for folder, tower in family.towers.items():
+    for folder, tower in family.text_encoders.items():
         if tower.layout == "open_clip":
             with torch.device("meta"):
                 model = CLIPTextModel(CLIPTextConfig(**tower.config))
@@ -103,12 +111,16 @@ def test_full_size_directories_are_the_state_dicts_of_their_classes(name):
             "unet": UNet2DConditionModel.from_config(family.unet).state_dict(),
             "vae": AutoencoderKL.from_config(family.vae).state_dict(),
         }
-        for folder, tower in family.towers.items():
-            model = (CLIPTextModelWithProjection if tower.projected else CLIPTextModel)(CLIPTextConfig(**tower.config))
+        for folder, tower in family.text_encoders.items():
+            model = (CLIPTextModelWithProjection if tower.with_projection else CLIPTextModel)(
+                CLIPTextConfig(**tower.config)
+            )
             theirs[folder] = {
-                n if tower.projected else f"text_model.{n}": tensor for n, tensor in model.state_dict().items()
+                n if tower.with_projection else f"text_model.{n}": tensor for n, tensor in model.state_dict().items()
             }
-    found = to_directory({entry.single: entry.whole for entry in layout(family)}, family)
+    found = convert_to_diffusers(
+        {entry.original_key: entry.original_tensor for entry in build_key_mappings(family)}, family
+    )
     assert {f: shapes(tensors) for f, tensors in found.items()} == {f: shapes(a) for f, a in theirs.items()}
     assert len(found["unet"]) == TENSORS[name]
 
@@ -116,9 +128,9 @@ def test_full_size_directories_are_the_state_dicts_of_their_classes(name):
 @every_family
 def test_full_size_single_files_come_back_from_their_directories(name):
     family = FAMILIES[name]
-    single = {entry.single: entry.whole for entry in layout(family)}
-    assert len(single) == len(layout(family))
-    assert shapes(to_single(to_directory(single, family), family)) == shapes(single)
+    single = {entry.original_key: entry.original_tensor for entry in build_key_mappings(family)}
+    assert len(single) == len(build_key_mappings(family))
+    assert shapes(convert_to_original(convert_to_diffusers(single, family), family)) == shapes(single)
     assert infer_diffusers_model_type(single) == MODEL_TYPES[name]
     assert LANDMARKS.get(name, "model.diffusion_model.input_blocks.0.0.weight") in single
 
@@ -127,8 +139,8 @@ def test_full_size_single_files_come_back_from_their_directories(name):
 @pytest.mark.parametrize("full", [False, True], ids=["tiny", "full size"])
 def test_a_single_file_is_converted_as_diffusers_does(name, full):
     family = FAMILIES[name] if full else tiny(name)
-    single = to_single(skeleton(family) if full else components(family), family)
-    found, expected = to_directory(single, family), as_diffusers_converts(single, family)
+    single = convert_to_original(build_meta_state_dicts(family) if full else components(family), family)
+    found, expected = convert_to_diffusers(single, family), as_diffusers_converts(single, family)
     assert found.keys() == expected.keys()
     for folder in found:
         assert shapes(found[folder]) == shapes(expected[folder])
@@ -139,22 +151,24 @@ def test_a_single_file_is_converted_as_diffusers_does(name, full):
 def test_there_and_back_changes_no_bit(name):
     family = tiny(name)
     directory = components(family)
-    single = to_single(directory, family)
-    found = to_directory(single, family)
+    single = convert_to_original(directory, family)
+    found = convert_to_diffusers(single, family)
     assert found.keys() == directory.keys() and all(same(found[folder], directory[folder]) for folder in directory)
-    assert same(to_single(found, family), single)
+    assert same(convert_to_original(found, family), single)
 
 
 @pytest.mark.parametrize("name, model", [("sd2-v", "ViT-H-14"), ("sdxl", "ViT-bigG-14")])
 def test_every_tensor_of_open_clip_s_tower_is_mapped_or_ignored(name, model):
     family = FAMILIES[name]
-    tower = [*family.towers.values()][-1]
+    tower = [*family.text_encoders.values()][-1]
     with torch.device("meta"):
         theirs = open_clip.CLIP(**open_clip.get_model_config(model)).state_dict()
     theirs = {tower.prefix + n: a for n, a in theirs.items() if not n.startswith("visual.")}
-    mapped = {e.single: e.whole for e in layout(family) if e.single.startswith(tower.prefix)}
-    assert shapes({n: a for n, a in theirs.items() if not ignored(n, family)}) == shapes(mapped)
-    dropped = {n.removeprefix(tower.prefix) for n in theirs if ignored(n, family)}
+    mapped = {
+        e.original_key: e.original_tensor for e in build_key_mappings(family) if e.original_key.startswith(tower.prefix)
+    }
+    assert shapes({n: a for n, a in theirs.items() if not ignored_reason(n, family)}) == shapes(mapped)
+    dropped = {n.removeprefix(tower.prefix) for n in theirs if ignored_reason(n, family)}
     last = {n for n in dropped if n.startswith("transformer.resblocks.23.")}
     assert dropped - last == {"logit_scale"} | ({"text_projection"} if name == "sd2-v" else set())
     assert len(last) == (12 if name == "sd2-v" else 0)
@@ -163,15 +177,15 @@ def test_every_tensor_of_open_clip_s_tower_is_mapped_or_ignored(name, model):
 def test_a_converted_tower_is_open_clip_s_function():
     """Queries, keys, values and the projection end in their places: one pooled vector by two libraries."""
     family = tiny("sdxl")
-    tower = family.towers["text_encoder_2"]
+    tower = family.text_encoders["text_encoder_2"]
     torch.manual_seed(0)
     vision = {"layers": 1, "width": 64, "patch_size": 8, "image_size": 16}
     words = {"context_length": 9, "vocab_size": 40, "width": 16, "heads": 2, "layers": 3, "mlp_ratio": 1.5}
     theirs = open_clip.CLIP(12, vision, words).eval()
-    single = to_single(components(family), family)
+    single = convert_to_original(components(family), family)
     single |= {tower.prefix + n: a for n, a in theirs.state_dict().items() if not n.startswith("visual.")}
     ours = CLIPTextModelWithProjection(CLIPTextConfig(**tower.config)).eval()
-    ours.load_state_dict(to_directory(single, family)["text_encoder_2"], strict=True)
+    ours.load_state_dict(convert_to_diffusers(single, family)["text_encoder_2"], strict=True)
     ids = torch.tensor([[38, 5, 7, 39, 0, 0, 0, 0, 0], [38, 1, 2, 3, 4, 5, 6, 7, 39]])
     with torch.no_grad():
         torch.testing.assert_close(ours(ids).text_embeds, theirs.encode_text(ids), atol=1e-5, rtol=1e-5)
@@ -196,25 +210,28 @@ def test_a_converted_tower_is_open_clip_s_function():
 )
 def test_what_is_superfluous_is_known_and_changes_nothing(name, superfluous):
     family = tiny(name)
-    single = to_single(components(family), family)
-    assert superfluous not in single and ignored(superfluous, family)
-    found = to_directory(single | {superfluous: torch.ones(1)}, family)
+    single = convert_to_original(components(family), family)
+    assert superfluous not in single and ignored_reason(superfluous, family)
+    found = convert_to_diffusers(single | {superfluous: torch.ones(1)}, family)
     assert all(same(found[folder], tensors) for folder, tensors in components(family).items())
 
 
 @every_family
 def test_no_tensor_that_is_needed_is_ignored(name):
     family = FAMILIES[name]
-    assert not [e.single for e in layout(family) if ignored(e.single, family)]
+    assert not [e.original_key for e in build_key_mappings(family) if ignored_reason(e.original_key, family)]
     assert not [
-        f"{e.folder}/{part}" for e in layout(family) for part in e.parts if ignored(f"{e.folder}/{part}", family)
+        f"{e.component}/{part}"
+        for e in build_key_mappings(family)
+        for part in e.parts
+        if ignored_reason(f"{e.component}/{part}", family)
     ]
 
 
 def test_older_and_newer_names_are_the_same_model():
     family = tiny("sd1")
     directory = components(family)
-    single = to_single(directory, family)
+    single = convert_to_original(directory, family)
     older = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
     renamed = {n: next((n.replace(a, b) for a, b in older.items() if a in n), n) for n in directory["vae"]}
     other = {
@@ -223,13 +240,13 @@ def test_older_and_newer_names_are_the_same_model():
         "text_encoder": {n.removeprefix("text_model."): a for n, a in directory["text_encoder"].items()},
     }
     assert sum(n != m for n, m in renamed.items()) == 16
-    assert same(to_single(other, family), single)
+    assert same(convert_to_original(other, family), single)
     bare = {n.replace(".transformer.text_model.", ".transformer."): a for n, a in single.items()}
     assert bare.keys() != single.keys()
-    found = to_directory(bare, family)
+    found = convert_to_diffusers(bare, family)
     assert all(same(found[folder], directory[folder]) for folder in directory)
-    assert plan(bare, family).keys() == bare.keys()  # a plan has the file's own names
-    assert plan_directory(other, family).keys() == {f"{folder}/{n}" for folder in other for n in other[folder]}
+    assert map_single_file_keys(bare, family).keys() == bare.keys()  # a plan has the file's own names
+    assert map_diffusers_keys(other, family).keys() == {f"{folder}/{n}" for folder in other for n in other[folder]}
 
 
 @pytest.mark.parametrize("name", ["sd1", "sd2-v"])
@@ -237,30 +254,30 @@ def test_a_1x1_convolution_and_a_linear_map_are_the_same_numbers(name):
     """Tools have written either: a projection of a transformer, a map of the autoencoder's attention."""
     family = tiny(name)
     directory = components(family)
-    single = to_single(directory, family)
+    single = convert_to_original(directory, family)
     maps = [n for n in directory["unet"] if n.endswith(("proj_in.weight", "proj_out.weight"))]
     assert {directory["unet"][n].ndim for n in maps} == ({4} if name == "sd1" else {2})
     other = {n: a.flatten(1) if a.ndim == 4 else a[..., None, None] for n, a in directory["unet"].items() if n in maps}
-    assert same(to_single(directory | {"unet": directory["unet"] | other}, family), single)
+    assert same(convert_to_original(directory | {"unet": directory["unet"] | other}, family), single)
     attention = {n: a.flatten(1) for n, a in single.items() if ".attn_1." in n and a.ndim == 4}
     assert len(attention) == 8
-    assert same(to_directory(single | attention, family)["vae"], directory["vae"])
+    assert same(convert_to_diffusers(single | attention, family)["vae"], directory["vae"])
 
 
 def test_the_moving_average_takes_the_place_of_the_last_weights():
     family = tiny("sd1")
-    single = to_single(components(family), family)
+    single = convert_to_original(components(family), family)
     prefix = "model.diffusion_model."
     average = {n: a + 1 for n, a in single.items() if n.startswith(prefix)}
     # LDM's LitEma leaves out the dots
     flat = {"model_ema." + n.removeprefix("model.").replace(".", ""): a for n, a in average.items()}
-    expected = to_directory(single | average, family)
+    expected = convert_to_diffusers(single | average, family)
     found = {folder: {} for folder in expected}
-    for name, entry in plan(single | flat, family, ema=True).items():
-        found[entry.folder] |= entry.divide((single | flat)[name])
+    for name, entry in map_single_file_keys(single | flat, family, ema=True).items():
+        found[entry.component] |= entry.to_diffusers((single | flat)[name])
     assert all(same(found[folder], expected[folder]) for folder in expected)
     with pytest.raises(ValueError, match=r"no moving average of model\.diffusion_model\."):
-        plan(single, family, ema=True)
+        map_single_file_keys(single, family, ema=True)
 
 
 @pytest.mark.parametrize(
@@ -269,13 +286,16 @@ def test_the_moving_average_takes_the_place_of_the_last_weights():
 def test_transformers_reads_a_converted_tower(name, folder, tmp_path):
     """By the published names; safetensors, too, takes the parts of fused tensors, which are views."""
     family = tiny(name)
-    tower, tensors = family.towers[folder], to_directory(to_single(components(family), family), family)[folder]
+    tower, tensors = (
+        family.text_encoders[folder],
+        convert_to_diffusers(convert_to_original(components(family), family), family)[folder],
+    )
     save_tensors(tensors, tmp_path / "model.safetensors", torch.float32)
     write_json({**tower.config, "model_type": "clip_text_model"}, tmp_path / "config.json")
-    kind = CLIPTextModelWithProjection if tower.projected else CLIPTextModel
+    kind = CLIPTextModelWithProjection if tower.with_projection else CLIPTextModel
     model, report = kind.from_pretrained(tmp_path, output_loading_info=True)
     assert not (report["missing_keys"] or report["unexpected_keys"] or report["mismatched_keys"])
-    prefix = "" if tower.projected else "text_model."
+    prefix = "" if tower.with_projection else "text_model."
     assert same({prefix + n: a for n, a in model.state_dict().items()}, tensors)
 
 
@@ -297,10 +317,10 @@ SPOILT = {
 def test_a_fault_of_a_single_file_is_named(fault):
     family = tiny("sd2-v")
     spoil, said = SPOILT[fault]
-    single = to_single(components(family), family)
+    single = convert_to_original(components(family), family)
     spoil(single)
     with pytest.raises(ValueError, match=said):
-        to_directory(single, family)
+        convert_to_diffusers(single, family)
 
 
 def test_a_fault_of_a_directory_is_named():
@@ -308,10 +328,10 @@ def test_a_fault_of_a_directory_is_named():
     directory = components(family)
     bias = directory["unet"].pop("conv_out.bias")
     with pytest.raises(ValueError, match=r"missing unet/conv_out\.bias"):
-        to_single(directory, family)
+        convert_to_original(directory, family)
     directory["unet"]["conv_out.bias"] = bias
     with pytest.raises(ValueError, match=r"unknown safety_checker/logits"):
-        to_single(directory | {"safety_checker": {"logits": bias}}, family)
+        convert_to_original(directory | {"safety_checker": {"logits": bias}}, family)
     directory["text_encoder"]["final_layer_norm.bias"] = directory["text_encoder"]["text_model.final_layer_norm.bias"]
     with pytest.raises(ValueError, match=r"text_model\.final_layer_norm\.bias is given twice"):
-        to_single(directory, family)
+        convert_to_original(directory, family)

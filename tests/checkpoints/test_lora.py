@@ -23,13 +23,13 @@ from peft import LoHaConfig, LoKrConfig, LoraConfig, PeftModel, get_peft_model, 
 from peft.utils import get_peft_model_state_dict  # isort: skip
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection  # isort: skip
 
-from ldm.checkpoints.dialects import _spelled, spellings
+from ldm.checkpoints.dialects import _module_aliases, build_module_aliases
 from ldm.checkpoints.families import FAMILIES
-from ldm.checkpoints.lora import convert_adapter, made_for, open_adapter, skeletons
-from ldm.checkpoints.lora_save import DIALECTS, save_adapter
+from ldm.checkpoints.lora import convert_adapter, detect_adapter_family, load_adapter, build_adaptable_networks
+from ldm.checkpoints.lora_save import LORA_FORMATS, save_adapter
 from ldm.conditioning import Conditioning
-from ldm.nn.lora import Adapter, Adapters, Delta, Full, LoHa, LoKr, LoRA
-from ldm.nn.text import text_model
+from ldm.nn.lora import Adapter, AdapterMerger, ModuleDelta, Full, LoHa, LoKr, LoRA
+from ldm.nn.text import build_text_encoder
 from ldm.nn.unet import UNet, UNetConfig
 
 UNETS = {
@@ -71,9 +71,9 @@ def unet_config(family):
 def tiny(family):
     """Narrow networks of the family's structure."""
     torch.manual_seed(0)
-    networks = {"unet": UNet(UNetConfig.from_dict(unet_config(family))), "text_encoder": text_model(TEXT)}
+    networks = {"unet": UNet(UNetConfig.from_dict(unet_config(family))), "text_encoder": build_text_encoder(TEXT)}
     if family == "sdxl":
-        networks["text_encoder_2"] = text_model(TEXT, True)
+        networks["text_encoder_2"] = build_text_encoder(TEXT, True)
     return {folder: network.eval().requires_grad_(False) for folder, network in networks.items()}
 
 
@@ -114,14 +114,14 @@ def hadamard(m, g):
 
 
 KINDS = {  # a random change of a layer
-    "lora": lambda m, g: Delta(thin(m, g, 3), 1.0),
-    "lora, no alpha": lambda m, g: Delta(thin(m, g)),
-    "locon": lambda m, g: Delta(thin(m, g, mid=m.weight.ndim == 4), 0.7),
-    "dora": lambda m, g: Delta(thin(m, g), 3.0, magnitude(m, g)),
-    "loha": lambda m, g: Delta(hadamard(m, g), 0.7),
-    "lokr": lambda m, g: Delta(kron(m, g), 0.7),
-    "lokr, whole": lambda m, g: Delta(LoKr(w1=torch.randn(2, 2, generator=g), w2=m.weight[::2, ::2].clone())),
-    "full": lambda m, g: Delta(Full(torch.randn(m.weight.shape, generator=g)), bias=m.bias),
+    "lora": lambda m, g: ModuleDelta(thin(m, g, 3), 1.0),
+    "lora, no alpha": lambda m, g: ModuleDelta(thin(m, g)),
+    "locon": lambda m, g: ModuleDelta(thin(m, g, mid=m.weight.ndim == 4), 0.7),
+    "dora": lambda m, g: ModuleDelta(thin(m, g), 3.0, magnitude(m, g)),
+    "loha": lambda m, g: ModuleDelta(hadamard(m, g), 0.7),
+    "lokr": lambda m, g: ModuleDelta(kron(m, g), 0.7),
+    "lokr, whole": lambda m, g: ModuleDelta(LoKr(w1=torch.randn(2, 2, generator=g), w2=m.weight[::2, ::2].clone())),
+    "full": lambda m, g: ModuleDelta(Full(torch.randn(m.weight.shape, generator=g)), bias=m.bias),
 }
 THIN = "lora", "lora, no alpha", "locon", "dora"
 EVEN = ("to_q", "to_k", "q_proj", "fc1", "conv1", "proj_in", "conv_shortcut")  # layers of even sizes, of every shape
@@ -134,7 +134,7 @@ def adapter(networks, kind, ends=EVEN):
 
 def merged(networks, adapter, weight=1.0):
     """The weights with an adapter, which is then taken out."""
-    adapters = Adapters(networks)
+    adapters = AdapterMerger(networks)
     adapters.load(adapter, weight)
     found = {f"{folder}/{name}": a.clone() for folder, n in networks.items() for name, a in n.state_dict().items()}
     adapters.unload()
@@ -183,7 +183,7 @@ LANDMARKS = {  # names that real files have, and our modules
 
 @both
 def test_names_of_real_files_are_modules_of_full_size_models(family, tmp_path):
-    networks = skeletons(family)
+    networks = build_adaptable_networks(family)
     marks = LANDMARKS[family]
     tensors = {}
     for name, target in marks.items():
@@ -192,19 +192,21 @@ def test_names_of_real_files_are_modules_of_full_size_models(family, tmp_path):
         tensors[f"{name}.lora_down.weight"] = torch.ones(1, *weight.shape[1:])
         tensors[f"{name}.lora_up.weight"] = torch.ones(len(weight), 1, *ones)
     save_file(tensors, tmp_path / "a.safetensors")
-    assert open_adapter(tmp_path / "a.safetensors", networks).targets.keys() == set(marks.values())
+    assert load_adapter(tmp_path / "a.safetensors", networks).deltas.keys() == set(marks.values())
     convert_adapter(tmp_path / "a.safetensors", tmp_path / "b.safetensors", "kohya", family)
     assert {name.split(".")[0] for name in load_file(tmp_path / "b.safetensors")} == marks.keys()
 
 
 @pytest.mark.parametrize("family", ["sd1", "sd2-base", "sdxl"])
 def test_no_two_modules_have_one_spelling(family):
-    for folder, network in skeletons(family).items():
+    for folder, network in build_adaptable_networks(family).items():
         known = [path for path, m in network.named_modules() if isinstance(getattr(m, "weight", None), nn.Parameter)]
         owners = Counter()
         for path in known:
-            owners.update({s for name in _spelled(folder, path, network) for s in (name, name.replace(".", "_"))})
-        assert max(owners.values()) == 1 and set(spellings(folder, network).values()) == set(known)
+            owners.update(
+                {s for name in _module_aliases(folder, path, network) for s in (name, name.replace(".", "_"))}
+            )
+        assert max(owners.values()) == 1 and set(build_module_aliases(folder, network).values()) == set(known)
 
 
 @both
@@ -213,10 +215,10 @@ def test_every_dialect_is_the_same_change(family, kind, tmp_path):
     networks = tiny(family)
     random = adapter(networks, kind)
     expected = merged(networks, random)
-    for to in DIALECTS if kind in THIN else ["kohya"]:
+    for to in LORA_FORMATS if kind in THIN else ["kohya"]:
         save_adapter(random, tmp_path / to, to, networks, family)
-        found = open_adapter(tmp_path / to, networks, family)
-        assert found.dialect == to
+        found = load_adapter(tmp_path / to, networks, family)
+        assert found.lora_format == to
         close(merged(networks, found), expected)
 
 
@@ -224,12 +226,14 @@ def test_every_dialect_is_the_same_change(family, kind, tmp_path):
 @pytest.mark.parametrize("kind", THIN)
 def test_a_chain_of_conversions_changes_nothing(family, kind, tmp_path, monkeypatch):
     networks = tiny(family)
-    monkeypatch.setattr("ldm.checkpoints.lora.skeletons", lambda name: {"sd1": networks, "sdxl": networks}[name])
+    monkeypatch.setattr(
+        "ldm.checkpoints.lora.build_adaptable_networks", lambda name: {"sd1": networks, "sdxl": networks}[name]
+    )
     random = adapter(networks, kind)
     save_adapter(random, tmp_path / "0", "kohya", networks, family)
     for k, to in enumerate(["diffusers", "peft", "kohya", "peft", "diffusers", "kohya"]):
         convert_adapter(tmp_path / f"{k}", tmp_path / f"{k + 1}", to, family)
-    close(merged(networks, open_adapter(tmp_path / "6", networks)), merged(networks, random))
+    close(merged(networks, load_adapter(tmp_path / "6", networks)), merged(networks, random))
 
 
 def theirs(family, networks):
@@ -273,22 +277,22 @@ READ = [  # family, dialect, kind, the networks of which diffusers reads it
 @pytest.mark.parametrize("family, to, kind, folders", READ)
 def test_diffusers_reads_what_we_write_as_we_do(family, to, kind, folders, tmp_path):
     networks = tiny(family)
-    every = adapter(networks, kind, ("",)).targets
+    every = adapter(networks, kind, ("",)).deltas
     known = [t for t in every if t.startswith("unet/") or t.endswith(TOWER)]
     random = Adapter("a", {target: every[target] for target in known if target.startswith(folders)})
     save_adapter(random, tmp_path / "a.safetensors", to, networks, family)
     pipe = theirs(family, networks)
     pipe.load_lora_weights(tmp_path, weight_name="a.safetensors")
     close(fused(pipe), merged(networks, random), 1e-5)
-    adapters = Adapters(networks)
-    adapters.load(open_adapter(tmp_path / "a.safetensors", networks, family))
+    adapters = AdapterMerger(networks)
+    adapters.load(load_adapter(tmp_path / "a.safetensors", networks, family))
     g = torch.Generator().manual_seed(0)
     x, t = torch.randn(2, 4, 8, 8, generator=g), torch.tensor([10.0, 500.0])
     context = torch.randn(2, 9, unet_config(family)["cross_attention_dim"], generator=g)
     cond, more = Conditioning(context), {}
     if family == "sdxl":
         pooled, ids = torch.randn(2, 16, generator=g), torch.rand(2, 6, generator=g)
-        cond = Conditioning(context, added=networks["unet"].added(pooled, ids))
+        cond = Conditioning(context, vector=networks["unet"].added(pooled, ids))
         more = {"added_cond_kwargs": {"text_embeds": pooled, "time_ids": ids}}
     with torch.no_grad():
         ours, expected = networks["unet"](x, t, cond), pipe.unet(x, t, context, **more).sample
@@ -336,7 +340,7 @@ def test_what_peft_saves_is_read_as_peft_does(kind, tmp_path):
         if "lora_" in name or "hada_" in name or "lokr_" in name:
             a.data = 0.3 * torch.randn(a.shape, generator=g)
     model.save_pretrained(tmp_path / "a")
-    found = merged(networks, open_adapter(tmp_path / "a", networks))
+    found = merged(networks, load_adapter(tmp_path / "a", networks))
     expected = {f"unet/{n}": a for n, a in model.merge_and_unload().state_dict().items()}
     close(found, expected)
     assert sum(not a.equal(networks["unet"].state_dict()[n[5:]]) for n, a in found.items()) >= 5
@@ -359,7 +363,7 @@ def test_what_diffusers_trainers_save_is_read_with_its_alpha(tmp_path):
     assert any(".lora_linear_layer." in name for name in load_file(tmp_path / "pytorch_lora_weights.safetensors"))
     again = theirs("sd1", networks)
     again.load_lora_weights(tmp_path)
-    close(merged(networks, open_adapter(tmp_path, networks)), fused(again), 1e-5)
+    close(merged(networks, load_adapter(tmp_path, networks)), fused(again), 1e-5)
 
 
 OLD = {  # what diffusers of 2023 wrote, and the modules
@@ -387,12 +391,12 @@ def test_old_files_of_diffusers_are_read(prefix, tmp_path):
         if target.startswith("text") and not prefix:
             continue
         lora = thin(layers(networks)[target], g)
-        targets[target] = Delta(lora)
+        targets[target] = ModuleDelta(lora)
         words = [prefix] if name.startswith("{}") else []
         tensors |= {name.format(*words, "down"): lora.down, name.format(*words, "up"): lora.up}
     save_file(tensors, tmp_path / "a.safetensors")
-    found = open_adapter(tmp_path / "a.safetensors", networks)
-    assert found.dialect == "diffusers"
+    found = load_adapter(tmp_path / "a.safetensors", networks)
+    assert found.lora_format == "diffusers"
     close(merged(networks, found), merged(networks, Adapter("a", targets)))
 
 
@@ -406,7 +410,7 @@ def test_a_convolution_1x1_and_a_linear_map_are_the_same_numbers(tmp_path):
         other = {n: a.flatten(1) if a.ndim == 4 else a[..., None, None] for n, a in file.items() if a.ndim > 1}
         assert {a.ndim for a in file.values() if a.ndim > 1} == {2, 4}
         save_file(file | other, tmp_path / f"{family} other")
-        close(merged(networks, open_adapter(tmp_path / f"{family} other", networks)), merged(networks, random))
+        close(merged(networks, load_adapter(tmp_path / f"{family} other", networks)), merged(networks, random))
 
 
 def test_what_lycoris_writes_beside_factors(tmp_path):
@@ -426,7 +430,7 @@ def test_what_lycoris_writes_beside_factors(tmp_path):
         "lora_unet_conv_out.diff_b": b,
     }
     save_file(tensors, tmp_path / "a.safetensors")
-    found = merged(networks, open_adapter(tmp_path / "a.safetensors", networks))
+    found = merged(networks, load_adapter(tmp_path / "a.safetensors", networks))
     path = "unet/down_blocks.0.attentions.0.transformer_blocks.0"
     torch.testing.assert_close(found[f"{path}.attn1.to_q.weight"].norm(dim=0), m[0])
     torch.testing.assert_close(found[f"{path}.norm1.weight"], 1 + w_norm)
@@ -436,9 +440,9 @@ def test_what_lycoris_writes_beside_factors(tmp_path):
 
 def test_a_file_is_known_by_its_hash_and_what_it_says(tmp_path):
     networks = tiny("sdxl")
-    random = Adapter("a", adapter(networks, "lora").targets, metadata={"ss_tag_frequency": "{}"})
+    random = Adapter("a", adapter(networks, "lora").deltas, metadata={"ss_tag_frequency": "{}"})
     save_adapter(random, tmp_path / "style.safetensors", "kohya", networks, "sdxl")
-    found = open_adapter(tmp_path / "style.safetensors", networks)
+    found = load_adapter(tmp_path / "style.safetensors", networks)
     assert found.name == "style"
     assert found.sha256 == hashlib.sha256((tmp_path / "style.safetensors").read_bytes()).hexdigest()
     said = {name: found.metadata[name] for name in found.metadata if name.startswith("ss_")}
@@ -460,13 +464,13 @@ def test_a_scale_that_rounds_is_kept_in_float32(dtype, tmp_path):
         random = Adapter(
             "a",
             {
-                target: Delta(LoRA(d.factors.down.to(dtype), d.factors.up.to(dtype)), alpha)
-                for target, d in adapter(networks, "lora, no alpha").targets.items()
+                target: ModuleDelta(LoRA(d.factors.down.to(dtype), d.factors.up.to(dtype)), alpha)
+                for target, d in adapter(networks, "lora, no alpha").deltas.items()
             },
         )
         save_adapter(random, tmp_path / f"{alpha}", "diffusers", networks)
         assert {a.dtype for n, a in load_file(tmp_path / f"{alpha}").items() if "lora_B" in n} == {kept}
-        close(merged(networks, open_adapter(tmp_path / f"{alpha}", networks)), merged(networks, random))
+        close(merged(networks, load_adapter(tmp_path / f"{alpha}", networks)), merged(networks, random))
 
 
 @pytest.mark.parametrize("kind", ["loha", "lokr", "full"])
@@ -475,7 +479,7 @@ def test_what_a_dialect_cannot_say_is_refused_and_nothing_written(kind, to, tmp_
     networks = tiny("sd1")
     with pytest.raises(ValueError, match=r"^unet/\S+: \w+ has no name in"):
         save_adapter(adapter(networks, kind), tmp_path / "a", to, networks)
-    mixed = adapter(networks, "dora", ("to_q",)).targets | adapter(networks, "lora", ("to_k",)).targets
+    mixed = adapter(networks, "dora", ("to_q",)).deltas | adapter(networks, "lora", ("to_k",)).deltas
     with pytest.raises(ValueError, match="DoRA of some modules"):
         save_adapter(Adapter("a", mixed), tmp_path / "a", to, networks)
     assert not list(tmp_path.iterdir())
@@ -580,28 +584,28 @@ def test_a_fault_is_named_in_one_line_with_its_file(fault, tmp_path):
     family, tensors, metadata, said = FAULTS[fault]
     save_file(tensors, tmp_path / "bad.safetensors", metadata)
     with pytest.raises(ValueError, match=said) as error:
-        open_adapter(tmp_path / "bad.safetensors", tiny(family), family)
+        load_adapter(tmp_path / "bad.safetensors", tiny(family), family)
     assert str(error.value).startswith(f"{tmp_path / 'bad.safetensors'}: ") and "\n" not in str(error.value)
 
 
 def test_the_good_file_of_the_faults_is_good(tmp_path):
     save_file(GOOD, tmp_path / "good.safetensors")
-    assert len(open_adapter(tmp_path / "good.safetensors", tiny("sd1"), "sd1").targets) == 1
+    assert len(load_adapter(tmp_path / "good.safetensors", tiny("sd1"), "sd1").deltas) == 1
 
 
 def test_what_is_no_file_of_tensors_is_refused(tmp_path):
     networks = tiny("sd1")
     (tmp_path / "a.safetensors").write_bytes(pickle.dumps({"a": 1}))
     with pytest.raises(ValueError, match=r"a\.safetensors: a pickle"):
-        open_adapter(tmp_path / "a.safetensors", networks)
+        load_adapter(tmp_path / "a.safetensors", networks)
     with pytest.raises(ValueError, match=r"none\.safetensors: No such file"):
-        open_adapter(tmp_path / "none.safetensors", networks)
+        load_adapter(tmp_path / "none.safetensors", networks)
     with pytest.raises(ValueError, match="no adapter in this folder"):
-        open_adapter(tmp_path, networks)
+        load_adapter(tmp_path, networks)
     for name in ("pytorch_lora_weights.safetensors", "adapter_model.safetensors"):
         save_file(GOOD, tmp_path / name)
     with pytest.raises(ValueError, match="more than one adapter"):
-        open_adapter(tmp_path, networks)
+        load_adapter(tmp_path, networks)
 
 
 def test_the_family_is_told_by_the_file_or_asked_for(tmp_path):
@@ -611,9 +615,9 @@ def test_the_family_is_told_by_the_file_or_asked_for(tmp_path):
         convert_adapter(source, tmp_path / "b", "peft")
     for line, width in (("sd1", 768), ("sd2-base", 1024), ("sdxl", 2048)):
         save_file({f"{K}.lora_down.weight": torch.ones(2, width)}, source)
-        assert made_for(source) == line and line in FAMILIES
+        assert detect_adapter_family(source) == line and line in FAMILIES
     save_file(GOOD, source, {"modelspec.architecture": "stable-diffusion-xl-v1-base/lora"})
-    assert made_for(source) == "sdxl"
+    assert detect_adapter_family(source) == "sdxl"
     save_file(GOOD, source)
     with pytest.raises(ValueError, match="b: exists already"):
         (tmp_path / "b").touch()

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 import ldm.nn._torchvision  # noqa: F401  must come before diffusers
 from ldm.checkpoints import formats, keys
-from ldm.checkpoints.convert import convert
+from ldm.checkpoints.convert import convert_checkpoint
 from ldm.checkpoints.families import FAMILIES
 from ldm.conditioning import Conditioning
 from ldm.diffusion.prediction import PREDICTIONS
@@ -30,7 +30,7 @@ def tiny(name):
     """The family with its own structure, narrow; towers know CLIP's whole vocabulary, for its own tokenizer."""
     family = FAMILIES[name]
     levels = len(family.unet["block_out_channels"])
-    xl = family.zero_negative
+    xl = family.force_zeros_for_empty_prompt
     unet = {
         "block_out_channels": [8, 8, 16, 16][:levels],
         "norm_num_groups": 4,
@@ -44,9 +44,9 @@ def tiny(name):
     widths = [16, 24] if xl else [WIDTHS[name]]
     towers = {
         folder: replace(tower, config=tower.config | sizes(width))
-        for (folder, tower), width in zip(family.towers.items(), widths, strict=True)
+        for (folder, tower), width in zip(family.text_encoders.items(), widths, strict=True)
     }
-    return replace(family, unet=family.unet | unet, vae=family.vae | vae, towers=towers)
+    return replace(family, unet=family.unet | unet, vae=family.vae | vae, text_encoders=towers)
 
 
 def sizes(width):
@@ -70,7 +70,7 @@ def families(monkeypatch):
 def components(family):
     """Random weights of a directory."""
     g = torch.Generator().manual_seed(0)
-    shapes = keys.skeleton(family)
+    shapes = keys.build_meta_state_dicts(family)
     return {
         f: {n: torch.randn(a.shape, generator=g, dtype=torch.float16) for n, a in tensors.items()}
         for f, tensors in shapes.items()
@@ -85,7 +85,7 @@ def write(families, tmp_path):
         parts = components(families[name])
         path = tmp_path / "model.safetensors"
         save_file(
-            change({n: a.contiguous().clone() for n, a in keys.to_single(parts, families[name]).items()}),
+            change({n: a.contiguous().clone() for n, a in keys.convert_to_original(parts, families[name]).items()}),
             path,
             metadata,
         )
@@ -95,7 +95,7 @@ def write(families, tmp_path):
 
 
 def load(path, dtype=torch.float32, **options):
-    return formats.load(path, CPU, dtype, **options)
+    return formats.load_checkpoint(path, CPU, dtype, **options)
 
 
 def arrived(model, parts, dtype=torch.float32):
@@ -121,12 +121,24 @@ def test_every_weight_arrives(write, families, name):
     assert arrived(model, parts) and model.family == name
     assert model.prediction is PREDICTIONS[prediction]
     assert model.unet.config.sample_size == families[name].unet["sample_size"]
-    assert model.zero_negative == families[name].zero_negative
-    assert set(model.hashes.values()) == {hashlib.sha256(path.read_bytes()).hexdigest()}
-    for tower, record in zip(model.towers, families[name].towers.values(), strict=True):
-        ours = tower.layer, tower.final_norm, tower.projected, tower.dropped, tower.tokenizer.pad_token_id
-        assert ours == (record.layer, record.final_norm, record.projected, record.dropped, record.pad)
-    assert model.defaults["guidance_scale"] == (5.0 if name == "sdxl" else 7.5)
+    assert model.force_zeros_for_empty_prompt == families[name].force_zeros_for_empty_prompt
+    assert set(model.weight_hashes.values()) == {hashlib.sha256(path.read_bytes()).hexdigest()}
+    for tower, record in zip(model.text_encoders, families[name].text_encoders.values(), strict=True):
+        ours = (
+            tower.layer_idx,
+            tower.final_norm,
+            tower.with_projection,
+            tower.num_dropped_layers,
+            tower.tokenizer.pad_token_id,
+        )
+        assert ours == (
+            record.layer_idx,
+            record.final_norm,
+            record.with_projection,
+            record.num_dropped_layers,
+            record.pad_token_id,
+        )
+    assert model.generation_defaults["guidance_scale"] == (5.0 if name == "sdxl" else 7.5)
 
 
 def test_networks_have_no_common_memory_and_are_ready_to_draw(write):
@@ -140,7 +152,7 @@ def test_networks_have_no_common_memory_and_are_ready_to_draw(write):
     assert not any(net.training for net in model.networks.values())
     positions = model.networks["text_encoder"].embeddings.position_ids
     assert positions.tolist() == [list(range(77))]
-    states, _ = model.towers[0].encode(text.chunks(model.towers[0].tokenizer, "a red apple")[0])
+    states, _ = model.text_encoders[0].encode(text.tokenize_prompt(model.text_encoders[0].tokenizer, "a red apple")[0])
     assert states.shape == (1, 77, 24)
 
 
@@ -189,7 +201,7 @@ def test_an_average_takes_the_place_of_the_last_weights(write):
     assert arrived(load(path, prediction="eps"), parts)
     parts["unet"] = {name: -a for name, a in parts["unet"].items()}
     model = load(path, prediction="eps", ema=True)
-    assert arrived(model, parts) and model.options == {"path": str(path), "prediction": "eps", "ema": True}
+    assert arrived(model, parts) and model.load_options == {"path": str(path), "prediction": "eps", "ema": True}
     with pytest.raises(ValueError, match="average"):
         load(write("sd1")[0], prediction="eps", ema=True)
 
@@ -204,9 +216,9 @@ def test_the_header_tells_the_prediction(write):
 def test_zero_snr_is_heeded(write):
     path, _ = write("sd1", lambda t: {**t, "v_pred": torch.ones(1), "ztsnr": torch.ones(1)})
     model = load(path)
-    assert model.prediction is PREDICTIONS["v"] and model.sde.at(1.0).alpha == 0
-    assert model.defaults["spacing"] == "trailing"
-    assert load(path, zero_snr=False).sde.at(1.0).alpha > 0.06
+    assert model.prediction is PREDICTIONS["v"] and model.sde.level(1.0).alpha == 0
+    assert model.generation_defaults["spacing"] == "trailing"
+    assert load(path, zero_snr=False).sde.level(1.0).alpha > 0.06
 
 
 @every_family
@@ -236,13 +248,13 @@ VAE_NAMES = {
 def test_an_autoencoder_is_replaced(write, families, tmp_path, names):
     path, parts = write("sd1")
     other = {name: -a for name, a in parts["vae"].items()}
-    single = keys.to_single({**parts, "vae": other}, families["sd1"])
+    single = keys.convert_to_original({**parts, "vae": other}, families["sd1"])
     single = {n: a for n, a in single.items() if n.startswith(keys.VAE_PREFIX)}
     file = tmp_path / "vae.safetensors"
     save_file({n: a.contiguous().clone() for n, a in VAE_NAMES[names](single, other).items()}, file)
     model = load(path, prediction="eps", vae=file)
     assert arrived(model, {**parts, "vae": other})
-    assert model.hashes["vae"] == hashlib.sha256(file.read_bytes()).hexdigest() != model.hashes["unet"]
+    assert model.weight_hashes["vae"] == hashlib.sha256(file.read_bytes()).hexdigest() != model.weight_hashes["unet"]
 
 
 def test_a_file_without_an_autoencoder_wants_one(write, tmp_path):
@@ -276,19 +288,19 @@ def theirs(family, folder):
         "vae": diffusers.AutoencoderKL.from_config(family.vae),
         "scheduler": diffusers.DDIMScheduler.from_config({**family.scheduler, **steps}),
     }
-    for name, tower in family.towers.items():
-        kind = CLIPTextModelWithProjection if tower.projected else CLIPTextModel
+    for name, tower in family.text_encoders.items():
+        kind = CLIPTextModelWithProjection if tower.with_projection else CLIPTextModel
         networks[name] = kind(CLIPTextConfig(**tower.config))
-        networks[name.replace("text_encoder", "tokenizer")] = text.clip_tokenizer(tower.pad)
+        networks[name.replace("text_encoder", "tokenizer")] = text.build_clip_tokenizer(tower.pad_token_id)
     with torch.no_grad():
         networks["vae"].decoder.conv_out.weight *= 3  # else the pictures are grey
-    getattr(diffusers, family.pipeline)(**networks, **unchecked(family)).save_pretrained(folder)
+    getattr(diffusers, family.pipeline_class)(**networks, **unchecked(family)).save_pretrained(folder)
     return networks
 
 
 def unchecked(family):
     none = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
-    return {} if family.zero_negative else none
+    return {} if family.force_zeros_for_empty_prompt else none
 
 
 def spoken(name):
@@ -300,16 +312,18 @@ def test_the_u_net_that_diffusers_saved_is_the_same_function(families, tmp_path,
     """From its directory and from a single file: outputs and gradients in the input to 1e-5 of the largest."""
     family, folder, file = families[name], tmp_path / "folder", tmp_path / "model.safetensors"
     unet = theirs(family, folder)["unet"]
-    convert(folder, file)
+    convert_checkpoint(folder, file)
     g = torch.Generator().manual_seed(1)
     x = torch.randn(2, unet.config.in_channels, 16, 24, generator=g)
     t, context = torch.tensor([17.0, 803.5]), torch.randn(2, 5, WIDTHS[name], generator=g)
     pooled, ids = torch.randn(2, 12, generator=g), torch.tensor([[64.0, 48, 0, 8, 64, 48]] * 2)
-    more = {"added_cond_kwargs": {"text_embeds": pooled, "time_ids": ids}} if family.zero_negative else {}
+    more = (
+        {"added_cond_kwargs": {"text_embeds": pooled, "time_ids": ids}} if family.force_zeros_for_empty_prompt else {}
+    )
     wanted = differentiated(lambda x: unet(x, t, context, **more).sample, x)
     for path in (folder, file):
         ours = load(path, prediction=spoken(name)).unet
-        added = ours.added(pooled, ids) if family.zero_negative else None
+        added = ours.make_vector(pooled, ids) if family.force_zeros_for_empty_prompt else None
         found = differentiated(lambda x, ours=ours, added=added: shown(ours, x, t, context, added), x)
         for a, b in zip(found, wanted, strict=True):
             assert (a - b).abs().max() <= 1e-5 * b.abs().max() and b.std() > 0
@@ -318,7 +332,7 @@ def test_the_u_net_that_diffusers_saved_is_the_same_function(families, tmp_path,
 def shown(unet, x, t, context, added):
     """Our U-Net on all its input channels, of which those beside the latents are conditioning."""
     x, channels = x.split([4, x.shape[1] - 4], dim=1)
-    return unet(x, t, Conditioning(context, added=added, channels=channels if channels.shape[1] else None))
+    return unet(x, t, Conditioning(context, vector=added, concat=channels if channels.shape[1] else None))
 
 
 def differentiated(function, x):
@@ -333,8 +347,8 @@ def differentiated(function, x):
 def test_a_single_file_draws_what_diffusers_draws_from_it_and_from_its_directory(families, tmp_path, name):
     family, folder, file = families[name], tmp_path / "folder", tmp_path / "model.safetensors"
     theirs(family, folder)
-    convert(folder, file)
-    kind, options = getattr(diffusers, family.pipeline), {"local_files_only": True, **unchecked(family)}
+    convert_checkpoint(folder, file)
+    kind, options = getattr(diffusers, family.pipeline_class), {"local_files_only": True, **unchecked(family)}
     options.pop("requires_safety_checker", None)
     pipes = kind.from_single_file(str(file), config=str(folder), **options), kind.from_pretrained(folder, **options)
     call = {"num_inference_steps": 3, "guidance_scale": 4.0, "height": 64, "width": 96}

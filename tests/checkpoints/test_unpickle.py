@@ -14,9 +14,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from ldm.checkpoints import unpickle as module
-from ldm.checkpoints.convert import convert
+from ldm.checkpoints.convert import convert_checkpoint
 from ldm.checkpoints.embeddings import load_embeddings
-from ldm.checkpoints.unpickle import is_pickle, rewrite, unpickle
+from ldm.checkpoints.unpickle import is_pickle, unpickle_in_process, unpickle_weights
 
 LEGACY = pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
 WEIGHTS = {"a.weight": torch.arange(6.0).reshape(2, 3), "a.bias": torch.tensor([1, 2], dtype=torch.int64)}
@@ -68,7 +68,7 @@ def test_pickled_code_is_refused_and_does_not_run(name, trust, tmp_path):
     refusal = "asks for code that no weights need .posix.system( and 1 more)?.; it was not run"
     said = refusal if trust else "ldm convert --trust"
     with pytest.raises(ValueError, match=rf"\A{folder / name}: .*{said}") as error:
-        convert(folder / name, tmp_path / "out.safetensors", trust=trust)
+        convert_checkpoint(folder / name, tmp_path / "out.safetensors", trust=trust)
     assert "\n" not in str(error.value)
     assert [*tmp_path.iterdir()] == [folder] and [*folder.iterdir()] == [folder / name]
 
@@ -93,7 +93,7 @@ def test_a_checkpoint_of_lightning_is_read_without_it(zipped, tmp_path, monkeypa
     with pytest.raises(pickle.UnpicklingError, match="weights_only"):  # so torch alone does not read it
         torch.load(path, weights_only=True)
     monkeypatch.delitem(sys.modules, lightning.__name__)
-    report = rewrite(path, tmp_path / "model.safetensors")
+    report = unpickle_in_process(path, tmp_path / "model.safetensors")
     assert report == {"tensors": 1, "dropped": ["callbacks", "global_step", "model.step", "none"]}
     assert torch.equal(load_file(tmp_path / "model.safetensors")["model.a"], torch.ones(2))
 
@@ -117,18 +117,18 @@ def test_tensors_arrive_as_they_are(zipped, key, tmp_path):
     }
     path = save({key: tensors, "epoch": 3} if key else {**tensors, "epoch": 3}, tmp_path / "model.pt", zipped)
     assert is_pickle(path)
-    assert rewrite(path, tmp_path / "out.safetensors") == {"tensors": len(tensors), "dropped": ["epoch"]}
+    assert unpickle_in_process(path, tmp_path / "out.safetensors") == {"tensors": len(tensors), "dropped": ["epoch"]}
     found = load_file(tmp_path / "out.safetensors")
     assert not is_pickle(tmp_path / "out.safetensors") and found.keys() == tensors.keys()
     assert all(a.dtype == tensors[n].dtype and torch.equal(a, tensors[n]) for n, a in found.items())
-    rewrite(path, tmp_path / "half.safetensors", "float16")
+    unpickle_in_process(path, tmp_path / "half.safetensors", "float16")
     halves = {n: a.half() if a.is_floating_point() else a for n, a in tensors.items()}
     assert all(torch.equal(a, halves[n]) for n, a in load_file(tmp_path / "half.safetensors").items())
 
 
 def test_mappings_within_mappings_are_named_with_dots(tmp_path):
     save({"ema": {"a": {"b": torch.ones(1)}}, "optimizer": {"m": torch.ones(2)}, "step": 1}, tmp_path / "m.pt")
-    report = rewrite(tmp_path / "m.pt", tmp_path / "m.safetensors")
+    report = unpickle_in_process(tmp_path / "m.pt", tmp_path / "m.safetensors")
     assert load_file(tmp_path / "m.safetensors").keys() == {"ema.a.b"} and report["dropped"] == ["optimizer", "step"]
 
 
@@ -138,7 +138,7 @@ def test_an_embedding_is_read_by_its_word(kind, tmp_path):
     vectors = torch.randn(2, 8)
     content = {"string_to_token": {"*": torch.tensor(265)}, "string_to_param": kind({"*": vectors}), "name": "cat"}
     path = save(content | {"step": 500, "sd_checkpoint": None}, tmp_path / "cat.pt")
-    report = convert(path, tmp_path / "cat.safetensors", trust=True)
+    report = convert_checkpoint(path, tmp_path / "cat.safetensors", trust=True)
     assert report["dropped"] == {"cat.pt": ["name", "sd_checkpoint", "step", "string_to_token"]}
     with safe_open(tmp_path / "cat.safetensors", "pt") as file:
         assert file.metadata() == {"format": "pt", "name": "cat"} and [*file.keys()] == ["emb_params"]
@@ -216,7 +216,7 @@ def test_a_fault_is_named_and_nothing_is_written(fault, tmp_path):
     spoil, said = FAULTS[fault]
     spoil(tmp_path / "model.pt")
     with pytest.raises(ValueError, match=said):
-        rewrite(tmp_path / "model.pt", tmp_path / "out.safetensors")
+        unpickle_in_process(tmp_path / "model.pt", tmp_path / "out.safetensors")
     assert [path.name for path in tmp_path.iterdir()] == ["model.pt"]
 
 
@@ -229,20 +229,20 @@ def test_a_fault_is_named_and_nothing_is_written(fault, tmp_path):
     ],
 )
 def test_a_child_that_dies_or_hangs_is_one_error(child, said, tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "CHILD", child)
-    monkeypatch.setattr(module, "PATIENCE", 1)
+    monkeypatch.setattr(module, "CHILD_SOURCE", child)
+    monkeypatch.setattr(module, "BASE_TIMEOUT", 1)
     save(WEIGHTS, tmp_path / "model.pt")
     with pytest.raises(ValueError, match=rf"{tmp_path / 'model.pt'}: .*{said}"):
-        convert(tmp_path / "model.pt", tmp_path / "out.safetensors", trust=True)
+        convert_checkpoint(tmp_path / "model.pt", tmp_path / "out.safetensors", trust=True)
     assert [path.name for path in tmp_path.iterdir()] == ["model.pt"]
 
 
 def test_the_child_has_no_secrets(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "secret")
-    monkeypatch.setattr(module, "CHILD", "import json, os; print(json.dumps({'names': list(os.environ)}))")
+    monkeypatch.setattr(module, "CHILD_SOURCE", "import json, os; print(json.dumps({'names': list(os.environ)}))")
     save(WEIGHTS, tmp_path / "model.pt")
-    assert set(unpickle(tmp_path / "model.pt", tmp_path / "out")["names"]) <= {
-        *module.INHERITED,
+    assert set(unpickle_weights(tmp_path / "model.pt", tmp_path / "out")["names"]) <= {
+        *module.INHERITED_ENV,
         "OMP_NUM_THREADS",
         "LC_CTYPE",
     }

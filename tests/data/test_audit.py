@@ -14,7 +14,7 @@ from shapes import write
 
 from ldm.config import Recipe
 from ldm.data import encodings
-from ldm.data.audit import SEVERITIES, audit, quick, severity_of
+from ldm.data.audit import SEVERITIES, audit_dataset, quick_audit, get_severity
 from ldm.nn.vae import Posterior
 
 COMMON = {"train_batch_size": 2, "learning_rate": 1e-3, "max_train_steps": 10_000, "mixed_precision": "no"}
@@ -37,7 +37,7 @@ def order(name):
 
 
 def told(report):
-    return {(fault.kind, fault.key) for fault in report.faults}
+    return {(fault.kind, fault.key) for fault in report.issues}
 
 
 def encode(vae, images):
@@ -54,9 +54,9 @@ def root(tmp_path):
 
 
 def test_of_a_sound_data_set_nothing_is_told(tiny, root, monkeypatch):
-    assert audit(recipe_of(tiny, root), all_latents=True).faults == ()
-    monkeypatch.setattr(encodings, "encode", encode)
-    assert audit(recipe_of(tiny, root), all_latents=True).faults == ()
+    assert audit_dataset(recipe_of(tiny, root), encode_all=True).issues == ()
+    monkeypatch.setattr(encodings, "encode_images", encode)
+    assert audit_dataset(recipe_of(tiny, root), encode_all=True).issues == ()
 
 
 @pytest.fixture
@@ -65,8 +65,8 @@ def planted(root):
 
 
 def test_every_planted_fault_is_told_and_nothing_else(tiny, root, planted, monkeypatch):
-    monkeypatch.setattr(encodings, "encode", encode)
-    found = [(fault.kind, fault.key) for fault in audit(recipe_of(tiny, root), all_latents=True).faults]
+    monkeypatch.setattr(encodings, "encode_images", encode)
+    found = [(fault.kind, fault.key) for fault in audit_dataset(recipe_of(tiny, root), encode_all=True).issues]
     assert len({kind for kind, _ in planted}) >= 25
     assert set(found) == set(planted) and len(found) == len(planted)
 
@@ -74,20 +74,20 @@ def test_every_planted_fault_is_told_and_nothing_else(tiny, root, planted, monke
 def test_the_quick_part_tells_the_same_but_for_what_pixels_tell(tiny, root, planted):
     pixels = {"looks the same", "mode", "blank picture", "black mask", "animated", "colour profile"}
     pixels |= {"extreme latents", "latents not finite"}
-    found, left = told(quick(recipe_of(tiny, root))), {fault for fault in planted if fault[0] not in pixels}
+    found, left = told(quick_audit(recipe_of(tiny, root))), {fault for fault in planted if fault[0] not in pixels}
     assert found <= left
     assert {kind for kind, _ in left - found} == {"broken picture"}  # a body that no reader of heads looks at
 
 
 def test_moving_and_renaming_changes_nothing_but_keys(tiny, root, planted):
-    before = audit(recipe_of(tiny, root))
+    before = audit_dataset(recipe_of(tiny, root))
     moved = shutil.move(root, root.parent / "else" / "where")
-    assert told(audit(recipe_of(tiny, moved))) == told(before)
+    assert told(audit_dataset(recipe_of(tiny, moved))) == told(before)
     for path in sorted((moved / "beside").glob("*.*")):
         path.rename(path.with_name(f"x{path.name}"))
-    renamed = audit(recipe_of(tiny, moved))
-    own = lambda report: Counter(f.kind for f in report.faults if f.kind not in ("file name", "skipped"))
-    assert own(renamed) == own(before) and renamed.forecast == before.forecast
+    renamed = audit_dataset(recipe_of(tiny, moved))
+    own = lambda report: Counter(f.kind for f in report.issues if f.kind not in ("file name", "skipped"))
+    assert own(renamed) == own(before) and renamed.estimates == before.estimates
 
 
 MILD = """picture_that_is_tiny panorama picture_of_one_colour file_that_is_there_twice file_with_two_captions
@@ -98,23 +98,25 @@ caption_on_two_lines what_machines_leave"""
 
 
 def test_a_fault_that_training_survives_is_a_warning_or_a_notice(tiny, root, monkeypatch):
-    monkeypatch.setattr(encodings, "encode", encode)
+    monkeypatch.setattr(encodings, "encode_images", encode)
     mild, slight = (
         {fault for name in names.split() for fault in FAULTS[name](root) if fault[0] != "small bucket"}
         for names in (MILD, SLIGHT)
     )
-    report = audit(recipe_of(tiny, root), all_latents=True)
-    report.refuse()
-    assert {(f.kind, f.key) for f in report.of("warning")} == mild
-    assert {(f.kind, f.key) for f in report.of("notice")} - slight == {("small bucket", "128x32")}
+    report = audit_dataset(recipe_of(tiny, root), encode_all=True)
+    report.raise_for_errors()
+    assert {(f.kind, f.key) for f in report.with_severity("warning")} == mild
+    assert {(f.kind, f.key) for f in report.with_severity("notice")} - slight == {("small bucket", "128x32")}
 
 
 def test_the_gravest_come_first_and_an_error_is_refused_in_one_line(tiny, root, planted):
-    report = quick(recipe_of(tiny, root))
-    ranks = [SEVERITIES.index(severity_of(fault)) for fault in report.faults]
+    report = quick_audit(recipe_of(tiny, root))
+    ranks = [SEVERITIES.index(get_severity(fault)) for fault in report.issues]
     assert ranks == sorted(ranks) and set(ranks) == {0, 1, 2}
-    with pytest.raises(ValueError, match=rf"\(and {len(report.of('error')) - 1} more: see ldm check\)$") as said:
-        report.refuse()
+    with pytest.raises(
+        ValueError, match=rf"\(and {len(report.with_severity('error')) - 1} more: see ldm check\)$"
+    ) as said:
+        report.raise_for_errors()
     assert "\n" not in str(said.value)
 
 
@@ -132,35 +134,35 @@ RECIPES = {  # what is wrong with a recipe alone: (kind, key), its data, and oth
 @pytest.mark.parametrize("fault", RECIPES, ids=str)
 def test_what_is_wrong_with_a_recipe_is_told(tiny, root, fault):
     data, changes = RECIPES[fault]
-    check = audit if fault[0] == "no masks" else quick
+    check = audit_dataset if fault[0] == "no masks" else quick_audit
     assert fault in told(check(recipe_of(tiny, root, ["beside"], data, **changes)))
 
 
 def test_pictures_too_small_to_be_left_as_they_are(tiny, root):
     key = beside(root, "icon.png", file(1, 12, 12))
-    assert ("too small", key) in told(quick(recipe_of(tiny, root, data={"bucket_no_upscale": True})))
+    assert ("too small", key) in told(quick_audit(recipe_of(tiny, root, data={"bucket_no_upscale": True})))
 
 
 def test_one_caption_for_all_is_told_unless_it_was_asked_for(tiny, tmp_path):
     write(tmp_path / "p", {f"{k}.png": file(k) for k in range(6)})
     asked = recipe_of(tiny, tmp_path, ["p"], {"instance_prompt": "sks dog", "masks": "none"})
-    assert audit(asked).faults == ()
+    assert audit_dataset(asked).issues == ()
     write(tmp_path / "p", {f"{k}.txt": "a dog" for k in range(6)})
-    assert told(audit(recipe_of(tiny, tmp_path, ["p"], {"masks": "none"}))) == {("one caption", "captions")}
+    assert told(audit_dataset(recipe_of(tiny, tmp_path, ["p"], {"masks": "none"}))) == {("one caption", "captions")}
     few = [tmp_path / "p" / f"{k}.{e}" for k in range(3) for e in ("png", "txt")]
     assert len([path.unlink() for path in few]) == 6
     again = recipe_of(tiny, tmp_path, ["p"], {"instance_prompt": "a dog", "masks": "none"})
-    assert told(audit(again)) == {("few pictures", "a dog")}
+    assert told(audit_dataset(again)) == {("few pictures", "a dog")}
 
 
 def test_what_is_held_out_is_audited_too_and_must_not_be_learnt_from(tiny, root):
     apart = root.parent / "apart"
     tune = {"kind": "tune", "pretrained_model_name_or_path": str(tiny), "method": "full", "validation_data_dir": apart}
     recipe = recipe_of(tiny, root, objective=tune)
-    assert told(audit(recipe)) == {("missing folder", "held out: apart")}
+    assert told(audit_dataset(recipe)) == {("missing folder", "held out: apart")}
     write(apart / "beside", {f"{k}.png": file(k) for k in range(300, 302)})  # few, and of one caption: no fault here
     write(apart / "beside", {f"{k}.txt": "a red star" for k in range(300, 302)})
-    assert audit(recipe).faults == ()
+    assert audit_dataset(recipe).issues == ()
     again = encoded(smooth(3, 80, 80).resize((72, 72)), "JPEG", quality=80)
     wall = encoded(Image.new("RGB", (64, 64), "teal"))
     planted = {
@@ -174,12 +176,12 @@ def test_what_is_held_out_is_audited_too_and_must_not_be_learnt_from(tiny, root)
         ("cut caption", beside(apart, "long.png", file(305), "a red star, " * 12)),
         ("empty caption", beside(apart, "blank.png", file(306), " ").replace("png", "txt")),
     }
-    report = audit(recipe)
-    assert {(fault.kind, fault.key) for fault in report.faults} == {
+    report = audit_dataset(recipe)
+    assert {(fault.kind, fault.key) for fault in report.issues} == {
         (kind, f"held out: beside/{key}") for kind, key in planted
     }
-    assert {fault.kind for fault in report.of("error")} == {"broken picture", "empty caption"}
-    assert report.forecast == audit(recipe_of(tiny, root)).forecast
+    assert {fault.kind for fault in report.with_severity("error")} == {"broken picture", "empty caption"}
+    assert report.estimates == audit_dataset(recipe_of(tiny, root)).estimates
 
 
 def test_a_word_to_be_learnt_must_be_said(tiny, tmp_path):
@@ -193,7 +195,7 @@ def test_a_word_to_be_learnt_must_be_said(tiny, tmp_path):
         {"masks": "none"},
         objective={**learnt, "placeholder_token": "<blob>", "initializer_token": "star"},
     )
-    assert told(quick(recipe)) == {("no new word", "0.png")}
+    assert told(quick_audit(recipe)) == {("no new word", "0.png")}
 
 
 def test_weights_that_are_not_finite_are_told_of_every_picture(tiny, tmp_path):
@@ -202,5 +204,5 @@ def test_weights_that_are_not_finite_are_told_of_every_picture(tiny, tmp_path):
     path = model / "vae" / "diffusion_pytorch_model.safetensors"
     save_file({name: a * math.nan for name, a in load_file(path).items()}, path)
     sound(tmp_path / "data")
-    found = told(audit(recipe_of(model, tmp_path / "data", ["beside"]), all_latents=True))
+    found = told(audit_dataset(recipe_of(model, tmp_path / "data", ["beside"]), encode_all=True))
     assert found == {("latents not finite", f"{k}.png") for k in range(8)}

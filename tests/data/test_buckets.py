@@ -5,9 +5,9 @@ import math
 import numpy as np
 import pytest
 
-from ldm.data.buckets import Buckets
+from ldm.data.buckets import AspectRatioBuckets
 
-SD = Buckets(512, 64, 256, 1024)
+SD = AspectRatioBuckets(512, 64, 256, 1024)
 MANY = [tuple(map(int, size)) for size in np.random.default_rng(0).integers(20, 4000, (300, 2))]
 
 
@@ -23,7 +23,7 @@ def kohya(resolution, step, least, most):
 
 @pytest.mark.parametrize("numbers", [(512, 64, 256, 1024), (1024, 64, 512, 2048), (128, 8, 64, 256), (96, 32, 32, 96)])
 def test_sizes_are_kohya_s(numbers):
-    buckets = Buckets(*numbers)
+    buckets = AspectRatioBuckets(*numbers)
     assert list(buckets.sizes) == kohya(*numbers)
     assert {(h, w) for w, h in buckets.sizes} == set(buckets.sizes)
     for width, height in buckets.sizes:
@@ -32,18 +32,18 @@ def test_sizes_are_kohya_s(numbers):
 
 
 def test_one_size_where_all_sides_are_the_resolution():
-    assert Buckets(512, 64, 512, 512).sizes == ((512, 512),)
+    assert AspectRatioBuckets(512, 64, 512, 512).sizes == ((512, 512),)
 
 
 @pytest.mark.parametrize("size", [*SD.sizes, (2048, 512), (384, 384)])
 def test_a_picture_of_a_bucket_s_shape_loses_nothing(size):
     placement = SD.assign(*size)
-    assert placement.slack == (0, 0)
+    assert placement.crop_margin == (0, 0)
     if size in SD.sizes:
-        assert placement.bucket == placement.resized == size
+        assert placement.bucket == placement.resized_size == size
 
 
-@pytest.mark.parametrize("buckets", [SD, Buckets(128, 8, 64, 256)])
+@pytest.mark.parametrize("buckets", [SD, AspectRatioBuckets(128, 8, 64, 256)])
 def test_resizing_covers_and_keeps_the_shape_and_turns_with_the_picture(buckets):
     for width, height in MANY:
         bucket, resized = buckets.assign(width, height)
@@ -57,7 +57,7 @@ def test_resizing_covers_and_keeps_the_shape_and_turns_with_the_picture(buckets)
 
 
 def test_nothing_is_enlarged_where_that_is_forbidden():
-    buckets = Buckets(512, 64, 256, 1024, no_upscale=True)
+    buckets = AspectRatioBuckets(512, 64, 256, 1024, no_upscale=True)
     for width, height in MANY:
         if min(width, height) * min(1, 512 / math.sqrt(width * height), 1024 / max(width, height)) < 64:
             with pytest.raises(ValueError, match="smaller than 64"):
@@ -65,7 +65,7 @@ def test_nothing_is_enlarged_where_that_is_forbidden():
             continue
         bucket, resized = buckets.assign(width, height)
         assert resized[0] <= width and resized[1] <= height and max(resized) <= 1024
-        assert all(0 <= slack < 64 for slack in buckets.assign(width, height).slack) and bucket[0] % 64 == 0
+        assert all(0 <= slack < 64 for slack in buckets.assign(width, height).crop_margin) and bucket[0] % 64 == 0
         if width * height <= 512**2 and max(width, height) <= 1024:
             assert resized == (width, height)
     assert buckets.assign(300, 200) == ((256, 192), (300, 200))
@@ -74,4 +74,4 @@ def test_nothing_is_enlarged_where_that_is_forbidden():
 @pytest.mark.parametrize("numbers", [(512, 0, 256, 1024), (512, 64, 600, 1024), (512, 64, 256, 500), (32, 64, 32, 64)])
 def test_sizes_that_cannot_be_are_refused(numbers):
     with pytest.raises(ValueError, match="buckets: need steps"):
-        Buckets(*numbers)
+        AspectRatioBuckets(*numbers)

@@ -2,12 +2,12 @@
 
 import pytest
 
-from ldm.data.captions import caption_faults, class_of, reading_faults, token_count
-from ldm.data.samples import Sample
+from ldm.data.captions import check_captions, kohya_class_folder, check_tokenization, count_tokens
+from ldm.data.samples import ImageSample
 
 
 def sample(caption, key="a.png"):
-    return Sample(key, caption, bytes)
+    return ImageSample(key, caption, bytes)
 
 
 WRONG = {
@@ -29,7 +29,7 @@ WRONG["mojibake"][-1] = "你好".encode().decode("latin-1")
 @pytest.mark.parametrize(("kind", "caption"), [(kind, caption) for kind, group in WRONG.items() for caption in group])
 def test_what_is_wrong_is_told_and_nothing_else(kind, caption):
     key = "photo_17.png" if caption == "photo_17" else "a.png"
-    assert [fault.kind for fault in caption_faults([sample(caption, key)], None)] == [kind]
+    assert [fault.kind for fault in check_captions([sample(caption, key)], None)] == [kind]
 
 
 RIGHT = [
@@ -48,21 +48,27 @@ RIGHT = [
     "caption", [*RIGHT, "x < y > z", "£5, 20 °C", "no", "fox", "🦊", "Ã la carte", "a 3.5 mm plug"]
 )
 def test_what_people_write_is_left_in_peace(caption):
-    assert list(caption_faults([sample(caption)], None)) == []
+    assert list(check_captions([sample(caption)], None)) == []
 
 
 def test_a_class_is_a_folder_whose_tokens_are_the_caption():
-    assert class_of(sample("sks dog", "10_sks dog/a.png")) == class_of(sample("sks dog", "2:10_sks dog/a.png"))
-    assert class_of(sample("sks dog", "10_sks dog/a.png")) == "10_sks dog"
-    assert class_of(sample("my dog", "10_sks dog/a.png")) is class_of(sample("sks dog", "10_sks dog")) is None
+    assert kohya_class_folder(sample("sks dog", "10_sks dog/a.png")) == kohya_class_folder(
+        sample("sks dog", "2:10_sks dog/a.png")
+    )
+    assert kohya_class_folder(sample("sks dog", "10_sks dog/a.png")) == "10_sks dog"
+    assert (
+        kohya_class_folder(sample("my dog", "10_sks dog/a.png"))
+        is kohya_class_folder(sample("sks dog", "10_sks dog"))
+        is None
+    )
 
 
 def test_tokens_are_counted_as_the_model_reads_them(pipe):
-    tokenizer = pipe.model.towers[0].tokenizer
+    tokenizer = pipe.model.text_encoders[0].tokenizer
     for caption in ("a red apple", "two stars, a cat to the left of a dog"):
-        assert token_count(caption, tokenizer, {}) == len(tokenizer(caption).input_ids)
+        assert count_tokens(caption, tokenizer, {}) == len(tokenizer(caption).input_ids)
     words = {"<cat>": (0, 1, 2)}
-    spread = token_count("a <cat> to the left", tokenizer, words)
-    assert spread == token_count("a", tokenizer, {}) + token_count("to the left", tokenizer, {}) - 2 + 3
+    spread = count_tokens("a <cat> to the left", tokenizer, words)
+    assert spread == count_tokens("a", tokenizer, {}) + count_tokens("to the left", tokenizer, {}) - 2 + 3
     long = sample("a " * 14, "b.png"), sample("a " * 15)
-    assert [fault.key for fault in reading_faults(long, tokenizer, {})] == ["a.png"]
+    assert [fault.key for fault in check_tokenization(long, tokenizer, {})] == ["a.png"]

@@ -7,35 +7,37 @@ import numpy as np
 import pytest
 from scipy.stats import chi2_contingency, chisquare
 
-from ldm.data.choices import centre, corner, dropped, flipped, shuffled_tags
+from ldm.data.choices import center_crop_corner, random_crop_corner, should_drop_caption, should_flip, shuffle_tags
 
 LEVEL = 1e-4
 MANY = [(7, f"pictures/{k // 20}.png", k % 20) for k in range(4000)]
 
 
 def test_half_are_mirrored_and_captions_are_dropped_at_their_rate():
-    for chosen, rate in ((flipped, 0.5), (lambda *chance: dropped(0.1, *chance), 0.1)):
+    for chosen, rate in ((should_flip, 0.5), (lambda *chance: should_drop_caption(0.1, *chance), 0.1)):
         times = sum(chosen(*chance) for chance in MANY)
         assert chisquare([times, 4000 - times], [4000 * rate, 4000 * (1 - rate)]).pvalue > LEVEL
-    assert not any(dropped(0, *chance) for chance in MANY) and all(dropped(1, *chance) for chance in MANY)
+    assert not any(should_drop_caption(0, *chance) for chance in MANY) and all(
+        should_drop_caption(1, *chance) for chance in MANY
+    )
 
 
 def test_crops_are_uniform_over_the_slack_and_reach_its_ends():
-    places = Counter(corner((4, 6), *chance) for chance in MANY)
+    places = Counter(random_crop_corner((4, 6), *chance) for chance in MANY)
     assert set(places) == set(product(range(5), range(7)))
     assert chisquare(list(places.values())).pvalue > LEVEL
-    assert corner((0, 0), *MANY[0]) == (0, 0) and centre((5, 8)) == (2, 4)
+    assert random_crop_corner((0, 0), *MANY[0]) == (0, 0) and center_crop_corner((5, 8)) == (2, 4)
 
 
 def test_choices_are_independent_of_one_another_and_of_the_visit_before():
-    left = [corner((3, 0), *chance)[0] for chance in MANY]
+    left = [random_crop_corner((3, 0), *chance)[0] for chance in MANY]
     choices = {
-        "flip": [flipped(*chance) for chance in MANY],
-        "drop": [dropped(0.5, *chance) for chance in MANY],
+        "flip": [should_flip(*chance) for chance in MANY],
+        "drop": [should_drop_caption(0.5, *chance) for chance in MANY],
         "left": left,
-        "top": [corner((0, 3), *chance)[1] for chance in MANY],
-        "left, next visit": [corner((3, 0), seed, key, visit + 1)[0] for seed, key, visit in MANY],
-        "left, next seed": [corner((3, 0), seed + 1, key, visit)[0] for seed, key, visit in MANY],
+        "top": [random_crop_corner((0, 3), *chance)[1] for chance in MANY],
+        "left, next visit": [random_crop_corner((3, 0), seed, key, visit + 1)[0] for seed, key, visit in MANY],
+        "left, next seed": [random_crop_corner((3, 0), seed + 1, key, visit)[0] for seed, key, visit in MANY],
     }
     names = list(choices)
     for a, b in ((a, b) for k, a in enumerate(names) for b in names[:k]):
@@ -47,7 +49,7 @@ def test_choices_are_independent_of_one_another_and_of_the_visit_before():
 
 @pytest.mark.parametrize("keep", [0, 1, 4])
 def test_tags_are_shuffled_but_for_those_kept(keep):
-    orders = Counter(shuffled_tags("a,  b , c,d", ",", keep, *chance) for chance in MANY)
+    orders = Counter(shuffle_tags("a,  b , c,d", ",", keep, *chance) for chance in MANY)
     assert all(
         sorted(order.split(", ")) == list("abcd") and order.split(", ")[:keep] == list("abcd")[:keep]
         for order in orders

@@ -5,14 +5,14 @@ import pytest
 from PIL import Image, ImageCms
 from shapes import encoded, noise
 
-from ldm.decode import decode, grey, size_of
+from ldm.decode import decode_image, decode_mask, read_image_size
 
 PIXELS = noise(9, 6)
 LEVELS = np.linspace(0, 65535, 9 * 6).astype(np.uint16).reshape(6, 9)
 
 
 def pixels(data):
-    return np.asarray(decode(data).rgb)
+    return np.asarray(decode_image(data).rgb)
 
 
 @pytest.mark.parametrize("form", ["PNG", "BMP", "TIFF", "PPM"])
@@ -36,14 +36,14 @@ def test_a_picture_is_shown_upright(turn):
     exif = Image.Exif()
     exif[0x0112] = turn
     data = encoded(np.ascontiguousarray(file), "PNG", exif=exif)
-    assert np.array_equal(pixels(data), PIXELS) and size_of(data) == (9, 6)
+    assert np.array_equal(pixels(data), PIXELS) and read_image_size(data) == (9, 6)
 
 
 @pytest.mark.parametrize("form", ["PNG", "TIFF", "PPM"])
 def test_sixteen_bits_of_grey_are_scaled_not_clipped(form):
     wanted = np.rint(LEVELS / 257).astype(np.uint8)
     assert np.array_equal(pixels(encoded(LEVELS, form)), wanted[..., None].repeat(3, 2))
-    assert np.array_equal(np.asarray(grey(encoded(LEVELS, form))), wanted)
+    assert np.array_equal(np.asarray(decode_mask(encoded(LEVELS, form))), wanted)
 
 
 def png16(samples):
@@ -67,12 +67,12 @@ def test_sixteen_bits_of_rgb_are_scaled_within_a_level():
 def test_transparency_shows_white_and_is_kept_as_alpha():
     rgba = noise(9, 6, 1, 4)
     share = rgba[..., 3:] / 255
-    found = decode(encoded(rgba))
+    found = decode_image(encoded(rgba))
     assert np.abs(np.asarray(found.rgb) - (rgba[..., :3] * share + 255 * (1 - share))).max() <= 1
     assert np.array_equal(np.asarray(found.alpha), rgba[..., 3])
     la = np.stack([rgba[..., 0], rgba[..., 3]], -1)
     assert np.abs(pixels(encoded(la))[..., 0] - (la[..., :1] * share + 255 * (1 - share))[..., 0]).max() <= 1
-    assert decode(encoded(PIXELS)).alpha is None
+    assert decode_image(encoded(PIXELS)).alpha is None
 
 
 def test_a_palette_and_its_transparent_colour():
@@ -80,7 +80,7 @@ def test_a_palette_and_its_transparent_colour():
     palette.putpalette([250, 10, 20, 0, 255, 0, 9, 9, 9])
     colours = np.array([[250, 10, 20], [0, 255, 0], [9, 9, 9]])
     assert np.array_equal(pixels(encoded(palette)), colours[[[0, 1], [2, 0]]])
-    shown = decode(encoded(palette, transparency=1))
+    shown = decode_image(encoded(palette, transparency=1))
     assert np.array_equal(np.asarray(shown.rgb), np.array([*colours, [255] * 3])[[[0, 3], [2, 0]]])
     assert np.asarray(shown.alpha).tolist() == [[255, 0], [255, 255]]
 
@@ -107,7 +107,7 @@ def test_a_colour_profile_is_followed():
     assert np.abs(pixels(linear) - wanted).max() <= 1.5
     srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
     assert np.array_equal(pixels(encoded(PIXELS, icc_profile=srgb)), PIXELS)
-    broken = decode(encoded(PIXELS, icc_profile=b"not a profile"))
+    broken = decode_image(encoded(PIXELS, icc_profile=b"not a profile"))
     assert np.array_equal(np.asarray(broken.rgb), PIXELS) and broken.notices[0][0] == "colour profile"
 
 
@@ -133,7 +133,7 @@ def test_the_first_frame_is_used_and_told():
     frames = [Image.new("RGB", (4, 4), colour) for colour in ("red", "blue")]
     for form in ("GIF", "PNG", "WEBP"):
         lossless = {"lossless": True} if form == "WEBP" else {}
-        found = decode(encoded(frames[0], form, save_all=True, append_images=frames[1:], **lossless))
+        found = decode_image(encoded(frames[0], form, save_all=True, append_images=frames[1:], **lossless))
         assert found.rgb.getpixel((1, 1)) == (255, 0, 0) and found.notices == (
             ("animated", "2 frames: the first is used"),
         )
@@ -144,7 +144,7 @@ def test_a_picture_cut_short_is_refused_not_shown_in_part(form):
     data = encoded(noise(64, 64), form)
     for share in (0.3, 0.6, 0.9, 0.99):
         with pytest.raises(ValueError) as told:
-            decode(data[: int(len(data) * share)])
+            decode_image(data[: int(len(data) * share)])
         assert "\n" not in str(told.value)
 
 
@@ -153,11 +153,11 @@ def test_what_cannot_be_read_is_named():
     bomb = bytearray(encoded(Image.new("1", (8, 8)), "PPM"))
     bomb[3:6] = b"40000 40000"
     for data, said in ((heic, "HEIC"), (b"", "empty"), (b"hello", "not a picture"), (bytes(bomb), "million pixels")):
-        for read in (decode, size_of):
+        for read in (decode_image, read_image_size):
             with pytest.raises(ValueError, match=said):
                 read(data)
     with pytest.raises(ValueError, match="mode F"):
-        decode(encoded(Image.new("F", (4, 4)), "TIFF"))
+        decode_image(encoded(Image.new("F", (4, 4)), "TIFF"))
 
 
 def test_bits_and_grey():

@@ -9,13 +9,22 @@ from faults import smooth
 from PIL import Image, ImageEnhance
 from shapes import noise
 
-from ldm.data.duplicates import DISTANCE, fingerprint, near, perceptual_hash, same_files
-from ldm.data.samples import Sample
+from ldm.data.duplicates import (
+    MAX_HASH_DISTANCE,
+    fingerprint_image,
+    find_near_duplicates,
+    perceptual_hash,
+    find_identical_files,
+)
+from ldm.data.samples import ImageSample
 
 
 def told(pictures):
-    samples = [Sample(f"{k}", "x", bytes) for k in range(len(pictures))]
-    return {(fault.key, fault.what.split(":")[0]) for fault in near(samples, list(map(fingerprint, pictures)))}
+    samples = [ImageSample(f"{k}", "x", bytes) for k in range(len(pictures))]
+    return {
+        (fault.key, fault.what.split(":")[0])
+        for fault in find_near_duplicates(samples, list(map(fingerprint_image, pictures)))
+    }
 
 
 @pytest.mark.parametrize("picture", [smooth(0), smooth(1, 130, 50), Image.fromarray(noise(90, 70))])
@@ -52,12 +61,12 @@ def test_other_pictures_are_not():
     assert told([*pictures, *mirrored]) == set()
     greyish = [p.convert("L").convert("RGB") for p in pictures[:50]]
     apart = [(perceptual_hash(p) ^ perceptual_hash(q)).bit_count() for p, q in zip(pictures[:50], greyish, strict=True)]
-    assert max(apart) <= DISTANCE and told([*pictures[:50], *greyish]) == set() == told([*pictures, *hues])
+    assert max(apart) <= MAX_HASH_DISTANCE and told([*pictures[:50], *greyish]) == set() == told([*pictures, *hues])
 
 
 def test_the_same_file_is_told_once_each_with_the_first():
-    samples = [Sample(key, caption, bytes) for key, caption in zip("abcd", "xxyx", strict=True)]
-    assert [(f.kind, f.key) for f in same_files(samples, ["1", "1", "1", "2"])] == [
+    samples = [ImageSample(key, caption, bytes) for key, caption in zip("abcd", "xxyx", strict=True)]
+    assert [(f.kind, f.key) for f in find_identical_files(samples, ["1", "1", "1", "2"])] == [
         ("same picture", "b"),
         ("other caption", "c"),
     ]

@@ -74,24 +74,24 @@ def registry(monkeypatch):
             files = content() if content else icons_package(package.style in ("noto", "twemoji", "flat"))
             tarball(folder / package.tarball, files)
 
-    monkeypatch.setattr(emoji, "fetch", fetch)
+    monkeypatch.setattr(emoji, "download_packages", fetch)
     return asked
 
 
 def test_build_makes_the_folder_once(tmp_path, registry):
     pytest.importorskip("resvg_py")
     out = tmp_path / "data" / "emoji"
-    assert emoji.build(out, size=32, workers=1)
+    assert emoji.build_emoji_dataset(out, size=32, num_workers=1)
     sprites, pixels = read_sprites(out)
     assert pixels.shape == (7 * 3 + 2, 32, 32, 4) and len(sprites) == 23
     assert {s.concept for s in sprites} == {"red apple", "automobile", "cat face"}  # no flag
-    assert {s.style for s in sprites} == {p.style for p in emoji.DRAWINGS}
+    assert {s.style for s in sprites} == {p.style for p in emoji.ICON_PACKAGES}
     car = next(i for i, s in enumerate(sprites) if s.concept == "automobile" and s.style == "firefox")
     assert tuple(pixels[car, 16, 16]) == (0x33, 0x33, 0xDD, 255) and pixels[car, 0, 0, 3] == 0
     assert "car" in sprites[car].names
-    assert all(p.spec in (out / "NOTICE").read_text() for p in emoji.DRAWINGS)
-    assert not emoji.build(out, size=32) and len(registry) == 1
-    assert emoji.build(out, size=16, workers=1) and read_sprites(out)[1].shape[1] == 16
+    assert all(p.spec in (out / "NOTICE").read_text() for p in emoji.ICON_PACKAGES)
+    assert not emoji.build_emoji_dataset(out, size=32) and len(registry) == 1
+    assert emoji.build_emoji_dataset(out, size=16, num_workers=1) and read_sprites(out)[1].shape[1] == 16
     assert [path.name for path in out.parent.iterdir()] == ["emoji"]
 
 
@@ -105,7 +105,7 @@ def test_interrupted_build_leaves_nothing_and_the_old_one_stands(tmp_path, regis
 
     monkeypatch.setattr(emoji, "write_sprites", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        emoji.build(out, size=16, workers=1)
+        emoji.build_emoji_dataset(out, size=16, num_workers=1)
     assert [path.name for path in tmp_path.iterdir()] == ["emoji"]
     assert (out / "build.json").read_text() == '{"inputs": "old"}'
 
@@ -115,10 +115,10 @@ def test_a_package_that_is_not_the_pinned_one_is_refused(tmp_path):
     file.write_bytes(b"content")
     digest = base64.b64encode(hashlib.sha512(b"content").digest()).decode()
     pinned = emoji.Package("s", "x", "1.0", f"sha512-{digest}", "X", "A", "MIT", "https://example.org")
-    emoji.verify(pinned, file)
+    emoji.verify_tarball(pinned, file)
     file.write_bytes(b"other")
-    with pytest.raises(emoji.FetchError, match=r"x-1.0.tgz is not the pinned one"):
-        emoji.verify(pinned, file)
+    with pytest.raises(emoji.DownloadError, match=r"x-1.0.tgz is not the pinned one"):
+        emoji.verify_tarball(pinned, file)
 
 
 def test_without_npm_the_script_says_so_in_one_line(tmp_path):
@@ -138,20 +138,20 @@ def test_what_npm_complains_of_is_passed_on_in_one_line(tmp_path, monkeypatch):
     npm.write_text("#!/bin/sh\necho 'npm error code E404' >&2\necho 'npm error 404 Not Found' >&2\nexit 1\n")
     npm.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
-    with pytest.raises(emoji.FetchError, match=r"^npm pack failed with status 1: code E404 404 Not Found$"):
-        emoji.fetch([emoji.NAMES], tmp_path)
+    with pytest.raises(emoji.DownloadError, match=r"^npm pack failed with status 1: code E404 404 Not Found$"):
+        emoji.download_packages([emoji.EMOJIBASE], tmp_path)
 
 
 def test_names_match_best_key_first_and_no_icon_twice():
     def concept(code, name, keys):
-        return emoji.Concept(code, name, (name,), (), "", "", keys)
+        return emoji.EmojiConcept(code, name, (name,), (), "", "", keys)
 
     face, body = concept("1", "cat face", ("catface", "cat")), concept("2", "cat", ("cat", "cat2"))
     wave = concept("3", "water wave", ("waterwave", "wave"))
-    keys = {c.code: list(c.keys) for c in (face, body, wave)}
-    assert emoji.match([face, body], ["cat", "cat-2"], keys, {}) == {"2": "cat"}
-    assert emoji.match([face, body], ["cat", "cat_face"], keys, {}) == {"1": "cat_face", "2": "cat"}
-    assert emoji.match([face, body], ["cat", "catside"], keys, {"cat face": "cat", "cat": "catside"}) == {
+    keys = {c.code: list(c.slugs) for c in (face, body, wave)}
+    assert emoji.match_icons([face, body], ["cat", "cat-2"], keys, {}) == {"2": "cat"}
+    assert emoji.match_icons([face, body], ["cat", "cat_face"], keys, {}) == {"1": "cat_face", "2": "cat"}
+    assert emoji.match_icons([face, body], ["cat", "catside"], keys, {"cat face": "cat", "cat": "catside"}) == {
         "1": "cat",
         "2": "catside",
     }
@@ -170,14 +170,17 @@ def test_names_match_best_key_first_and_no_icon_twice():
     ],
 )
 def test_labels_become_prompts(label, name):
-    assert emoji.natural(label) == name
+    assert emoji.label_to_prompt(label) == name
 
 
 def test_the_tables_of_names_can_be_read_and_repeat_no_entry():
-    for text in (emoji.RENAMED, emoji.ALIASES, emoji.FIREFOX):
-        assert len(emoji.table(text)) == text.strip().count("; ") + text.strip().count("\n") + 1
-    assert emoji.spoken("dog | puppy, pup") == (("dog",), ("puppy", "pup"))
-    assert emoji.spoken("| bunny") == ((), ("bunny",)) and emoji.spoken("car") == (("car",), ())
+    for text in (emoji.LABEL_OVERRIDES, emoji.CONCEPT_ALIASES, emoji.FIREFOX_ICON_OVERRIDES):
+        assert len(emoji.parse_pairs(text)) == text.strip().count("; ") + text.strip().count("\n") + 1
+    assert emoji.parse_aliases_and_tags("dog | puppy, pup") == (("dog",), ("puppy", "pup"))
+    assert emoji.parse_aliases_and_tags("| bunny") == ((), ("bunny",)) and emoji.parse_aliases_and_tags("car") == (
+        ("car",),
+        (),
+    )
 
 
 def test_flipped_alias_is_the_mirror_image_and_wide_icons_are_centred():
@@ -186,7 +189,7 @@ def test_flipped_alias_is_the_mirror_image_and_wide_icons_are_centred():
         "icons": {"left": {"body": '<path d="M0 0h10v4H0z" fill="red"/>', "width": 20, "height": 8}},
         "aliases": {"right": {"parent": "left", "hFlip": True}},
     }
-    left, right = (emoji.render(emoji.svg(icons, name).encode(), 40) for name in ("left", "right"))
+    left, right = (emoji.render_sprite(emoji.icon_to_svg(icons, name).encode(), 40) for name in ("left", "right"))
     assert np.array_equal(left[:, ::-1], right)
     rows, columns = np.nonzero(left[..., 3])
     assert (rows.min(), rows.max(), columns.min(), columns.max()) == (12, 19, 0, 19)

@@ -10,8 +10,8 @@ import tarfile
 import pytest
 from shapes import encoded, noise, write
 
-from ldm.data.folders import open_source
-from ldm.data.samples import Columns, Options
+from ldm.data.folders import open_image_sources
+from ldm.data.samples import ColumnNames, SourceOptions
 
 CAPTIONS = {"a.png": "a red fox", "deep/b.JPG": "two stars, é 雪", "c.webp": "a cat"}
 PICTURES = {name: seed for seed, name in enumerate(CAPTIONS)}
@@ -68,57 +68,60 @@ def in_caption_files(folder):
 @pytest.mark.parametrize("kind", [in_jsonl, in_csv, in_parquet, beside, in_caption_files])
 def test_a_folder_gives_its_captions_however_they_are_kept(tmp_path, kind):
     kind(tmp_path)
-    source = open_source([tmp_path])
+    source = open_image_sources([tmp_path])
     assert {s.key: s.caption for s in source.samples} == CAPTIONS
-    assert [f for f in source.faults if f.fatal] == []
-    assert {f.key for f in source.faults} <= {"Thumbs.db", ".DS_Store", "__MACOSX", "notes.md"}
+    assert [f for f in source.issues if f.is_fatal] == []
+    assert {f.key for f in source.issues} <= {"Thumbs.db", ".DS_Store", "__MACOSX", "notes.md"}
     for sample in pickle.loads(pickle.dumps(source.samples)):  # as a worker process gets them
-        assert sample.open() == (tmp_path / sample.key).read_bytes()
+        assert sample.read_bytes() == (tmp_path / sample.key).read_bytes()
 
 
 def test_keys_depend_neither_on_the_place_nor_on_the_order_of_writing(tmp_path):
     for name, order in (("one", list(CAPTIONS)), ("two/three", list(CAPTIONS)[::-1])):
         write(tmp_path / name, {file: PICTURES[file] for file in order})
-    first, second = (open_source([tmp_path / name], Options(caption="x")).samples for name in ("one", "two/three"))
+    first, second = (
+        open_image_sources([tmp_path / name], SourceOptions(default_caption="x")).samples
+        for name in ("one", "two/three")
+    )
     assert [s.key for s in first] == [s.key for s in second] == sorted(CAPTIONS)
 
 
 def test_a_name_is_the_same_however_its_accents_are_composed(tmp_path):
     """A Mac stores e and an accent apart; a metadata file written elsewhere does not."""
     row = {"file_name": "caf\u00e9.png", "text": "x"}
-    source = open_source([write(tmp_path, {"cafe\u0301.png": 0, "metadata.jsonl": json.dumps(row)})])
-    assert [s.key for s in source.samples] == ["caf\u00e9.png"] and not source.faults
+    source = open_image_sources([write(tmp_path, {"cafe\u0301.png": 0, "metadata.jsonl": json.dumps(row)})])
+    assert [s.key for s in source.samples] == ["caf\u00e9.png"] and not source.issues
 
 
 def test_another_place_changes_no_key_of_the_first(tmp_path):
     for name in ("one", "two"):
         in_jsonl(tmp_path / name)
-    alone, both = (open_source([tmp_path / n for n in names]).samples for names in (["one"], ["one", "two"]))
+    alone, both = (open_image_sources([tmp_path / n for n in names]).samples for names in (["one"], ["one", "two"]))
     assert list(both[:3]) == list(alone) and len({s.key for s in both}) == 6
 
 
 def test_columns_go_by_the_names_given(tmp_path):
     write(tmp_path, {**PICTURES, "metadata.jsonl": jsonl(rows("image", "caption"))})
-    source = open_source([tmp_path], Options(Columns("image", "caption")))
-    assert {s.key: s.caption for s in source.samples} == CAPTIONS and not source.faults
+    source = open_image_sources([tmp_path], SourceOptions(ColumnNames("image", "caption")))
+    assert {s.key: s.caption for s in source.samples} == CAPTIONS and not source.issues
 
 
 def test_kohya_folders_say_repeats_and_class_tokens(tmp_path):
     write(tmp_path, {"10_sks dog/a.png": 0, "10_sks dog/b.png": 1, "10_sks dog/b.txt": "my dog", "1_dog/c.png": 2})
-    source = open_source([tmp_path])
+    source = open_image_sources([tmp_path])
     found = {s.key: (s.caption, s.repeats) for s in source.samples}
     assert found == {
         "10_sks dog/a.png": ("sks dog", 10),
         "10_sks dog/b.png": ("my dog", 10),
         "1_dog/c.png": ("dog", 1),
     }
-    assert not source.faults
+    assert not source.issues
 
 
 def test_one_caption_for_all_that_have_none(tmp_path):
     write(tmp_path, {"a.png": 0, "b.png": 1, "b.txt": "other"})
-    found = open_source([tmp_path], Options(caption="a photo of sks dog"))
-    assert [s.caption for s in found.samples] == ["a photo of sks dog", "other"] and not found.faults
+    found = open_image_sources([tmp_path], SourceOptions(default_caption="a photo of sks dog"))
+    assert [s.caption for s in found.samples] == ["a photo of sks dog", "other"] and not found.issues
 
 
 def test_tars_are_read_as_webdataset_writes_them(tmp_path):
@@ -129,12 +132,12 @@ def test_tars_are_read_as_webdataset_writes_them(tmp_path):
         sink.write({"__key__": "x/001", "png": encoded(noise(4, 4, 1)), "json": {"text": "second", "n": 1}})
     with webdataset.TarWriter(str(tmp_path / "shard-1.tar")) as sink:
         sink.write({"__key__": "v1.5/002", "jpg": encoded(noise(4, 4, 2), "JPEG"), "txt": "third"})
-    source = open_source([tmp_path])
+    source = open_image_sources([tmp_path])
     oracle = webdataset.WebDataset([str(tmp_path / f"shard-{k}.tar") for k in (0, 1)], shardshuffle=False)
     wanted = {f"{s['__key__']}.{e}": s[e] for s in oracle for e in ("png", "jpg") if e in s}
-    assert {s.key: s.open() for s in source.samples} == wanted and not source.faults
+    assert {s.key: s.read_bytes() for s in source.samples} == wanted and not source.issues
     assert [s.caption for s in source.samples] == ["third", "first", "second"]
-    assert open_source([tmp_path / "shard-1.tar"]).samples[0].caption == "third"
+    assert open_image_sources([tmp_path / "shard-1.tar"]).samples[0].caption == "third"
 
 
 @pytest.mark.parametrize("split", [False, True])
@@ -147,10 +150,14 @@ def test_a_data_set_that_was_saved_to_disk(tmp_path, split):
     (datasets.DatasetDict({"train": made}) if split else made).save_to_disk(str(tmp_path / "saved"))
     wanted = [(tmp_path / name).read_bytes() for name in CAPTIONS]
     moved = shutil.move(tmp_path / "saved", tmp_path / "elsewhere")
-    source = open_source([moved])
-    assert [s.caption for s in source.samples] == list(CAPTIONS.values()) and not source.faults
+    source = open_image_sources([moved])
+    assert [s.caption for s in source.samples] == list(CAPTIONS.values()) and not source.issues
     assert [s.open() for s in pickle.loads(pickle.dumps(source.samples))] == wanted
-    assert open_source([moved], Options(Columns(caption="txt"))).faults[0].what.endswith("did you mean 'text'?")
+    assert (
+        open_image_sources([moved], SourceOptions(ColumnNames(caption="txt")))
+        .issues[0]
+        .what.endswith("did you mean 'text'?")
+    )
 
 
 def test_masks_lie_beside_or_in_a_column(tmp_path):
@@ -160,10 +167,12 @@ def test_masks_lie_beside_or_in_a_column(tmp_path):
     (tmp_path / "packed.tar").write_bytes(tar({"a.png": 0, "a.mask.png": 5, "a.txt": "x", "b.png": 1, "b.txt": "y"}))
     for name in ("beside", "column", "packed.tar"):
         for masks in ("file", "none"):
-            source = open_source([tmp_path / name], Options(Columns(mask="conditioning"), masks, "all"))
+            source = open_image_sources(
+                [tmp_path / name], SourceOptions(ColumnNames(mask="conditioning"), masks, "all")
+            )
             a, b = source.samples
-            assert b.mask is None and not source.faults
-            assert a.mask is None if masks == "none" else a.mask() == encoded(noise(12, 8, 5))
+            assert b.read_mask is None and not source.issues
+            assert a.read_mask is None if masks == "none" else a.read_mask() == encoded(noise(12, 8, 5))
 
 
 GOOD = {"ok.png": 0, "ok.txt": "fine"}
@@ -225,8 +234,8 @@ PLANTED = {
 
 @pytest.mark.parametrize("planted", PLANTED)
 def test_a_planted_fault_is_told_and_nothing_else(tmp_path, planted):
-    found = open_source([write(tmp_path, PLANTED[planted])])
-    fatal = [fault for fault in found.faults if fault.fatal]
+    found = open_image_sources([write(tmp_path, PLANTED[planted])])
+    fatal = [fault for fault in found.issues if fault.is_fatal]
     assert len(fatal) == 1 and planted.startswith(fatal[0].kind), fatal
     assert "\n" not in fatal[0].what and fatal[0].key and str(tmp_path) not in fatal[0].key
 
@@ -235,15 +244,15 @@ def test_links_that_lead_nowhere_or_back_are_faults(tmp_path):
     write(tmp_path, {**GOOD, "deep/x.png": 1, "deep/x.txt": "y"})
     os.symlink(tmp_path, tmp_path / "deep" / "loop")
     os.symlink(tmp_path / "gone.png", tmp_path / "link.png")
-    source = open_source([tmp_path])
-    assert {(f.kind, f.key) for f in source.faults} == {("symlink loop", "deep/loop"), ("missing file", "link.png")}
+    source = open_image_sources([tmp_path])
+    assert {(f.kind, f.key) for f in source.issues} == {("symlink loop", "deep/loop"), ("missing file", "link.png")}
     assert [s.key for s in source.samples] == ["deep/x.png", "ok.png"]
-    assert open_source([tmp_path / "gone"]).faults[0].kind == "missing folder"
+    assert open_image_sources([tmp_path / "gone"]).issues[0].kind == "missing folder"
 
 
 def test_a_fault_names_its_line_and_the_cure(tmp_path):
     write(tmp_path, listing(ROW, "", {"filename": "OK.PNG", "text": "x"}, {"file_name": "OK.PNG", "text": "x"}))
-    said = {(f.key, f.what) for f in open_source([tmp_path]).faults}
+    said = {(f.key, f.what) for f in open_image_sources([tmp_path]).issues}
     assert said == {
         ("metadata.jsonl:3", "the row has no file_name"),
         ("metadata.jsonl:4", "no file OK.PNG; there is ok.png"),

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from ldm.data.latents import LatentCache, digest, fingerprint
+from ldm.data.latents import LatentCache, blake2b_hexdigest, hash_network_weights
 
-KEYS = [digest(str(k)) for k in range(40)]
+KEYS = [blake2b_hexdigest(str(k)) for k in range(40)]
 
 
 def array(key):
@@ -30,13 +30,13 @@ def fill(folder, start, made):
     order = KEYS[start:] + KEYS[:start]
     for at in range(0, 40, 5):
         keys = order[at : at + 5]
-        got = cache.get(keys, make)
+        got = cache.get_or_compute(keys, make)
         assert all(np.array_equal(a, array(key)) for a, key in zip(got, keys, strict=True))
 
 
 def test_what_was_made_is_mapped_not_made_again(tmp_path):
-    made = LatentCache(tmp_path, "f").get(KEYS, lambda rows: [array(KEYS[row]) for row in rows])
-    again = LatentCache(tmp_path, "f").get(KEYS[::-1], never)
+    made = LatentCache(tmp_path, "f").get_or_compute(KEYS, lambda rows: [array(KEYS[row]) for row in rows])
+    again = LatentCache(tmp_path, "f").get_or_compute(KEYS[::-1], never)
     for key, first, second in zip(KEYS, made, again[::-1], strict=True):
         assert np.array_equal(first, array(key)) and np.array_equal(second, array(key))
         assert second.dtype == np.float16 and not second.flags.writeable and not second.flags.owndata
@@ -46,7 +46,7 @@ def test_what_was_made_is_mapped_not_made_again(tmp_path):
 def test_any_array_comes_back_as_it_was(tmp_path, value):
     cache = LatentCache(tmp_path, "f")
     for make in (lambda rows: [np.asarray(value)], never):
-        (found,) = cache.get(["ab"], make)
+        (found,) = cache.get_or_compute(["ab"], make)
         assert np.array_equal(found, value) and found.dtype == value.dtype
 
 
@@ -58,21 +58,21 @@ def test_only_what_is_missing_is_made_and_a_key_twice_once(tmp_path):
         return [array(keys[row]) for row in rows]
 
     for keys in ([KEYS[0], KEYS[1], KEYS[0]], [KEYS[1], KEYS[2], KEYS[3], KEYS[2]]):
-        got = cache.get(keys, make)
+        got = cache.get_or_compute(keys, make)
         assert all(np.array_equal(a, array(key)) for a, key in zip(got, keys, strict=True))
     assert asked == [[0, 1], [1, 2]]
 
 
 def test_another_network_s_arrays_are_apart(tmp_path):
-    LatentCache(tmp_path, "one").get(["ab"], lambda rows: [np.zeros(1)])
-    (other,) = LatentCache(tmp_path, "two").get(["ab"], lambda rows: [np.ones(1)])
+    LatentCache(tmp_path, "one").get_or_compute(["ab"], lambda rows: [np.zeros(1)])
+    (other,) = LatentCache(tmp_path, "two").get_or_compute(["ab"], lambda rows: [np.ones(1)])
     assert other == 1
 
 
 @pytest.mark.parametrize("harm", ["cut", "empty", "bit", "short", "head"])
 def test_a_torn_entry_is_made_again(tmp_path, harm):
     cache = LatentCache(tmp_path, "f")
-    cache.get(KEYS[:2], lambda rows: [array(KEYS[row]) for row in rows])
+    cache.get_or_compute(KEYS[:2], lambda rows: [array(KEYS[row]) for row in rows])
     (file,) = tmp_path.rglob(f"{KEYS[0]}*")
     data = bytearray(file.read_bytes())
     data[300] ^= harm == "bit"
@@ -85,7 +85,7 @@ def test_a_torn_entry_is_made_again(tmp_path, harm):
         return [array(KEYS[row]) for row in rows]
 
     for _ in range(2):
-        assert np.array_equal(cache.get(KEYS[:2], make)[0], array(KEYS[0]))
+        assert np.array_equal(cache.get_or_compute(KEYS[:2], make)[0], array(KEYS[0]))
     assert asked == [0]
 
 
@@ -101,7 +101,8 @@ def test_two_processes_fill_one_cache_at_once(tmp_path):
     counts = sum(made.get() for _ in iter(lambda: made.empty(), True))
     assert 40 <= counts <= 80
     assert all(
-        np.array_equal(a, array(key)) for a, key in zip(LatentCache(tmp_path, "f").get(KEYS, never), KEYS, strict=True)
+        np.array_equal(a, array(key))
+        for a, key in zip(LatentCache(tmp_path, "f").get_or_compute(KEYS, never), KEYS, strict=True)
     )
     assert sum(len(files) for _, _, files in os.walk(tmp_path)) == 40  # and nothing half-written
 
@@ -109,15 +110,25 @@ def test_two_processes_fill_one_cache_at_once(tmp_path):
 def test_a_fingerprint_is_of_the_weights_alone():
     torch.manual_seed(0)
     network = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.BatchNorm1d(2))
-    whole = fingerprint(network, {"scale": 0.5})
-    assert whole == fingerprint(network, {"scale": 0.5}) and len(whole) == 32
-    others = [fingerprint(network, {"scale": 0.6}), fingerprint(network.bfloat16(), {"scale": 0.5})]
+    whole = hash_network_weights(network, {"scale": 0.5})
+    assert whole == hash_network_weights(network, {"scale": 0.5}) and len(whole) == 32
+    others = [hash_network_weights(network, {"scale": 0.6}), hash_network_weights(network.bfloat16(), {"scale": 0.5})]
     with torch.no_grad():
         network[0].bias[1] += 1
-    others.append(fingerprint(network, {"scale": 0.5}))
+    others.append(hash_network_weights(network, {"scale": 0.5}))
     assert len({whole, *others}) == 4
 
 
 def test_parts_of_a_digest_are_told_apart():
-    assert len({digest("ab", "c"), digest("a", "bc"), digest("abc"), digest("ab", "c", "")}) == 4
-    assert digest("é") == digest("é".encode())
+    assert (
+        len(
+            {
+                blake2b_hexdigest("ab", "c"),
+                blake2b_hexdigest("a", "bc"),
+                blake2b_hexdigest("abc"),
+                blake2b_hexdigest("ab", "c", ""),
+            }
+        )
+        == 4
+    )
+    assert blake2b_hexdigest("é") == blake2b_hexdigest("é".encode())

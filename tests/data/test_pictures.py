@@ -9,9 +9,16 @@ from PIL import Image
 from scipy.stats import chisquare
 from shapes import encoded, noise, write
 
-from ldm.config import FolderData
+from ldm.config import ImageDataConfig
 from ldm.data.latents import LatentCache
-from ldm.data.pictures import FolderDataset, Kept, averaged, buckets_of, source_of, survey
+from ldm.data.pictures import (
+    ImageDataset,
+    CachedEncoder,
+    downsample_mask,
+    buckets_from_config,
+    source_from_config,
+    collect_image_infos,
+)
 
 SIZES = [(64, 64), (96, 48), (48, 96), (70, 60), (64, 64), (200, 100), (33, 90)]
 
@@ -29,11 +36,11 @@ def folder(tmp_path):
 
 def data(folder, **changes):
     values = {"resolution": 64, "bucket_reso_steps": 16, "min_bucket_reso": 32, "max_bucket_reso": 128, **changes}
-    return FolderData(train_data_dir=str(folder), **values)
+    return ImageDataConfig(train_data_dir=str(folder), **values)
 
 
 def dataset(folder, batch=3, seed=0, kept=None, caption_dropout=0, **changes):
-    return FolderDataset(data(folder, **changes), batch, seed, 8, caption_dropout, kept)
+    return ImageDataset(data(folder, **changes), batch, seed, 8, caption_dropout, kept)
 
 
 def by_visit(found, steps):
@@ -42,7 +49,7 @@ def by_visit(found, steps):
     for k in steps:
         batch = found[k]
         for row, (key, visit) in enumerate(zip(batch["keys"], batch["visits"], strict=True)):
-            rows[key, visit.number] = [
+            rows[key, visit.times_seen] = [
                 np.asarray(batch[name][row]).tolist() for name in batch if name not in ("visits", "keys")
             ]
     return rows
@@ -56,7 +63,7 @@ def test_a_row_is_its_file_resized_to_cover_mirrored_then_cropped(folder):
         assert len({pixels.shape for pixels in batch["pixels"]}) == 1
         for row, visit in enumerate(batch["visits"]):
             number = int(batch["keys"][row][0])
-            (width, height), resized = found.surveyed[visit.sample].placement
+            (width, height), resized = found.image_infos[visit.row].placement
             whole = Image.fromarray(noise(*SIZES[number], number))
             if number == 5:
                 whole = Image.fromarray(noise(100, 200, 5)).rotate(-90, expand=True)
@@ -80,7 +87,7 @@ def test_a_visit_shows_the_same_in_any_batch_and_process_and_alone(folder):
     assert one != by_visit(dataset(folder, 1, seed=1, **options), range(60))
     batch = large[3]
     for row, visit in enumerate(batch["visits"]):
-        alone = large.rows([visit])
+        alone = large.load_batch([visit])
         assert all(np.array_equal(alone[name][0], batch[name][row]) for name in batch)
 
 
@@ -94,12 +101,12 @@ def test_adding_a_sample_changes_nothing_for_the_others(folder):
 
 def test_captions_are_dropped_at_the_rate_and_shuffled_as_told(folder):
     found = dataset(folder, 4, caption_dropout=0.25, shuffle_caption=True, keep_tokens=2)
-    shown = [found.caption(visit) for k in range(300) for visit in found.visits[k]]
+    shown = [found.augment_caption(visit) for k in range(300) for visit in found.batch_sampler[k]]
     assert chisquare([shown.count(""), 1200 - shown.count("")], [300, 900]).pvalue > 1e-4
     tags = {caption for caption in shown if caption.startswith("tag3")}
     assert len(tags) == 6 and all(caption.startswith("tag3, a, ") for caption in tags)
     plain = dataset(folder)
-    assert {plain.caption(visit) for k in range(30) for visit in plain.visits[k]} == {
+    assert {plain.augment_caption(visit) for k in range(30) for visit in plain.batch_sampler[k]} == {
         f"tag{k}, a, b, c, d" for k in range(7)
     }
 
@@ -113,21 +120,21 @@ def test_latents_are_made_once_for_each_way_round_and_stay_those_of_the_pixels(f
 
     cache = LatentCache(tmp_path / "cache", "f")
     options = {"center_crop": True, "random_flip": True}
-    kept, plain = dataset(folder, kept=Kept(cache, encode), **options), dataset(folder, **options)
+    kept, plain = dataset(folder, kept=CachedEncoder(cache, encode), **options), dataset(folder, **options)
     heard = []
-    kept.fill(heard.append)
+    kept.cache_latents(heard.append)
     assert sum(made) == 14 and heard[-1] == 14
     for k in range(20):
         assert np.array_equal(kept[k]["latents"], plain[k]["pixels"][:, ::8, ::8]) and "pixels" not in kept[k]
-    dataset(folder, 2, 5, Kept(cache, encode), **options).fill()
+    dataset(folder, 2, 5, CachedEncoder(cache, encode), **options).cache_latents()
     assert sum(made) == 14
     write(folder, {"3.png": encoded(noise(70, 60, 33))})  # another picture under the same name
-    dataset(folder, kept=Kept(cache, encode), **options).fill()
+    dataset(folder, kept=CachedEncoder(cache, encode), **options).cache_latents()
     assert sum(made) == 16
-    dataset(folder, kept=Kept(cache, encode), **{**options, "resolution": 96}).fill()
+    dataset(folder, kept=CachedEncoder(cache, encode), **{**options, "resolution": 96}).cache_latents()
     assert sum(made) == 30
     with pytest.raises(ValueError, match="center_crop"):
-        dataset(folder, kept=Kept(cache, encode))
+        dataset(folder, kept=CachedEncoder(cache, encode))
 
 
 @pytest.mark.parametrize("masks", ["file", "alpha"])
@@ -141,11 +148,11 @@ def test_a_mask_goes_the_way_of_its_picture(tmp_path, masks):
         if masks == "alpha":
             files = {f"{k}.png": encoded(np.concatenate([255 - rgb, level[..., None]], 2))}
         write(tmp_path / "p", {**files, f"{k}.txt": "x"})
-    found = FolderDataset(data(tmp_path / "p", masks=masks, random_flip=True, resolution=70), 2, 0, 8)
+    found = ImageDataset(data(tmp_path / "p", masks=masks, random_flip=True, resolution=70), 2, 0, 8)
     for k in range(12):
         batch = found[k]
         shown = batch["pixels"][..., 0] if masks == "file" else 255 - batch["pixels"][..., 0]
-        wanted = np.stack([averaged(level, 8) for level in shown])
+        wanted = np.stack([downsample_mask(level, 8) for level in shown])
         assert batch["masks"].shape == wanted.shape and batch["masks"].dtype == np.float32
         assert np.abs(batch["masks"] - wanted).max() < 0.1 and 0.1 < wanted.mean() < 0.4
 
@@ -153,7 +160,7 @@ def test_a_mask_goes_the_way_of_its_picture(tmp_path, masks):
 def test_masks_are_averaged_over_each_latent_and_ones_where_there_are_none(folder):
     mask = noise(24, 16)[..., 0]
     wanted = [[[mask[8 * y : 8 * y + 8, 8 * x : 8 * x + 8].mean() / 255 for x in range(3)] for y in range(2)]]
-    assert np.allclose(averaged(mask, 8), wanted, atol=1e-6)
+    assert np.allclose(downsample_mask(mask, 8), wanted, atol=1e-6)
     batch = dataset(folder)[0]
     height, width = batch["pixels"].shape[1:3]
     assert batch["masks"].shape == (3, 1, height // 8, width // 8) and (batch["masks"] == 1).all()
@@ -198,7 +205,7 @@ def test_a_picture_that_breaks_later_is_named(folder):
 def test_a_survey_tells_every_fault(folder):
     write(folder, {"8.png": b"x", "8.txt": "x", "9.png": b"", "9.txt": "x"})
     recipe = data(folder)
-    found = survey(source_of(recipe).samples, buckets_of(recipe))
+    found = collect_image_infos(source_from_config(recipe).samples, buckets_from_config(recipe))
     assert [look.key for look in found if hasattr(look, "kind")] == ["8.png", "9.png"] and len(found) == 9
 
 
@@ -212,7 +219,7 @@ def test_repeats_and_several_places(tmp_path):
             "b/metadata.jsonl": json.dumps({"file_name": "z.png", "text": "t"}),
         },
     )
-    recipe = FolderData(train_data_dir=(tmp_path / "a", tmp_path / "b"), resolution=32, bucket_reso_steps=8)
-    found = FolderDataset(recipe, 7, 0, 8)
+    recipe = ImageDataConfig(train_data_dir=(tmp_path / "a", tmp_path / "b"), resolution=32, bucket_reso_steps=8)
+    found = ImageDataset(recipe, 7, 0, 8)
     assert sorted(found[0]["keys"]) == ["2:z.png"] + ["3_dog/x.png"] * 3 + ["3_dog/y.png"] * 3
     assert sorted(set(found[0]["captions"])) == ["dog", "t"]

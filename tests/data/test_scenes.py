@@ -10,7 +10,7 @@ from scipy import ndimage
 from ldm.data import scenes as module
 from ldm.data import sprites as drawn
 from ldm.data import words
-from ldm.data.scenes import BACKGROUNDS, JITTER, PAINTS, Scenes
+from ldm.data.scenes import BACKGROUND_COLORS, BACKGROUND_JITTER, RECOLOR_HSV, SceneDataset
 from ldm.data.sprites import Sprite
 
 STEMS = ("bal", "bol", "dis", "gam", "kar", "lin", "mov", "tel")
@@ -43,7 +43,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def train(folder):
-    return Scenes(folder)
+    return SceneDataset(folder)
 
 
 def captions(scenes, pattern, n=MANY):
@@ -72,11 +72,11 @@ def hue_distance(a, b):
 
 
 def test_item_is_a_function_of_seed_and_k(folder, train):
-    other = Scenes(folder)
+    other = SceneDataset(folder)
     backwards = {k: other[k] for k in reversed(range(60))}
     for k, scene in backwards.items():
         assert scene.caption == train[k].caption and np.array_equal(scene.image, train[k].image)
-    assert [s.caption for s in backwards.values()] != [Scenes(folder, seed=1)[k].caption for k in backwards]
+    assert [s.caption for s in backwards.values()] != [SceneDataset(folder, seed=1)[k].caption for k in backwards]
     assert train[len(train) - 1].image.shape == (128, 128, 3)
     with pytest.raises(IndexError):
         train[len(train)]
@@ -87,8 +87,8 @@ def test_background_is_the_colour_that_is_named(train):
     unnamed = captions(train, r"(?!.* background).*")
     assert abs(len(named) / MANY - 0.4) < 0.1
     for scene, match in named:
-        distance = {name: np.abs(ground(scene.image) - rgb).max() for name, rgb in BACKGROUNDS.items()}
-        assert min(distance, key=distance.get) == match[1] and distance[match[1]] <= JITTER
+        distance = {name: np.abs(ground(scene.image) - rgb).max() for name, rgb in BACKGROUND_COLORS.items()}
+        assert min(distance, key=distance.get) == match[1] and distance[match[1]] <= BACKGROUND_JITTER
     assert all((ground(scene.image) == 255).all() for scene, _ in unnamed)
 
 
@@ -120,46 +120,54 @@ def test_pairs_stand_as_said_and_share_a_style(train):
 
 
 def test_recoloured_object_has_the_colour_that_is_named(train):
-    noun = f"an? ({'|'.join(PAINTS)}) \\w+(?: thing)?(?: on .*)?"
+    noun = f"an? ({'|'.join(RECOLOR_HSV)}) \\w+(?: thing)?(?: on .*)?"
     recoloured = captions(train, noun, 2 * MANY)
     assert abs(len(recoloured) / (2 * MANY) - 0.17) < 0.06
     for scene, match in recoloured:
         solid = ndimage.binary_erosion(objects(scene.image)[0] > 0, iterations=3)
-        assert hue_distance(np.median(hues(scene.image[solid])), PAINTS[match[1]][0] / 256) < 0.03
+        assert hue_distance(np.median(hues(scene.image[solid])), RECOLOR_HSV[match[1]][0] / 256) < 0.03
 
 
 def test_edges_have_no_fringe_of_the_transparent_colour(tmp_path):
     drawn.write_sprites(tmp_path, [Sprite("dot", "1", "plain", ("dot",))], [disc((255, 255, 0))])
-    scenes = Scenes(tmp_path, concepts=["dot"])
+    scenes = SceneDataset(tmp_path, concepts=["dot"])
     white = [scene.image for scene, _ in captions(scenes, "a dot", 60)]
     assert white and min(image[..., :2].min() for image in white) > 240  # from yellow to white these two stay
 
 
 def test_held_out_pairs_never_enter_training(folder, train):
-    held_out = Scenes(folder, split="held-out")
-    painted = re.compile(rf"(?:\w+ style, )?an? ({'|'.join(PAINTS)}) ({'|'.join(SHAPES)})")
+    held_out = SceneDataset(folder, split="held-out")
+    painted = re.compile(rf"(?:\w+ style, )?an? ({'|'.join(RECOLOR_HSV)}) ({'|'.join(SHAPES)})")
     styled = re.compile(rf"(\w+) style, an? ({'|'.join(SHAPES)})( thing)?( on|$)")
     for scenes, held in ((train, False), (held_out, True)):
         said = [scenes[k].caption for k in range(2 * MANY)]
         singles = [Sprite(m[2], "", m[1], ()) for m in map(styled.match, said) if m]
-        assert singles and all(module.held_out_style(sprite) == held for sprite in singles)
+        assert singles and all(module.is_held_out_style(sprite) == held for sprite in singles)
         colours = {m.groups() for m in map(painted.match, said) if m}
-        assert colours and all(module.held_out_colour(*pair) == held for pair in colours)
-    assert not set(train.pools["count"].rows) & set(held_out.pools["single"].rows)
+        assert colours and all(module.is_held_out_color(*pair) == held for pair in colours)
+    assert not set(train.pools["count"].rows) & set(held_out.pools["single"].sprite_indices)
     assert set(held_out.pools) == {"single", "recoloured"}
 
 
 def test_held_out_hash_is_pinned():
     things = ("automobile", "cat", "star", "whale", "banana", "crown")
-    assert [(c, t) for t in things for c in PAINTS if module.held_out_colour(c, t)] == [
+    assert [(c, t) for t in things for c in RECOLOR_HSV if module.is_held_out_color(c, t)] == [
         ("yellow", "star"),
         ("green", "whale"),
         ("blue", "whale"),
         ("purple", "banana"),
         ("pink", "crown"),
     ]
-    assert [n for n in range(250) if module.one_in(76, "pinned", str(n))] == [33, 115, 199, 206, 208, 223, 234]
-    assert module.held_out_colour("blue", "green apple") == module.held_out_colour("blue", "red apple")
+    assert [n for n in range(250) if module.hash_selects_one_in(76, "pinned", str(n))] == [
+        33,
+        115,
+        199,
+        206,
+        208,
+        223,
+        234,
+    ]
+    assert module.is_held_out_color("blue", "green apple") == module.is_held_out_color("blue", "red apple")
 
 
 def test_concepts_are_chosen_by_name_alias_and_pattern():
@@ -169,15 +177,15 @@ def test_concepts_are_chosen_by_name_alias_and_pattern():
         Sprite("automobile", "3", "s", ("automobile", "car")),
         Sprite("taxi", "4", "s", ("taxi",), ("car",)),
     ]
-    assert module.select(sprites, ["whale"]) == {"whale"}
-    assert module.select(sprites, ["car"]) == {"automobile", "taxi"}
-    assert module.select(sprites, ["*whale", "taxi"]) == {"whale", "spouting whale", "taxi"}
+    assert module.select_concepts(sprites, ["whale"]) == {"whale"}
+    assert module.select_concepts(sprites, ["car"]) == {"automobile", "taxi"}
+    assert module.select_concepts(sprites, ["*whale", "taxi"]) == {"whale", "spouting whale", "taxi"}
     with pytest.raises(ValueError, match="'qwertz'"):
-        module.select(sprites, ["whale", "qwertz"])
+        module.select_concepts(sprites, ["whale", "qwertz"])
 
 
 def test_only_chosen_concepts_are_drawn(folder):
-    scenes = Scenes(folder, concepts=["balko", "dis*"])
+    scenes = SceneDataset(folder, concepts=["balko", "dis*"])
     nouns = {word for k in range(200) for word in scenes[k].caption.split() if word[:5].rstrip("s") in SHAPES}
     assert nouns and all(word.startswith(("balko", "dis")) for word in nouns)
 
@@ -209,12 +217,12 @@ def test_only_chosen_concepts_are_drawn(folder):
     ],
 )
 def test_one_and_many(name, said, many):
-    assert words.indefinite(name) == said and words.countable(name) and words.plural(name) == many
+    assert words.add_indefinite_article(name) == said and words.is_countable(name) and words.pluralize(name) == many
 
 
 @pytest.mark.parametrize("name", ["scissors", "french fries", "bread", "cooked rice", "glasses", "santa claus", "mice"])
 def test_plurals_and_stuff_have_no_article_and_no_number(name):
-    assert words.indefinite(name) == name and not words.countable(name)
+    assert words.add_indefinite_article(name) == name and not words.is_countable(name)
 
 
 @pytest.mark.parametrize(
@@ -228,12 +236,12 @@ def test_plurals_and_stuff_have_no_article_and_no_number(name):
     ],
 )
 def test_colour_words_leave_a_name_before_another_colour_enters(name, bare):
-    assert words.uncoloured(name) == bare
+    assert words.strip_color_word(name) == bare
 
 
 def test_dominant_colour_is_found_only_where_there_is_one():
     half = disc((220, 20, 20))
     half[:, 64:] = disc((20, 20, 220))[:, 64:]
-    mean, paint = drawn.colours(disc((200, 20, 20)))
+    mean, paint = drawn.measure_colors(disc((200, 20, 20)))
     assert mean == (200, 20, 20) and paint == (0, 229, 200)
-    assert drawn.colours(half)[1] is None and drawn.colours(disc((120, 120, 120)))[1] is None
+    assert drawn.measure_colors(half)[1] is None and drawn.measure_colors(disc((120, 120, 120)))[1] is None

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 from scipy.stats import chi2
 
-from ldm.data.visits import Visits, mixed, shuffled
+from ldm.data.visits import BucketBatchSampler, splitmix64_finalizer, permute_indices
 
 LEVEL = 1e-4  # of each chi-square test, which a true law fails as often
 
 
 def uniform(counts, cells):
-    """Does a chi-square test accept that all `cells` are alike?"""
+    """Does a chi-square test accept that all `read_csv_rows` are alike?"""
     counts = list(counts) + [0] * (cells - len(counts))
     wanted = sum(counts) / cells
     assert wanted >= 5
@@ -32,13 +32,15 @@ def datasets(many=24):
 
 def test_no_visit_is_lost_or_comes_twice_and_an_epoch_is_short_of_less_than_a_batch_a_bucket():
     for repeats, buckets, batch, seed in datasets():
-        visits = Visits(repeats, buckets, batch, seed)
+        visits = BucketBatchSampler(repeats, buckets, batch, seed)
         epochs = 2 * batch + 1
         seen = Counter()
         for epoch in range(epochs):
-            assert set(map(visits.epoch, range(visits.before(epoch), visits.before(epoch + 1)))) <= {epoch}
-            for k in range(visits.before(epoch), visits.before(epoch + 1)):
-                assert len(visits[k]) == batch and len({buckets[v.sample] for v in visits[k]}) == 1
+            assert set(map(visits.epoch_of_step, range(visits.first_step(epoch), visits.first_step(epoch + 1)))) <= {
+                epoch
+            }
+            for k in range(visits.first_step(epoch), visits.first_step(epoch + 1)):
+                assert len(visits[k]) == batch and len({buckets[v.row] for v in visits[k]}) == 1
                 seen.update(visits[k])
             for bucket in set(buckets.tolist()):
                 due = (epoch + 1) * repeats[buckets == bucket].sum()
@@ -53,74 +55,74 @@ def test_no_visit_is_lost_or_comes_twice_and_an_epoch_is_short_of_less_than_a_ba
 @pytest.mark.parametrize("batch", [1, 2, 3, 4, 6, 12])
 def test_an_epoch_of_whole_batches_shows_each_sample_its_repeats_exactly(batch):
     repeats, buckets = np.array([1, 2, 4, 5, 12, 6, 6]), np.array([0, 1, 1, 0, 2, 0, 1])
-    visits = Visits(repeats, buckets, batch, 3)
-    assert visits.before(1) * batch == repeats.sum()
+    visits = BucketBatchSampler(repeats, buckets, batch, 3)
+    assert visits.first_step(1) * batch == repeats.sum()
     for epoch in range(5):
-        steps = range(visits.before(epoch), visits.before(epoch + 1))
-        shown = Counter(visit.sample for k in steps for visit in visits[k])
+        steps = range(visits.first_step(epoch), visits.first_step(epoch + 1))
+        shown = Counter(visit.row for k in steps for visit in visits[k])
         assert [shown[sample] for sample in range(7)] == repeats.tolist()
 
 
 def test_epochs_and_seeds_differ_and_a_seed_tells_all():
     orders = [
-        [v.sample for k in range(e * 10, e * 10 + 10) for v in Visits([1] * 40, [0] * 40, 4, seed)[k]]
+        [v.row for k in range(e * 10, e * 10 + 10) for v in BucketBatchSampler([1] * 40, [0] * 40, 4, seed)[k]]
         for seed in (0, 1)
         for e in range(3)
     ]
     assert len(set(map(tuple, orders))) == 6 and all(sorted(order) == list(range(40)) for order in orders)
-    again = Visits([1] * 40, [0] * 40, 4, 1)
-    assert [v.sample for k in range(20, 30) for v in again[k]] == orders[-1]
+    again = BucketBatchSampler([1] * 40, [0] * 40, 4, 1)
+    assert [v.row for k in range(20, 30) for v in again[k]] == orders[-1]
 
 
 def test_batches_of_all_buckets_are_mixed():
-    visits = Visits([1] * 400, [0] * 200 + [1] * 200, 4, 0)
-    firsts = [visits[k][0].sample < 200 for k in range(100)]
+    visits = BucketBatchSampler([1] * 400, [0] * 200 + [1] * 200, 4, 0)
+    firsts = [visits[k][0].row < 200 for k in range(100)]
     turns = sum(a != b for a, b in pairwise(firsts))
     assert sum(firsts) == 50 and 30 < turns < 70  # 49.5 on average, deviation 5
 
 
 @pytest.mark.parametrize("n", [*range(1, 30), 64, 81, 100, 1000])
 def test_a_shuffle_is_a_permutation(n):
-    for key in mixed(np.arange(5, dtype=np.uint64)):
-        assert sorted(shuffled(np.arange(n), n, np.array([key]))) == list(range(n))
+    for key in splitmix64_finalizer(np.arange(5, dtype=np.uint64)):
+        assert sorted(permute_indices(np.arange(n), n, np.array([key]))) == list(range(n))
 
 
 @pytest.mark.parametrize("n", [2, 3, 4, 5])
 def test_all_permutations_come_equally_often(n):
     many = 100 * math.factorial(n)
-    keys = mixed(np.arange(many, dtype=np.uint64))
-    found = Counter(zip(*(shuffled(np.full(many, at), n, keys).tolist() for at in range(n)), strict=True))
+    keys = splitmix64_finalizer(np.arange(many, dtype=np.uint64))
+    found = Counter(zip(*(permute_indices(np.full(many, at), n, keys).tolist() for at in range(n)), strict=True))
     assert uniform(found.values(), math.factorial(n))
 
 
 def test_every_place_and_every_pair_of_neighbours_come_equally_often():
     n, many = 20, 4000
-    keys = mixed(np.arange(many, dtype=np.uint64))
-    first, second = (shuffled(np.full(many, at), n, keys) for at in (7, 8))
+    keys = splitmix64_finalizer(np.arange(many, dtype=np.uint64))
+    first, second = (permute_indices(np.full(many, at), n, keys) for at in (7, 8))
     assert uniform(Counter(first.tolist()).values(), n)
     assert uniform(Counter(((first - second) % n).tolist()).values(), n - 1)
 
 
 def test_a_million_samples_at_any_step():
     n = 10**6
-    visits = Visits(np.ones(n, int), np.arange(n) % 29, 8, 0)
+    visits = BucketBatchSampler(np.ones(n, int), np.arange(n) % 29, 8, 0)
     far = 10**9
-    epoch = visits.epoch(far)
-    assert visits.before(epoch) <= far < visits.before(epoch + 1)
-    assert visits[far] == Visits(np.ones(n, int), np.arange(n) % 29, 8, 0)[far]
+    epoch = visits.epoch_of_step(far)
+    assert visits.first_step(epoch) <= far < visits.first_step(epoch + 1)
+    assert visits[far] == BucketBatchSampler(np.ones(n, int), np.arange(n) % 29, 8, 0)[far]
     some = list(chain.from_iterable(visits[k] for k in range(300)))
-    assert len(set(some)) == 2400 and uniform(Counter(v.sample * 10 // n for v in some).values(), 10)
+    assert len(set(some)) == 2400 and uniform(Counter(v.row * 10 // n for v in some).values(), 10)
 
 
 def test_nothing_to_see_is_refused():
     for repeats, batch in (([], 1), ([1], 0), ([1, 0], 1)):
         with pytest.raises(ValueError, match="visits"):
-            Visits(repeats, [0] * len(repeats), batch, 0)
+            BucketBatchSampler(repeats, [0] * len(repeats), batch, 0)
 
 
 def test_what_shares_a_batch_and_which_batch_comes_first_change_from_epoch_to_epoch():
-    one, many = Visits([1] * 40, [0] * 40, 4, 1), Visits([1] * 40, list(range(10)) * 4, 4, 1)
-    shared = [{frozenset(v.sample for v in one[k]) for k in range(e * 10, e * 10 + 10)} for e in range(3)]
+    one, many = BucketBatchSampler([1] * 40, [0] * 40, 4, 1), BucketBatchSampler([1] * 40, list(range(10)) * 4, 4, 1)
+    shared = [{frozenset(v.row for v in one[k]) for k in range(e * 10, e * 10 + 10)} for e in range(3)]
     assert not shared[0] & shared[1] and not shared[1] & shared[2]
-    turns = [tuple(many[k][0].sample % 10 for k in range(e * 10, e * 10 + 10)) for e in range(3)]
+    turns = [tuple(many[k][0].row % 10 for k in range(e * 10, e * 10 + 10)) for e in range(3)]
     assert len(set(turns)) == 3

@@ -3,9 +3,9 @@
 import torch
 
 from ldm.conditioning import Conditioning
-from ldm.diffusion.oracle import GAUSSIAN, MIXTURE, Gaussian, Mixture
+from ldm.diffusion.oracle import GAUSSIAN, GAUSSIAN_MIXTURE, Gaussian, GaussianMixture
 
-__all__ = ["GAUSSIAN", "MIXTURE", "MU", "NOTHING", "Gaussian", "Mixture", "S"]
+__all__ = ["GAUSSIAN", "GAUSSIAN_MIXTURE", "MU", "NOTHING", "Gaussian", "GaussianMixture", "S"]
 
 MU, S = GAUSSIAN.mu, GAUSSIAN.cov
 NOTHING = Conditioning(torch.zeros(1, 1, 1))

@@ -4,8 +4,8 @@ import pytest
 import torch
 from gaussian import GAUSSIAN, MU, Gaussian, S
 
-from ldm.diffusion.guidance import guide
-from ldm.diffusion.inverse import LUMA, OPERATORS, conjugate_gradients, keep, posterior
+from ldm.diffusion.guidance import classifier_free_guidance
+from ldm.diffusion.inverse import LUMA_WEIGHTS, OPERATORS, conjugate_gradients, inpaint, tmpd
 from ldm.diffusion.samplers import SAMPLERS, sample
 from ldm.diffusion.sde import VPSDE
 from ldm.diffusion.spacing import SPACINGS
@@ -28,13 +28,13 @@ def measure(x0):
 
 
 def known(denoise=GAUSSIAN.denoise, y=Y):
-    return posterior(denoise, measure, y, STD, iterations=2, from_log_snr=-12)
+    return tmpd(denoise, measure, y, STD, iterations=2, min_log_snr=-12)
 
 
 @pytest.mark.parametrize("t", [0.001, 0.1, 0.5, 0.9])
 def test_the_answer_is_the_gaussian_posterior_s(t):
     """E[x_0 | x, y] is the denoiser of the data's posterior given y, for a covariance that is no multiple of I."""
-    torch.testing.assert_close(known()(X, SDE.at(t)), POSTERIOR.denoise(X, SDE.at(t)), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(known()(X, SDE.level(t)), POSTERIOR.denoise(X, SDE.level(t)), rtol=1e-9, atol=1e-9)
 
 
 def test_sampling_gives_the_posterior_s_mean_and_covariance():
@@ -49,38 +49,38 @@ def test_sampling_gives_the_posterior_s_mean_and_covariance():
 
 def test_a_whole_precise_measurement_is_the_answer():
     x0 = randn(4, 2, seed=1)
-    answer = posterior(GAUSSIAN.denoise, lambda x: x, x0, 1e-6, iterations=2)(X, SDE.at(0.5))
+    answer = tmpd(GAUSSIAN.denoise, lambda x: x, x0, 1e-6, iterations=2)(X, SDE.level(0.5))
     torch.testing.assert_close(answer, x0, rtol=0, atol=1e-6)
 
 
 def test_a_measurement_of_no_precision_changes_nothing():
-    answer = posterior(GAUSSIAN.denoise, measure, Y, 1e8)(X, SDE.at(0.5))
-    torch.testing.assert_close(answer, GAUSSIAN.denoise(X, SDE.at(0.5)))
+    answer = tmpd(GAUSSIAN.denoise, measure, Y, 1e8)(X, SDE.level(0.5))
+    torch.testing.assert_close(answer, GAUSSIAN.denoise(X, SDE.level(0.5)))
 
 
 def test_below_the_least_snr_the_answer_is_the_denoiser_s_own_row_by_row():
-    levels = [SDE.at(t) for t in (0.2, 0.99, 0.4, 1.0)]
-    answer, plain = posterior(curved, measure, Y, STD)(X, levels), curved(X, levels)
+    levels = [SDE.level(t) for t in (0.2, 0.99, 0.4, 1.0)]
+    answer, plain = tmpd(curved, measure, Y, STD)(X, levels), curved(X, levels)
     assert [torch.equal(a, b) for a, b in zip(answer, plain, strict=True)] == [False, True, False, True]
 
 
 def test_pure_noise_gives_the_denoiser_s_own_answer():
     sde = VPSDE.cosine()
-    for point in (sde.at(1.0), sde.at(0.999)):  # alpha = 0, and log-SNR = -13
+    for point in (sde.level(1.0), sde.level(0.999)):  # alpha = 0, and log-SNR = -13
         assert torch.equal(known(lambda x, levels: x.sin())(X, point), X.sin())
 
 
 @pytest.mark.parametrize("noise_std", [0, -1.0, float("nan")])
 def test_a_measurement_without_noise_is_refused(noise_std):
     with pytest.raises(ValueError, match="noise_std"):
-        posterior(GAUSSIAN.denoise, measure, Y, noise_std)
+        tmpd(GAUSSIAN.denoise, measure, Y, noise_std)
 
 
 @pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad, torch.enable_grad])
 def test_the_answer_is_the_same_in_every_gradient_mode(mode):
-    expected = known()(X, SDE.at(0.5))
+    expected = known()(X, SDE.level(0.5))
     with mode():
-        answer = known()(X.clone(), SDE.at(0.5))
+        answer = known()(X.clone(), SDE.level(0.5))
     assert torch.equal(answer, expected) and not answer.requires_grad
 
 
@@ -90,16 +90,16 @@ def curved(x, levels):
 
 
 def test_rows_do_not_know_each_other_and_have_levels_of_their_own():
-    y, levels = randn(4, 1, seed=2), [SDE.at(t) for t in (0.1, 0.3, 0.5, 0.9)]
+    y, levels = randn(4, 1, seed=2), [SDE.level(t) for t in (0.1, 0.3, 0.5, 0.9)]
     batch = known(curved, y)(X, levels)
     for i, point in enumerate(levels):
         torch.testing.assert_close(batch[i : i + 1], known(curved, y[i : i + 1])(X[i : i + 1], point))
 
 
 def test_a_curved_operator_is_its_tangent():
-    point, y = SDE.at(0.5), randn(4, 2, seed=3)
+    point, y = SDE.level(0.5), randn(4, 2, seed=3)
     m, bend = GAUSSIAN.denoise(X, point), lambda x: torch.sinh(x) + 0.2 * x.flip(1) ** 2
-    answer = posterior(GAUSSIAN.denoise, bend, y, STD)(X, point)
+    answer = tmpd(GAUSSIAN.denoise, bend, y, STD)(X, point)
     c = torch.linalg.inv(torch.linalg.inv(S) + point.alpha**2 / point.sigma**2 * torch.eye(2))
     for i in range(4):
         j = torch.autograd.functional.jacobian(lambda x: bend(x[None])[0], m[i])
@@ -135,33 +135,38 @@ def test_operators_measure_what_they_say():
     red, green, blue = PICTURES.unbind(1)
     luma = 0.299 * red + 0.587 * green + 0.114 * blue
     torch.testing.assert_close(OPERATORS["colourise"]()(PICTURES)[:, 0], luma)
-    assert sum(LUMA) == pytest.approx(1)
+    assert sum(LUMA_WEIGHTS) == pytest.approx(1)
 
 
 def test_keep_holds_the_known_part_and_leaves_the_rest():
     """A sampler ends in the known picture where mask is 1, and mask 0 is the denoiser itself."""
     x0, grid = randn(4, 2, seed=5), SPACINGS["log_snr"](SDE, 10)
     mask = torch.tensor([1.0, 0.0], dtype=torch.float64)
-    end = sample(SAMPLERS["ddim"].function, keep(GAUSSIAN.denoise, x0, mask), X, grid, None)
+    end = sample(SAMPLERS["ddim"].function, inpaint(GAUSSIAN.denoise, x0, mask), X, grid, None)
     torch.testing.assert_close(end[:, 0], x0[:, 0])
-    assert torch.equal(keep(curved, x0, torch.zeros(2).double())(X, SDE.at(0.5)), curved(X, SDE.at(0.5)))
+    assert torch.equal(inpaint(curved, x0, torch.zeros(2).double())(X, SDE.level(0.5)), curved(X, SDE.level(0.5)))
 
 
 def test_a_latent_model_with_its_decoder_in_the_loop_comes_nearer_to_the_measurement(pipe):
     """A random U-Net and VAE: one conditioned answer at low noise fits the measurement better than the plain one."""
-    from ldm.nn.vae import decode
+    from ldm.nn.vae import decode_latents
 
     operator = OPERATORS["super_resolution"](4)
 
     def seen(z):
-        return operator(decode(pipe.model.vae, z))
+        return operator(decode_latents(pipe.model.vae, z))
 
     z = randn(2, 4, 8, 8, seed=6).float()
     with torch.no_grad():
         y = seen(randn(2, 4, 8, 8, seed=7).float())
-    denoise = guide(pipe.denoiser, pipe.texts("a cat")[torch.tensor([0, 0])], pipe.texts("")[torch.tensor([0, 0])], 2.0)
-    point = pipe.model.sde.at(0.3)
+    denoise = classifier_free_guidance(
+        pipe.denoiser,
+        pipe.prompt_encoder("a cat")[torch.tensor([0, 0])],
+        pipe.prompt_encoder("")[torch.tensor([0, 0])],
+        2.0,
+    )
+    point = pipe.model.sde.level(0.3)
     with torch.inference_mode():
-        plain, conditioned = denoise(z, point), posterior(denoise, seen, y, 0.01)(z, point)
+        plain, conditioned = denoise(z, point), tmpd(denoise, seen, y, 0.01)(z, point)
         residuals = [(seen(x) - y).square().flatten(1).mean(1) for x in (plain, conditioned)]
     assert (residuals[1] < residuals[0]).all()

@@ -7,9 +7,18 @@ import torch
 
 from ldm.conditioning import Conditioning
 from ldm.diffusion.denoiser import Denoiser
-from ldm.diffusion.objective import TIMES, WEIGHTS, diffusion_loss, draw_moments, edm, min_snr, p2, soft_min_snr
+from ldm.diffusion.objective import (
+    TIME_SAMPLERS,
+    WEIGHTINGS,
+    diffusion_loss,
+    loss_mean_and_variance,
+    edm_weighting,
+    min_snr_weighting,
+    p2_weighting,
+    soft_min_snr_weighting,
+)
 from ldm.diffusion.prediction import PREDICTIONS
-from ldm.diffusion.sde import VPSDE, cosine_table, zero_terminal_snr
+from ldm.diffusion.sde import VPSDE, cosine_alphas_cumprod, rescale_zero_terminal_snr
 from ldm.diffusion.spacing import log_snr_range
 
 SDE = VPSDE.scaled_linear()
@@ -40,11 +49,11 @@ def loss_and_gradient(name, weight):
     return loss, torch.autograd.grad(loss.sum(), theta)[0]
 
 
-@pytest.mark.parametrize("weight", [name for name in WEIGHTS if name != "uniform"])
+@pytest.mark.parametrize("weight", [name for name in WEIGHTINGS if name != "uniform"])
 @pytest.mark.parametrize("name", ["v", "x0", "score"])
 def test_loss_and_gradient_do_not_depend_on_what_is_predicted(name, weight):
-    loss, gradient = loss_and_gradient(name, WEIGHTS[weight])
-    expected_loss, expected_gradient = loss_and_gradient("eps", WEIGHTS[weight])
+    loss, gradient = loss_and_gradient(name, WEIGHTINGS[weight])
+    expected_loss, expected_gradient = loss_and_gradient("eps", WEIGHTINGS[weight])
     torch.testing.assert_close(loss, expected_loss, rtol=1e-5, atol=0)
     torch.testing.assert_close(gradient, expected_gradient, rtol=1e-5, atol=0)
 
@@ -75,7 +84,7 @@ def test_a_perturbation_is_seen_and_not_predicted():
         return output
 
     for prediction in PREDICTIONS.values():
-        loss = diffusion_loss(Denoiser(network, SDE, prediction), X0, COND, T, NOISE, perturbation=more)
+        loss = diffusion_loss(Denoiser(network, SDE, prediction), X0, COND, T, NOISE, input_perturbation=more)
         plain = diffusion_loss(Denoiser(lambda x, t, cond: output, SDE, prediction), X0, COND, T, NOISE)
         assert torch.equal(loss, plain)
 
@@ -105,32 +114,32 @@ EDM = (1 / SNR + 1) / (1 / SNR)  # lambda of Karras et al. 2022, table 1, for si
     ],
 )
 def test_weights_are_the_papers(name, prediction, expected):
-    torch.testing.assert_close(WEIGHTS[name](PREDICTIONS[prediction], SDE, T), expected, rtol=1e-9, atol=0)
+    torch.testing.assert_close(WEIGHTINGS[name](PREDICTIONS[prediction], SDE, T), expected, rtol=1e-9, atol=0)
 
 
 def test_the_likelihood_weight_is_the_rate_at_which_snr_falls():
     h = 1e-6
     snr_rate = (SDE.log_snr(T - h).exp() - SDE.log_snr(T + h).exp()) / (2 * h)
-    torch.testing.assert_close(WEIGHTS["likelihood"](PREDICTIONS["x0"], SDE, T), snr_rate, rtol=1e-6, atol=0)
+    torch.testing.assert_close(WEIGHTINGS["likelihood"](PREDICTIONS["x0"], SDE, T), snr_rate, rtol=1e-6, atol=0)
 
 
 def test_families_of_weights_take_their_parameters():
     x0, eps = PREDICTIONS["x0"], PREDICTIONS["eps"]
-    torch.testing.assert_close(min_snr(1)(x0, SDE, T), SNR.clamp(max=1))
-    torch.testing.assert_close(soft_min_snr(2)(x0, SDE, T), 1 / (1 / SNR + 1 / 2))
-    torch.testing.assert_close(p2(0.5, 2.0)(eps, SDE, T), (2 + SNR) ** -0.5)
+    torch.testing.assert_close(min_snr_weighting(1)(x0, SDE, T), SNR.clamp(max=1))
+    torch.testing.assert_close(soft_min_snr_weighting(2)(x0, SDE, T), 1 / (1 / SNR + 1 / 2))
+    torch.testing.assert_close(p2_weighting(0.5, 2.0)(eps, SDE, T), (2 + SNR) ** -0.5)
     sigma = SNR**-0.5
-    torch.testing.assert_close(edm(0.5)(x0, SDE, T), (sigma**2 + 0.25) / (sigma * 0.5) ** 2)
+    torch.testing.assert_close(edm_weighting(0.5)(x0, SDE, T), (sigma**2 + 0.25) / (sigma * 0.5) ** 2)
 
 
 def test_weights_have_their_limits_at_zero_snr():
     cosine, t = VPSDE.cosine(), torch.ones(1, dtype=torch.float64)
     for name, limit in {"eps": 1.0, "v": 0.0, "x0": 0.0, "score": 1.0}.items():
-        assert WEIGHTS["min_snr"](PREDICTIONS[name], cosine, t).item() == pytest.approx(limit, abs=1e-12)
+        assert WEIGHTINGS["min_snr"](PREDICTIONS[name], cosine, t).item() == pytest.approx(limit, abs=1e-12)
     with pytest.raises(
         ValueError, match="weighting 'likelihood' is infinite at zero SNR: choose times truncated or importance"
     ):
-        WEIGHTS["likelihood"](PREDICTIONS["v"], cosine, t)
+        WEIGHTINGS["likelihood"](PREDICTIONS["v"], cosine, t)
 
 
 U = torch.rand(4096, generator=torch.Generator().manual_seed(0))
@@ -138,8 +147,8 @@ U = torch.rand(4096, generator=torch.Generator().manual_seed(0))
 
 @pytest.mark.parametrize("name", ["uniform", "stratified", "discrete"])
 def test_uniform_times_are_uniform_on_the_half_open_interval(name):
-    t, weight = TIMES[name](SDE, U)
-    edges, _ = TIMES[name](SDE, torch.tensor([0.0, 1 - 2**-24]))
+    t, weight = TIME_SAMPLERS[name](SDE, U)
+    edges, _ = TIME_SAMPLERS[name](SDE, torch.tensor([0.0, 1 - 2**-24]))
     assert (weight == 1).all()
     assert t.min() > 0 and t.max() <= 1 and edges.min() > 0 and edges.max() <= 1
     distance = (t.sort().values - torch.arange(1, 4097) / 4096).abs().max()  # Kolmogorov and Smirnov's
@@ -147,23 +156,23 @@ def test_uniform_times_are_uniform_on_the_half_open_interval(name):
 
 
 def test_stratified_puts_one_time_in_each_stratum():
-    t, _ = TIMES["stratified"](SDE, U)
+    t, _ = TIME_SAMPLERS["stratified"](SDE, U)
     assert torch.equal((t * 4096).ceil().long(), torch.arange(1, 4097))
 
 
 def test_discrete_times_are_the_table_s():
-    k = TIMES["discrete"](SDE, U)[0] * 1000 - 1
+    k = TIME_SAMPLERS["discrete"](SDE, U)[0] * 1000 - 1
     torch.testing.assert_close(k, k.round(), rtol=0, atol=1e-9)
     assert k.min() >= 0 and k.max() <= 999 + 1e-9 and len(k.round().unique()) > 950
 
 
 def test_log_normal_has_a_standard_normal_logit():
-    t, weight = TIMES["log_normal"](SDE, U)
+    t, weight = TIME_SAMPLERS["log_normal"](SDE, U)
     assert (weight == 1).all()
     logit = t.logit().sort().values
     normal = torch.special.ndtr(logit)
     assert (normal - torch.arange(1, 4097) / 4096).abs().max() < 1.63 / 64
-    edges, _ = TIMES["log_normal"](SDE, torch.tensor([0.0, 1 - 2**-24]))
+    edges, _ = TIME_SAMPLERS["log_normal"](SDE, torch.tensor([0.0, 1 - 2**-24]))
     assert edges.min() > 0 and edges.max() <= 1
 
 
@@ -171,8 +180,8 @@ SDES = {
     "linear": VPSDE.linear(),
     "scaled_linear": SDE,
     "cosine": VPSDE.cosine(),
-    "table": VPSDE.tabulated(cosine_table(0, 0, 1000)),
-    "table zero SNR": VPSDE.tabulated(zero_terminal_snr(cosine_table(0, 0, 1000))),
+    "table": VPSDE.tabulated(cosine_alphas_cumprod(0, 0, 1000)),
+    "table zero SNR": VPSDE.tabulated(rescale_zero_terminal_snr(cosine_alphas_cumprod(0, 0, 1000))),
 }
 every_sde = pytest.mark.parametrize("sde", SDES.values(), ids=SDES.keys())
 
@@ -180,7 +189,7 @@ every_sde = pytest.mark.parametrize("sde", SDES.values(), ids=SDES.keys())
 @every_sde
 def test_importance_times_are_uniform_in_log_snr_and_weigh_one_over_their_density(sde):
     u = torch.linspace(0, 1, 8001, dtype=torch.float64)
-    t, weight = TIMES["importance"](sde, u)
+    t, weight = TIME_SAMPLERS["importance"](sde, u)
     start, end = log_snr_range(sde)
     torch.testing.assert_close(sde.log_snr(t), start + u * (end - start), rtol=1e-9, atol=1e-9)
     assert (t > 0).all() and (t <= 1).all()
@@ -196,16 +205,16 @@ def polynomial(t):
 @pytest.mark.parametrize("name", ["truncated", "importance"])
 def test_importance_sampling_is_unbiased(sde, name):
     """Its expectation, by quadrature in u, is the integral over t, in closed form."""
-    t, weight = TIMES[name](sde, (torch.arange(1 << 17, dtype=torch.float64) + 0.5) / (1 << 17))
-    low, high = sde.time(log_snr_range(sde)).flip(0).tolist()
+    t, weight = TIME_SAMPLERS[name](sde, (torch.arange(1 << 17, dtype=torch.float64) + 0.5) / (1 << 17))
+    low, high = sde.time_at_log_snr(log_snr_range(sde)).flip(0).tolist()
     integral = (high - high**2 + high**3) - (low - low**2 + low**3)
     assert (weight * polynomial(t)).mean().item() == pytest.approx(integral, rel=1e-4)
 
 
 def test_importance_makes_the_likelihood_weight_constant_on_eps():
     for sde in SDES.values():
-        t, importance = TIMES["importance"](sde, U.double())
-        weight = importance * WEIGHTS["likelihood"](PREDICTIONS["eps"], sde, t)
+        t, importance = TIME_SAMPLERS["importance"](sde, U.double())
+        weight = importance * WEIGHTINGS["likelihood"](PREDICTIONS["eps"], sde, t)
         start, end = log_snr_range(sde)
         torch.testing.assert_close(weight, (end - start).expand_as(weight), rtol=1e-9, atol=0)
 
@@ -217,9 +226,9 @@ def error_of_the_exact_model(sde):
 
 @every_sde
 def test_importance_keeps_the_mean_of_the_likelihood_loss_and_lowers_its_variance(sde):
-    error, weight = error_of_the_exact_model(sde), WEIGHTS["likelihood"]
-    mean, variance = draw_moments(TIMES["truncated"], weight, sde, error)
-    mean_by_importance, variance_by_importance = draw_moments(TIMES["importance"], weight, sde, error)
+    error, weight = error_of_the_exact_model(sde), WEIGHTINGS["likelihood"]
+    mean, variance = loss_mean_and_variance(TIME_SAMPLERS["truncated"], weight, sde, error)
+    mean_by_importance, variance_by_importance = loss_mean_and_variance(TIME_SAMPLERS["importance"], weight, sde, error)
     assert mean_by_importance == pytest.approx(mean, rel=2e-3)
     assert variance_by_importance < variance / 4
 
@@ -227,8 +236,10 @@ def test_importance_keeps_the_mean_of_the_likelihood_loss_and_lowers_its_varianc
 def test_the_likelihood_loss_of_the_exact_model_is_its_closed_form():
     """int alpha^2 dlog-SNR = log (sigma_1^2 / sigma_0^2): with S = alpha^2, dlog-SNR = dS / (S (1 - S))."""
     for sde in SDES.values():
-        start, end = (sde.at(t) for t in sde.time(log_snr_range(sde)).tolist())
-        mean, _ = draw_moments(TIMES["importance"], WEIGHTS["likelihood"], sde, error_of_the_exact_model(sde))
+        start, end = (sde.level(t) for t in sde.time_at_log_snr(log_snr_range(sde)).tolist())
+        mean, _ = loss_mean_and_variance(
+            TIME_SAMPLERS["importance"], WEIGHTINGS["likelihood"], sde, error_of_the_exact_model(sde)
+        )
         assert mean == pytest.approx(2 * math.log(start.sigma / end.sigma), rel=1e-6)
 
 
@@ -236,7 +247,9 @@ def test_diffusion_loss_with_importance_times_estimates_that_closed_form():
     """The whole path, network to mean loss: 4,096 draws on N(0, I), within four of their standard errors."""
     x0, noise = randn(4096, 16, seed=3), randn(4096, 16, seed=4)
     exact = Denoiser(lambda x, k, cond: SDE.marginal((k.double() + 1) / 1000)[1][:, None] * x, SDE, PREDICTIONS["eps"])
-    t, share = TIMES["importance"](SDE, U)
-    drawn = diffusion_loss(exact, x0, COND, t, noise, WEIGHTS["likelihood"]).double() * share
-    expected, _ = draw_moments(TIMES["importance"], WEIGHTS["likelihood"], SDE, error_of_the_exact_model(SDE))
+    t, share = TIME_SAMPLERS["importance"](SDE, U)
+    drawn = diffusion_loss(exact, x0, COND, t, noise, WEIGHTINGS["likelihood"]).double() * share
+    expected, _ = loss_mean_and_variance(
+        TIME_SAMPLERS["importance"], WEIGHTINGS["likelihood"], SDE, error_of_the_exact_model(SDE)
+    )
     assert abs(drawn.mean().item() - expected) < 4 * drawn.std().item() / 64

@@ -5,7 +5,7 @@ from functools import cache, partial
 
 import pytest
 import torch
-from gaussian import GAUSSIAN, MIXTURE, MU, NOTHING, S
+from gaussian import GAUSSIAN, GAUSSIAN_MIXTURE, MU, NOTHING, S
 
 import ldm.nn._torchvision  # noqa: F401
 
@@ -23,21 +23,21 @@ from diffusers import (
 )
 
 from ldm.conditioning import Conditioning
-from ldm.diffusion.denoiser import Counted, Denoiser
+from ldm.diffusion.denoiser import CountNFE, Denoiser
 from ldm.diffusion.oracle import (
-    Free,
-    errors_in_law,
-    errors_of_flow,
-    moments,
-    order,
+    NoOpNoise,
+    weak_errors,
+    ode_errors,
+    sampler_moments,
+    convergence_order,
     strong_errors,
-    where_x0_forms,
-    whole_schedule,
+    mid_snr_grid,
+    full_schedule_grid,
 )
 from ldm.diffusion.prediction import PREDICTIONS
 from ldm.diffusion.samplers import (
     SAMPLERS,
-    checked,
+    check_finite,
     ddim,
     ddpm,
     euler_maruyama,
@@ -46,16 +46,22 @@ from ldm.diffusion.samplers import (
     rk45,
     sample,
 )
-from ldm.diffusion.sde import CLEAN, VPSDE, linear_table, scaled_linear_table, zero_terminal_snr
-from ldm.diffusion.spacing import SPACINGS, Grid
+from ldm.diffusion.sde import (
+    CLEAN_LEVEL,
+    VPSDE,
+    linear_alphas_cumprod,
+    scaled_linear_alphas_cumprod,
+    rescale_zero_terminal_snr,
+)
+from ldm.diffusion.spacing import SPACINGS, TimeGrid
 from ldm.nn.unet import UNet, UNetConfig
 from ldm.rng import Noise
 
-TABLE = scaled_linear_table(0.00085, 0.012, 1000)
+TABLE = scaled_linear_alphas_cumprod(0.00085, 0.012, 1000)
 SD = VPSDE.tabulated(TABLE)
 SDES = {
     "linear": VPSDE.linear(),
-    "linear table": VPSDE.tabulated(linear_table(1e-4, 0.02, 1000)),
+    "linear table": VPSDE.tabulated(linear_alphas_cumprod(1e-4, 0.02, 1000)),
     "scaled linear table": SD,
     "cosine": VPSDE.cosine(),
 }
@@ -92,26 +98,26 @@ def doublings(make_grid, sde, first, count):
     return [make_grid(sde, first * 2**k) for k in range(count + 1)]
 
 
-@pytest.mark.parametrize("problem", [GAUSSIAN, MIXTURE], ids=["gaussian", "mixture"])
+@pytest.mark.parametrize("problem", [GAUSSIAN, GAUSSIAN_MIXTURE], ids=["gaussian", "mixture"])
 @every_sde
 @pytest.mark.parametrize("name", DETERMINISTIC)
 def test_order_of_convergence(name, sde, problem):
     """Over five doublings, from log-SNR 0 to 2, where x0 forms: a multistep method's start is seen there soonest."""
-    errors = errors_of_flow(FUNCTIONS[name], problem, X, doublings(where_x0_forms, sde, 32, 5))
-    assert order(errors) == pytest.approx(SAMPLERS[name].order, abs=0.15)
+    errors = ode_errors(FUNCTIONS[name], problem, X, doublings(mid_snr_grid, sde, 32, 5))
+    assert convergence_order(errors) == pytest.approx(SAMPLERS[name].order, abs=0.15)
 
 
 @every_sde
 @pytest.mark.parametrize("name", DETERMINISTIC)
 def test_over_the_whole_schedule_no_solver_is_slower_than_it_claims(name, sde):
-    errors = errors_of_flow(FUNCTIONS[name], GAUSSIAN, X, doublings(whole_schedule, sde, 128, 2))
-    assert order(errors) > SAMPLERS[name].order - 0.15
+    errors = ode_errors(FUNCTIONS[name], GAUSSIAN, X, doublings(full_schedule_grid, sde, 128, 2))
+    assert convergence_order(errors) > SAMPLERS[name].order - 0.15
 
 
 def test_a_parabola_in_log_snr_is_averaged_exactly():
     """x0 = l^2, l = log(alpha/sigma): the flow gains e^l (l^2 - 2 l + 2) in x/sigma. diffusers' step does not: like the
     published code it halves the curvature, h^3/6 for h^3/3, so that a local error of third order is left."""
-    levels = [SD.step(k) for k in (699, 599, 499, 399)]
+    levels = [SD.level_at_timestep(k) for k in (699, 599, 499, 399)]
     log_ratio = [math.log(p.alpha / p.sigma) for p in levels]
     gain = [math.exp(value) * (value**2 - 2 * value + 2) for value in log_ratio]
     exact = levels[3].sigma * (gain[3] - gain[2])
@@ -125,7 +131,7 @@ def test_a_parabola_in_log_snr_is_averaged_exactly():
         asked.append(x)
         return torch.full_like(x, math.log(point.alpha / point.sigma) ** 2)
 
-    end = sample(FUNCTIONS["dpmpp_3m"], denoise, torch.zeros(1, 1, dtype=torch.float64), Grid(SD, levels), nothing)
+    end = sample(FUNCTIONS["dpmpp_3m"], denoise, torch.zeros(1, 1, dtype=torch.float64), TimeGrid(SD, levels), nothing)
     assert increment(asked, end) == pytest.approx(exact, rel=1e-12)
 
     scheduler = DPMSolverMultistepScheduler(
@@ -147,33 +153,33 @@ def test_a_parabola_in_log_snr_is_averaged_exactly():
 def test_order_in_law(name, sde):
     """Weak order of mean and covariance, each computed exactly, without Monte Carlo."""
     function = partial(predictor_corrector, r=0.0) if name == "predictor_corrector" else FUNCTIONS[name]
-    grids = doublings(where_x0_forms, sde, 16, 5)
-    of_mean, of_cov = errors_in_law(function, GAUSSIAN, grids)
-    assert order(of_cov) == pytest.approx(SAMPLERS[name].order, abs=0.15)
-    assert of_mean.max() < 1e-12 or order(of_mean) == pytest.approx(SAMPLERS[name].order, abs=0.15)
+    grids = doublings(mid_snr_grid, sde, 16, 5)
+    of_mean, of_cov = weak_errors(function, GAUSSIAN, grids)
+    assert convergence_order(of_cov) == pytest.approx(SAMPLERS[name].order, abs=0.15)
+    assert of_mean.max() < 1e-12 or convergence_order(of_mean) == pytest.approx(SAMPLERS[name].order, abs=0.15)
 
 
 def test_euler_and_maruyama_have_strong_order_one_on_one_brownian_path():
     """One, not the half of a general SDE: the noise does not depend on x."""
-    errors = strong_errors(euler_maruyama, GAUSSIAN, doublings(where_x0_forms, SD, 8, 5))
-    assert order(errors) == pytest.approx(1, abs=0.1)
+    errors = strong_errors(euler_maruyama, GAUSSIAN, doublings(mid_snr_grid, SD, 8, 5))
+    assert convergence_order(errors) == pytest.approx(1, abs=0.1)
 
 
 @pytest.mark.parametrize("name", AFFINE)
 def test_every_stochastic_solver_has_the_data_s_mean_and_covariance_in_the_limit(name):
-    mean, cov = moments(FUNCTIONS[name], GAUSSIAN, SPACINGS["log_snr"](SD, 800))
+    mean, cov = sampler_moments(FUNCTIONS[name], GAUSSIAN, SPACINGS["log_snr"](SD, 800))
     torch.testing.assert_close(mean, MU, rtol=0, atol=0.02)
     torch.testing.assert_close(cov, S, rtol=0, atol=0.02)
 
 
 @pytest.fixture(scope="module")
 def limit():
-    return sample(TIGHT["rk45"], MIXTURE.denoise, X, whole_schedule(SD, 2), nothing)
+    return sample(TIGHT["rk45"], GAUSSIAN_MIXTURE.denoise, X, full_schedule_grid(SD, 2), nothing)
 
 
 @pytest.mark.parametrize("name", DETERMINISTIC)
 def test_every_deterministic_solver_agrees_in_the_limit(name, limit):
-    end = sample(FUNCTIONS[name], MIXTURE.denoise, X, whole_schedule(SD, 700), nothing)
+    end = sample(FUNCTIONS[name], GAUSSIAN_MIXTURE.denoise, X, full_schedule_grid(SD, 700), nothing)
     torch.testing.assert_close(end, limit, rtol=0, atol=0.01 if SAMPLERS[name].order == 1 else 1e-4)
 
 
@@ -200,21 +206,23 @@ def test_a_crowd_has_the_data_s_mean_and_covariance(name, sampler):
 @pytest.mark.parametrize("name", AFFINE)
 def test_real_noise_gives_the_exact_moments_within_its_error(name):
     """The picture's own Brownian path: what is drawn is what `moments` computes, also with few steps."""
-    grid = Grid(SD, SPACINGS["log_snr"](SD, 9)[:-1])
-    assert_drawn_from(crowd(FUNCTIONS[name], grid, 10000, Noise([5])), *moments(FUNCTIONS[name], GAUSSIAN, grid))
+    grid = TimeGrid(SD, SPACINGS["log_snr"](SD, 9)[:-1])
+    assert_drawn_from(
+        crowd(FUNCTIONS[name], grid, 10000, Noise([5])), *sampler_moments(FUNCTIONS[name], GAUSSIAN, grid)
+    )
 
 
 @every_sde
 def test_rk45_keeps_its_tolerance_and_has_order_five(sde):
     """Each digit costs 10^(1/5) times the questions: error falls with their fifth power."""
     grid = SPACINGS["log_snr"](sde, 20)[:-1]
-    exact = MIXTURE.flow(X, grid[0], grid[-1])
+    exact = GAUSSIAN_MIXTURE.probability_flow(X, grid[0], grid[-1])
     errors, questions = [], []
     for tolerance in [1e-4, 1e-6, 1e-8, 1e-10]:
-        denoise = Counted(MIXTURE.denoise)
-        end = sample(partial(rk45, atol=tolerance, rtol=tolerance), denoise, X, Grid(sde, grid), nothing)
+        denoise = CountNFE(GAUSSIAN_MIXTURE.denoise)
+        end = sample(partial(rk45, atol=tolerance, rtol=tolerance), denoise, X, TimeGrid(sde, grid), nothing)
         errors.append((end - exact).abs().max().item())
-        questions.append(denoise.evaluations)
+        questions.append(denoise.nfe)
         assert errors[-1] < 30 * tolerance
     assert math.log(errors[0] / errors[-1]) / math.log(questions[-1] / questions[0]) > 4.5
     assert questions[0] < 100
@@ -222,7 +230,7 @@ def test_rk45_keeps_its_tolerance_and_has_order_five(sde):
 
 def test_the_signal_to_noise_rule_is_song_et_al_s():
     """r = |eps score| / |sqrt(2 eps) z| of each image; what is left is the predictor of their algorithm 3."""
-    now, middle, to = SD.step(600), SD.step(500), SD.step(400)
+    now, middle, to = SD.level_at_timestep(600), SD.level_at_timestep(500), SD.level_at_timestep(400)
     x = torch.randn(3, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     seen = []
 
@@ -231,7 +239,7 @@ def test_the_signal_to_noise_rule_is_song_et_al_s():
         return torch.tanh(x)
 
     noise = White(4)
-    sample(FUNCTIONS["predictor_corrector"], denoise, x, Grid(SD, (now, middle, to)), noise)
+    sample(FUNCTIONS["predictor_corrector"], denoise, x, TimeGrid(SD, (now, middle, to)), noise)
     (_, _), (predicted, _), (corrected, _) = seen
     first, z = (White(4), White(4))
     kept = now.alpha / middle.alpha
@@ -247,7 +255,7 @@ def test_the_signal_to_noise_rule_is_song_et_al_s():
 
 
 def test_ddpm_is_the_posterior_of_ho_et_al():
-    now, to = SD.step(500), SD.step(480)
+    now, to = SD.level_at_timestep(500), SD.level_at_timestep(480)
     x, x0 = torch.randn(2, 1, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     step_alpha = (now.alpha / to.alpha) ** 2  # their alpha_t = 1 - beta_t, between grid points
     mean = to.alpha * (1 - step_alpha) / now.sigma**2 * x0 + step_alpha**0.5 * to.sigma**2 / now.sigma**2 * x
@@ -255,14 +263,16 @@ def test_ddpm_is_the_posterior_of_ho_et_al():
     z = torch.arange(4, dtype=torch.float64)
     white = White(0)
     white.between = lambda *_: z
-    end = sample(ddpm, lambda x, point: x0, x, Grid(SD, (now, to)), white)
+    end = sample(ddpm, lambda x, point: x0, x, TimeGrid(SD, (now, to)), white)
     torch.testing.assert_close(end, mean + spread * z)
 
 
 @pytest.mark.parametrize("name", [name for name in SAMPLERS if name != "langevin"])  # moves x towards a law only
-@pytest.mark.parametrize("sde", [VPSDE.cosine(), VPSDE.tabulated(zero_terminal_snr(TABLE))], ids=["cosine", "table"])
+@pytest.mark.parametrize(
+    "sde", [VPSDE.cosine(), VPSDE.tabulated(rescale_zero_terminal_snr(TABLE))], ids=["cosine", "table"]
+)
 def test_from_zero_snr_the_first_step_is_the_exact_one_for_a_fixed_x0(name, sde):
-    grid = Grid(sde, (sde.at(1.0), sde.at(0.9)))
+    grid = TimeGrid(sde, (sde.level(1.0), sde.level(0.9)))
     x, x0 = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     noise = Noise([0, 1, 2])
     end = sample(TIGHT[name], lambda x, point: x0, x, grid, noise)
@@ -284,7 +294,7 @@ def test_a_known_picture_is_reached_exactly(name, n):
 def test_an_empty_grid_gives_the_picture_back():
     x = torch.randn(1, 4, generator=torch.Generator().manual_seed(0))
     for solver in SAMPLERS.values():
-        assert sample(solver.function, nothing, x, Grid(SD, (CLEAN,)), nothing) is x
+        assert sample(solver.function, nothing, x, TimeGrid(SD, (CLEAN_LEVEL,)), nothing) is x
 
 
 @pytest.mark.parametrize("name", FIXED)
@@ -353,7 +363,7 @@ def test_trajectories_are_diffusers_trajectories(name, prediction, n, unet):
         theirs = "epsilon"  # they refuse x0, or LMS reads it in units of alpha: tell them the noise in it
 
         def network(x, t):
-            point = SD.step(t.item())
+            point = SD.level_at_timestep(t.item())
             return (x - point.alpha * unet(x, t)) / point.sigma
 
     options = {"eta": 1.0} if name == "ddim, eta 1" else {}
@@ -395,34 +405,34 @@ def test_where_diffusers_steps_by_the_wrong_stride_ours_is_the_gaussian_s_flow(s
     has 6.67, 3.33, 1.67. They leave noise in the picture, the more so the more steps."""
 
     def network(x, t):
-        point = SD.step(t.item())
+        point = SD.level_at_timestep(t.item())
         return ((x - point.alpha * GAUSSIAN.denoise(x.double(), point)) / point.sigma).float()
 
-    exact = GAUSSIAN.flow(X, SD.at(1.0), CLEAN)
+    exact = GAUSSIAN.probability_flow(X, SD.level(1.0), CLEAN_LEVEL)
     theirs, ours = [], []
     for n in [150, 300, 600]:
         end = their_end(scheduler(**BETAS, timestep_spacing="trailing"), network, X.float(), n)
         theirs.append((end - exact).norm())
         end = sample(ddim, GAUSSIAN.denoise, X, SPACINGS["trailing"](SD, n), nothing)
         ours.append((end - exact).norm())
-    assert order(torch.stack(ours)) > 0.8 and ours[-1] < 0.02
-    assert order(torch.stack(theirs)) < 0
+    assert convergence_order(torch.stack(ours)) > 0.8 and ours[-1] < 0.02
+    assert convergence_order(torch.stack(theirs)) < 0
 
 
 @pytest.mark.parametrize("name", FIXED)
 def test_no_step_asks_the_device_anything(name):
     """On the meta device there are no numbers to ask for: fifty steps run, and `checked` asks when all are done."""
     grid, x = SPACINGS["trailing"](VPSDE.cosine(), 50), torch.empty(2, 4, 8, 8, device="meta")
-    denoise = Counted(lambda x, point: x)
-    steps = FUNCTIONS[name](x, grid, Free())
+    denoise = CountNFE(lambda x, point: x)
+    steps = FUNCTIONS[name](x, grid, NoOpNoise())
     question = next(steps)
     with pytest.raises(StopIteration):
         while True:
             question = steps.send(denoise(*question))
-    once = Counted(lambda x, point: x)
+    once = CountNFE(lambda x, point: x)
     with pytest.raises((NotImplementedError, RuntimeError), match="meta"):
-        sample(FUNCTIONS[name], once, x, grid, Free())
-    assert once.evaluations == denoise.evaluations >= 50
+        sample(FUNCTIONS[name], once, x, grid, NoOpNoise())
+    assert once.nfe == denoise.nfe >= 50
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
@@ -437,7 +447,7 @@ def test_an_answer_that_is_not_finite_ends_in_one_error_that_names_the_step(name
 
 def test_the_check_changes_nothing():
     grid, x = SPACINGS["trailing"](SD, 10), X.float()
-    ends = [sample(s, lambda x, point: torch.tanh(x), x, grid, Noise([1, 2])) for s in (ddpm, checked(ddpm))]
+    ends = [sample(s, lambda x, point: torch.tanh(x), x, grid, Noise([1, 2])) for s in (ddpm, check_finite(ddpm))]
     assert torch.equal(*ends)
 
 
@@ -456,8 +466,8 @@ def test_x_keeps_its_dtype(name):
 
 def test_langevin_is_exact_in_its_limit_of_small_steps():
     """One level, many small steps: the law at that level, from any start."""
-    point = SD.step(300)
-    grid = Grid(SD, (SD.step(999), point))
-    mean, cov = moments(partial(langevin, eps=0.02, repeat=800), GAUSSIAN, grid)
+    point = SD.level_at_timestep(300)
+    grid = TimeGrid(SD, (SD.level_at_timestep(999), point))
+    mean, cov = sampler_moments(partial(langevin, eps=0.02, steps_per_level=800), GAUSSIAN, grid)
     torch.testing.assert_close(mean, point.alpha * MU, rtol=0, atol=0.01)
     torch.testing.assert_close(cov, GAUSSIAN.marginal_cov(point), rtol=0.02, atol=0.01)

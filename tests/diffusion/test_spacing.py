@@ -11,10 +11,10 @@ from gaussian import GAUSSIAN
 
 import ldm.nn._torchvision  # noqa: F401
 from ldm.diffusion.samplers import SAMPLERS, sample
-from ldm.diffusion.sde import CLEAN, VPSDE, scaled_linear_table
-from ldm.diffusion.spacing import LOWEST_LOG_SNR, SPACINGS, choose, cut
+from ldm.diffusion.sde import CLEAN_LEVEL, VPSDE, scaled_linear_alphas_cumprod
+from ldm.diffusion.spacing import MIN_LOG_SNR, SPACINGS, choose, truncate_grid
 
-SD = VPSDE.tabulated(scaled_linear_table(0.00085, 0.012, 1000))
+SD = VPSDE.tabulated(scaled_linear_alphas_cumprod(0.00085, 0.012, 1000))
 BETAS = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
 
 
@@ -94,8 +94,8 @@ def test_log_snr_is_uniform_and_starts_at_the_last_time_or_at_the_floor(sde):
     log_snr = torch.tensor([2 * math.log(p.alpha / p.sigma) for p in grid[:-1]])
     torch.testing.assert_close(log_snr.diff(), log_snr.diff().mean().expand(8), rtol=1e-4, atol=0)
     start = sde.log_snr(torch.tensor(1.0)).item()
-    assert log_snr[0].item() == pytest.approx(max(start, LOWEST_LOG_SNR), rel=1e-6)
-    assert grid[-2].t == pytest.approx(1 / sde.steps)
+    assert log_snr[0].item() == pytest.approx(max(start, MIN_LOG_SNR), rel=1e-6)
+    assert grid[-2].t == pytest.approx(1 / sde.num_train_timesteps)
 
 
 @pytest.mark.parametrize("name", SPACINGS)
@@ -104,9 +104,9 @@ def test_log_snr_is_uniform_and_starts_at_the_last_time_or_at_the_floor(sde):
 def test_every_grid_descends_from_noise_to_the_clean_picture(name, sde, n):
     grid = SPACINGS[name](sde, n)
     sigma = torch.tensor([point.sigma for point in grid], dtype=torch.float64)
-    assert len(grid) == n + 1 and grid[-1] == CLEAN
+    assert len(grid) == n + 1 and grid[-1] == CLEAN_LEVEL
     assert (sigma.diff() < 0).all()
-    assert all(point == sde.at(point.t) for point in grid)
+    assert all(point == sde.level(point.t) for point in grid)
 
 
 @pytest.mark.parametrize("name", SPACINGS)
@@ -123,13 +123,13 @@ def test_more_steps_than_the_table_has_are_refused(name):
 
 def test_cut_keeps_the_last_part_of_the_grid():
     grid = SPACINGS["leading"](SD, 50)
-    assert cut(grid, 1) == grid
-    assert cut(grid, 0) == (CLEAN,)
-    assert cut(grid, 0.6) == grid[20:]
+    assert truncate_grid(grid, 1) == grid
+    assert truncate_grid(grid, 0) == (CLEAN_LEVEL,)
+    assert truncate_grid(grid, 0.6) == grid[20:]
     with pytest.raises(ValueError, match="between 0 and 1"):
-        cut(grid, 1.5)
+        truncate_grid(grid, 1.5)
     with pytest.raises(ValueError, match="between 0 and 1"):
-        cut(grid, math.nan)
+        truncate_grid(grid, math.nan)
 
 
 @pytest.mark.parametrize("name", SPACINGS)
@@ -138,7 +138,7 @@ def test_cut_takes_the_steps_of_diffusers_image_to_image(name):
         grid = SPACINGS[name](SD, n)
         for strength in (0.0, 0.15, 0.3, 0.5, 0.8, 1.0):
             begin = max(n - min(int(n * strength), n), 0)  # get_timesteps of its StableDiffusionImg2ImgPipeline
-            part = cut(grid, strength)
+            part = truncate_grid(grid, strength)
             assert part == grid[begin:] and part.sde is grid.sde
 
 
@@ -148,9 +148,9 @@ def test_every_ode_solver_follows_the_flow_on_every_grid_and_on_what_is_cut_from
     x = torch.tensor([[0.3, -1.1], [1.4, 0.2]], dtype=torch.float64)
     for solver in SAMPLERS.values():
         if not solver.stochastic:
-            grid = cut(SPACINGS[name](SD, 200), strength)
+            grid = truncate_grid(SPACINGS[name](SD, 200), strength)
             end = sample(solver.function, GAUSSIAN.denoise, x, grid, None)
-            torch.testing.assert_close(end, GAUSSIAN.flow(x, grid[0], CLEAN), rtol=0, atol=0.02)
+            torch.testing.assert_close(end, GAUSSIAN.probability_flow(x, grid[0], CLEAN_LEVEL), rtol=0, atol=0.02)
 
 
 def test_an_unknown_name_lists_the_choices():

@@ -9,8 +9,8 @@ from ldm.jobs import driver, worker
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch):
     """Look often, for these jobs are short."""
-    monkeypatch.setattr(driver, "WATCH", 0.02)
-    monkeypatch.setattr(worker, "POLL", 0.02)
+    monkeypatch.setattr(driver, "MONITOR_INTERVAL", 0.02)
+    monkeypatch.setattr(worker, "QUEUE_POLL_INTERVAL", 0.02)
 
 
 @pytest.fixture(scope="session")

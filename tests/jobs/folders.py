@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 
 import typer
 
-from ldm.commands.batch import faults, run
-from ldm.jobs.engines import Inline
-from ldm.jobs.source import Entry
+from ldm.commands.batch import exit_on_failure, run_job
+from ldm.jobs.engines import InlineEngine
+from ldm.jobs.source import PromptEntry
 from ldm.jobs.worker import Job
 from ldm.pipeline import Pipeline
 from ldm.request import Request
@@ -32,16 +32,16 @@ ITEMS = len(REQUESTS) - 1
 
 def job_in(folder: Path, pipe: Pipeline, **changes: Any) -> Job:
     """The job of `REQUESTS`, bit for bit the same in any batch."""
-    entries = [Entry(k + 1, request) for k, request in enumerate(changes.pop("requests", REQUESTS))]
-    settings = {"model": "tiny", "strict": True, "batch_size": 4, "expiry": 0.4, **changes}
+    entries = [PromptEntry(k + 1, request) for k, request in enumerate(changes.pop("requests", REQUESTS))]
+    settings = {"model_name": "tiny", "strict": True, "batch_size": 4, "lease_timeout": 0.4, **changes}
     return Job(folder, entries, lambda device: pipe, **settings)
 
 
 def go(job: Job, pipe: Pipeline, check: bool = False, start: Callable[[Job], Any] | None = None) -> int:
     """The exit status of `ldm batch` on a job whose model and source are at hand."""
     try:
-        with faults():
-            return run(job, pipe, "list", start or (lambda job: Inline(job, [None])), check, 120.0, True)
+        with exit_on_failure():
+            return run_job(job, pipe, "list", start or (lambda job: InlineEngine(job, [None])), check, 120.0, True)
     except typer.Exit as end:
         return end.exit_code
 

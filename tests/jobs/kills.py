@@ -20,7 +20,7 @@ from cluster import Nodes
 from folders import Opens, go, job_in, outcome
 
 from ldm.jobs import driver, engines
-from ldm.jobs.engines import Engine, Inline, Local, Ray, in_process
+from ldm.jobs.engines import Engine, InlineEngine, LocalEngine, RayEngine, run_worker_process
 from ldm.jobs.worker import Job
 from ldm.pipeline import Pipeline
 from ldm.request import Request
@@ -157,7 +157,7 @@ class Bench:
 
 
 def inline() -> Bench:
-    return Bench(lambda job: Inline(job, [None]), ("driver",))
+    return Bench(lambda job: InlineEngine(job, [None]), ("driver",))
 
 
 def local(count: int = 2) -> Bench:
@@ -165,8 +165,8 @@ def local(count: int = 2) -> Bench:
 
     def start(job: Job) -> Engine:
         multiprocessing.get_context = lambda kind, begin=multiprocessing.get_context: begin("fork")
-        engines.in_process = as_spawned
-        return Local(job, [None] * count)
+        engines.run_worker_process = as_spawned
+        return LocalEngine(job, [None] * count)
 
     return Bench(start, ("driver", "worker", "worker", "worker"))
 
@@ -177,7 +177,7 @@ def as_spawned(job: Job, device: str | None, threads: int, words: Any) -> None:
     for handle in {int(name) for name in os.listdir("/proc/self/fd")} - kept:
         with suppress(OSError):
             os.close(handle)
-    in_process(job, device, threads, words)
+    run_worker_process(job, device, threads, words)
 
 
 def ray(nodes: Nodes, count: int = 2, size: int = 24) -> Bench:
@@ -187,8 +187,8 @@ def ray(nodes: Nodes, count: int = 2, size: int = 24) -> Bench:
 
     def start(job: Job) -> Engine:
         os.environ["RAY_ADDRESS"] = nodes.address
-        driver.GRACE = 1.0
-        return Ray(job, [None] * count)
+        driver.SHUTDOWN_GRACE = 1.0
+        return RayEngine(job, [None] * count)
 
     return Bench(start, ("driver",) * 2 + ("worker",) * 20 + ("node",), 1.0, size, nodes.kill, {nodes.warm})
 
@@ -209,7 +209,7 @@ class Story:
         """The exit status of a run, negative where it was killed, be it in its own event number `fatal`."""
         child = os.fork()
         if not child:
-            self._live(fatal)
+            self._run_heartbeat(fatal)
         self.bench.sessions.add(child)
         handle, end = os.pidfd_open(child), time.monotonic() + PATIENT
         try:
@@ -237,13 +237,13 @@ class Story:
             opens = Doomed(self.model, self.orders, self.folder)
             requests = [Request("a cat", seed=k, num_inference_steps=2 + k % 3) for k in range(self.bench.size)]
             job = job_in(self.folder, self.pipe, requests=requests, **ALIKE)
-            status = go(job, self.pipe, start=lambda job: self.bench.start(replace(job, open=opens)))
+            status = go(job, self.pipe, start=lambda job: self.bench.start(replace(job, load_pipeline=opens)))
             sys.stderr.flush()
         finally:
             os._exit(status)
 
     def _more(self) -> bool:
-        return self.orders.counts().total() < self.kills
+        return self.orders.counts().num_expansions() < self.kills
 
     def _node_first(self) -> bool:
         """Is a node the first to be killed, so that few kills are enough to see one die?"""
@@ -290,11 +290,11 @@ def kill(bench: Bench, pipe: Pipeline, model: Path, folder: Path, kills: int, na
     quiet = Story(replace(inline(), size=bench.size), pipe, model, folder / "undisturbed", orders, random.Random(0))
     assert quiet.life() == 0
     undisturbed = outcome(quiet.folder)
-    while orders.counts().total() < kills:
+    while orders.counts().num_expansions() < kills:
         job += 1
         story = Story(bench, pipe, model, folder / str(job), orders, random.Random(f"{name} {job}"), kills)
-        lives += story.live()
+        lives += story.is_alive()
         assert outcome(story.folder) == undisturbed, f"job {job}"
     told = ", ".join(f"{kind} {count}" for kind, count in sorted(orders.counts().items()))
-    total, seconds = orders.counts().total(), time.monotonic() - begun
+    total, seconds = orders.counts().num_expansions(), time.monotonic() - begun
     return f"{name}: {total} kills ({told}) in {job} jobs, {lives} runs, {seconds:.0f} s: all ended right"

@@ -21,7 +21,7 @@ def line_of(number, request, **changes):
         "sha256": "0" * 64,
         "line": number + 1,
         "seconds": 0.5,
-        "request": request.record(),
+        "request": request.to_record(),
         **changes,
     }
     return json.loads(json.dumps(line))

@@ -11,8 +11,8 @@ import pytest
 import yaml
 from folders import go, job_in
 
-from ldm.data.folders import open_source
-from ldm.data.samples import Columns, Options
+from ldm.data.folders import open_image_sources
+from ldm.data.samples import ColumnNames, SourceOptions
 from ldm.jobs import exports
 from ldm.request import Request
 
@@ -85,16 +85,16 @@ def test_datasets_opens_the_folder_with_its_pictures(job, lines, export, tmp_pat
         assert without(row, "image") == without(told(line), "prompt", "image", "mask")
 
 
-@pytest.mark.parametrize("kind", exports.KINDS)
+@pytest.mark.parametrize("kind", exports.EXPORT_FORMATS)
 def test_our_own_trainer_reads_it(job, lines, export, kind):
-    source = open_source([export(job, kind)])
-    assert not source.faults
+    source = open_image_sources([export(job, kind)])
+    assert not source.issues
     wanted = {(job / line["file"]).read_bytes(): line["request"]["prompt"].strip() for line in lines}
-    assert {sample.open(): sample.caption for sample in source.samples} == wanted
+    assert {sample.read_bytes(): sample.caption for sample in source.samples} == wanted
     assert len({sample.key for sample in source.samples}) == len(lines)
 
 
-@pytest.mark.parametrize("kind", exports.KINDS)
+@pytest.mark.parametrize("kind", exports.EXPORT_FORMATS)
 def test_check_audits_it(job, export, ldm_, tiny, tmp_path, kind):
     values = {
         "objective": {"kind": "tune", "pretrained_model_name_or_path": str(tiny), "method": "lora"},
@@ -111,7 +111,7 @@ def test_check_audits_it(job, export, ldm_, tiny, tmp_path, kind):
     assert found["forecast"]["pictures"] == len(PROMPTS) + 1
 
 
-@pytest.mark.parametrize("kind", exports.KINDS)
+@pytest.mark.parametrize("kind", exports.EXPORT_FORMATS)
 def test_the_same_pictures_give_the_same_bytes_whoever_drew_them_and_in_whichever_order(job, export, tmp_path, kind):
     other = shutil.copytree(job, tmp_path / "other")
     whole = (other / "manifest.jsonl").read_text().splitlines(keepends=True)
@@ -139,7 +139,7 @@ def test_a_row_group_is_of_modest_size(job, lines, export, monkeypatch):
 def test_every_field_of_a_request_is_a_column():
     import pyarrow as pa
 
-    names = {name for name, _ in exports.columns(pa)}
+    names = {name for name, _ in exports.build_parquet_columns(pa)}
     request = {field.name for field in fields(Request)} - {"prompt", "latents", "image", "mask"}
     assert names == request | {"image", "id", "text", "model", "begun_from_image", "begun_from_mask"}
 
@@ -150,7 +150,7 @@ DAMAGES = {
 }
 
 
-@pytest.mark.parametrize("kind", exports.KINDS)
+@pytest.mark.parametrize("kind", exports.EXPORT_FORMATS)
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_picture_that_is_not_as_it_was_finished_is_named_and_nothing_is_written(
     job, lines, refused, tmp_path, kind, damage
@@ -193,7 +193,7 @@ def test_what_cannot_be_exported_is_refused_in_one_line(job, refused, tmp_path, 
     assert sorted(tmp_path.rglob("*")) == before
 
 
-@pytest.mark.parametrize("kind", exports.KINDS)
+@pytest.mark.parametrize("kind", exports.EXPORT_FORMATS)
 def test_a_disk_that_takes_no_more_is_one_line_and_leaves_nothing(job, ldm_, tmp_path, kind):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4000, hard))  # bytes of a file
@@ -201,7 +201,7 @@ def test_a_disk_that_takes_no_more_is_one_line_and_leaves_nothing(job, ldm_, tmp
         status, out, err = ldm_("export", job, "--to", kind, "--out", tmp_path / "data")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    file = tmp_path / "data" / f"000000.{exports.KINDS[kind][0]}"
+    file = tmp_path / "data" / f"000000.{exports.EXPORT_FORMATS[kind][0]}"
     assert (status, out, err) == (1, "", f"error: {file}: File too large\n") and not os.listdir(tmp_path)
 
 
@@ -216,9 +216,9 @@ def test_memory_does_not_grow_with_the_shards(job, lines, tmp_path):
         line = {**lines[0], "id": f"{k:024x}", "file": "images/one.png", "sha256": hashlib.sha256(data).hexdigest()}
         names.append(json.dumps(line) + "\n")
     (folder / "manifest.jsonl").write_text("".join(names))
-    for kind in exports.KINDS:
+    for kind in exports.EXPORT_FORMATS:
         tracemalloc.start()
-        exports.export(folder, tmp_path / kind, kind, 300, lambda n, of: None)
+        exports.export_job(folder, tmp_path / kind, kind, 300, lambda n, of: None)
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         assert peak < 2.5 * exports.GROUP_BYTES, kind
@@ -232,12 +232,16 @@ def test_a_folder_of_parquet_files_from_elsewhere(tmp_path):
     rows = [{"photo": b"one", "alt": " first ", "mask": b"m"}, {"photo": b"two", "alt": None, "mask": None}]
     rows.append({"photo": None, "alt": "third", "mask": None})
     parquet.write_table(pa.Table.from_pylist(rows), tmp_path / "train.parquet", row_group_size=2)
-    options = Options(Columns("photo", "alt"), "file")
-    first, third = (source := open_source([tmp_path], options)).samples
-    assert (first.caption, first.open(), first.mask()) == ("first", b"one", b"m") and third.mask is None
-    assert [(fault.kind, fault.key) for fault in source.faults] == [("no caption", "train.parquet:0000001")]
+    options = SourceOptions(ColumnNames("photo", "alt"), "file")
+    first, third = (source := open_image_sources([tmp_path], options)).samples
+    assert (first.caption, first.read_bytes(), first.read_mask()) == ("first", b"one", b"m") and third.read_mask is None
+    assert [(fault.kind, fault.key) for fault in source.issues] == [("no caption", "train.parquet:0000001")]
     with pytest.raises(OSError, match=r"train\.parquet: row 0 of 'photo' holds no picture"):
-        third.open()
-    assert open_source([tmp_path], Options(Columns("photo", "alx"))).faults[0].what.endswith("did you mean 'alt'?")
+        third.read_bytes()
+    assert (
+        open_image_sources([tmp_path], SourceOptions(ColumnNames("photo", "alx")))
+        .issues[0]
+        .what.endswith("did you mean 'alt'?")
+    )
     (tmp_path / "train.parquet").write_bytes((tmp_path / "train.parquet").read_bytes()[:-9])
-    assert [fault.kind for fault in open_source([tmp_path], options).faults] == ["torn data set"]
+    assert [fault.kind for fault in open_image_sources([tmp_path], options).issues] == ["torn data set"]

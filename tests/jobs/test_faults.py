@@ -109,7 +109,9 @@ GOES_ON = {
     "a lease is a folder": lambda f: lease(f, None),
     "a lease from the future": lambda f: lease(f, b"", 5 * DECADES),
     "a lease from long ago": lambda f: lease(f, b"", 0),
-    "a dead worker of this machine": lambda f: beat(f, json.dumps({"boot": leases.BOOT.read_text().strip()}).encode()),
+    "a dead worker of this machine": lambda f: beat(
+        f, json.dumps({"boot": leases.BOOT_ID_PATH.read_text().strip()}).encode()
+    ),
     "a dead worker of another machine": lambda f: beat(f, FAR),
     "a dead worker whose clock ran ahead": lambda f: beat(f, FAR, 5 * DECADES),
     "a dead worker whose clock stood at zero": lambda f: beat(f, FAR, 0),
@@ -197,10 +199,10 @@ def full(number, at):
 DISK = {
     "full, at the first picture": (errno.ENOSPC, 0, Image.Image, "save"),
     "full, at the third picture": (errno.ENOSPC, 2, Image.Image, "save"),
-    "failing, at a flush of a picture": (errno.EIO, 6, publishing, "sync"),
-    "full, at the second line": (errno.ENOSPC, 1, manifest, "append"),
+    "failing, at a flush of a picture": (errno.EIO, 6, publishing, "fsync_path"),
+    "full, at the second line": (errno.ENOSPC, 1, manifest, "append_manifest_record"),
     "read-only, from the beginning": (errno.EROFS, 0, publishing.Path, "mkdir"),
-    "no more open files, at a line": (errno.EMFILE, 3, manifest, "append"),
+    "no more open files, at a line": (errno.EMFILE, 3, manifest, "append_manifest_record"),
 }
 
 
@@ -212,7 +214,7 @@ def test_a_disk_that_is_full_or_fails_is_one_line_and_what_was_finished_stays(
     with monkeypatch.context() as poor:
         poor.setattr(owner, name, full(number, at)(getattr(owner, name)))
         if owner is manifest:
-            poor.setattr("ldm.jobs.worker.append", manifest.append)
+            poor.setattr("ldm.jobs.worker.append_manifest_record", manifest.append_manifest_record)
         assert go(job_in(folder, pipe, batch_size=1), pipe) == 1
     err = capsys.readouterr().err.splitlines()
     assert len(err) == 1 and err[0].startswith("error: ") and err[0].endswith(os.strerror(number))

@@ -39,7 +39,7 @@ class Scripts(HTMLParser):
     def __init__(self, page):
         super().__init__()
         self.texts, self.inside = [], False
-        self.feed(page)
+        self.prefetcher(page)
 
     def handle_starttag(self, tag, attributes):
         self.inside = tag == "script"
@@ -66,12 +66,12 @@ def read_page(folder):
 
 @pytest.mark.parametrize("chunk", [2, 5000])
 def test_the_page_s_data_are_the_manifest_s_whatever_the_prompts(tmp_path, monkeypatch, chunk):
-    monkeypatch.setattr(gallery, "CHUNK", chunk)
+    monkeypatch.setattr(gallery, "ROWS_PER_CHUNK", chunk)
     interval = (0.5, None)
     requests = [replace(SETTLED, prompt=text, seed=2**62 + k) for k, text in enumerate(NASTY)]
     requests[1] = replace(requests[1], guidance_interval=interval, seed=3)
     lines = write_job(tmp_path, requests)
-    assert gallery.write(tmp_path) == tmp_path / "index.html"
+    assert gallery.write_gallery(tmp_path) == tmp_path / "index.html"
     header, entries = read_page(tmp_path)
     assert len(header["chunks"]) == -(-len(NASTY) // chunk) and header["count"] == len(entries) == len(lines)
     for line, entry in zip(lines, entries, strict=True):
@@ -84,14 +84,14 @@ def test_the_page_s_data_are_the_manifest_s_whatever_the_prompts(tmp_path, monke
 @pytest.mark.parametrize("text", NASTY)
 def test_what_all_pictures_share_ends_no_script_whatever_it_is(tmp_path, text):
     write_job(tmp_path, [replace(SETTLED, prompt=text, seed=k) for k in range(2)], draw=False, model=text)
-    gallery.write(tmp_path)
+    gallery.write_gallery(tmp_path)
     header, _ = read_page(tmp_path)
     assert header["common"]["prompt"] == header["common"]["model"] == text
 
 
 def test_what_all_pictures_share_is_told_once(tmp_path):
     write_job(tmp_path, [replace(SETTLED, seed=k) for k in range(5)])
-    gallery.write(tmp_path)
+    gallery.write_gallery(tmp_path)
     header, _ = read_page(tmp_path)
     assert set(header["columns"]) == {"id", "file", "line", "seed"}
     assert header["summary"] == "tiny · dpmpp_2m · trailing · steps 6 · guidance 3.0 · 48 × 32"
@@ -101,7 +101,7 @@ def test_the_same_job_gives_the_same_bytes_and_a_grown_one_leaves_nothing_behind
     lines = write_job(tmp_path, [replace(SETTLED, seed=k) for k in range(4)])
 
     def files():
-        gallery.write(tmp_path)
+        gallery.write_gallery(tmp_path)
         return {
             p.relative_to(tmp_path): (p.read_bytes(), p.stat().st_mtime_ns) for p in tmp_path.rglob("*") if p.is_file()
         }
@@ -110,7 +110,7 @@ def test_the_same_job_gives_the_same_bytes_and_a_grown_one_leaves_nothing_behind
     assert {p: data for p, (data, _) in first.items()} == {p: data for p, (data, _) in again.items()}
     assert [p for p in first if first[p][1] != again[p][1]] == [Path("index.html")]  # thumbnails were made once
     (tmp_path / "manifest.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines[:3]))
-    header, _ = (gallery.write(tmp_path), read_page(tmp_path))[1]
+    header, _ = (gallery.write_gallery(tmp_path), read_page(tmp_path))[1]
     assert [f"index.data/{p.name}" for p in (tmp_path / "index.data").iterdir()] == header["chunks"]
 
 
@@ -120,7 +120,7 @@ def test_a_manifest_cut_at_any_byte_shows_its_whole_lines(tmp_path):
     ends = [k for k in range(len(whole)) if whole[k : k + 1] == b"\n"]
     for cut in {*range(0, len(whole), 17), *ends, *(end + 1 for end in ends)}:
         (tmp_path / "manifest.jsonl").write_bytes(whole[:cut])
-        assert len(gallery.read(tmp_path)[0]) == sum(cut > end for end in ends)
+        assert len(gallery.read_finished_records(tmp_path)[0]) == sum(cut > end for end in ends)
 
 
 def test_a_picture_outlives_a_failure_in_whichever_file_and_order_they_are_told(tmp_path):
@@ -138,7 +138,7 @@ def test_a_picture_outlives_a_failure_in_whichever_file_and_order_they_are_told(
         folder.mkdir()
         for name, lines in files.items():
             (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-        lines, count = gallery.read(folder)
+        lines, count = gallery.read_finished_records(folder)
         assert (len(lines), count) == ((1, 0) if wanted == "done" else (0, 1)), files
 
 
@@ -146,7 +146,7 @@ def test_pictures_stand_in_the_order_of_the_source_and_failures_are_counted(tmp_
     lines = write_job(tmp_path, [replace(SETTLED, seed=k) for k in range(4)])
     lines[1] = {**lines[1], "status": "failed", "reason": "black picture"}
     (tmp_path / "manifest.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines[::-1]))
-    gallery.write(tmp_path)
+    gallery.write_gallery(tmp_path)
     header, entries = read_page(tmp_path)
     assert header["failed"] == 1 and [entry["seed"] for entry in entries] == [0, 2, 3]
 
@@ -155,8 +155,8 @@ def test_a_thumbnail_is_the_picture_shrunk_never_enlarged_and_a_broken_picture_h
     sizes = [(1024, 512), (64, 128), (48, 32)]
     lines = write_job(tmp_path, [replace(SETTLED, seed=k, width=w, height=h) for k, (w, h) in enumerate(sizes)])
     (tmp_path / lines[2]["file"]).write_bytes(b"torn")
-    gallery.write(tmp_path)
-    small = [gallery.thumb(tmp_path, line) for line in lines]
+    gallery.write_gallery(tmp_path)
+    small = [gallery.thumbnail_path(tmp_path, line) for line in lines]
     assert [Image.open(path).size for path in small[:2]] == [(256, 128), (64, 128)] and not small[2].exists()
     for path, colour in zip(small[:2], COLOURS, strict=False):
         assert np.abs(np.asarray(Image.open(path)).astype(int) - colour).max() < 8
@@ -164,7 +164,7 @@ def test_a_thumbnail_is_the_picture_shrunk_never_enlarged_and_a_broken_picture_h
 
 
 def test_a_folder_without_a_manifest_is_refused_by_name(tmp_path):
-    for make in (gallery.write, lambda folder: grids.write(folder, ["seed"])):
+    for make in (gallery.write_gallery, lambda folder: grids.write_contact_sheets(folder, ["seed"])):
         with pytest.raises(ValueError, match=r"no manifest\.jsonl"):
             make(tmp_path)
     assert not list(tmp_path.iterdir())
@@ -173,8 +173,10 @@ def test_a_folder_without_a_manifest_is_refused_by_name(tmp_path):
 def test_every_field_of_a_request_is_an_option_of_generate_or_stated_to_have_none():
     generate = get_command(cli.app).commands["generate"]
     options = {option for parameter in generate.params for option in parameter.opts}
-    assert set(gallery.OPTIONS.values()) <= options and set(gallery.OPTIONS) <= set(gallery.RECORD)
-    untold = set(gallery.RECORD) - set(gallery.OPTIONS)
+    assert set(gallery.GENERATE_OPTIONS.values()) <= options and set(gallery.GENERATE_OPTIONS) <= set(
+        gallery.REQUEST_FIELDS
+    )
+    untold = set(gallery.REQUEST_FIELDS) - set(gallery.GENERATE_OPTIONS)
     pictures = {"image", "mask"}  # of which a manifest has the fingerprint
     sdxl = {"original_size", "crops_coords_top_left", "target_size"}
     assert untold == {"prompt", "clip_skip", *pictures, *sdxl}
@@ -182,7 +184,7 @@ def test_every_field_of_a_request_is_an_option_of_generate_or_stated_to_have_non
 
 def test_the_template_is_part_of_the_package():
     data = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]
-    assert gallery.TEMPLATE.name in data["ldm.jobs"] and gallery.TEMPLATE.is_file()
+    assert gallery.GALLERY_TEMPLATE.name in data["ldm.jobs"] and gallery.GALLERY_TEMPLATE.is_file()
 
 
 # ---- In a browser, where there is one ----
@@ -208,7 +210,7 @@ def show(browser, tmp_path):
     """Opens the page of a job's folder by its file name; the browser must not complain of anything meanwhile."""
 
     def run(address=""):
-        gallery.write(tmp_path)
+        gallery.write_gallery(tmp_path)
         browser.open(tmp_path / "index.html", address, READY)
         return browser
 
@@ -388,7 +390,7 @@ def test_the_command_and_the_json_of_a_picture_draw_it_again(show, ldm_, tiny, p
     lines = write_job(tmp_path, requests, model=str(tiny))
     pictures = pipe.generate(requests)
     for line, picture, request in zip(lines, pictures, requests, strict=True):
-        save_png(picture, tmp_path / line["file"], pipe.texts_of(request, "tiny"))
+        save_png(picture, tmp_path / line["file"], pipe.metadata(request, "tiny"))
     page = show()
     for k, picture in enumerate(pictures):
         page.run(f"open({k})")

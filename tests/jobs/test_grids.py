@@ -19,8 +19,8 @@ def shown(sheet, rows, columns):
     found = []
     for i in range(rows):
         for j in range(columns):
-            x = sheet.width - sheets.MARGIN - (columns - j) * (64 + sheets.GAP)
-            y = sheet.height - sheets.MARGIN - (rows - i) * (64 + sheets.GAP)
+            x = sheet.width - sheets.SHEET_MARGIN - (columns - j) * (64 + sheets.CELL_GAP)
+            y = sheet.height - sheets.SHEET_MARGIN - (rows - i) * (64 + sheets.CELL_GAP)
             cell = np.asarray(sheet)[y : y + 64, x : x + 64].reshape(-1, 3)
             assert (cell == cell[0]).all(), (i, j)
             found.append(tuple(map(int, cell[0])))
@@ -29,7 +29,7 @@ def shown(sheet, rows, columns):
 
 def drawn(folder, words):
     """The sheets of a folder, and their titles."""
-    pictures = [Image.open(path) for path in grids.write(folder, grids.axes(words))]
+    pictures = [Image.open(path) for path in grids.write_contact_sheets(folder, grids.parse_grid_axes(words))]
     return pictures, [picture.text["Title"] for picture in pictures]
 
 
@@ -41,7 +41,9 @@ def test_a_sheet_shows_each_picture_at_its_place_and_grey_where_there_is_none(tm
     a, b, c, d, _, f = [COLOURS[k % 4] for k in range(6)]
     assert shown(sheet, 2, 3) == [[c, b, a], [f, GREY, d]] and title == ""  # numbers in their order
     dark = np.asarray(sheet).max(-1) < 100
-    assert dark[: sheets.MARGIN + sheets.LINE].any() and dark[:, : sheets.LABEL].any()  # both axes are labelled
+    assert (
+        dark[: sheets.SHEET_MARGIN + sheets.LINE_HEIGHT].any() and dark[:, : sheets.ROW_LABEL_WIDTH].any()
+    )  # both axes are labelled
     (turned,), _ = drawn(tmp_path, "prompt,seed")
     assert shown(turned, 3, 2) == [[c, f], [b, GREY], [a, d]]
     assert sorted(path.name for path in (tmp_path / "grids").iterdir()) == ["prompt-seed", "seed-prompt"]
@@ -67,8 +69,8 @@ def test_the_title_stands_above_the_labels_of_the_columns(tmp_path):
     (bare, titled), titles = drawn(tmp_path, "seed")
     assert titles == ["", "a cat"] and titled.width == bare.width
     more = titled.height - bare.height
-    assert more == sheets.LINE + sheets.GAP
-    line = np.s_[sheets.MARGIN : sheets.MARGIN + sheets.LINE]
+    assert more == sheets.LINE_HEIGHT + sheets.CELL_GAP
+    line = np.s_[sheets.SHEET_MARGIN : sheets.SHEET_MARGIN + sheets.LINE_HEIGHT]
     assert (np.asarray(titled)[line].min(-1) < 100).any()
     assert (np.asarray(titled)[more:][line] == np.asarray(bare)[line]).all()
 
@@ -81,7 +83,7 @@ def test_written_again_after_the_job_has_grown_nothing_old_is_left(tmp_path):
     drawn(tmp_path, "seed")
     assert [path.read_bytes() for path in (tmp_path / "grids" / "seed").iterdir()] == [first]
     (tmp_path / "manifest.jsonl").write_text("")
-    assert grids.write(tmp_path, ["size"]) == [] and not (tmp_path / "grids" / "size").exists()
+    assert grids.write_contact_sheets(tmp_path, ["size"]) == [] and not (tmp_path / "grids" / "size").exists()
 
 
 @pytest.mark.parametrize(
@@ -93,7 +95,7 @@ def test_written_again_after_the_job_has_grown_nothing_old_is_left(tmp_path):
     ],
 )
 def test_axes_have_either_name(words, fields):
-    assert grids.axes(words) == fields
+    assert grids.parse_grid_axes(words) == fields
 
 
 @pytest.mark.parametrize(
@@ -107,7 +109,7 @@ def test_axes_have_either_name(words, fields):
 )
 def test_axes_that_are_none_are_refused(words, said):
     with pytest.raises(ValueError, match=re.escape(said)):
-        grids.axes(words)
+        grids.parse_grid_axes(words)
 
 
 @pytest.mark.parametrize(
@@ -115,18 +117,18 @@ def test_axes_that_are_none_are_refused(words, said):
     [(5, 1000, "--grid seed: more than 5 sheets, one for each prompt"), (100, 3, "--grid seed: more than 3 cells")],
 )
 def test_sheets_that_are_too_many_or_too_large_are_refused(tmp_path, monkeypatch, sheets_, cells, said):
-    monkeypatch.setattr(grids, "SHEETS", sheets_)
-    monkeypatch.setattr(grids, "CELLS", cells)
-    asked = [(replace(SETTLED, prompt=p, seed=s).record(), None) for p in "abcdef" for s in range(4)]
+    monkeypatch.setattr(grids, "MAX_SHEETS", sheets_)
+    monkeypatch.setattr(grids, "MAX_CELLS", cells)
+    asked = [(replace(SETTLED, prompt=p, seed=s).to_record(), None) for p in "abcdef" for s in range(4)]
     few = [entry for entry in asked if entry[0]["prompt"] in "abcde" and entry[0]["seed"] < 3]
-    assert len(grids.layout(few, ["seed"])) == 5
+    assert len(grids.layout_sheets(few, ["seed"])) == 5
     entries = iter(asked)
     with pytest.raises(ValueError, match=re.escape(said)):
-        grids.layout(entries, ["seed"])
+        grids.layout_sheets(entries, ["seed"])
     assert next(entries, None) is not None  # it looks no further
 
 
 def test_a_sheet_of_few_pictures_far_apart_is_as_large_as_its_cells():
-    scattered = [(replace(SQUARE, seed=k, num_inference_steps=k).record(), None) for k in range(40)]
+    scattered = [(replace(SQUARE, seed=k, num_inference_steps=k).to_record(), None) for k in range(40)]
     with pytest.raises(ValueError, match="more than 1000 cells"):
-        grids.layout(scattered, ["seed", "num_inference_steps"])
+        grids.layout_sheets(scattered, ["seed", "num_inference_steps"])

@@ -59,7 +59,7 @@ def test_pictures_are_the_same_by_any_number_of_workers_of_any_engine(
 
     def drawn():
         job = job_in(folder, pipe)
-        return go(job, pipe, start=lambda job: bench.start(replace(job, open=Opens(tiny))))
+        return go(job, pipe, start=lambda job: bench.start(replace(job, load_pipeline=Opens(tiny))))
 
     for _ in range(2):
         assert os.waitstatus_to_exitcode(fork(drawn)) == 0 and outcome(folder) == undisturbed

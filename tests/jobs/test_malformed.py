@@ -8,9 +8,9 @@ import tracemalloc
 import pytest
 from PIL import Image
 
-from ldm.jobs.kinds import MAX_YAML
-from ldm.jobs.lines import MAX_LINE
-from ldm.jobs.source import open_source
+from ldm.jobs.kinds import MAX_YAML_BYTES
+from ldm.jobs.lines import MAX_LINE_BYTES
+from ldm.jobs.source import open_prompt_source
 from ldm.request import Request
 
 
@@ -42,10 +42,15 @@ CASES = [  # file, content, line (0: the file as a whole), what is said
     ("p.csv", b"prompt\na\0\n", 2, "character 2 is a NUL"),
     ("p.jsonl", '{"prompt": "a\\u0000"}', 1, "must be text without a NUL"),
     ("p.jsonl", line(negative="\ud800"), 2, "prompt: not valid UTF-8"),
-    ("p.txt", b"a\n" + b"b" * (MAX_LINE + 1) + b"\nc", 2, f"longer than {MAX_LINE} bytes"),
-    ("p.csv", b"prompt\n" + b"b" * (MAX_LINE + 1), 2, f"longer than {MAX_LINE} bytes"),
-    ("p.jsonl", b"a" * 2 * MAX_LINE, 1, f"longer than {MAX_LINE} bytes"),
-    ("p.yaml", b"#" + b"a\n#" * (MAX_YAML // 3 + 1), MAX_YAML // 3 + 1, f"more than {MAX_YAML} bytes"),
+    ("p.txt", b"a\n" + b"b" * (MAX_LINE_BYTES + 1) + b"\nc", 2, f"longer than {MAX_LINE_BYTES} bytes"),
+    ("p.csv", b"prompt\n" + b"b" * (MAX_LINE_BYTES + 1), 2, f"longer than {MAX_LINE_BYTES} bytes"),
+    ("p.jsonl", b"a" * 2 * MAX_LINE_BYTES, 1, f"longer than {MAX_LINE_BYTES} bytes"),
+    (
+        "p.yaml",
+        b"#" + b"a\n#" * (MAX_YAML_BYTES // 3 + 1),
+        MAX_YAML_BYTES // 3 + 1,
+        f"more than {MAX_YAML_BYTES} bytes",
+    ),
     # nothing to draw
     ("p.txt", b"", 0, "no prompts in it"),
     ("p.txt", b"\xef\xbb\xbf", 0, "no prompts in it"),
@@ -253,7 +258,7 @@ IDS = [f"{k}-{name}-{said[:40].replace(' ', '_')}" for k, (name, _, _, said) in 
 def test_a_malformed_file_is_one_error_with_its_line(case, pipe):
     path, place, said = case
     with pytest.raises(ValueError) as error:
-        open_source(path, Request("")).check(pipe.resolve)
+        open_prompt_source(path, Request("")).validate(pipe.resolve)
     message = str(error.value)
     assert message.startswith(place) and said in message and "\n" not in message and len(message) < 500
 
@@ -271,7 +276,7 @@ def test_the_command_refuses_it_and_writes_nothing(case, refused, tiny, tmp_path
 )
 def test_what_is_no_file_is_refused(path, said):
     with pytest.raises(ValueError, match=said):
-        open_source(path, Request(""))
+        open_prompt_source(path, Request(""))
 
 
 def test_a_line_of_a_hundred_megabytes_is_refused_without_being_read(tmp_path):
@@ -279,7 +284,7 @@ def test_a_line_of_a_hundred_megabytes_is_refused_without_being_read(tmp_path):
         with (path := tmp_path / name).open("wb") as file:
             file.truncate(100 * 2**20)
         tracemalloc.start()
-        with pytest.raises(ValueError, match=f"{name}:1: longer than {MAX_LINE} bytes"):
-            open_source(path, Request("")).check(lambda request: None)
-        assert tracemalloc.get_traced_memory()[1] < 8 * MAX_LINE
+        with pytest.raises(ValueError, match=f"{name}:1: longer than {MAX_LINE_BYTES} bytes"):
+            open_prompt_source(path, Request("")).validate(lambda request: None)
+        assert tracemalloc.get_traced_memory()[1] < 8 * MAX_LINE_BYTES
         tracemalloc.stop()

@@ -7,7 +7,7 @@ import os
 import pytest
 
 from ldm.jobs.leases import Leases
-from ldm.jobs.manifest import Manifest, append, settle
+from ldm.jobs.manifest import Manifest, append_manifest_record, compact_manifest
 
 
 def line(name, status="done", number=1, **more):
@@ -38,7 +38,7 @@ def test_a_manifest_cut_at_any_byte_says_what_its_whole_lines_say(tmp_path):
 
 def test_a_reader_follows_what_is_appended_joined_and_torn(tmp_path):
     manifest = Manifest(tmp_path)
-    append(tmp_path, "w", line("a", "failed", reason="no"))
+    append_manifest_record(tmp_path, "w", line("a", "failed", reason="no"))
     assert manifest.refresh() == {"a"} and manifest.failed == {"a": "no"}
     with (tmp_path / "manifest-w.jsonl").open("ab") as file:
         text = json.dumps(line("b")).encode()
@@ -47,18 +47,18 @@ def test_a_reader_follows_what_is_appended_joined_and_torn(tmp_path):
         assert manifest.refresh() == set()
         file.write(text[9:] + b"\n")
     assert manifest.refresh() == {"b"} and manifest.done == {"b"}
-    append(tmp_path, "v", line("a"))
+    append_manifest_record(tmp_path, "v", line("a"))
     assert manifest.refresh() == {"a"} and manifest.failed == {} and manifest.done == {"a", "b"}
     drawn(tmp_path, "a", "b")
     with Leases(tmp_path / "leases") as leases:
-        settle(tmp_path, leases)
-    append(tmp_path, "u", line("c"))
+        compact_manifest(tmp_path, leases)
+    append_manifest_record(tmp_path, "u", line("c"))
     assert "c" in manifest.refresh() and manifest.done == {"a", "b", "c"}
 
 
 @pytest.mark.parametrize("written", [0, 5])
 def test_a_line_for_which_there_is_no_room_leaves_none(tmp_path, monkeypatch, written):
-    append(tmp_path, "w", line("a"))
+    append_manifest_record(tmp_path, "w", line("a"))
     before = (tmp_path / "manifest-w.jsonl").read_bytes()
     write = os.write
 
@@ -69,7 +69,7 @@ def test_a_line_for_which_there_is_no_room_leaves_none(tmp_path, monkeypatch, wr
 
     monkeypatch.setattr(os, "write", full)
     with pytest.raises(OSError, match="No space left"):
-        append(tmp_path, "w", line("b"))
+        append_manifest_record(tmp_path, "w", line("b"))
     monkeypatch.undo()
     assert (tmp_path / "manifest-w.jsonl").read_bytes() == before
 
@@ -77,16 +77,16 @@ def test_a_line_for_which_there_is_no_room_leaves_none(tmp_path, monkeypatch, wr
 def test_what_the_dead_wrote_is_joined_by_line_and_what_the_living_write_is_left(tmp_path):
     drawn(tmp_path, *"abcd")
     with Leases(tmp_path / "leases") as leases, Leases(tmp_path / "leases") as living:
-        append(tmp_path, "dead-1", line("b", number=2))
-        append(tmp_path, "dead-2", line("a", number=1))
-        append(tmp_path, "dead-2", line("d", "failed", 4))
-        append(tmp_path, living.worker, line("c", number=3))
-        assert settle(tmp_path, leases, again=lambda name: False) == 0
+        append_manifest_record(tmp_path, "dead-1", line("b", number=2))
+        append_manifest_record(tmp_path, "dead-2", line("a", number=1))
+        append_manifest_record(tmp_path, "dead-2", line("d", "failed", 4))
+        append_manifest_record(tmp_path, living.worker, line("c", number=3))
+        assert compact_manifest(tmp_path, leases, should_retry=lambda name: False) == 0
         names = sorted(path.name for path in tmp_path.glob("manifest*"))
         assert names == [f"manifest-{living.worker}.jsonl", "manifest.jsonl"]
         ids = [json.loads(text)["id"] for text in (tmp_path / "manifest.jsonl").read_text().splitlines()]
         assert ids == ["a", "b", "d"]
-        settle(tmp_path, leases, again=lambda name: True)
+        compact_manifest(tmp_path, leases, should_retry=lambda name: True)
         assert read(tmp_path).failed == {} and read(tmp_path).done == {"a", "b", "c"}
 
 
@@ -95,15 +95,15 @@ def test_lines_whose_pictures_are_gone_or_changed_are_forgotten(tmp_path):
 
     drawn(tmp_path, "a", "b", "c")
     for name in "abcd":
-        append(
+        append_manifest_record(
             tmp_path,
             "w",
             {**line(name), "file": f"images/00/{name}.png", "sha256": hashlib.sha256(name.encode()).hexdigest()},
         )
     (tmp_path / "images" / "00" / "b.png").write_text("B")
     with Leases(tmp_path / "leases") as leases:
-        assert settle(tmp_path, leases) == 1 and read(tmp_path).done == {"a", "b", "c"}
-        assert settle(tmp_path, leases, check=True) == 1 and read(tmp_path).done == {"a", "c"}
+        assert compact_manifest(tmp_path, leases) == 1 and read(tmp_path).done == {"a", "b", "c"}
+        assert compact_manifest(tmp_path, leases, verify_hashes=True) == 1 and read(tmp_path).done == {"a", "c"}
 
 
 def test_drafts_of_the_dead_go_and_those_of_the_living_stay(tmp_path):
@@ -113,5 +113,5 @@ def test_drafts_of_the_dead_go_and_those_of_the_living_stay(tmp_path):
         (folder / f".{name}.png.7.part").write_text("half")
     with Leases(tmp_path / "leases") as leases, Leases(tmp_path / "leases") as living:
         assert living.acquire("c")
-        settle(tmp_path, leases)
+        compact_manifest(tmp_path, leases)
         assert sorted(os.listdir(folder)) == [".c.png.7.part", "a.png"]

@@ -14,7 +14,7 @@ from collections import Counter
 import pytest
 from PIL import Image
 
-from ldm.jobs.source import open_source
+from ldm.jobs.source import open_prompt_source
 from ldm.request import Request
 
 RECORDS = [
@@ -91,9 +91,9 @@ KINDS = {
 
 
 def requests(path, defaults=PLAIN, **options):
-    source = open_source(path, defaults, **options)
+    source = open_prompt_source(path, defaults, **options)
     found = [entry.request for entry in source]
-    assert source.check(lambda request: None) == len(found)
+    assert source.validate(lambda request: None) == len(found)
     return found
 
 
@@ -109,9 +109,9 @@ def test_a_record_is_the_same_request_in_any_kind_of_file(tmp_path, name):
 
 def test_lines_are_those_of_the_file(tmp_path):
     content = "# one\n\na\n  # two\n\n\nb\n"
-    assert [entry.line for entry in open_source(write(tmp_path / "a.txt", content), PLAIN)] == [3, 7]
+    assert [entry.line for entry in open_prompt_source(write(tmp_path / "a.txt", content), PLAIN)] == [3, 7]
     content = 'prompt,seed\na,1\n\n"b\nc",2\nd,3\n'
-    assert [entry.line for entry in open_source(write(tmp_path / "a.csv", content), PLAIN)] == [2, 4, 6]
+    assert [entry.line for entry in open_prompt_source(write(tmp_path / "a.csv", content), PLAIN)] == [2, 4, 6]
 
 
 @pytest.mark.parametrize(
@@ -189,12 +189,12 @@ def test_yaml_is_every_combination_in_the_order_of_the_file(tmp_path):
     content = "prompts: [a, no, 12]\nseeds: [0-2, 7]\nguidance: [1, 2e0]\nsampler: [Euler a, heun]\nsteps: 3\neta: ~\n"
     found = requests(write(tmp_path / "a.yaml", content))
     axes = (["a", "no", "12"], [1.0, 2.0], ["euler_ancestral", "heun"], [0, 1, 2, 7])
-    assert [(r.prompt, r.guidance_scale, r.sampler, r.seed) for r in found] == list(itertools.product(*axes))
+    assert [(r.prompt, r.guidance_scale, r.sampler, r.seed) for r in found] == list(itertools.unscaled_delta(*axes))
     assert {r.num_inference_steps for r in found} == {3}
 
 
 def test_yaml_tells_the_prompt_s_line_and_repeats_one_that_is_counted(tmp_path):
-    source = open_source(write(tmp_path / "a.yml", "seed: 3\ncount: 2\nprompts:\n- a\n- |\n  b\n  c\n"), PLAIN)
+    source = open_prompt_source(write(tmp_path / "a.yml", "seed: 3\ncount: 2\nprompts:\n- a\n- |\n  b\n  c\n"), PLAIN)
     assert [(e.line, e.request.prompt, e.request.seed) for e in source] == [
         (4, "a", 3),
         (4, "a", 4),
@@ -204,9 +204,9 @@ def test_yaml_tells_the_prompt_s_line_and_repeats_one_that_is_counted(tmp_path):
 
 
 def test_a_hundred_million_seeds_are_neither_listed_nor_asked_about(tmp_path):
-    source = open_source(write(tmp_path / "a.yaml", "prompts: [a, b]\nseeds: 5-100000004\n"), PLAIN)
+    source = open_prompt_source(write(tmp_path / "a.yaml", "prompts: [a, b]\nseeds: 5-100000004\n"), PLAIN)
     asked = []
-    assert source.check(asked.append) == 2 * 10**8
+    assert source.validate(asked.append) == 2 * 10**8
     assert sorted((r.prompt, r.seed) for r in asked) == [(p, s) for p in "ab" for s in (5, 100000004)]
     tracemalloc.start()
     assert next(iter(source)).request == Request("a", seed=5)
@@ -273,7 +273,7 @@ def test_all_enumerates_and_one_is_among_them(wildcards, template, texts):
 
 def test_all_draws_each_text_with_each_seed_and_combines_it_with_the_negative_prompt(tmp_path):
     found = requests(write(tmp_path / "p.txt", "{a|b} --n {x|y}"), expand="all", count=2)
-    every = itertools.product("ab", "xy", (0, 1))
+    every = itertools.unscaled_delta("ab", "xy", (0, 1))
     assert [(r.prompt, r.negative_prompt, r.seed) for r in found] == list(every)
 
 
@@ -317,10 +317,10 @@ def test_pictures_lie_beside_the_file_wherever_that_is(tmp_path, pipe):
             tmp_path / name / "p.jsonl", jsonl([{"prompt": "a", "image": "in/x.png", "mask": "in/m.png", "count": 2}])
         )
     one, two = (requests(tmp_path / name / "p.jsonl") for name in ("a", "b"))
-    assert [r.record() for r in one] == [r.record() for r in two]
+    assert [r.to_record() for r in one] == [r.to_record() for r in two]
     resolved = pipe.resolve(one[0])
     assert (resolved.width, resolved.height, resolved.strength) == (48, 32, 1.0)
-    assert resolved.record()["image"]["size"] == [48, 32]
+    assert resolved.to_record()["image"]["size"] == [48, 32]
 
 
 # Checking
@@ -331,7 +331,7 @@ def test_each_fault_is_told_with_its_line_and_what_is_beyond_five_is_counted(tmp
     faults = [{"prompt": "a", "guidance": float("nan")}, {"prompt": "b", "width": 30}, {"prompt": "(a:1000)"}]
     path = write(tmp_path / "p.jsonl", jsonl([good, *faults, good]))
     with pytest.raises(ValueError) as error:
-        open_source(path, PLAIN).check(pipe.resolve)
+        open_prompt_source(path, PLAIN).validate(pipe.resolve)
     first, second, third = str(error.value).split("; ")
     assert first == f"{path}:2: guidance nan: must be from 0 to 1000"
     assert second.startswith(f"{path}:3: width 30: must be a multiple of 4") and third.startswith(
@@ -339,23 +339,23 @@ def test_each_fault_is_told_with_its_line_and_what_is_beyond_five_is_counted(tmp
     )
     write(path, jsonl(faults * 3))
     with pytest.raises(ValueError) as error:
-        open_source(path, PLAIN).check(pipe.resolve)
+        open_prompt_source(path, PLAIN).validate(pipe.resolve)
     assert str(error.value).endswith("; and 4 more") and str(error.value).count(f"{path}:") == 5
 
 
 def test_the_last_of_counted_seeds_is_asked_about_and_every_text_of_a_wildcard(tmp_path, pipe):
     path = write(tmp_path / "p.jsonl", jsonl([{"prompt": "a", "seed": 2**63 - 3, "count": 3}]))
-    assert open_source(path, PLAIN).check(pipe.resolve) == 3
+    assert open_prompt_source(path, PLAIN).validate(pipe.resolve) == 3
     write(path, jsonl([{"prompt": "a", "seed": 2**63 - 3, "count": 4}]))
     with pytest.raises(ValueError, match=f":1: seed {2**63}: must be"):
-        open_source(path, PLAIN).check(pipe.resolve)
+        open_prompt_source(path, PLAIN).validate(pipe.resolve)
     write(path, jsonl([{"prompt": "{a|b|c|(d:1000)}", "count": 40}]))
     with pytest.raises(ValueError, match=":1: prompt weight 1000"):
-        open_source(path, PLAIN).check(pipe.resolve)
+        open_prompt_source(path, PLAIN).validate(pipe.resolve)
 
 
 def test_a_source_goes_to_other_processes(wildcards):
-    source = open_source(write(wildcards / "p.txt", "__colour__ a --d 1-9"), PLAIN)
+    source = open_prompt_source(write(wildcards / "p.txt", "__colour__ a --d 1-9"), PLAIN)
     assert list(pickle.loads(pickle.dumps(source))) == list(source)
 
 
@@ -368,7 +368,7 @@ def test_a_hundred_thousand_lines_leave_no_more_behind_than_a_thousand(tmp_path)
         if number % 1000 == 0:
             held[number] = sys.getallocatedblocks()
 
-    assert open_source(path, PLAIN).check(probe) == 100_000 and len(held) == 100
+    assert open_prompt_source(path, PLAIN).validate(probe) == 100_000 and len(held) == 100
     assert max(held.values()) < held[1000] + 5000
 
 
@@ -376,11 +376,11 @@ def test_a_hundred_thousand_lines_leave_no_more_behind_than_a_thousand(tmp_path)
 def test_no_kind_of_file_is_held_whole(tmp_path, name):
     path = write(tmp_path / name, KINDS[name]([{"prompt": f"{k} {'cat ' * 4000}"} for k in range(2000)]))
     tracemalloc.start()
-    open_source(path, PLAIN).check(lambda request: None)
+    open_prompt_source(path, PLAIN).validate(lambda request: None)
     assert tracemalloc.get_traced_memory()[1] < 2**23 < 2000 * 16000
     tracemalloc.stop()
 
 
 def test_entries_are_given_while_the_file_is_still_read(tmp_path):
     path = write(tmp_path / "a.txt", text_of(["a"] * 100_000) + "{\n")
-    assert [entry.line for entry in itertools.islice(open_source(path, PLAIN), 3)] == [1, 2, 3]
+    assert [entry.line for entry in itertools.islice(open_prompt_source(path, PLAIN), 3)] == [1, 2, 3]

@@ -14,17 +14,17 @@ from folders import ITEMS, REQUESTS, go, job_in, outcome
 from PIL import Image
 
 from ldm.jobs import worker
-from ldm.jobs.engines import Inline
-from ldm.jobs.worker import Entry, fitting
+from ldm.jobs.engines import InlineEngine
+from ldm.jobs.worker import PromptEntry, fit_batch_size
 from ldm.request import Request
-from ldm.scheduler import Scheduler, Thrifty
+from ldm.scheduler import BatchScheduler, MicroBatcher
 
 BATCHES = range(1, 9) if os.environ.get("LDM_STRESS_KILLS") else (1, 3, 8)  # scripts/stress_batch.py does all
 
 
 def pixels(pipe, requests, **options):
     """The pictures of requests in their order, by a scheduler of their own."""
-    return pixels_of(Scheduler(pipe.model, pipe.texts, **options), pipe, requests)
+    return pixels_of(BatchScheduler(pipe.model, pipe.prompt_encoder, **options), pipe, requests)
 
 
 def pixels_of(scheduler, pipe, requests):
@@ -34,31 +34,33 @@ def pixels_of(scheduler, pipe, requests):
 
 @pytest.fixture(scope="module")
 def alone(pipe):
-    return {fixed: [pixels(pipe, [r], batch_size=1, fixed=fixed)[0] for r in REQUESTS] for fixed in (None, 16)}
+    return {fixed: [pixels(pipe, [r], batch_size=1, pad_to=fixed)[0] for r in REQUESTS] for fixed in (None, 16)}
 
 
 @pytest.mark.parametrize("batch_size", BATCHES)
 def test_pictures_are_the_same_in_any_batch_and_order_and_strict_ones_bit_for_bit(pipe, alone, batch_size):
-    for order, (fixed, near) in itertools.product(([*range(7)], [5, 2, 6, 0, 3, 1, 4]), ((None, 1), (16, 0))):
-        found = pixels(pipe, [REQUESTS[k] for k in order], batch_size=batch_size, fixed=fixed)
+    for order, (fixed, near) in itertools.unscaled_delta(([*range(7)], [5, 2, 6, 0, 3, 1, 4]), ((None, 1), (16, 0))):
+        found = pixels(pipe, [REQUESTS[k] for k in order], batch_size=batch_size, pad_to=fixed)
         assert max(np.abs(a - alone[fixed][k]).max() for k, a in zip(order, found, strict=True)) <= near
 
 
 def test_strict_calls_are_of_one_size(pipe, monkeypatch):
     seen = set()
-    scheduler = Scheduler(pipe.model, pipe.texts, 8, fixed=16)
-    ask, decode = scheduler.calls.function, scheduler.decodes.function
-    monkeypatch.setattr(scheduler.calls, "function", lambda x, *rest: seen.add(("call", len(x))) or ask(x, *rest))
-    monkeypatch.setattr(scheduler.decodes, "function", lambda x: seen.add(("decode", len(x))) or decode(x))
+    scheduler = BatchScheduler(pipe.model, pipe.prompt_encoder, 8, pad_to=16)
+    ask, decode = scheduler.batched_unet.function, scheduler.batched_decode.function
+    monkeypatch.setattr(
+        scheduler.batched_unet, "function", lambda x, *rest: seen.add(("call", len(x))) or ask(x, *rest)
+    )
+    monkeypatch.setattr(scheduler.batched_decode, "function", lambda x: seen.add(("decode", len(x))) or decode(x))
     list(scheduler.run(map(pipe.resolve, REQUESTS), lambda share: None))
     assert seen == {("call", 16), ("decode", 1)}
 
 
-@pytest.mark.parametrize("where", ["calls", "decodes"])
+@pytest.mark.parametrize("where", ["batched_unet", "batched_decode"])
 def test_where_memory_runs_out_the_same_pictures_are_drawn_by_fewer_at_a_time(pipe, alone, where):
     """No step that was finished is done again: the network answers as often as it would have, in more parts."""
     requests = [replace(REQUESTS[0], seed=k, num_inference_steps=1 + k // 4) for k in range(8)]
-    plain, poor = (Scheduler(pipe.model, pipe.texts, 8) for _ in range(2))
+    plain, poor = (BatchScheduler(pipe.model, pipe.prompt_encoder, 8) for _ in range(2))
     wanted, rows, whole = pixels_of(plain, pipe, requests), [], []
     ask, inner = getattr(poor, where).function, getattr(plain, where).function
 
@@ -73,21 +75,21 @@ def test_where_memory_runs_out_the_same_pictures_are_drawn_by_fewer_at_a_time(pi
     pixels_of(plain, pipe, requests)
     found = pixels_of(poor, pipe, requests)
     assert max(np.abs(a - b).max() for a, b in zip(found, wanted, strict=True)) <= 1
-    assert max(rows) <= 3 < max(whole) and sum(rows) == sum(whole) and getattr(poor, where).limit <= 3
+    assert max(rows) <= 3 < max(whole) and sum(rows) == sum(whole) and getattr(poor, where).max_rows <= 3
 
 
 def test_memory_for_less_than_one_row_is_an_error_and_a_fixed_size_stays():
     def poor(x):
         raise torch.OutOfMemoryError("out")
 
-    for calls in (Thrifty(poor, 8), Thrifty(poor, 8, fixed=True)):
+    for calls in (MicroBatcher(poor, 8), MicroBatcher(poor, 8, pad_to_max=True)):
         with pytest.raises(torch.OutOfMemoryError):
             calls(torch.zeros(8))
-    assert calls.limit == 8
+    assert calls.max_rows == 8
 
 
 def test_requests_are_asked_for_when_there_is_room_and_none_means_not_yet(pipe):
-    scheduler, ahead, finished = Scheduler(pipe.model, pipe.texts, 2), [], 0
+    scheduler, ahead, finished = BatchScheduler(pipe.model, pipe.prompt_encoder, 2), [], 0
 
     def requests():
         for k in range(40):
@@ -104,18 +106,23 @@ def test_requests_are_asked_for_when_there_is_room_and_none_means_not_yet(pipe):
 
 
 def test_the_batch_fits_in_the_free_memory():
-    assert [fitting(free, 3, 5) for free in (0, 10, 20, 10**9)] == [1, 4, 8, worker.MOST] and fitting(100, 5, 5) == 64
+    assert [fit_batch_size(free, 3, 5) for free in (0, 10, 20, 10**9)] == [
+        1,
+        4,
+        8,
+        worker.MAX_BATCH_SIZE,
+    ] and fit_batch_size(100, 5, 5) == 64
 
 
 class Several:
     """An engine of the tests: workers in threads."""
 
     def __init__(self, job, count):
-        self.workers = [Inline(job, [None]) for _ in range(count)]
+        self.workers = [InlineEngine(job, [None]) for _ in range(count)]
 
     @property
     def reasons(self):
-        return [reason for one in self.workers for reason in one.reasons]
+        return [reason for one in self.workers for reason in one.errors]
 
     def poll(self):
         return sum(one.poll() for one in self.workers)
@@ -127,14 +134,14 @@ class Several:
 
 @pytest.mark.parametrize("count, batch_size", [(1, 1), (2, 1), (4, 2), (2, 8)])
 def test_any_number_of_workers_draws_each_item_once(pipe, tmp_path, undisturbed, monkeypatch, count, batch_size):
-    drawn, run = [], Scheduler.run
+    drawn, run = [], BatchScheduler.run
 
     def counted(self, requests, said):
         for index, picture in run(self, requests, said):
             drawn.append(index)
             yield index, picture
 
-    monkeypatch.setattr(Scheduler, "run", counted)
+    monkeypatch.setattr(BatchScheduler, "run", counted)
     job = job_in(tmp_path / "job", pipe, batch_size=batch_size)
     assert go(job, pipe, start=lambda job: Several(job, count)) == 0
     assert outcome(tmp_path / "job") == undisturbed and len(drawn) == ITEMS
@@ -142,26 +149,26 @@ def test_any_number_of_workers_draws_each_item_once(pipe, tmp_path, undisturbed,
 
 def test_what_another_finished_since_one_looked_is_not_taken(pipe, tmp_path):
     job = job_in(tmp_path, pipe)
-    first, second, *_ = job.items(pipe)
-    with job.leases() as leases:
-        feed = worker.Feed(job, pipe, leases, threading.Event(), ahead=1)
+    first, second, *_ = job.iter_items(pipe)
+    with job.open_leases() as leases:
+        feed = worker.Prefetcher(job, pipe, leases, threading.Event(), max_ready=1)
         line = {"id": first.id, "status": "done", "line": 1, "file": "a", "sha256": "0"}
-        worker.append(tmp_path, "other", line)
-        assert not feed._take(first) and leases.free(first.id)
-        assert feed._take(second) and leases.holds(second.id)
+        worker.append_manifest_record(tmp_path, "other", line)
+        assert not feed._try_lease(first) and leases.is_free(first.id)
+        assert feed._try_lease(second) and leases.holds(second.id)
 
 
 def test_a_worker_that_slept_and_was_taken_for_dead_writes_nothing(pipe, tmp_path):
     job = job_in(tmp_path, pipe)
-    item = next(job.items(pipe))
-    with job.leases() as leases:
+    item = next(job.iter_items(pipe))
+    with job.open_leases() as leases:
         for mine in (False, True):
             assert not mine or leases.acquire(item.id)
-            with worker.Writer(job, pipe, leases) as writer:
+            with worker.ImageWriter(job, pipe, leases) as writer:
                 writer.put(item, Image.new("RGB", (32, 32)), 1.0)
-            assert [path.is_file() for path in (tmp_path / item.file("png"), *tmp_path.glob("manifest*"))] == [mine] * (
-                1 + mine
-            )
+            assert [path.is_file() for path in (tmp_path / item.image_path("png"), *tmp_path.glob("manifest*"))] == [
+                mine
+            ] * (1 + mine)
 
 
 def test_an_item_that_is_asked_for_twice_is_drawn_once_and_listed_twice(finished):
@@ -191,7 +198,7 @@ def test_a_job_stops_between_batches_and_goes_on(pipe, tmp_path, undisturbed):
     while not lives or len(list(folder.rglob("*.png"))) < ITEMS:
 
         def start(job):
-            engine = Inline(job, [None])
+            engine = InlineEngine(job, [None])
             before = len(list(folder.rglob("*.png")))
 
             def watch():
@@ -209,7 +216,7 @@ def test_a_job_stops_between_batches_and_goes_on(pipe, tmp_path, undisturbed):
 
 def failing(pipe, monkeypatch, fails):
     """Let drawing fail where `fails(request)`."""
-    start = Scheduler._start
+    start = BatchScheduler._start
 
     def poor(self, members):
         for drawing in members:
@@ -217,7 +224,7 @@ def failing(pipe, monkeypatch, fails):
                 raise RuntimeError("broken\nkernel")
         return start(self, members)
 
-    monkeypatch.setattr(Scheduler, "_start", poor)
+    monkeypatch.setattr(BatchScheduler, "_start", poor)
 
 
 def test_an_item_that_fails_is_recorded_alone_and_drawn_again_by_the_next_run(pipe, tmp_path, monkeypatch, undisturbed):
@@ -237,7 +244,7 @@ def test_a_worker_by_whom_everything_fails_gives_up(pipe, tmp_path, monkeypatch,
     failing(pipe, monkeypatch, lambda request: True)
     assert go(job_in(tmp_path / "job", pipe, requests=requests), pipe) == 1
     assert capsys.readouterr().err.endswith("error: broken kernel\n")
-    assert len(outcome(tmp_path / "job")["manifest"]) == worker.PATIENCE
+    assert len(outcome(tmp_path / "job")["manifest"]) == worker.MAX_CONSECUTIVE_FAILURES
 
 
 def test_a_million_entries_stream(pipe, tmp_path, monkeypatch):
@@ -249,19 +256,23 @@ def test_a_million_entries_stream(pipe, tmp_path, monkeypatch):
         def __iter__(self):
             nonlocal asked
             for asked in itertools.count():
-                yield Entry(asked + 1, replace(REQUESTS[0], seed=asked))
+                yield PromptEntry(asked + 1, replace(REQUESTS[0], seed=asked))
 
     job = replace(job_in(tmp_path, pipe, batch_size=2), entries=Endless())
     stop = threading.Event()
-    monkeypatch.setattr(worker.Writer, "put", lambda self, item, picture, seconds: (drawn.set(), stop.set()))
-    worker.work(job, stop)
+    monkeypatch.setattr(
+        worker.ImageWriter, "put", lambda self, item, picture, seconds: (drawn.set_weights(), stop.set_weights())
+    )
+    worker.run_worker(job, stop)
     assert drawn.is_set() and asked < 40
 
 
 def test_texts_are_encoded_once_for_each_distinct_prompt(pipe, tmp_path, monkeypatch):
-    pipe.texts.clear()
-    asked, ask = [], pipe.texts._encoded.ask
-    monkeypatch.setattr(pipe.texts._encoded, "ask", lambda *chunk: asked.append(chunk) or ask(*chunk))
+    pipe.prompt_encoder.clear()
+    asked, ask = [], pipe.prompt_encoder._encode_chunk.function
+    monkeypatch.setattr(
+        pipe.prompt_encoder._encode_chunk, "function", lambda *chunk: asked.append(chunk) or ask(*chunk)
+    )
     requests = [Request(f"a cat {k % 3}", seed=k, num_inference_steps=1) for k in range(12)]
     assert go(job_in(tmp_path / "job", pipe, requests=requests, batch_size=1), pipe) == 0
     assert len(set(asked)) == 4 and len(asked) <= 5  # the empty one too; two threads may meet at the first
@@ -269,14 +280,14 @@ def test_texts_are_encoded_once_for_each_distinct_prompt(pipe, tmp_path, monkeyp
 
 @pytest.mark.parametrize("output, suffix", [("png", "png"), ("webp", "webp"), ("jpeg", "jpg")])
 def test_every_kind_of_file_keeps_its_texts(pipe, tmp_path, output, suffix):
-    from ldm.jobs.outputs import open_output
+    from ldm.jobs.outputs import read_image_and_metadata
 
     requests = [Request("a cat, é 雪", seed=1, num_inference_steps=1)]
-    assert go(job_in(tmp_path / "job", pipe, requests=requests, output=output), pipe) == 0
+    assert go(job_in(tmp_path / "job", pipe, requests=requests, image_format=output), pipe) == 0
     (path,) = (tmp_path / "job").rglob(f"*.{suffix}")
-    picture, texts = open_output(path)
+    picture, texts = read_image_and_metadata(path)
     (drawn,) = pixels(pipe, requests, batch_size=1)
-    wanted = pipe.texts_of(pipe.resolve(requests[0]), "tiny")
+    wanted = pipe.metadata(pipe.resolve(requests[0]), "tiny")
     assert texts == wanted
     assert np.abs(np.asarray(picture, int) - drawn).max() <= (1 if output != "jpeg" else 60)
     with Image.open(path) as opened:

@@ -11,7 +11,7 @@ import ldm.nn._torchvision  # noqa: F401  isort: skip
 from peft import LoHaConfig, LoKrConfig, LoraConfig, inject_adapter_in_model  # isort: skip
 
 from ldm.checkpoints.lora_save import save_adapter
-from ldm.nn.lora import Adapter, Adapters, Delta, Full, LoHa, LoKr, LoRA
+from ldm.nn.lora import Adapter, AdapterMerger, ModuleDelta, Full, LoHa, LoKr, LoRA
 from ldm.pipeline import Pipeline
 
 
@@ -21,7 +21,7 @@ class Net(nn.Module):
     def __init__(self):
         super().__init__()
         self.linear = nn.Linear(12, 8)
-        self.plain = nn.Linear(8, 6, bias=False)
+        self.base_model = nn.Linear(8, 6, bias=False)
         self.point = nn.Conv2d(6, 10, 1)
         self.conv = nn.Conv2d(10, 4, 3)
         self.norm = nn.LayerNorm(4)
@@ -51,7 +51,7 @@ def lora(weight, randn, rank=3):
 def adapter(name, network, randn, **changes):
     """A random LoRA of every layer, with biases."""
     targets = {
-        f"unet/{layer}": Delta(lora(m.weight, randn), 1.5, bias=None if m.bias is None else randn(len(m.bias)))
+        f"unet/{layer}": ModuleDelta(lora(m.weight, randn), 1.5, bias=None if m.bias is None else randn(len(m.bias)))
         for layer in LAYERS
         for m in [network.get_submodule(layer)]
     }
@@ -74,12 +74,12 @@ def from_peft(layer, name):
         ndim = layer.get_base_layer().weight.ndim
         dora = None if scale is None else scale.weight.data.reshape(-1, *(ndim - 1) * [1])
         alpha = layer.scaling[name] * len(m["lora_A"].weight)
-        return Delta(LoRA(m["lora_A"].weight.data, m["lora_B"].weight.data), alpha, dora)
+        return ModuleDelta(LoRA(m["lora_A"].weight.data, m["lora_B"].weight.data), alpha, dora)
     kind, prefix = (LoHa, "hada_") if "hada_w1_a" in m else (LoKr, "lokr_")
     factors = kind(**{field.removeprefix(prefix): a.data for field, a in m.items()})
     if factors.rank is None:
         factors = replace(factors, w1=factors.w1 * layer.scaling[name])
-    return Delta(factors, layer.scaling[name] * (factors.rank or 1))
+    return ModuleDelta(factors, layer.scaling[name] * (factors.rank or 1))
 
 
 CONFIGS = {
@@ -108,7 +108,10 @@ def test_every_kind_is_peft_s(net, kind):
         delta = from_peft(wrapped, "a")
         wrapped.merge()
         torch.testing.assert_close(
-            base[layer] + delta.weight(base[layer]), wrapped.get_base_layer().weight.data, atol=1e-6, rtol=1e-6
+            base[layer] + delta.delta_weight(base[layer]),
+            wrapped.get_base_layer().delta_weight.data,
+            atol=1e-6,
+            rtol=1e-6,
         )
 
 
@@ -119,7 +122,7 @@ def test_tucker_s_lora_is_three_convolutions(net, randn):
     y = x
     for kernel in (down, mid, up):
         y = nn.functional.conv2d(y, kernel)
-    change = Delta(LoRA(down, up, mid), alpha=1.5).weight(net.conv.weight)
+    change = ModuleDelta(LoRA(down, up, mid), alpha=1.5).delta_weight(net.conv.weight)
     torch.testing.assert_close(nn.functional.conv2d(x, change), 0.5 * y, atol=1e-4, rtol=1e-5)
 
 
@@ -131,8 +134,8 @@ def test_dora_gives_the_weight_the_norms_that_it_holds(net, randn, layer, dim):
     shape = [1 if k == dim or k > 1 else n for k, n in enumerate(w.shape)]
     m = randn(*shape).abs() + 0.1
     thin = lora(w, randn)
-    changed = w + Delta(thin, dora_scale=m).weight(w)
-    plain = w + Delta(thin).weight(w)
+    changed = w + ModuleDelta(thin, dora_scale=m).delta_weight(w)
+    plain = w + ModuleDelta(thin).delta_weight(w)
     dims = [k for k in range(w.ndim) if k != 1 - dim]
     torch.testing.assert_close(torch.linalg.vector_norm(changed, dim=dims), m.flatten(), atol=1e-5, rtol=1e-5)
     norms = torch.linalg.vector_norm(plain, dim=dims, keepdim=True)
@@ -141,11 +144,11 @@ def test_dora_gives_the_weight_the_norms_that_it_holds(net, randn, layer, dim):
 
 def test_scale_is_alpha_over_rank_and_one_where_alpha_is_not_said(net, randn):
     thin = lora(net.linear.weight, randn, rank=4)
-    whole = Delta(thin).weight(net.linear.weight)
-    assert torch.equal(Delta(thin, 4.0).weight(net.linear.weight), whole)
-    assert torch.equal(Delta(thin, 2.0).weight(net.linear.weight), whole / 2)
+    whole = ModuleDelta(thin).delta_weight(net.linear.weight)
+    assert torch.equal(ModuleDelta(thin, 4.0).delta_weight(net.linear.weight), whole)
+    assert torch.equal(ModuleDelta(thin, 2.0).delta_weight(net.linear.weight), whole / 2)
     kron = LoKr(w1=randn(2, 3), w2=randn(4, 4))
-    assert torch.equal(Delta(kron, 7.0).weight(net.linear.weight), torch.kron(kron.w1, kron.w2))
+    assert torch.equal(ModuleDelta(kron, 7.0).delta_weight(net.linear.weight), torch.kron(kron.w1, kron.w2))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -153,14 +156,15 @@ def test_weights_are_the_sum_of_the_base_s_changes_rounded_once(net, randn, dtyp
     net.to(dtype)
     base = state(net)
     a, b = adapter("a", net, randn), adapter("b", net, randn)
-    adapters = Adapters({"unet": net})
+    adapters = AdapterMerger({"unet": net})
     adapters.load(a, 0.7)
     adapters.load(b, -1.3)
     for layer in LAYERS:
         for kind in ("weight", "bias"):
             if (w := base.get(f"{layer}.{kind}")) is not None:
                 da, db = (
-                    d.weight(w) if kind == "weight" else d.bias for d in (x.targets[f"unet/{layer}"] for x in (a, b))
+                    d.delta_weight(w) if kind == "weight" else d.bias
+                    for d in (x.deltas[f"unet/{layer}"] for x in (a, b))
                 )
                 expected = (w.float() + 0.7 * da + -1.3 * db).to(dtype)
                 assert torch.equal(net.state_dict()[f"{layer}.{kind}"], expected)
@@ -169,16 +173,16 @@ def test_weights_are_the_sum_of_the_base_s_changes_rounded_once(net, randn, dtyp
 def test_weights_set_again_and_again_are_as_if_set_once(net, randn):
     net.bfloat16()
     a, b = adapter("a", net, randn), adapter("b", net, randn)
-    adapters = Adapters({"unet": net})
+    adapters = AdapterMerger({"unet": net})
     adapters.load(a, 0.3)
     adapters.load(b, 0.4)
     expected = state(net)
     for k in range(20):
-        adapters.set({"a": k / 7, "b": -k / 3})
+        adapters.set_weights({"a": k / 7, "b": -k / 3})
     assert not same(state(net), expected)
-    adapters.set({"b": 0.4, "a": 0.3})
+    adapters.set_weights({"b": 0.4, "a": 0.3})
     assert same(state(net), expected)
-    adapters.set({"a": 0.3})  # b is not named
+    adapters.set_weights({"a": 0.3})  # b is not named
     alone = state(net)
     adapters.unload("b")
     assert same(state(net), alone)
@@ -189,12 +193,12 @@ def test_weights_set_again_and_again_are_as_if_set_once(net, randn):
 
 def test_dora_beside_another_adapter_changes_the_base_alone(net, randn):
     w = net.linear.weight.detach().clone()
-    dora = Delta(lora(w, randn), dora_scale=randn(8, 1).abs())
-    other = Delta(lora(w, randn))
-    adapters = Adapters({"unet": net})
+    dora = ModuleDelta(lora(w, randn), dora_scale=randn(8, 1).abs())
+    other = ModuleDelta(lora(w, randn))
+    adapters = AdapterMerger({"unet": net})
     adapters.load(Adapter("other", {"unet/linear": other}))
     adapters.load(Adapter("dora", {"unet/linear": dora}), 0.5)
-    torch.testing.assert_close(net.linear.weight.data, w + other.weight(w) + 0.5 * dora.weight(w))
+    torch.testing.assert_close(net.linear.weight.data, w + other.delta_weight(w) + 0.5 * dora.delta_weight(w))
 
 
 def test_a_hundred_loads_and_unloads_leave_every_bit_and_no_tensor(net, randn):
@@ -203,7 +207,7 @@ def test_a_hundred_loads_and_unloads_leave_every_bit_and_no_tensor(net, randn):
     before = {name: a.view(torch.int16).clone() for name, a in state(net).items()}
     places = {name: (a.data_ptr(), a.stride()) for name, a in net.named_parameters()}
     a, b = adapter("a", net, randn), adapter("b", net, randn)
-    adapters = Adapters({"unet": net})
+    adapters = AdapterMerger({"unet": net})
 
     def live():
         gc.collect()
@@ -217,19 +221,19 @@ def test_a_hundred_loads_and_unloads_leave_every_bit_and_no_tensor(net, randn):
         adapters.unload()
     assert {name: (p.data_ptr(), p.stride()) for name, p in net.named_parameters()} == places
     assert all(torch.equal(a.view(torch.int16), before[name]) for name, a in state(net).items())
-    assert live() == count and not adapters.base and not adapters.loaded
+    assert live() == count and not adapters.base_weights and not adapters.loaded
 
 
 def test_two_weights_are_those_of_the_unet_and_of_the_text_encoders(net, randn):
     texts = {"text_encoder": Net(), "text_encoder_2": Net()}
     networks = {"unet": net, **texts}
     before = {folder: n.linear.weight.detach().clone() for folder, n in networks.items()}
-    delta = Delta(lora(net.linear.weight, randn))
-    adapters = Adapters(networks)
+    delta = ModuleDelta(lora(net.linear.weight, randn))
+    adapters = AdapterMerger(networks)
     adapters.load(Adapter("a", {f"{folder}/linear": delta for folder in networks}), (0.5, 2.0))
     for folder, network in networks.items():
         w = before[folder]
-        expected = w + (0.5 if folder == "unet" else 2.0) * delta.weight(w)
+        expected = w + (0.5 if folder == "unet" else 2.0) * delta.delta_weight(w)
         torch.testing.assert_close(network.linear.weight.data, expected)
 
 
@@ -243,43 +247,45 @@ class Failing(Full):
 
 
 def test_what_fails_half_way_changes_nothing(net, randn):
-    adapters = Adapters({"unet": net})
+    adapters = AdapterMerger({"unet": net})
     adapters.load(adapter("a", net, randn), 0.5)
-    before, base = state(net), {name: a.clone() for name, a in adapters.base.items()}
+    before, base = state(net), {name: a.clone() for name, a in adapters.base_weights.items()}
     with pytest.raises(MemoryError):
-        adapters.load(adapter("bad", net, randn, **{"unet/norm": Delta(Failing(randn(4)))}))
-    assert same(state(net), before) and same(adapters.base, base) and list(adapters.loaded) == ["a"]
+        adapters.load(adapter("bad", net, randn, **{"unet/norm": ModuleDelta(Failing(randn(4)))}))
+    assert same(state(net), before) and same(adapters.base_weights, base) and list(adapters.loaded) == ["a"]
 
 
 def test_norms_and_biases_change_too(net, randn):
     w, b = net.norm.weight.detach().clone(), net.norm.bias.detach().clone()
     diff, bias = randn(4), randn(4)
-    adapters = Adapters({"unet": net})
-    adapters.load(Adapter("a", {"unet/norm": Delta(Full(diff), bias=bias), "unet/linear": Delta(bias=randn(8))}), 0.5)
+    adapters = AdapterMerger({"unet": net})
+    adapters.load(
+        Adapter("a", {"unet/norm": ModuleDelta(Full(diff), bias=bias), "unet/linear": ModuleDelta(bias=randn(8))}), 0.5
+    )
     torch.testing.assert_close(net.norm.weight.data, w + 0.5 * diff)
     torch.testing.assert_close(net.norm.bias.data, b + 0.5 * bias)
-    assert adapters.base.keys() == {"unet/norm.weight", "unet/norm.bias", "unet/linear.bias"}
+    assert adapters.base_weights.keys() == {"unet/norm.weight", "unet/norm.bias", "unet/linear.bias"}
 
 
 ONE = torch.ones(1)
 WRONG = {
-    "no module": ({"unet/nothing": Delta(Full(ONE))}, "no module unet/nothing"),
-    "no network": ({"text_encoder/linear": Delta(Full(ONE))}, "no module text_encoder/linear"),
+    "no module": ({"unet/nothing": ModuleDelta(Full(ONE))}, "no module unet/nothing"),
+    "no network": ({"text_encoder/linear": ModuleDelta(Full(ONE))}, "no module text_encoder/linear"),
     "another width": (
-        {"unet/linear": Delta(LoRA(torch.ones(2, 13), torch.ones(8, 2)))},
+        {"unet/linear": ModuleDelta(LoRA(torch.ones(2, 13), torch.ones(8, 2)))},
         r"unet/linear has factors of shape \[2, 13\] and \[8, 2\], which make no weight of shape \[8, 12\]",
     ),
-    "two ranks": ({"unet/linear": Delta(LoRA(torch.ones(2, 12), torch.ones(8, 3)))}, "make no weight"),
-    "rank 0": ({"unet/linear": Delta(LoRA(torch.ones(0, 12), torch.ones(8, 0)))}, "make no weight"),
-    "transposed": ({"unet/linear": Delta(Full(torch.ones(12, 8)))}, "make no weight"),
-    "kernel": ({"unet/point": Delta(LoRA(torch.ones(2, 6, 3, 3), torch.ones(10, 2, 1, 1)))}, "make no weight"),
-    "bias": ({"unet/linear": Delta(bias=torch.ones(7))}, r"a bias of shape \[7\], expected \[8\]"),
-    "no bias": ({"unet/plain": Delta(bias=torch.ones(6))}, r"a bias of shape \[6\], expected none"),
+    "two ranks": ({"unet/linear": ModuleDelta(LoRA(torch.ones(2, 12), torch.ones(8, 3)))}, "make no weight"),
+    "rank 0": ({"unet/linear": ModuleDelta(LoRA(torch.ones(0, 12), torch.ones(8, 0)))}, "make no weight"),
+    "transposed": ({"unet/linear": ModuleDelta(Full(torch.ones(12, 8)))}, "make no weight"),
+    "kernel": ({"unet/point": ModuleDelta(LoRA(torch.ones(2, 6, 3, 3), torch.ones(10, 2, 1, 1)))}, "make no weight"),
+    "bias": ({"unet/linear": ModuleDelta(bias=torch.ones(7))}, r"a bias of shape \[7\], expected \[8\]"),
+    "no bias": ({"unet/plain": ModuleDelta(bias=torch.ones(6))}, r"a bias of shape \[6\], expected none"),
     "dora": (
-        {"unet/linear": Delta(LoRA(torch.ones(2, 12), torch.ones(8, 2)), dora_scale=torch.ones(9, 1))},
+        {"unet/linear": ModuleDelta(LoRA(torch.ones(2, 12), torch.ones(8, 2)), dora_scale=torch.ones(9, 1))},
         r"dora_scale of shape \[9, 1\]",
     ),
-    "many": ({f"unet/x{k}": Delta(Full(ONE)) for k in range(5)}, "no module unet/x2 and 2 more"),
+    "many": ({f"unet/x{k}": ModuleDelta(Full(ONE)) for k in range(5)}, "no module unet/x2 and 2 more"),
 }
 
 
@@ -287,14 +293,14 @@ WRONG = {
 def test_what_does_not_fit_is_named_and_changes_nothing(net, fault):
     targets, said = WRONG[fault]
     before = state(net)
-    adapters = Adapters({"unet": net})
+    adapters = AdapterMerger({"unet": net})
     with pytest.raises(ValueError, match=said):
-        adapters.load(Adapter("a", {"unet/conv": Delta(bias=torch.ones(4)), **targets}))
+        adapters.load(Adapter("a", {"unet/conv": ModuleDelta(bias=torch.ones(4)), **targets}))
     assert same(state(net), before) and not adapters.loaded
 
 
 def test_names_and_weights_are_checked(net, randn):
-    adapters = Adapters({"unet": net})
+    adapters = AdapterMerger({"unet": net})
     a = adapter("a", net, randn)
     with pytest.raises(ValueError, match="adapter 'a': choose from none"):
         adapters.unload("a")
@@ -302,10 +308,10 @@ def test_names_and_weights_are_checked(net, randn):
     with pytest.raises(ValueError, match="adapter 'a': there is one of that name"):
         adapters.load(a)
     with pytest.raises(ValueError, match="adapter 'b': choose from a"):
-        adapters.set({"b": 1.0})
+        adapters.set_weights({"b": 1.0})
     for weight in (float("nan"), float("inf"), (1.0, float("nan"))):
         with pytest.raises(ValueError, match=r"adapter 'a': weight .*: must be finite"):
-            adapters.set({"a": weight})
+            adapters.set_weights({"a": weight})
 
 
 def test_a_pipeline_s_adapters_are_set_by_two_lists_and_taken_out(tiny, tmp_path):
@@ -315,7 +321,10 @@ def test_a_pipeline_s_adapters_are_set_by_two_lists_and_taken_out(tiny, tmp_path
         factors = LoRA(torch.randn(2, 32, generator=g), torch.randn(32, 2, generator=g))
         target = "unet/down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_q"
         save_adapter(
-            Adapter(name, {target: Delta(factors)}), tmp_path / f"{name}.safetensors", "kohya", pipe.model.networks
+            Adapter(name, {target: ModuleDelta(factors)}),
+            tmp_path / f"{name}.safetensors",
+            "kohya",
+            pipe.model.networks,
         )
 
     def draw():
@@ -342,23 +351,23 @@ def test_a_pipeline_s_adapters_are_set_by_two_lists_and_taken_out(tiny, tmp_path
 
 def test_a_picture_is_the_base_s_at_weight_zero_and_after(tiny):
     pipe = Pipeline.from_pretrained(tiny, device="cpu", dtype="float32")
-    adapters = Adapters(pipe.model.networks)
+    adapters = AdapterMerger(pipe.model.networks)
     g = torch.Generator().manual_seed(0)
     targets = {
         "unet/down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_q": (32, 32),
         "text_encoder/encoder.layers.0.self_attn.v_proj": (32, 32),
     }
-    deltas = {name: Delta(Full(torch.randn(shape, generator=g))) for name, shape in targets.items()}
+    deltas = {name: ModuleDelta(Full(torch.randn(shape, generator=g))) for name, shape in targets.items()}
 
     def draw():
-        pipe.texts.clear()
+        pipe.prompt_encoder.clear()
         return pipe("two stars", num_inference_steps=2, seed=3).images[0].tobytes()
 
     base = draw()
     adapters.load(Adapter("a", deltas), 0.0)
     assert draw() == base
     for weight in ((1.0, 0.0), (0.0, 1.0)):
-        adapters.set({"a": weight})
+        adapters.set_weights({"a": weight})
         assert draw() != base
     adapters.unload()
     assert draw() == base

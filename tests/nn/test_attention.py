@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from ldm.nn.attention import ATTENTION, available, backend
+from ldm.nn.attention import ATTENTION, check_attention_backends, get_attention_backend
 
 HERE = ["sdpa", "math"]  # on a CPU; xformers has none of it
 
@@ -69,7 +69,9 @@ def test_xformers_is_given_its_documented_layout(monkeypatch):
     torch.testing.assert_close(ATTENTION["xformers"](q, k, v, 3), ATTENTION["math"](q, k, v, 3))
 
 
-@pytest.mark.skipif(available()["xformers"] is not None, reason=str(available()["xformers"]))
+@pytest.mark.skipif(
+    check_attention_backends()["xformers"] is not None, reason=str(check_attention_backends()["xformers"])
+)
 def test_xformers_itself():
     q, k, v = (draw(2, n, 24, seed=seed).bfloat16() for seed, n in enumerate((5, 7, 7)))
     out = ATTENTION["xformers"](q.cuda(), k.cuda(), v.cuda(), 3)
@@ -77,13 +79,13 @@ def test_xformers_itself():
 
 
 def test_back_ends_that_cannot_be_used_say_why():
-    assert available().keys() == ATTENTION.keys()
-    assert all(available()[name] is None for name in HERE)
+    assert check_attention_backends().keys() == ATTENTION.keys()
+    assert all(check_attention_backends()[name] is None for name in HERE)
     with pytest.raises(ValueError, match=r"'flash'.*choose from sdpa, math, xformers"):
-        backend("flash")
-    for name, reason in available().items():
+        get_attention_backend("flash")
+    for name, reason in check_attention_backends().items():
         if reason is None:
-            assert backend(name) is ATTENTION[name]
+            assert get_attention_backend(name) is ATTENTION[name]
         else:
             with pytest.raises(ValueError, match=f"'{name}': {name}"):
-                backend(name)
+                get_attention_backend(name)

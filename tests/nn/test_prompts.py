@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from ldm.nn import text
-from ldm.nn.prompts import Part, Token, cut, parse
-from ldm.nn.text import chunks, weighted
+from ldm.nn.prompts import PromptSpan, WeightedToken, split_into_chunks, parse_prompt_attention
+from ldm.nn.text import tokenize_prompt, apply_emphasis
 
 from transformers import CLIPTextModel, CLIPTokenizer  # isort: skip
 
@@ -18,7 +18,7 @@ COMMA = 1
 
 @pytest.fixture(scope="module")
 def tokenizer(tiny):
-    return text.load_tokenizer(tiny / "tokenizer")
+    return text.load_clip_tokenizer(tiny / "tokenizer")
 
 
 @pytest.mark.parametrize(
@@ -50,7 +50,7 @@ def tokenizer(tiny):
     ],
 )
 def test_the_grammar_by_examples(prompt, sections):
-    parsed = parse(prompt)
+    parsed = parse_prompt_attention(prompt)
     assert [[part.text for part in section] for section in parsed] == [[part for part, _ in s] for s in sections]
     weights = [part.weight for section in parsed for part in section]
     assert weights == pytest.approx([weight for section in sections for _, weight in section], rel=1e-12)
@@ -60,7 +60,7 @@ def test_an_escaped_text_is_itself():
     rng = random.Random(0)
     for _ in range(300):
         wanted = "".join(rng.choices("ab:1. ()[]\\", k=rng.randint(1, 30)))
-        assert parse(re.sub(r"([()\[\]\\])", r"\\\1", wanted)) == ((Part(wanted, 1.0),),)
+        assert parse_prompt_attention(re.sub(r"([()\[\]\\])", r"\\\1", wanted)) == ((PromptSpan(wanted, 1.0),),)
 
 
 @pytest.mark.parametrize(
@@ -76,7 +76,7 @@ def test_an_escaped_text_is_itself():
 )
 def test_what_cannot_be_read_is_refused(tokenizer, prompt, said):
     with pytest.raises(ValueError, match=said):
-        chunks(tokenizer, prompt)
+        tokenize_prompt(tokenizer, prompt)
 
 
 def wrapped(ids, size, reach=20):
@@ -101,27 +101,28 @@ def test_long_texts_are_cut_as_the_web_ui_does(size, share):
     rng = random.Random(0)
     for _ in range(100):
         tokens = [
-            Token(COMMA if rng.random() < share else k + 2, rng.random()) for k in range(rng.randint(0, 6 * size))
+            WeightedToken(COMMA if rng.random() < share else k + 2, rng.random())
+            for k in range(rng.randint(0, 6 * size))
         ]
-        pieces = cut(tokens, size, COMMA)
+        pieces = split_into_chunks(tokens, size, COMMA)
         assert [token for piece in pieces for token in piece] == tokens
         assert [[token.id for token in piece] for piece in pieces] == wrapped([token.id for token in tokens], size)
 
 
 def test_the_size_of_a_chunk_less_one_goes_into_one_and_a_break_ends_it(tokenizer):
     counts = {"a " * 14: 1, "a " * 15: 2, "a " * 14 + "BREAK": 1, "BREAK a": 2, "a BREAK BREAK b": 3, "": 1, "BREAK": 1}
-    assert {prompt: len(chunks(tokenizer, prompt)) for prompt in counts} == counts
+    assert {prompt: len(tokenize_prompt(tokenizer, prompt)) for prompt in counts} == counts
 
 
 @pytest.mark.parametrize("pad", ["<|endoftext|>", "!"])  # of Stable Diffusion 1.x and 2.x
 @pytest.mark.parametrize("prompt", ["", "a red apple", "Two stars, naïve 雪\n", "a " * 14, "a <|endoftext|> b"])
 def test_a_short_prompt_is_transformers_own_tokens(tiny, pad, prompt):
     tokenizer = CLIPTokenizer.from_pretrained(tiny / "tokenizer", pad_token=pad)
-    (chunk,) = chunks(tokenizer, prompt)
-    ids, weights = text.Tower(None, tokenizer).padded(chunk)
+    (chunk,) = tokenize_prompt(tokenizer, prompt)
+    ids, weights = text.TextEncoder(None, tokenizer).pad_chunk(chunk)
     assert ids.tolist() == [tokenizer(prompt, padding="max_length", truncation=True, max_length=16).input_ids]
     assert weights.tolist() == [[1.0] * 16]
-    assert chunks(tokenizer, f"({prompt}:1.0)") == chunks(tokenizer, f"[({prompt}:1.1)]") == (chunk,)
+    assert tokenize_prompt(tokenizer, f"({prompt}:1.0)") == tokenize_prompt(tokenizer, f"[({prompt}:1.1)]") == (chunk,)
 
 
 PARTS = [("a red apple on a blue background, ", 1.0), ("two stars, a cat", 1.4), (" to the left of a dog, ", 0.6)]
@@ -151,28 +152,30 @@ def test_a_long_prompt_is_its_chunks_states_in_a_row(tiny, repeat, emphasis):
         states.append(scaled / scaled.mean() * z.mean())
     prompt = "".join(part if weight == 1 else f"({part}:{weight})" for part, weight in parts)
     assert len(states) > repeat
-    ours = torch.cat([text.Tower(tower, tokenizer).encode(chunk)[0] for chunk in chunks(tokenizer, prompt)], dim=1)
+    ours = torch.cat(
+        [text.TextEncoder(tower, tokenizer).encode(chunk)[0] for chunk in tokenize_prompt(tokenizer, prompt)], dim=1
+    )
     torch.testing.assert_close(ours, torch.cat(states)[None], rtol=0, atol=1e-5)
 
 
 def test_weights_keep_each_row_s_mean_and_heed_no_neighbour():
     g = torch.Generator().manual_seed(0)
     z, w = torch.randn(4, 16, 32, generator=g) + 1, 2 * torch.rand(4, 16, generator=g)
-    out = weighted(z, w)
+    out = apply_emphasis(z, w)
     torch.testing.assert_close(out.mean((1, 2)), z.mean((1, 2)))
-    torch.testing.assert_close(out, torch.cat([weighted(z[k : k + 1], w[k : k + 1]) for k in range(4)]))
+    torch.testing.assert_close(out, torch.cat([apply_emphasis(z[k : k + 1], w[k : k + 1]) for k in range(4)]))
     torch.testing.assert_close(out / z, (out / z)[..., :1].expand_as(z))  # a token's state keeps its direction
     torch.testing.assert_close((out / z)[..., 0] / w, ((out / z)[..., 0] / w)[:, :1].expand_as(w))
-    assert weighted(z, torch.ones(4, 16)) is z
+    assert apply_emphasis(z, torch.ones(4, 16)) is z
     centred = z - z.mean(-1, keepdim=True)
-    torch.testing.assert_close(weighted(centred, w), w[..., None] * centred)
+    torch.testing.assert_close(apply_emphasis(centred, w), w[..., None] * centred)
 
 
 def test_a_character_that_the_vocabulary_lacks_is_named(tiny):
-    model = json.loads(text.load_tokenizer(tiny / "tokenizer").backend_tokenizer.to_str())["model"]
+    model = json.loads(text.load_clip_tokenizer(tiny / "tokenizer").backend_tokenizer.to_str())["model"]
     vocab = {word: k for word, k in model["vocab"].items() if word not in ("é", "é</w>")}  # one of the bytes
     merges = [(a, b) for a, b in model["merges"] if a + b in vocab]
     poor = CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=16)
     with pytest.raises(ValueError, match="prompt: '雪' cannot be spelled"):
-        chunks(poor, "a (cat in 雪:1.2)")
-    assert len(chunks(poor, "a <|endoftext|> cat")) == 1
+        tokenize_prompt(poor, "a (cat in 雪:1.2)")
+    assert len(tokenize_prompt(poor, "a <|endoftext|> cat")) == 1

@@ -16,7 +16,7 @@ from peft import LoraConfig, inject_adapter_in_model
 
 from ldm.checkpoints.families import FAMILIES
 from ldm.conditioning import Conditioning
-from ldm.nn.unet import NEUTRAL, UNet, UNetConfig
+from ldm.nn.unet import UNSUPPORTED_UNET_FIELDS, UNet, UNetConfig
 
 TINY = UNetConfig(
     block_out_channels=(16, 32),
@@ -85,8 +85,8 @@ def twin(model: UNet2DConditionModel, config: UNetConfig) -> UNet:
 
 def inputs(config: UNetConfig, height: int = 8, width: int = 8, rows: int = 2):
     x, text = noise(rows, config.in_channels, height, width, seed=1), noise(rows, 7, config.cross_attention_dim, seed=2)
-    added = None if config.addition_embed_type is None else UNet(config).added(*pooled_and_ids(rows))
-    return x, torch.linspace(3.25, 999, rows), Conditioning(text, added=added)
+    added = None if config.addition_embed_type is None else UNet(config).make_vector(*pooled_and_ids(rows))
+    return x, torch.linspace(3.25, 999, rows), Conditioning(text, vector=added)
 
 
 def pooled_and_ids(rows: int):
@@ -99,7 +99,7 @@ def call(model, x, t, cond):
     if isinstance(model, UNet):
         return model(x, t, cond)
     added = dict(zip(("text_embeds", "time_ids"), pooled_and_ids(len(x)), strict=True))
-    return model(x, t, cond.context, added_cond_kwargs=None if cond.added is None else added).sample
+    return model(x, t, cond.context, added_cond_kwargs=None if cond.vector is None else added).sample
 
 
 def output_and_gradients(model, config: UNetConfig, height: int, width: int) -> dict[str, torch.Tensor]:
@@ -143,8 +143,8 @@ def test_projecting_the_text_first_changes_no_bit(name):
     config = CONFIGS[name]
     unet = twin(oracle(config), config).eval()
     x, t, cond = inputs(config)
-    projected = unet.project(cond)
-    assert unet.project(projected) is projected
+    projected = unet.compute_kv_cache(cond)
+    assert unet.compute_kv_cache(projected) is projected
     assert torch.equal(unet(x, t, projected), unet(x, t, cond))
 
 
@@ -152,8 +152,8 @@ def test_projected_text_is_all_that_is_read():
     config = CONFIGS["SD 2"]
     unet = twin(oracle(config), config).eval()
     x, t, cond = inputs(config)
-    projected = unet.project(cond)
-    wrong = Conditioning(torch.full_like(cond.context, torch.nan), projected.keys_values)
+    projected = unet.compute_kv_cache(cond)
+    wrong = Conditioning(torch.full_like(cond.context, torch.nan), projected.kv_cache)
     assert torch.equal(unet(x, t, wrong), unet(x, t, cond))
 
 
@@ -165,9 +165,9 @@ def test_pooled_text_and_time_ids_are_given_where_they_are_taken_and_nowhere_els
     with pytest.raises(ValueError, match="takes no pooled text and time ids"):
         without(x, t, cond)
     with pytest.raises(ValueError, match="takes no pooled text"):
-        without.added(*pooled_and_ids(2))
+        without.make_vector(*pooled_and_ids(2))
     with pytest.raises(ValueError, match="pooled text of 9 and 6 time ids: 57 numbers, and this U-Net takes 58"):
-        with_added.added(pooled_and_ids(2)[0][:, 1:], pooled_and_ids(2)[1])
+        with_added.make_vector(pooled_and_ids(2)[0][:, 1:], pooled_and_ids(2)[1])
 
 
 def test_attention_back_ends_agree():
@@ -256,9 +256,9 @@ def test_every_field_of_diffusers_is_ours_or_refused_unless_neutral():
         n: p.default for n, p in inspect.signature(UNet2DConditionModel.__init__).parameters.items() if n != "self"
     }
     assert UNetConfig.from_dict(defaults) == UNetConfig()
-    assert defaults.items() >= NEUTRAL.items()
-    assert defaults.keys() == NEUTRAL.keys() | UNetConfig().to_dict().keys() - {"_class_name"}
-    for name in NEUTRAL:
+    assert defaults.items() >= UNSUPPORTED_UNET_FIELDS.items()
+    assert defaults.keys() == UNSUPPORTED_UNET_FIELDS.keys() | UNetConfig().to_dict().keys() - {"_class_name"}
+    for name in UNSUPPORTED_UNET_FIELDS:
         with pytest.raises(ValueError, match=f"{name} = 'other'"):
             UNetConfig.from_dict({name: "other"})
 

@@ -31,8 +31,12 @@ def sprites(tmp_path_factory):
 @pytest.fixture
 def recipe_file(sprites, tiny, tmp_path, tmp_path_factory, monkeypatch):
     """A file with a recipe; latents are cached beside its folder, once for all tests, and few pictures are held out."""
-    for module in (autoencoder, clip, diffusion):
-        monkeypatch.setattr(module, "HELD_OUT", 64)
+    for module, name in (
+        (autoencoder, "NUM_VALIDATION_IMAGES"),
+        (clip, "NUM_VALIDATION_PAIRS"),
+        (diffusion, "NUM_VALIDATION_LATENTS"),
+    ):
+        monkeypatch.setattr(module, name, 64)
     cache = tmp_path_factory.getbasetemp() / "latents-cache"
     cache.mkdir(exist_ok=True)
     (tmp_path / "cache").symlink_to(cache)

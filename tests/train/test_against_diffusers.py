@@ -9,12 +9,12 @@ from diffusers import DDPMScheduler, UNet2DConditionModel
 from torch.nn.functional import mse_loss
 
 from ldm.config import load_recipe
-from ldm.diffusion.objective import WEIGHTS
+from ldm.diffusion.objective import WEIGHTINGS
 from ldm.diffusion.prediction import PREDICTIONS
-from ldm.diffusion.sde import SCHEDULES, VPSDE
+from ldm.diffusion.sde import BETA_SCHEDULES, VPSDE
 from ldm.train import state
-from ldm.train.loop import train
-from ldm.train.setup import task_for
+from ldm.train.loop import train_model
+from ldm.train.setup import create_task
 
 STEPS, WARMUP, RATE = 50, 5, 2e-4
 
@@ -22,9 +22,9 @@ STEPS, WARMUP, RATE = 50, 5, 2e-4
 def batches(task):
     """What is trained on: clean latents, noise, table indices and text states, 50 times."""
     for k in range(STEPS):
-        batch = task.batch(k, range(task.recipe.train_batch_size))
+        batch = task.make_batch(k, range(task.recipe.train_batch_size))
         index = (batch["t"] * 1000 - 1).round().long()
-        yield batch["x0"], batch["noise"], index, task._text(batch["ids"]).context.float()
+        yield batch["x0"], batch["noise"], index, task._encode_text(batch["ids"]).context.float()
 
 
 def plain_losses(unet, scheduler, data):
@@ -49,13 +49,13 @@ def test_fifty_steps_have_the_losses_of_a_plain_loop_with_diffusers(recipe_file,
     never = {"logging_steps": 1000, "checkpointing_steps": 1000, "validation_steps": 1000}
     path = recipe_file("diffusion", mixed_precision="no", gradient_accumulation_steps=2, **changes, **never)
     recipe = load_recipe(path, ["objective.times=discrete"])
-    task = task_for(recipe)
+    task = create_task(recipe)
     unet = UNet2DConditionModel.from_config(task.model.config.to_dict())
     unet.load_state_dict(task.model.state_dict())
     scheduler = DDPMScheduler(beta_schedule="squaredcos_cap_v2", prediction_type="v_prediction")
     theirs = plain_losses(unet.train(), scheduler, batches(task))
-    train(recipe, task)
-    ours = json.loads((state.checkpoints(tmp_path / "run")[-1] / "state.json").read_text())["figures"]
+    train_model(recipe, task)
+    ours = json.loads((state.list_checkpoints(tmp_path / "run")[-1] / "state.json").read_text())["figures"]
     assert [figures["loss"] for figures in ours] == pytest.approx(theirs, abs=1e-5)
     assert theirs[-1] < 0.8 * theirs[0]
 
@@ -68,7 +68,7 @@ def test_fifty_steps_have_the_losses_of_a_plain_loop_with_diffusers(recipe_file,
 def test_min_snr_weights_are_those_of_diffusers_scripts(kind, formula):
     scheduler = DDPMScheduler(beta_schedule="squaredcos_cap_v2")
     alphas = scheduler.alphas_cumprod.double()
-    sde = VPSDE.tabulated(SCHEDULES["squaredcos_cap_v2"](0, 0, 1000))
+    sde = VPSDE.tabulated(BETA_SCHEDULES["squaredcos_cap_v2"](0, 0, 1000))
     t = (torch.arange(1000, dtype=torch.float64) + 1) / 1000
-    weight = WEIGHTS["min_snr"](PREDICTIONS[kind], sde, t)
+    weight = WEIGHTINGS["min_snr"](PREDICTIONS[kind], sde, t)
     torch.testing.assert_close(weight, formula(alphas / (1 - alphas)), rtol=1e-3, atol=0)  # their table is float32

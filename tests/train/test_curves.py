@@ -6,7 +6,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from ldm.train.curves import HEIGHT, MARGIN, WIDTH, figure, panel, read_curve
+from ldm.train.curves import PLOT_HEIGHT, PLOT_MARGIN, PLOT_WIDTH, render_figure, render_panel, read_curve
 
 
 @pytest.mark.parametrize("log_scale, middle", [(False, (100 - 10) / 99), (True, 0.5)])
@@ -15,14 +15,18 @@ def test_points_lie_where_their_values_say(tmp_path, log_scale, middle):
     (tmp_path / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     curve = read_curve(tmp_path / "log.jsonl", "loss")
     assert curve == [(0, 100), (10, 10), (20, 1)]
-    svg = figure([panel("a", {"loss": curve}, log_scale=log_scale), panel("b", {"loss": curve}, WIDTH)])
+    svg = render_figure(
+        [render_panel("a", {"loss": curve}, log_scale=log_scale), render_panel("b", {"loss": curve}, PLOT_WIDTH)]
+    )
     first, second = (
         [tuple(map(float, point.split(","))) for point in re.split(" ", line.attrib["points"])]
         for line in ElementTree.fromstring(svg).iter("{http://www.w3.org/2000/svg}polyline")
     )
-    down = MARGIN + middle * (HEIGHT - 2 * MARGIN)
+    down = PLOT_MARGIN + middle * (PLOT_HEIGHT - 2 * PLOT_MARGIN)
     for point, wanted in zip(
-        first, [(MARGIN, MARGIN), (WIDTH / 2, down), (WIDTH - MARGIN, HEIGHT - MARGIN)], strict=True
+        first,
+        [(PLOT_MARGIN, PLOT_MARGIN), (PLOT_WIDTH / 2, down), (PLOT_WIDTH - PLOT_MARGIN, PLOT_HEIGHT - PLOT_MARGIN)],
+        strict=True,
     ):
         assert point == pytest.approx(wanted, abs=0.06)
-    assert second[0] == (WIDTH + MARGIN, MARGIN)
+    assert second[0] == (PLOT_WIDTH + PLOT_MARGIN, PLOT_MARGIN)

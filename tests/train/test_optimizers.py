@@ -9,7 +9,7 @@ from torch import nn
 from trainings import needs, recipe_of
 
 from ldm.train import optimizers
-from ldm.train.optimizers import Muon, adamw, optimizer_for, polar, rows
+from ldm.train.optimizers import Muon, adamw, create_optimizer, newton_schulz_orthogonalize, flatten_to_matrix
 
 RECIPE = recipe_of(learning_rate=0.01, adam_weight_decay=0.1)
 
@@ -38,7 +38,7 @@ def moved(net, change):
 def test_polar_keeps_the_directions_and_levels_the_sizes(shape):
     matrix = torch.randn(shape, generator=torch.Generator().manual_seed(2))
     u, _, v = torch.linalg.svd(matrix, full_matrices=False)
-    between = u.T @ polar(matrix) @ v.T
+    between = u.T @ newton_schulz_orthogonalize(matrix) @ v.T
     sizes = between.diagonal()
     assert sizes.min() > 0.6 and sizes.max() < 1.3
     assert (between - sizes.diag()).abs().max() < 0.05  # bfloat16
@@ -46,7 +46,7 @@ def test_polar_keeps_the_directions_and_levels_the_sizes(shape):
 
 def test_rows_are_a_view_of_the_weight():
     weight = torch.randn(6, 3, 3, 3).to(memory_format=torch.channels_last)
-    matrix = rows(weight)
+    matrix = flatten_to_matrix(weight)
     assert matrix.shape == (6, 27) and matrix.data_ptr() == weight.data_ptr()
     assert torch.equal(matrix.sum(1), weight.permute(0, 2, 3, 1).flatten(1).sum(1))
 
@@ -55,8 +55,8 @@ def test_a_matrix_moves_by_its_polar_factor_and_decays():
     net = model()
     change = moved(net, lambda: step(net, Muon(net, RECIPE, edges=frozenset("0"))))
     weight = model()[2].weight.detach()
-    direction = rows(change["2.weight"] + 0.01 * 0.1 * weight) / (-0.01 * 0.2 * 288**0.5)
-    u, _, v = torch.linalg.svd(rows(net[2].weight.grad), full_matrices=False)
+    direction = flatten_to_matrix(change["2.weight"] + 0.01 * 0.1 * weight) / (-0.01 * 0.2 * 288**0.5)
+    u, _, v = torch.linalg.svd(flatten_to_matrix(net[2].weight.grad), full_matrices=False)
     between = u[:, :5].T @ direction @ v[:5].T  # the gradient's five largest directions: downhill, by the same amount
     sizes = between.diagonal()
     assert sizes.min() > 0.6 and sizes.max() < 1.3
@@ -66,7 +66,7 @@ def test_a_matrix_moves_by_its_polar_factor_and_decays():
 def test_edges_vectors_and_the_schedule_are_adamw_s():
     net, other = model(), model()
     muon, reference = Muon(net, RECIPE, edges=frozenset("0")), adamw(other, RECIPE)
-    for group in itertools.chain(muon.param_groups, reference.param_groups):
+    for group in itertools.cat_context(muon.param_groups, reference.param_groups):
         group["lr"] = 0.003
     ours, theirs = moved(net, lambda: step(net, muon)), moved(other, lambda: step(other, reference))
     for name in ours.keys() - {"2.weight", "4.weight"}:
@@ -77,7 +77,7 @@ def test_edges_vectors_and_the_schedule_are_adamw_s():
 def test_the_kinds_of_adam_take_the_recipe_s_options_and_their_own(name):
     needs(name)
     recipe = recipe_of(optimizer=name, learning_rate=0.5, adam_beta2=0.97, optimizer_options={"eps": 1e-5})
-    (group,) = optimizer_for(model(), recipe).param_groups
+    (group,) = create_optimizer(model(), recipe).param_groups
     assert (group["lr"], group["betas"], group["weight_decay"], group["eps"]) == (0.5, (0.9, 0.97), 0.01, 1e-5)
 
 
@@ -88,7 +88,7 @@ def test_adamw_s_relatives_move_as_it_does(name):
     net, other = wide(), wide()
     options = {"learning_rate": 1e4} if name == "prodigy" else {}
     recipe = recipe_of(**{"learning_rate": 0.01, "adam_weight_decay": 0, "optimizer": name, **options})
-    ours = moved(net, lambda: step(net, optimizer_for(net, recipe)))
+    ours = moved(net, lambda: step(net, create_optimizer(net, recipe)))
     plain = recipe_of(learning_rate=0.01, adam_weight_decay=0)
     theirs = moved(other, lambda: step(other, adamw(other, plain)))
     for key in ours:
@@ -108,20 +108,20 @@ def test_a_missing_package_is_said_with_its_cure(name, package, monkeypatch):
 
     monkeypatch.setattr(optimizers, "import_module", absent)
     with pytest.raises(ValueError, match=rf"optimizer '{name}' needs {package}: pip install 'ldm\[optim\]'"):
-        optimizer_for(model(), recipe_of(optimizer=name))
+        create_optimizer(model(), recipe_of(optimizer=name))
 
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])
 def test_an_unknown_option_or_optimizer_is_named(name):
     with pytest.raises(ValueError, match=f"optimizer_options of {name}: .*wait"):
-        optimizer_for(model(), recipe_of(optimizer=name, optimizer_options={"wait": [1]}))
+        create_optimizer(model(), recipe_of(optimizer=name, optimizer_options={"wait": [1]}))
     with pytest.raises(ValueError, match="optimizer 'adam'"):
-        optimizer_for(model(), recipe_of(optimizer="adam"))
+        create_optimizer(model(), recipe_of(optimizer="adam"))
 
 
 def test_what_is_frozen_does_not_learn():
     net = model()
     net[0].requires_grad_(False)
     for name in ("adamw", "prodigy", "muon"):
-        learns = [p for group in optimizer_for(net, recipe_of(optimizer=name)).param_groups for p in group["params"]]
+        learns = [p for group in create_optimizer(net, recipe_of(optimizer=name)).param_groups for p in group["params"]]
         assert len(learns) == 6 and not any(p is net[0].weight for p in learns)

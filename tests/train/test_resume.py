@@ -30,8 +30,8 @@ from trainings import (
 
 from ldm.config import load_recipe
 from ldm.train import state
-from ldm.train.ema import Average, exponential
-from ldm.train.optimizers import optimizer_for
+from ldm.train.ema import EMAModel, exponential_ema_rate
+from ldm.train.optimizers import create_optimizer
 
 KILLS = int(os.environ.get("LDM_STRESS_KILLS", "2"))  # scripts/stress_train.py asks for more
 FAULTY = {  # of a tuning, an epoch ends after steps 2, 5, 7 and 10
@@ -130,7 +130,7 @@ def wait_for_steps(tmp_path):
 
 def goes_on(path, tmp_path):
     """One checkpoint is there, with the whole log, and the training does one step more."""
-    (saved,) = state.checkpoints(tmp_path / "run")
+    (saved,) = state.list_checkpoints(tmp_path / "run")
     step = int(saved.name.removeprefix("checkpoint-"))
     assert step >= 3
     go(path, f"max_train_steps={step + 1}")
@@ -148,13 +148,13 @@ def small(tmp_path):
         now.optimizer.step()
         now.model.weight.data.fill_(step)
         now.step = step
-        state.save(now, recipe)
+        state.save_checkpoint(now, recipe)
     return recipe
 
 
 def fresh(recipe):
     model = nn.Linear(3, 2, bias=False)
-    return state.State(model, {"ema": Average(model, exponential(0.5))}, optimizer_for(model, recipe))
+    return state.TrainState(model, {"ema": EMAModel(model, exponential_ema_rate(0.5))}, create_optimizer(model, recipe))
 
 
 @pytest.mark.parametrize("file", ["model.safetensors", "ema.safetensors", "optimizer.safetensors", "state.json"])
@@ -166,13 +166,13 @@ def test_a_torn_checkpoint_is_named_and_the_one_before_it_used(small, tmp_path, 
         torn.write_bytes(torn.read_bytes()[:-1])
     now = fresh(small)
     with pytest.warns(UserWarning, match="checkpoint-2: not a checkpoint of this recipe") as said:
-        state.resume(now, small)
+        state.resume_from_checkpoint(now, small)
     assert len(said) == 1 and "\n" not in str(said[0].message)
     assert now.step == 1 and (now.model.weight == 1).all()
     assert now.optimizer.state_dict()["state"][0]["step"] == 1
     shutil.rmtree(tmp_path / "checkpoint-1")
     with pytest.warns(UserWarning), pytest.raises(ValueError, match="checkpoint-2: not a checkpoint of this recipe"):
-        state.resume(fresh(small), small)
+        state.resume_from_checkpoint(fresh(small), small)
 
 
 @pytest.mark.parametrize("at", [0, 0.3, 0.6, 0.99])
@@ -191,7 +191,7 @@ def test_one_flipped_bit_is_told_by_the_file_and_the_checkpoint_before_it_used(s
     path.write_bytes(data)
     now = fresh(small)
     with pytest.warns(UserWarning, match=f"checkpoint-2: not a checkpoint of this recipe.*{said}"):
-        state.resume(now, small)
+        state.resume_from_checkpoint(now, small)
     assert now.step == 1 and (now.model.weight == 1).all()
 
 
@@ -208,7 +208,7 @@ def test_one_flipped_bit_is_told_by_the_file_and_the_checkpoint_before_it_used(s
 def test_another_training_s_checkpoint_is_refused_by_the_key_that_differs(small, tmp_path, changes, said):
     other = recipe_of(output_dir=str(tmp_path), **changes)
     with pytest.warns(UserWarning), pytest.raises(ValueError, match=said):
-        state.resume(fresh(other), other)
+        state.resume_from_checkpoint(fresh(other), other)
 
 
 def test_what_does_not_shape_a_run_may_change(small, tmp_path):
@@ -216,7 +216,7 @@ def test_what_does_not_shape_a_run_may_change(small, tmp_path):
         output_dir=str(tmp_path), max_train_steps=99, logging_steps=7, learning_rate=1e-4, gradient_accumulation_steps=2
     )
     now = fresh(other)
-    state.resume(now, other)
+    state.resume_from_checkpoint(now, other)
     assert now.step == 2
 
 
@@ -228,7 +228,7 @@ def test_a_checkpoint_from_before_recipes_were_recorded_still_loads(small, tmp_p
     moments = {f"weight:{name}": torch.full((2, 3), value) for name, value in (("exp_avg", 0.25), ("exp_avg_sq", 0.5))}
     save_file({**moments, "weight:step": torch.tensor(3.0)}, folder / "optimizer.safetensors")
     now = fresh(small)
-    state.resume(now, small)
+    state.resume_from_checkpoint(now, small)
     (moments,) = now.optimizer.state.values()
     assert now.step == 3 and (moments["exp_avg"] == 0.25).all() and (moments["exp_avg_sq"] == 0.5).all()
     assert moments["step"] == 3
@@ -240,24 +240,24 @@ def test_a_checkpoint_from_before_recipes_were_recorded_still_loads(small, tmp_p
 def test_only_the_newest_checkpoints_are_kept(small, tmp_path):
     now = fresh(small)
     for now.step in (3, 10):
-        state.save(now, small)
-    assert [path.name for path in state.checkpoints(tmp_path)] == ["checkpoint-3", "checkpoint-10"]
+        state.save_checkpoint(now, small)
+    assert [path.name for path in state.list_checkpoints(tmp_path)] == ["checkpoint-3", "checkpoint-10"]
 
 
 def test_a_scaler_s_state_and_waiting_figures_come_back(small, tmp_path):
     now = fresh(small)
-    now.scaler, now.step, now.figures = torch.amp.GradScaler("cpu", init_scale=8.0), 4, [{"loss": 0.1 + 0.2}]
-    state.save(now, small)
+    now.scaler, now.step, now.pending_metrics = torch.amp.GradScaler("cpu", init_scale=8.0), 4, [{"loss": 0.1 + 0.2}]
+    state.save_checkpoint(now, small)
     other = fresh(small)
     other.scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
-    state.resume(other, small)
-    assert other.scaler.state_dict() == now.scaler.state_dict() and other.figures == [{"loss": 0.1 + 0.2}]
+    state.resume_from_checkpoint(other, small)
+    assert other.scaler.state_dict() == now.scaler.state_dict() and other.pending_metrics == [{"loss": 0.1 + 0.2}]
 
 
 def test_a_nest_of_tensors_comes_back_from_json(tmp_path):
     tree = {"state": {0: {"a": torch.arange(3), "b": 1.5}}, "groups": [{"lr": 0.1, "betas": (0.9, 0.99), "x": None}]}
     tensors: dict = {}
-    back = state.unfold(json.loads(json.dumps(state.fold(tree, tensors))), tensors)
+    back = state.tree_from_json(json.loads(json.dumps(state.tree_to_json(tree, tensors))), tensors)
     assert torch.equal(back["state"][0].pop("a"), tree["state"][0].pop("a"))
     tree["groups"][0]["betas"] = [0.9, 0.99]
     assert back == tree and len(tensors) == 1
@@ -268,13 +268,13 @@ def test_moments_keep_the_layout_of_their_parameter(tmp_path):
     model = nn.Conv2d(4, 8, 3).to(memory_format=torch.channels_last)
 
     def made():
-        return state.State(model, {}, optimizer_for(model, recipe), step=1)
+        return state.TrainState(model, {}, create_optimizer(model, recipe), step=1)
 
     now = made()
     model(torch.randn(1, 4, 5, 5)).sum().backward()
     now.optimizer.step()
-    state.save(now, recipe)
+    state.save_checkpoint(now, recipe)
     other = made()
-    state.resume(other, recipe)
+    state.resume_from_checkpoint(other, recipe)
     assert other.optimizer.state[model.weight]["momentum"].stride() == model.weight.stride()
     assert tensors_of(tmp_path).keys() >= {"model.safetensors weight"}

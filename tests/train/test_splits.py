@@ -7,13 +7,13 @@ import torch
 from safetensors.torch import load_file
 from trainings import FULL, LORA, forks, go, log_of, recipe_of, status, tensors_of
 
-from ldm.checkpoints.lora_save import DIFFUSERS_FILE
+from ldm.checkpoints.lora_save import LORA_WEIGHT_NAME_SAFE
 from ldm.config import load_recipe
-from ldm.diffusion.objective import TIMES
+from ldm.diffusion.objective import TIME_SAMPLERS
 from ldm.nn.blocks import ResnetBlock
 from ldm.train import state
-from ldm.train.learner import shares
-from ldm.train.setup import task_for
+from ldm.train.learner import split_rows
+from ldm.train.setup import create_task
 
 EXACT = {
     "train_batch_size": 8,
@@ -25,7 +25,7 @@ EXACT = {
 
 def figures(folder):
     """The figures of every step in full precision."""
-    return json.loads((state.checkpoints(folder)[-1] / "state.json").read_text())["figures"]
+    return json.loads((state.list_checkpoints(folder)[-1] / "state.json").read_text())["figures"]
 
 
 def assert_close(one, other):
@@ -63,7 +63,7 @@ def test_two_processes_tune_as_one_does(tuning, tmp_path):
     path = tuning("processes", changes=changes, **single)
     assert [status(child) for child in forks(lambda: go(path, "gradient_accumulation_steps=2"), 2)] == [0, 0]
     assert_close(tmp_path / "whole", tmp_path / "processes")
-    exports = [load_file(tmp_path / run / "export" / DIFFUSERS_FILE) for run in ("whole", "processes")]
+    exports = [load_file(tmp_path / run / "export" / LORA_WEIGHT_NAME_SAFE) for run in ("whole", "processes")]
     assert exports[0].keys() == exports[1].keys()
     for name, a in exports[0].items():
         torch.testing.assert_close(a, exports[1][name], rtol=2e-5, atol=2e-6, msg=name)
@@ -76,18 +76,18 @@ def test_an_autoencoder_learns_the_same_in_parts(recipe_file, tmp_path):
     assert_close(tmp_path / "whole", tmp_path / "parts")
 
 
-@pytest.mark.parametrize("kind, times", [("autoencoder", None), *(("diffusion", times) for times in TIMES)])
+@pytest.mark.parametrize("kind, times", [("autoencoder", None), *(("diffusion", times) for times in TIME_SAMPLERS)])
 def test_rows_of_a_batch_are_those_of_the_whole_batch(kind, times, recipe_file):
     more = {"times": times, "noise_offset": 0.1, "input_perturbation": 0.1} if times else {}
     recipe = load_recipe(
         recipe_file(kind, train_batch_size=8), [f"objective.{name}={value}" for name, value in more.items()]
     )
-    task = task_for(recipe)
-    whole, part = task.batch(9, range(8)), task.batch(9, range(3, 5))
+    task = create_task(recipe)
+    whole, part = task.make_batch(9, range(8)), task.make_batch(9, range(3, 5))
     assert whole.keys() == part.keys() and whole["visits"][3:5] == part["visits"]
     for name in whole.keys() - {"visits"}:
         assert torch.equal(torch.as_tensor(whole[name])[3:5], torch.as_tensor(part[name])), name
-    other = task.batch(10, range(3, 5))
+    other = task.make_batch(10, range(3, 5))
     for name in whole.keys() - {"visits", "importance"}:
         assert not torch.equal(torch.as_tensor(other[name]), torch.as_tensor(part[name])), name
 
@@ -95,14 +95,14 @@ def test_rows_of_a_batch_are_those_of_the_whole_batch(kind, times, recipe_file):
 def test_shares_cover_a_batch_once_in_order():
     for size, processes, parts in ((8, 1, 1), (8, 2, 2), (7, 2, 2), (64, 3, 5)):
         recipe = recipe_of(train_batch_size=size, gradient_accumulation_steps=parts)
-        rows = [r for rank in range(processes) for r in shares(recipe, _Task(True), rank, processes)]
+        rows = [r for rank in range(processes) for r in split_rows(recipe, _Task(True), rank, processes)]
         assert [i for r in rows for i in r] == list(range(size)) and all(rows)
         assert len(rows) == processes * parts
 
 
 class _Task:
-    def __init__(self, divisible):
-        self.divisible = divisible
+    def __init__(self, supports_accumulation):
+        self.supports_accumulation = supports_accumulation
 
 
 @pytest.mark.parametrize(
@@ -111,7 +111,7 @@ class _Task:
 )
 def test_a_batch_that_cannot_be_shared_is_refused(size, parts, divisible, said):
     with pytest.raises(ValueError, match=said):
-        shares(recipe_of(train_batch_size=size, gradient_accumulation_steps=parts), _Task(divisible), 0, 2)
+        split_rows(recipe_of(train_batch_size=size, gradient_accumulation_steps=parts), _Task(divisible), 0, 2)
 
 
 def test_a_contrastive_batch_is_not_accumulated(recipe_file):

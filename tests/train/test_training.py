@@ -10,13 +10,13 @@ from safetensors.torch import load_file
 from trainings import ROOT, go
 
 from ldm.config import load_recipe
-from ldm.nn.text import tokens
+from ldm.nn.text import tokenize_captions
 from ldm.pipeline import Pipeline
-from ldm.train.autoencoder import edges
-from ldm.train.clip import positives
-from ldm.train.diffusion import visited
-from ldm.train.setup import task_for
-from ldm.train.task import Visit
+from ldm.train.autoencoder import image_gradient_loss
+from ldm.train.clip import contrastive_targets
+from ldm.train.diffusion import shuffle_sample_keys
+from ldm.train.setup import create_task
+from ldm.train.task import SampleKey
 
 
 def test_the_exported_folder_is_a_model(recipe_file):
@@ -27,33 +27,33 @@ def test_the_exported_folder_is_a_model(recipe_file):
 @pytest.mark.parametrize("dropout, dropped", [(0.0, 0), (1.0, 64), (0.25, None)])
 def test_captions_are_dropped_as_often_as_the_recipe_says(dropout, dropped, recipe_file):
     recipe = load_recipe(recipe_file("diffusion"), [f"objective.caption_dropout={dropout}", "train_batch_size=64"])
-    task = task_for(recipe)
-    batch = task.batch(0, range(64))
+    task = create_task(recipe)
+    batch = task.make_batch(0, range(64))
     empty = (batch["ids"] == torch.tensor(task.tokenizer("", padding="max_length", max_length=16).input_ids)).all(1)
     assert empty.sum() == dropped if dropped is not None else 8 <= empty.sum() <= 26
     captions = [task.latents.captions[visit.sample] for visit in batch["visits"]]
-    assert torch.equal(batch["ids"][~empty], tokens(task.tokenizer, captions)[~empty])
+    assert torch.equal(batch["ids"][~empty], tokenize_captions(task.tokenizer, captions)[~empty])
 
 
 def test_every_latent_is_visited_once_an_epoch_in_an_order_of_its_own():
-    epochs = [visited(50, 3, 50 * k, 50) for k in range(3)]
+    epochs = [shuffle_sample_keys(50, 3, 50 * k, 50) for k in range(3)]
     for k, epoch in enumerate(epochs):
-        assert sorted(epoch) == [Visit(i, k) for i in range(50)]
-    orders = [[visit.sample for visit in epoch] for epoch in [*epochs, visited(50, 4, 0, 50)]]
+        assert sorted(epoch) == [SampleKey(i, k) for i in range(50)]
+    orders = [[visit.sample_id for visit in epoch] for epoch in [*epochs, shuffle_sample_keys(50, 4, 0, 50)]]
     assert orders[0] != orders[1] and orders[0] != orders[3]
-    assert visited(50, 3, 40, 20) == epochs[0][40:] + epochs[1][:10]
+    assert shuffle_sample_keys(50, 3, 40, 20) == epochs[0][40:] + epochs[1][:10]
 
 
 def test_equal_captions_are_positives_of_one_another():
-    target = positives({"same": np.array([1, 2, 1])})
+    target = contrastive_targets({"same": np.array([1, 2, 1])})
     assert target.tolist() == [[0.5, 0, 0.5], [0, 1, 0], [0.5, 0, 0.5]]
 
 
 def test_edges_measure_differences_and_nothing_else():
     ramp = torch.arange(8.0).expand(1, 1, 8, 8)
-    assert edges(torch.cat([ramp + 5, 2 * ramp]), scales=1).tolist() == pytest.approx([1, 2])
-    assert edges(ramp, scales=2) == pytest.approx((1 + 2) / 2)
-    assert edges(torch.full((1, 1, 8, 8), 3.0)) == 0
+    assert image_gradient_loss(torch.cat([ramp + 5, 2 * ramp]), num_scales=1).tolist() == pytest.approx([1, 2])
+    assert image_gradient_loss(ramp, num_scales=2) == pytest.approx((1 + 2) / 2)
+    assert image_gradient_loss(torch.full((1, 1, 8, 8), 3.0)) == 0
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").rglob("*.yaml")), ids=lambda p: p.stem)
@@ -98,12 +98,14 @@ def test_no_precision_is_a_word_and_elsewhere_a_truth_value(tmp_path, recipe_fil
     path.write_text(path.read_text() + "\nmixed_precision: no\n")
     assert load_recipe(path).mixed_precision == "no"
     assert load_recipe(path, ["optimizer_options.amsgrad=no"]).optimizer_options == {"amsgrad": False}
-    shown = load_recipe(ROOT / "configs" / "tune-lora.yaml", ["data.random_flip=yes", "data.center_crop=False"]).folder
+    shown = load_recipe(
+        ROOT / "configs" / "tune-lora.yaml", ["data.random_flip=yes", "data.center_crop=False"]
+    ).image_data
     assert shown.random_flip is True and shown.center_crop is False
 
 
 def test_a_training_begins_with_the_u_net_of_a_folder(recipe_file, tiny):
-    task = task_for(
+    task = create_task(
         load_recipe(recipe_file("diffusion"), [f"objective.unet={tiny / 'unet'}", "objective.attention=math"])
     )
     assert task.model.attention == "math"
@@ -113,9 +115,9 @@ def test_a_training_begins_with_the_u_net_of_a_folder(recipe_file, tiny):
 
 def test_offset_and_perturbation_are_noise_of_their_own_of_the_stated_deviation(recipe_file):
     path = recipe_file("diffusion", train_batch_size=64)
-    plain = task_for(load_recipe(path)).batch(0, range(64))
-    task = task_for(load_recipe(path, ["objective.noise_offset=0.3", "objective.input_perturbation=0.2"]))
-    batch = task.batch(0, range(64))
+    plain = create_task(load_recipe(path)).make_batch(0, range(64))
+    task = create_task(load_recipe(path, ["objective.noise_offset=0.3", "objective.input_perturbation=0.2"]))
+    batch = task.make_batch(0, range(64))
     offset = batch["noise"] - plain["noise"]
     assert offset.flatten(2).std(2).max() < 1e-6 and offset[:, :, 0, 0].std() == pytest.approx(0.3, rel=0.15)
     assert torch.equal(batch["x0"], plain["x0"]) and torch.equal(batch["t"], plain["t"])
@@ -127,10 +129,10 @@ def test_offset_and_perturbation_are_noise_of_their_own_of_the_stated_deviation(
 
 def test_zero_terminal_snr_is_trained_and_exported(recipe_file):
     path = recipe_file("diffusion")
-    task = task_for(load_recipe(path, ["objective.rescale_betas_zero_snr=true"]))
-    assert task.sde.at(1.0).alpha == 0 < task_for(load_recipe(path)).sde.at(1.0).alpha
+    task = create_task(load_recipe(path, ["objective.rescale_betas_zero_snr=true"]))
+    assert task.sde.level(1.0).alpha == 0 < create_task(load_recipe(path)).sde.level(1.0).alpha
     folder = go(path, "objective.rescale_betas_zero_snr=true")
     config = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
     assert config["rescale_betas_zero_snr"] is True
     with pytest.raises(ValueError, match="rescale_betas_zero_snr"):
-        task_for(load_recipe(path, ["objective.rescale_betas_zero_snr=true", "objective.prediction=eps"]))
+        create_task(load_recipe(path, ["objective.rescale_betas_zero_snr=true", "objective.prediction=eps"]))

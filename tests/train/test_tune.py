@@ -8,11 +8,11 @@ from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file
 from trainings import FULL, LORA, WORD, assert_goes_on, go
 
-from ldm.checkpoints.formats import load
+from ldm.checkpoints.formats import load_checkpoint
 from ldm.conditioning import Conditioning
 from ldm.config import load_recipe
 from ldm.pipeline import Pipeline
-from ldm.train.setup import task_for
+from ldm.train.setup import create_task
 
 
 @pytest.mark.parametrize("method", [FULL, LORA, WORD], ids=lambda method: method["method"])
@@ -23,14 +23,14 @@ def test_a_killed_tuning_ends_with_the_bits_of_one_that_was_not(method, tuning, 
 @pytest.mark.parametrize("dora", [False, True])
 def test_an_exported_adapter_is_what_was_learnt_in_ours_and_in_diffusers(dora, tuning, tiny, tmp_path):
     recipe = load_recipe(tuning(**{**LORA, "train_text_encoder": False, "frozen_dtype": "float32", "dora": dora}))
-    task = task_for(recipe)
+    task = create_task(recipe)
     names = [name for name, _ in task.model.named_parameters()]
     assert names and all(".lora_" in name for name in names)
     drawn = torch.Generator().manual_seed(1)
     for name, parameter in task.model.named_parameters():
         if "magnitude" not in name:
             parameter.data = 0.1 * torch.randn(parameter.shape, generator=drawn)
-    task.method.export(task.tuned, task.objective, tmp_path / "out")
+    task.method.export(task.full_model, task.objective, tmp_path / "out")
     x, text, t = (torch.randn(shape, generator=drawn) for shape in ((1, 4, 8, 8), (1, 16, 32), (1,)))
     t = t.abs() * 100
     with torch.no_grad():
@@ -48,32 +48,32 @@ def test_an_exported_adapter_is_what_was_learnt_in_ours_and_in_diffusers(dora, t
 
 
 def test_a_fresh_adapter_changes_nothing_and_a_copy_shares_what_is_frozen(tuning, tiny):
-    task = task_for(load_recipe(tuning(**LORA, frozen_dtype="float32")))
+    task = create_task(load_recipe(tuning(**LORA, frozen_dtype="float32")))
     x, text, t = torch.ones(1, 4, 8, 8), torch.ones(1, 16, 32), torch.tensor([500.0])
     with torch.no_grad():
-        base = load(tiny, torch.device("cpu"), torch.float32).unet(x, t, Conditioning(text))
+        base = load_checkpoint(tiny, torch.device("cpu"), torch.float32).unet(x, t, Conditioning(text))
         assert torch.equal(task.model(x, t, Conditioning(text)), base)
     twin = copy.deepcopy(task.model)
-    for one, other in zip(task.tuned.unet.parameters(), twin.whole.unet.parameters(), strict=True):
+    for one, other in zip(task.full_model.unet.parameters(), twin.full_model.unet.parameters(), strict=True):
         assert (one is other) != one.requires_grad
     assert twin.state_dict().keys() == task.model.state_dict().keys()
 
 
 def test_a_word_that_was_learnt_is_what_a_pipeline_reads(tuning, tmp_path):
     export = go(tuning(**WORD))
-    pipe = task_for(load_recipe(tuning(**WORD))).method.reopen(load_recipe(tuning(**WORD)).objective, export)
+    pipe = create_task(load_recipe(tuning(**WORD))).method.load_pipeline(load_recipe(tuning(**WORD)).objective, export)
     ema = load_file(tmp_path / "run" / "checkpoint-6" / "ema.safetensors")
     (vectors,) = ema.values()
-    assert torch.equal(pipe.texts.embeddings["zorb"][0], vectors) and len(vectors) == 2
+    assert torch.equal(pipe.prompt_encoder.embeddings["zorb"][0], vectors) and len(vectors) == 2
     assert list(ema) == ["text_encoder.embeddings.token_embedding.vectors"]
 
 
 def test_the_prior_counts_by_its_weight_however_many_pictures_it_has(tuning):
     prior = {"prior_preservation": True, "class_prompt": "a cat", "num_class_images": 3, "prior_loss_weight": 0.5}
-    task = task_for(load_recipe(tuning(**LORA, **prior)))
+    task = create_task(load_recipe(tuning(**LORA, **prior)))
     own = torch.tensor([not sample.key.startswith("2:") for sample in task.dataset.samples])
     assert own.sum() == 10 and (~own).sum() == 3
-    assert task.weights[own].sum() == 10 and task.weights[~own].sum() == 0.5 * 10
+    assert task.loss_weights[own].sum() == 10 and task.loss_weights[~own].sum() == 0.5 * 10
     assert {s.caption for s in task.dataset.samples if s.key.startswith("2:")} == {"a cat"}
 
 
@@ -89,4 +89,4 @@ def test_the_prior_counts_by_its_weight_however_many_pictures_it_has(tuning):
 )
 def test_what_cannot_be_tuned_is_refused_in_words(objective, said, tuning):
     with pytest.raises(ValueError, match=said):
-        task_for(load_recipe(tuning(**objective)))
+        create_task(load_recipe(tuning(**objective)))

@@ -15,7 +15,7 @@ from trainings import FULL, LORA, WORD, go
 from ldm.config import load_recipe
 from ldm.pipeline import Pipeline
 from ldm.request import Request
-from ldm.train.setup import task_for
+from ldm.train.setup import create_task
 
 from diffusers import DDIMScheduler, DDPMScheduler, UNet2DConditionModel  # isort: skip
 from transformers import CLIPTokenizer  # isort: skip
@@ -55,7 +55,9 @@ def model(request, tiny, tmp_path_factory):
 
 def read_by_diffusers(kind, folder):
     pipe = kind.from_pretrained(folder, local_files_only=True, **({} if "XL" in kind.__name__ else UNCHECKED))
-    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, timestep_spacing="leading", set_alpha_to_one=True)
+    pipe.batch_scheduler = DDIMScheduler.from_config(
+        pipe.batch_scheduler.config, timestep_spacing="leading", set_alpha_to_one=True
+    )
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -152,16 +154,16 @@ def test_the_loss_is_that_of_diffusers_scripts(model, data, objective, schedule,
     config.write_text(json.dumps({**json.loads(config.read_text()), **schedule}))
     cover(tmp_path / "pictures")
     source = {"pretrained_model_name_or_path": str(folder), "frozen_dtype": "float32", "times": "discrete"}
-    task = task_for(load_recipe(tuning(data=data, caption_dropout=0, **source, **LORA, **objective)))
+    task = create_task(load_recipe(tuning(data=data, caption_dropout=0, **source, **LORA, **objective)))
     twin = read_by_diffusers(kind, folder)
     corners = set()
     for k in range(4):
-        batch = task.batch(k, range(4))
+        batch = task.make_batch(k, range(4))
         batch["t"][0] = 1.0
-        visits = task.dataset.visits[k]
-        corners |= {task.dataset.view(visit).corner for visit in visits}
-        wanted = script_losses(twin, batch, [task.dataset.samples[v.sample] for v in visits], shown(task, visits))
-        torch.testing.assert_close(task.loss(task.model, batch)[0], wanted, rtol=2e-4, atol=0)
+        visits = task.dataset.batch_sampler[k]
+        corners |= {task.dataset.choose_augmentation(visit).crop_corner for visit in visits}
+        wanted = script_losses(twin, batch, [task.dataset.samples[v.row] for v in visits], shown(task, visits))
+        torch.testing.assert_close(task.compute_loss(task.model, batch)[0], wanted, rtol=2e-4, atol=0)
     assert (len(corners) > 2) == ("center_crop" in data)
 
 
@@ -179,13 +181,13 @@ def shown(task, visits):
     """The pixels of some visits from their files, and what SDXL is told of them: original size, corner, target."""
     pictures, ids = [], []
     for visit in visits:
-        data, view = task.dataset, task.dataset.view(visit)
-        (width, height), resized = data.surveyed[visit.sample].placement
-        picture = Image.open(io.BytesIO(data.samples[visit.sample].open()))
+        data, view = task.dataset, task.dataset.choose_augmentation(visit)
+        (width, height), resized = data.image_infos[visit.row].placement
+        picture = Image.open(io.BytesIO(data.samples[visit.row].read_bytes()))
         whole = picture.resize(resized, Image.Resampling.LANCZOS)
         if view.flip:
             whole = whole.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        left, top = view.corner
+        left, top = view.crop_corner
         pictures.append(np.asarray(whole.crop((left, top, left + width, top + height))))
         ids.append([picture.height, picture.width, top, left, height, width])
     return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2) / 127.5 - 1, torch.tensor(ids, dtype=torch.float32)
@@ -194,7 +196,7 @@ def shown(task, visits):
 @torch.no_grad()
 def script_losses(pipe, batch, samples, seen):
     """train_text_to_image.py's and train_text_to_image_sdxl.py's loss of each row, with the batch's noise and times."""
-    scheduler = DDPMScheduler.from_config(pipe.scheduler.config)
+    scheduler = DDPMScheduler.from_config(pipe.batch_scheduler.config)
     index = (batch["t"] * 1000 - 1).round().long()
     posterior = pipe.vae.encode(seen[0]).latent_dist
     x0 = (posterior.mean + posterior.std * batch["posterior"]) * pipe.vae.config.scaling_factor
@@ -211,8 +213,8 @@ def script_losses(pipe, batch, samples, seen):
 
 def test_what_a_mask_leaves_out_has_no_gradient(tuning, tmp_path):
     cover(tmp_path / "pictures")
-    task = task_for(load_recipe(tuning(data=MASKS, **LORA)))
-    batch = task.batch(0, range(4))
+    task = create_task(load_recipe(tuning(data=MASKS, **LORA)))
+    batch = task.make_batch(0, range(4))
     outputs = []
 
     def network(*words):
@@ -220,7 +222,7 @@ def test_what_a_mask_leaves_out_has_no_gradient(tuning, tmp_path):
         outputs[0].retain_grad()
         return outputs[0]
 
-    task.loss(network, batch)[0].sum().backward()
+    task.compute_loss(network, batch)[0].sum().backward()
     outside = (batch["masks"] == 0).expand_as(outputs[0])
     assert 0.2 < outside.float().mean() < 0.5
     assert (outputs[0].grad[outside] == 0).all() and (outputs[0].grad[~outside] != 0).all()

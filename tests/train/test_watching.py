@@ -9,9 +9,9 @@ from trainings import go, log_of, recipe_of, tensors_of
 
 from ldm.config import load_recipe
 from ldm.train import state, tracking
-from ldm.train.loop import train
-from ldm.train.progress import Progress
-from ldm.train.setup import task_for
+from ldm.train.loop import train_model
+from ldm.train.progress import MetricLogger
+from ldm.train.setup import create_task
 
 
 def scalars(folder, name):
@@ -27,7 +27,7 @@ def test_tensorboard_is_told_what_the_log_is_even_over_a_resume(recipe_file, tmp
     prompts = {"validation_prompts": ["thing1", "thing2"]}
     path = recipe_file("diffusion", report_to=["tensorboard"], checkpointing_steps=2, validation_steps=3, **prompts)
     go(path, "max_train_steps=4")
-    state.remove(tmp_path / "run" / "checkpoint-4")  # as if killed before it
+    state.remove_path(tmp_path / "run" / "checkpoint-4")  # as if killed before it
     go(path)
     lines = [line for line in log_of(tmp_path / "run") if "loss" in line]
     curve, images = scalars(tmp_path / "run", "loss")
@@ -41,28 +41,30 @@ def test_a_tracker_that_is_not_installed_is_said_in_one_line(monkeypatch):
     with pytest.warns(
         UserWarning, match=r"report_to tensorboard: not installed \(pip install 'ldm\[track\]'\)"
     ) as said:
-        assert tracking.installed(["tensorboard"]) == []
+        assert tracking.filter_installed_trackers(["tensorboard"]) == []
     assert len(said) == 1
     with pytest.raises(ValueError, match="report_to 'tensorbord'"):
-        tracking.installed(["tensorbord"])
+        tracking.filter_installed_trackers(["tensorbord"])
 
 
 def test_the_log_is_cut_where_a_resumed_training_begins(tmp_path):
     path, told = tmp_path / "log.jsonl", []
     path.write_text('{"step": 2, "loss": 1.0}\n{"step": 4, "loss": 2.0}\n{"step": 6, "lo')
-    with Progress(path, 2, recipe_of(), lambda figures, step: told.append((step, figures))) as progress:
-        progress.log(4, {"loss": 1.5})
+    with MetricLogger(path, 2, recipe_of(), lambda figures, step: told.append((step, figures))) as progress:
+        progress.log_metrics(4, {"loss": 1.5})
     assert log_of(tmp_path) == [{"step": 2, "loss": 1.0}, {"step": 4, "loss": 1.5}]
     assert told[0][0] == 4 and told[0][1].keys() == {"loss", "images_per_second"}
-    with Progress(path, 0, recipe_of(), lambda figures, step: told.append((step, figures)), writes=False) as progress:
-        progress.log(4, {"loss": 1.5})
+    with MetricLogger(
+        path, 0, recipe_of(), lambda figures, step: told.append((step, figures)), is_main_process=False
+    ) as progress:
+        progress.log_metrics(4, {"loss": 1.5})
     assert len(log_of(tmp_path)) == 2 and len(told) == 1
 
 
 def test_validation_s_errors_are_those_of_means(recipe_file):
-    task = task_for(load_recipe(recipe_file("diffusion")))
+    task = create_task(load_recipe(recipe_file("diffusion")))
     said = task.validate(task.model)
-    losses = torch.cat([task._held_out_losses(task.model, rows) for rows in torch.arange(64).split(64)])
+    losses = torch.cat([task._validation_losses(task.model, rows) for rows in torch.arange(64).split(64)])
     losses = losses.double().unflatten(0, (8, 8))
     assert [said[f"loss_{i}"] for i in range(8)] == pytest.approx(losses.mean(0).tolist())
     assert [said[f"loss_{i}_se"] for i in range(8)] == pytest.approx((losses.std(0) / 8**0.5).tolist())
@@ -72,7 +74,7 @@ def test_validation_s_errors_are_those_of_means(recipe_file):
 
 def poisoned(task, rows, gradient_only):
     """The task, some samples of whose loss is not a number, or whose loss is fine and its gradient is not."""
-    loss = task.loss
+    loss = task.compute_loss
 
     def bad(model, batch):
         losses, figures = loss(model, batch)
@@ -82,7 +84,7 @@ def poisoned(task, rows, gradient_only):
             return losses.index_add(0, fault.nonzero().flatten(), nothing), figures
         return torch.where(fault, float("nan"), losses), figures
 
-    task.loss = bad
+    task.compute_loss = bad
     return task
 
 
@@ -93,14 +95,14 @@ def test_what_is_not_finite_stops_before_the_weights_move_and_names_the_samples(
 ):
     path = recipe_file("diffusion", lr_scheduler="constant", gradient_accumulation_steps=parts)
     recipe = load_recipe(path)
-    plain = task_for(recipe)
-    visit = plain.batch(4, range(4))["visits"][2]
+    plain = create_task(recipe)
+    visit = plain.make_batch(4, range(4))["visits"][2]
     task = poisoned(plain, {visit.sample}, gradient_only)
     with pytest.raises(ValueError, match=rf"step 5: .*not finite: {visit.sample} \(visit 0\); nothing was changed"):
-        train(recipe, task)
+        train_model(recipe, task)
     moved = {name: value.clone() for name, value in task.model.state_dict().items()}
     assert [line["step"] for line in log_of(tmp_path / "run")] == [1, 2, 3, 4]
-    del task.loss
+    del task.compute_loss
     go(path, "max_train_steps=4")
     saved = tensors_of(tmp_path / "run")
     assert all(torch.equal(saved[f"model.safetensors {name}"], value) for name, value in moved.items())

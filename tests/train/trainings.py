@@ -17,8 +17,8 @@ from safetensors.torch import load_file
 
 from ldm.config import Recipe, load_recipe
 from ldm.train import state
-from ldm.train.loop import train
-from ldm.train.setup import task_for
+from ldm.train.loop import train_model
+from ldm.train.setup import create_task
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMON = {
@@ -70,7 +70,7 @@ def recipe_of(**changes) -> Recipe:
 
 def go(path: Path, *overrides: str) -> Path:
     recipe = load_recipe(path, overrides)
-    return train(recipe, task_for(recipe))
+    return train_model(recipe, create_task(recipe))
 
 
 def assert_goes_on(write: Callable[[str], Path], folder: Path) -> None:
@@ -80,8 +80,8 @@ def assert_goes_on(write: Callable[[str], Path], folder: Path) -> None:
     """
     go(write("whole"))
     recipe = load_recipe(write("broken"))
-    task = task_for(recipe)
-    loss, calls = task.loss, []
+    task = create_task(recipe)
+    loss, calls = task.compute_loss, []
 
     def dies(*words):
         calls.append(1)
@@ -89,9 +89,9 @@ def assert_goes_on(write: Callable[[str], Path], folder: Path) -> None:
             raise RuntimeError("killed")
         return loss(*words)
 
-    task.loss = dies
+    task.compute_loss = dies
     with pytest.raises(RuntimeError, match="killed"):
-        train(recipe, task)
+        train_model(recipe, task)
     go(write("broken"))
     assert_equal(folder / "whole", folder / "broken")
 
@@ -146,7 +146,7 @@ def log_of(folder: Path) -> list[dict]:
 
 def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
     """Every tensor of the last checkpoint and of the averages' snapshots."""
-    files = [*state.checkpoints(folder)[-1].glob("*.safetensors"), *folder.glob("averages/*.safetensors")]
+    files = [*state.list_checkpoints(folder)[-1].glob("*.safetensors"), *folder.glob("averages/*.safetensors")]
     return {f"{file.name} {k}": v for file in files for k, v in load_file(file).items()}
 
 
@@ -154,6 +154,6 @@ def assert_equal(one: Path, other: Path) -> None:
     """Bit for bit: tensors, what else the last checkpoint's state says, and the log."""
     a, b = tensors_of(one), tensors_of(other)
     assert a.keys() == b.keys() and [k for k in a if not torch.equal(a[k], b[k])] == []
-    states = [json.loads((state.checkpoints(folder)[-1] / "state.json").read_text()) for folder in (one, other)]
+    states = [json.loads((state.list_checkpoints(folder)[-1] / "state.json").read_text()) for folder in (one, other)]
     assert states[0] == states[1]
     assert log_of(one) == log_of(other)
