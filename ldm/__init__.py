@@ -5,16 +5,20 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from ldm.version import VERSION as __version__
-
 if TYPE_CHECKING:
-    from ldm.pipeline import PipelineOutput, Pipeline
-    from ldm.request import Request
+    from ldm.pipeline.pipeline import Pipeline, PipelineOutput
+    from ldm.pipeline.request import Request
 
-__all__ = ["PipelineOutput", "Pipeline", "Request", "__version__"]
+__version__ = "0.1.0"
+__all__ = ["Pipeline", "PipelineOutput", "Request", "__version__"]
+EXPORTS = {
+    "PipelineOutput": "ldm.pipeline.pipeline",
+    "Pipeline": "ldm.pipeline.pipeline",
+    "Request": "ldm.pipeline.request",
+}
 
 
 def __getattr__(name: str) -> Any:
-    if name in __all__:  # torch is imported with the first of these, not with `ldm`
-        return getattr(import_module("ldm.pipeline"), name)
+    if name in EXPORTS:  # torch is imported with the first of these, not with `ldm`
+        return getattr(import_module(EXPORTS[name]), name)
     raise AttributeError(f"module 'ldm' has no attribute {name!r}")

@@ -51,10 +51,10 @@ class Browser:
         )
         os.close(theirs_in)
         os.close(theirs_out)
-        target = self.function("Target.createTarget", url="about:blank")["targetId"]
-        self.session = self.function("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
+        target = self.ask("Target.createTarget", url="about:blank")["targetId"]
+        self.session = self.ask("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
         for domain in ("Page", "Runtime", "Log"):
-            self.function(f"{domain}.enable")
+            self.ask(f"{domain}.enable")
         self.resize(width, height)
 
     def __enter__(self) -> Browser:
@@ -97,17 +97,15 @@ class Browser:
 
     def run(self, script: str) -> Any:
         """The value of a JavaScript expression in the page; what it promises is awaited."""
-        done = self.function(
-            "Runtime.evaluate", expression=script, awaitPromise=True, returnByValue=True, userGesture=True
-        )
+        done = self.ask("Runtime.evaluate", expression=script, awaitPromise=True, returnByValue=True, userGesture=True)
         if "exceptionDetails" in done:
             raise RuntimeError(json.dumps(done["exceptionDetails"]))
         return done["result"].get("value")
 
     def open(self, page: Path, address: str = "", until: str = "document.readyState === 'complete'") -> None:
         """Open a file, as a double click does, and wait until an expression is true."""
-        self.function("Page.navigate", url="about:blank")
-        self.function("Page.navigate", url=page.resolve().as_uri() + address)
+        self.ask("Page.navigate", url="about:blank")
+        self.ask("Page.navigate", url=page.resolve().as_uri() + address)
         self.wait(until)
 
     def wait(self, until: str) -> None:
@@ -121,16 +119,16 @@ class Browser:
     def resize(self, width: int, height: int, scale: float = 1) -> None:
         """Give the page's window a size in CSS pixels, each `scale` device pixels."""
         size = {"width": width, "height": height, "deviceScaleFactor": scale}
-        self.function("Emulation.setDeviceMetricsOverride", **size, mobile=False)
+        self.ask("Emulation.setDeviceMetricsOverride", **size, mobile=False)
 
     def press(self, key: str, text: str = "") -> None:
         """Press and release a key by its name in JavaScript."""
         codes = {"Enter": 13, "Escape": 27, "ArrowLeft": 37, "ArrowUp": 38, "ArrowRight": 39, "ArrowDown": 40, "Tab": 9}
         code = codes.get(key, 0)
         text = "\r" if key == "Enter" else text
-        self.function("Input.dispatchKeyEvent", type="keyDown", key=key, text=text, windowsVirtualKeyCode=code)
-        self.function("Input.dispatchKeyEvent", type="keyUp", key=key, windowsVirtualKeyCode=code)
+        self.ask("Input.dispatchKeyEvent", type="keyDown", key=key, text=text, windowsVirtualKeyCode=code)
+        self.ask("Input.dispatchKeyEvent", type="keyUp", key=key, windowsVirtualKeyCode=code)
 
     def screenshot(self) -> bytes:
         """The page as it is seen, a PNG."""
-        return base64.b64decode(self.function("Page.captureScreenshot", format="png")["data"])
+        return base64.b64decode(self.ask("Page.captureScreenshot", format="png")["data"])

@@ -26,8 +26,8 @@ from ldm import Pipeline, Request
 from ldm.jobs import worker
 from ldm.jobs.source import PromptEntry
 from ldm.jobs.worker import STRICT_ROWS, Job
+from ldm.pipeline.scheduler import BatchScheduler
 from ldm.rng import derive_seed
-from ldm.scheduler import BatchScheduler
 
 
 def draw(scheduler: BatchScheduler, requests: list[Request]) -> None:

@@ -26,9 +26,9 @@ from typing import Any
 from _browser import Browser, find_browser
 from PIL import Image
 
-from ldm.images import save_png
 from ldm.jobs import gallery
-from ldm.request import Request
+from ldm.metadata import save_png
+from ldm.pipeline.request import Request
 
 KINDS = 512  # different pictures
 SHEET, SCREEN, SIDE = 64, 60, 128  # thumbnails in a sheet, on a screen; pixels of their sides

@@ -14,9 +14,9 @@ from pathlib import Path
 import torch
 from _bench import alternate, clock, report
 
-import ldm.nn._torchvision  # noqa: F401  must come before diffusers
+import ldm.nn  # noqa: F401  before diffusers
 from ldm import Pipeline, Request
-from ldm.pipeline import PICTO_PATH
+from ldm.checkpoints.formats import PICTO_PATH
 
 from diffusers import DDIMScheduler, StableDiffusionPipeline  # isort: skip
 

@@ -24,12 +24,12 @@ from typing import Any
 import torch
 
 from ldm import Pipeline
-from ldm.checkpoints.convert import convert_checkpoint
 from ldm.checkpoints.families import FAMILIES
 from ldm.checkpoints.files import save_tensors, write_json
 from ldm.checkpoints.formats import MODEL_INDEX, Checkpoint, load_checkpoint
 from ldm.checkpoints.keys import build_meta_state_dicts
-from ldm.nn import text
+from ldm.convert.convert import convert_checkpoint
+from ldm.nn import text_encoders
 
 from diffusers import StableDiffusionPipeline  # isort: skip
 
@@ -49,8 +49,8 @@ def write(root: Path) -> None:
         values = {n: torch.empty(a.shape, dtype=DTYPE).normal_(0, 0.02, generator=g) for n, a in tensors.items()}
         save_tensors(values, folder / name / f"{NAMES[name]}.safetensors", DTYPE)
         write_json(configs[name], folder / name / "config.json")
-    text.save_clip_tokenizer(
-        text.build_clip_tokenizer(FAMILY.text_encoders["text_encoder"].pad_token_id), folder / "tokenizer"
+    text_encoders.save_clip_tokenizer(
+        text_encoders.build_clip_tokenizer(FAMILY.text_encoders["text_encoder"].pad_token_id), folder / "tokenizer"
     )
     (folder / "scheduler").mkdir()
     write_json(FAMILY.scheduler, folder / "scheduler" / "scheduler_config.json")

@@ -25,8 +25,9 @@ from _bench import alternate, clock, ratio, report
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-import ldm.nn._torchvision  # noqa: F401  must come before diffusers
-from ldm.checkpoints.files import to_device, read_json
+import ldm.nn  # noqa: F401  before diffusers
+from ldm.checkpoints.files import read_json, to_device
+from ldm.checkpoints.formats import PICTO_PATH
 from ldm.conditioning import Conditioning
 from ldm.config import Recipe, load_recipe
 from ldm.diffusion.denoiser import Denoiser
@@ -35,12 +36,11 @@ from ldm.diffusion.prediction import PREDICTIONS
 from ldm.diffusion.sde import BETA_SCHEDULES, VPSDE
 from ldm.hardware import best_device, resolve_mixed_precision
 from ldm.nn.unet import UNet, UNetConfig
-from ldm.pipeline import PICTO_PATH
 from ldm.train.learner import Trainer
-from ldm.train.loop import iterate_batches
 from ldm.train.processes import create_accelerator
 from ldm.train.setup import create_task
 from ldm.train.task import Batch
+from ldm.train.trainer import iterate_batches
 
 from diffusers import DDPMScheduler, UNet2DConditionModel  # isort: skip
 from diffusers.training_utils import EMAModel  # isort: skip

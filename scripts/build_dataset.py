@@ -4,7 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from ldm.data.emoji import DownloadError, build_emoji_dataset
+from ldm.picto.emoji import DownloadError, build_emoji_dataset
 
 
 def main() -> int:

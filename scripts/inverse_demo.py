@@ -14,12 +14,12 @@ import torch
 from torch.nn import functional as F
 
 from ldm import Pipeline, Request
-from ldm.diffusion.inverse import OPERATORS, tmpd
+from ldm.analysis.inverse_problems import OPERATORS, tmpd
+from ldm.checkpoints.formats import PICTO_PATH
 from ldm.diffusion.samplers import ddim, sample
-from ldm.diffusion.spacing import SPACINGS
-from ldm.images import contact_sheet, from_uint8, to_pil
+from ldm.diffusion.timesteps import SPACINGS
+from ldm.image_io import contact_sheet, from_uint8, to_pil
 from ldm.nn.vae import decode_latents, vae_scale_factor
-from ldm.pipeline import PICTO_PATH
 from ldm.rng import Noise
 
 

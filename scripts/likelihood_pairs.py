@@ -18,11 +18,11 @@ from scipy.stats import binomtest
 from torch import Tensor
 
 from ldm import Pipeline
+from ldm.analysis.likelihood import LikelihoodEstimate, estimate_elbo, hutchinson_trace, log_likelihood
+from ldm.checkpoints.formats import PICTO_PATH
 from ldm.config import SceneDataConfig
-from ldm.data.scenes import Scene, make_scene_dataset
-from ldm.diffusion.likelihood import LikelihoodEstimate, estimate_elbo, hutchinson_trace, log_likelihood
-from ldm.diffusion.spacing import log_snr
-from ldm.pipeline import PICTO_PATH
+from ldm.diffusion.timesteps import log_snr
+from ldm.picto.scenes import Scene, make_scene_dataset
 from ldm.rng import Noise
 
 ROOT = Path(__file__).resolve().parent.parent

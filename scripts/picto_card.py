@@ -11,7 +11,7 @@ import argparse
 import shutil
 from pathlib import Path
 
-from ldm.train.curves import render_figure, render_panel, read_curve
+from ldm.train.card import read_curve, render_figure, render_panel
 
 
 def main() -> None:

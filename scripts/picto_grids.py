@@ -11,8 +11,8 @@ import argparse
 from pathlib import Path
 
 from ldm import Pipeline, Request
-from ldm.images import contact_sheet
-from ldm.pipeline import PICTO_PATH
+from ldm.checkpoints.formats import PICTO_PATH
+from ldm.image_io import contact_sheet
 
 EASY = """
 apple, banana, lemon, strawberry, pizza, hamburger, doughnut, ice cream, carrot, mushroom, cat face, dog face,

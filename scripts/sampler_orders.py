@@ -17,21 +17,21 @@ from typing import Any
 import torch
 
 from ldm.diffusion.denoiser import CountNFE
-from ldm.diffusion.oracle import (
+from ldm.diffusion.samplers import SAMPLERS, predictor_corrector, rk45, sample
+from ldm.diffusion.sde import VPSDE, linear_alphas_cumprod, scaled_linear_alphas_cumprod
+from ldm.diffusion.timesteps import SPACINGS, TimeGrid
+from ldm.rng import Noise
+from tests.diffusion.oracle import (
     GAUSSIAN,
     GAUSSIAN_MIXTURE,
     AnalyticData,
-    weak_errors,
-    ode_errors,
     convergence_order,
     measure_step_overhead,
-    strong_errors,
     mid_snr_grid,
+    ode_errors,
+    strong_errors,
+    weak_errors,
 )
-from ldm.diffusion.samplers import SAMPLERS, predictor_corrector, rk45, sample
-from ldm.diffusion.sde import VPSDE, linear_alphas_cumprod, scaled_linear_alphas_cumprod
-from ldm.diffusion.spacing import SPACINGS, TimeGrid
-from ldm.rng import Noise
 
 SCHEDULES = {
     "linear": VPSDE.linear(),

@@ -32,9 +32,7 @@ def main() -> None:
     args = parser.parse_args()
     words = [sys.executable, "-m", "pytest", "-q", "-rP", "-W", "ignore", "-k", ENGINES[args.engine]]
     words += [str(TESTS / name) for name in ("test_kill.py", "test_worker.py")]
-    sys.exit(
-        subprocess.sample_name(words, env={**os.environ, "LDM_STRESS_KILLS": str(args.kills)}, cwd=TESTS.parents[1])
-    )
+    sys.exit(subprocess.call(words, env={**os.environ, "LDM_STRESS_KILLS": str(args.kills)}, cwd=TESTS.parents[1]))
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=20)
     kills = parser.parse_args().kills
     words = [sys.executable, "-m", "pytest", "-q", "-W", "ignore", "-k", "killed_anywhere", str(TEST)]
-    sys.exit(subprocess.sample_name(words, env={**os.environ, "LDM_STRESS_KILLS": str(kills)}, cwd=TEST.parents[2]))
+    sys.exit(subprocess.call(words, env={**os.environ, "LDM_STRESS_KILLS": str(kills)}, cwd=TEST.parents[2]))
 
 
 if __name__ == "__main__":

@@ -27,14 +27,13 @@ from scipy import stats
 from torch import Tensor
 
 from ldm import Pipeline, Request
+from ldm.analysis.likelihood import estimate_elbo
 from ldm.checkpoints.formats import locate_weights
-from ldm.config import ImageDataConfig, FinetuneObjective, load_recipe
-from ldm.data.pictures import validation_data_config, source_from_config
-from ldm.decode import decode_image
-from ldm.diffusion.likelihood import estimate_elbo
-from ldm.diffusion.spacing import log_snr
-from ldm.images import from_uint8
-from ldm.nn.clip import load_image_encoder
+from ldm.config import FinetuneObjective, ImageDataConfig, load_recipe
+from ldm.data.image_dataset import source_from_config, validation_data_config
+from ldm.diffusion.timesteps import log_snr
+from ldm.image_io import decode_image, from_uint8
+from ldm.picto.clip import load_image_encoder
 from ldm.rng import Noise
 from ldm.train.methods import FINETUNE_METHODS, base_model_path, load_base_pipeline
 

@@ -12,9 +12,10 @@ from ldm import cli
 from ldm.checkpoints.files import save_module, write_json
 from ldm.checkpoints.formats import MODEL_INDEX
 from ldm.checkpoints.schedule import build_scheduler_config
-from ldm.nn import clip, text, vae
+from ldm.nn import text_encoders, vae
 from ldm.nn.unet import UNet, UNetConfig
-from ldm.pipeline import Pipeline
+from ldm.picto import clip
+from ldm.pipeline.pipeline import Pipeline
 
 VAE = {
     "down_block_types": ["DownEncoderBlock2D"] * 3,
@@ -40,7 +41,7 @@ def tiny(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models") / "tiny"
     torch.manual_seed(0)
     tokenizer = clip.train_tokenizer(CAPTIONS * 10, 600, 16)
-    text.save_clip_tokenizer(tokenizer, folder / "tokenizer")
+    text_encoders.save_clip_tokenizer(tokenizer, folder / "tokenizer")
     tower = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
     both = clip.build_clip(tower, {**tower, "image_size": 32, "patch_size": 8}, 16, tokenizer)
     text_encoder = clip.split_clip(both)["text_encoder"]

@@ -12,9 +12,9 @@ import pytest
 from PIL import Image
 
 from ldm.commands.generate import generate_images
-from ldm.images import read_png_texts
-from ldm.pipeline import Pipeline
-from ldm.request import Request
+from ldm.metadata import read_png_texts
+from ldm.pipeline.pipeline import Pipeline
+from ldm.pipeline.request import Request
 
 
 def test_generate_writes_a_png_for_each_prompt_and_seed_and_the_same_bytes_again(ldm_, tiny, tmp_path):

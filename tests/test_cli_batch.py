@@ -14,12 +14,12 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
+from ldm.adapters.lora import Adapter, LoRA, ModuleDelta
+from ldm.adapters.lora_saving import save_adapter
 from ldm.checkpoints.formats import load_checkpoint
-from ldm.checkpoints.lora_save import save_adapter
 from ldm.commands.options import ModelOptions, parse_embedding, parse_lora
-from ldm.images import read_png_texts
-from ldm.jobs import gallery, grids
-from ldm.nn.lora import Adapter, ModuleDelta, LoRA
+from ldm.jobs import contact_sheets, gallery
+from ldm.metadata import read_png_texts
 
 PROMPTS = "a cat --d 7\ntwo stars\n# no prompt\na cat --d 7\na dog --w 48\n"
 
@@ -221,7 +221,7 @@ def test_a_grid_is_drawn_in_a_folder_that_was_there_already(batch, tmp_path):
 def test_a_grid_counts_what_the_folder_has_already_before_anything_is_drawn(batch, tmp_path, monkeypatch):
     assert batch()[0] == 0
     drawn = manifest(tmp_path / "out")
-    monkeypatch.setattr(grids, "MAX_SHEETS", 3)
+    monkeypatch.setattr(contact_sheets, "MAX_SHEETS", 3)
     status, _, err = batch("--negative", "rain", "--grid", "seed")
     assert status == 2 and "--grid seed: more than 3 sheets" in err and manifest(tmp_path / "out") == drawn
 

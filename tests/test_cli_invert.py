@@ -8,9 +8,9 @@ import torch
 from PIL import Image
 from safetensors import safe_open
 
-from ldm.diffusion.inversion import bdia_decode, ode_decode
-from ldm.images import read_png_texts
-from ldm.scheduler import make_time_grid
+from ldm.analysis.inversion import bdia_decode, ode_decode
+from ldm.metadata import read_png_texts
+from ldm.pipeline.scheduler import make_time_grid
 
 
 @pytest.fixture

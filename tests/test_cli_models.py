@@ -11,13 +11,13 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from ldm.checkpoints.formats import load_checkpoint
-from ldm.checkpoints.lora_save import save_adapter
+from ldm.adapters.lora import Adapter, LoRA, ModuleDelta
+from ldm.adapters.lora_saving import save_adapter
+from ldm.checkpoints.formats import PICTO_PATH, load_checkpoint
 from ldm.commands.options import parse_lora
-from ldm.images import parse_generation_parameters, read_png_texts
-from ldm.nn.lora import Adapter, ModuleDelta, LoRA
-from ldm.pipeline import PICTO_PATH, Pipeline
-from ldm.request import Request
+from ldm.metadata import parse_generation_parameters, read_png_texts
+from ldm.pipeline.pipeline import Pipeline
+from ldm.pipeline.request import Request
 
 TARGET = "unet/down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_v"
 QUICK = "--steps", 2, "--guidance", 2

@@ -9,10 +9,10 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from ldm.adapters.lora import Adapter, LoRA, ModuleDelta
+from ldm.adapters.lora_saving import save_adapter
 from ldm.checkpoints.formats import load_checkpoint
-from ldm.checkpoints.lora_save import save_adapter
-from ldm.images import read_png_texts, save_png
-from ldm.nn.lora import Adapter, ModuleDelta, LoRA
+from ldm.metadata import read_png_texts, save_png
 
 STEPS = "--steps", 2
 TARGET = "unet/down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_v"

@@ -10,12 +10,12 @@ from PIL import Image
 
 from ldm.checkpoints.formats import Checkpoint
 from ldm.diffusion.samplers import SAMPLERS, sample
-from ldm.diffusion.spacing import SPACINGS, truncate_grid
-from ldm.images import image_digest, to_pil
+from ldm.diffusion.timesteps import SPACINGS, truncate_grid
+from ldm.image_io import image_digest, to_pil
 from ldm.nn.unet import UNet
 from ldm.nn.vae import decode_latents
-from ldm.pipeline import Pipeline
-from ldm.request import Request
+from ldm.pipeline.pipeline import Pipeline
+from ldm.pipeline.request import Request
 from ldm.rng import Noise
 
 RNG = np.random.default_rng(0)

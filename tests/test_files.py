@@ -8,7 +8,7 @@ from threading import Barrier
 
 import pytest
 
-from ldm.files import rename_noreplace, atomic_write
+from ldm.files import atomic_write, rename_noreplace
 
 
 def names(folder):

@@ -9,21 +9,9 @@ import pytest
 import torch
 from PIL import Image
 
-from ldm.images import (
-    contact_sheet,
-    from_uint8,
-    create_infotext,
-    quote,
-    read_mask,
-    parse_generation_parameters,
-    read_image,
-    read_png_texts,
-    save_png,
-    to_pil,
-    to_uint8,
-    unquote,
-)
-from ldm.request import Request
+from ldm.image_io import contact_sheet, from_uint8, read_image, read_mask, to_pil, to_uint8
+from ldm.metadata import create_infotext, parse_generation_parameters, quote, read_png_texts, save_png, unquote
+from ldm.pipeline.request import Request
 
 RECORD = Request("a red apple", "", 7, 32, 64, 20, 3.0, "dpmpp_2m", "karras").to_record()
 NASTY = [

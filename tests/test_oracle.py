@@ -8,25 +8,23 @@ import functools
 from dataclasses import replace
 from typing import NamedTuple
 
+import diffusers
 import numpy as np
 import pytest
 import torch
-from PIL import Image
-
-import ldm.nn._torchvision  # noqa: F401  must come before diffusers
-from ldm.pipeline import Pipeline
-from ldm.request import Request
-
-import diffusers  # isort: skip
-from diffusers import (  # isort: skip
+from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
     DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
     UNet2DConditionModel,
 )
-from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution  # isort: skip
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer  # isort: skip
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+from PIL import Image
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+from ldm.pipeline.pipeline import Pipeline
+from ldm.pipeline.request import Request
 
 SOLVERS = {  # ours: diffusers' scheduler, and the spacing with which both count the same steps
     "ddim": (DDIMScheduler, {"timestep_spacing": "leading", "set_alpha_to_one": True}),

@@ -6,14 +6,13 @@ import json
 import numpy as np
 import pytest
 import torch
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, StableDiffusionPipeline
 
-import ldm.nn._torchvision  # noqa: F401  must come before diffusers
+from ldm.checkpoints.formats import PICTO_PATH
 from ldm.conditioning import Conditioning
 from ldm.diffusion.samplers import SAMPLERS
-from ldm.pipeline import PICTO_PATH, Pipeline
-from ldm.request import Request
-
-from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, StableDiffusionPipeline  # isort: skip
+from ldm.pipeline.pipeline import Pipeline
+from ldm.pipeline.request import Request
 
 MIXED = [
     Request("a red apple", seed=1),

@@ -7,18 +7,16 @@ from functools import cache, partial
 
 import pytest
 import torch
+from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
+from open_clip import SimpleTokenizer
 from safetensors.torch import save_file
+from transformers import CLIPTokenizer
 
 from ldm.checkpoints.families import FAMILIES
 from ldm.checkpoints.formats import Checkpoint
-from ldm.nn.text import TextEncoder, build_clip_tokenizer, load_clip_tokenizer, build_text_encoder
+from ldm.nn.text_encoders import TextEncoder, build_clip_tokenizer, build_text_encoder, load_clip_tokenizer
 from ldm.nn.unet import UNet, UNetConfig
-from ldm.texts import LRUCache, PromptEncoder, encode_chunk, tokenize_prompt_or_zeros
-
-import ldm.nn._torchvision  # noqa: F401  isort: skip
-from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline  # isort: skip
-from open_clip import SimpleTokenizer  # isort: skip
-from transformers import CLIPTokenizer  # isort: skip
+from ldm.pipeline.prompt_encoder import LRUCache, PromptEncoder, encode_chunk, tokenize_prompt_or_zeros
 
 SMALL = {"intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 2, "projection_dim": 24}
 WIDTHS = {"text_encoder": 32, "text_encoder_2": 48}

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from ldm.checkpoints.files import read_json
 
-BuildResult = TypeVar("Built")
+BuildResult = TypeVar("BuildResult")
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from ldm.checkpoints.schedule import PREDICTION_TYPES
 from ldm.conditioning import Conditioning
 from ldm.diffusion.denoiser import Network
 from ldm.diffusion.sde import VPSDE
-from ldm.diffusion.spacing import choose
+from ldm.errors import choose
 from ldm.rng import Noise
 
 CONV_IN_KEY = UNET_PREFIX + "input_blocks.0.0.weight"

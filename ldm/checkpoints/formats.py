@@ -12,14 +12,13 @@ import torch
 from torch import nn
 
 from ldm.checkpoints import detect, hub
-from ldm.checkpoints.blueprint import ModelSpec
-from ldm.checkpoints.directory import read_component, read_directory
-from ldm.checkpoints.networks import TEXT_ENCODERS, load_weights
-from ldm.checkpoints.single import read_single_file, replace_vae
+from ldm.checkpoints.layouts import read_component, read_directory, read_single_file, replace_vae
+from ldm.checkpoints.networks import TEXT_ENCODERS, ModelSpec, load_weights
 from ldm.conditioning import Conditioning
 from ldm.diffusion.prediction import Prediction
 from ldm.diffusion.sde import VPSDE
-from ldm.nn import text, vae
+from ldm.nn import vae
+from ldm.nn.text_encoders import CLIPTextModel, TextEncoder, tokenize_prompt
 from ldm.nn.unet import UNet
 from ldm.rng import Noise
 
@@ -55,7 +54,7 @@ class Checkpoint:
 
     unet: UNet
     vae: vae.AutoencoderKL
-    text_encoders: tuple[text.TextEncoder, ...]
+    text_encoders: tuple[TextEncoder, ...]
     sde: VPSDE
     prediction: Prediction
     generation_defaults: Mapping[str, Any] = field(default_factory=lambda: dict(GENERATION_DEFAULTS))
@@ -199,11 +198,11 @@ def build_checkpoint(model: ModelSpec, device: torch.device, dtype: torch.dtype)
 
 
 @torch.no_grad()
-def probe_unet(unet: UNet, text_encoders: Sequence[text.TextEncoder], sde: VPSDE) -> detect.ProbeResult:
+def probe_unet(unet: UNet, text_encoders: Sequence[TextEncoder], sde: VPSDE) -> detect.ProbeResult:
     """The U-Net's answer to a noisy nothing without a prompt, which tells what it predicts."""
     side, pixels, device = PROBE_LATENT_SIZE, 8 * PROBE_LATENT_SIZE, unet.conv_in.weight.device
     states, pooled = zip(
-        *(tower.encode(text.tokenize_prompt(tower.tokenizer, "")[0]) for tower in text_encoders), strict=True
+        *(tower.encode(tokenize_prompt(tower.tokenizer, "")[0]) for tower in text_encoders), strict=True
     )
     ids = torch.tensor([[pixels, pixels, 0, 0, pixels, pixels]], device=device)
     added = unet.make_vector(pooled[-1], ids) if unet.add_embedding is not None else None
@@ -218,7 +217,7 @@ def load_vae(folder: Path) -> vae.AutoencoderKL:
     return _load_component(folder, "vae")
 
 
-def load_text_encoder(folder: Path) -> text.CLIPTextModel:
+def load_text_encoder(folder: Path) -> CLIPTextModel:
     """transformers' text tower from a `text_encoder/` folder."""
     return _load_component(folder, "text_encoder")
 

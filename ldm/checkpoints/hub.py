@@ -20,8 +20,8 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from ldm.checkpoints.directory import MODEL_INDEX_NAME, WEIGHT_FILE_STEMS, choose_weight_files, select_model_files
-from ldm.checkpoints.lora_save import LORA_WEIGHT_NAME_SAFE, PEFT_CONFIG_NAME, PEFT_LORA_NAME
+from ldm.adapters.lora_saving import LORA_WEIGHT_NAME_SAFE, PEFT_CONFIG_NAME, PEFT_LORA_NAME
+from ldm.checkpoints.layouts import MODEL_INDEX_NAME, WEIGHT_FILE_STEMS, choose_weight_files, select_model_files
 
 REPO_NAME_PATTERN = r"[A-Za-z0-9_][\w.-]*"
 REPO_ID_PATTERN = re.compile(rf"({REPO_NAME_PATTERN}/{REPO_NAME_PATTERN})(?::(.+\.safetensors))?")

@@ -3,22 +3,29 @@
 A network is made on the meta device, where it has no memory; every tensor of every file is compared with it before the
 first is read. Then the files are read once, in their own order, and each tensor is cast and moved as it comes: at no
 time is there more than the model and one tensor.
-"""
+
+
+A model that is known and not yet loaded: what both formats give, and `load_checkpoint` makes a Checkpoint of."""
 
 from __future__ import annotations
 
 import hashlib
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ldm.checkpoints.configs import TEXT_ENCODER_CONFIG_SCHEMA, VAE_CONFIG_SCHEMA
+from ldm.checkpoints.detect import ProbeResult
 from ldm.checkpoints.keys import DIFFUSERS_KEY_ALIASES, IDENTITY, KeyMapping, check_keys_and_shapes
+from ldm.checkpoints.schedule import SchedulerSettings
 from ldm.checkpoints.tensors import SafetensorsFile
-from ldm.nn import text, vae
+from ldm.diffusion.sde import VPSDE
+from ldm.nn import text_encoders, vae
+from ldm.nn.text_encoders import TextEncoder
 from ldm.nn.unet import UNet, UNetConfig
 
 TEXT_ENCODERS = "text_encoder", "text_encoder_2"
@@ -56,13 +63,13 @@ def vae_from_config(config: Mapping[str, Any]) -> vae.AutoencoderKL:
     return vae.build_vae(config)
 
 
-def text_encoder_from_config(config: Mapping[str, Any], with_projection: bool = False) -> text.CLIPTextModel:
+def text_encoder_from_config(config: Mapping[str, Any], with_projection: bool = False) -> text_encoders.CLIPTextModel:
     """The text tower of a `text_encoder/config.json`, each of whose fields is heeded."""
     TEXT_ENCODER_CONFIG_SCHEMA.validate(config)
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         if config.get(name) is not None and not 0 <= config[name] < config.get("vocab_size", 49408):
             raise ValueError(f"text encoder {name} {config[name]}: vocab_size is {config.get('vocab_size', 49408)}")
-    return text.build_text_encoder(config, with_projection)
+    return text_encoders.build_text_encoder(config, with_projection)
 
 
 NETWORK_BUILDERS: dict[str, Callable[[Mapping[str, Any]], Any]] = {  # by folder
@@ -180,3 +187,31 @@ def _resolve_alias(component: str, name: str) -> str:
     for pattern, replacement in DIFFUSERS_KEY_ALIASES.items():
         found = re.sub(rf"\A{pattern}", replacement, found)
     return found.removeprefix(f"{component}/")
+
+
+class ResolvedConfig(NamedTuple):
+    """What is known once the U-Net may be asked: its schedule, its family, its configuration in this family."""
+
+    schedule: SchedulerSettings
+    family: str | None
+    unet_config: UNetConfig
+
+
+UNetProbe = Callable[[VPSDE], ProbeResult]  # asks the U-Net what it predicts, at a noise level of this SDE
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """A whole model without its weights, which are known by name and shape.
+
+    `networks` are by folder, on the meta device; `split_clip` make a text tower of the network in a folder. Files of one
+    group in `iter_row_groups` are hashed as one. `detect_model` says what the U-Net predicts, and may ask it. `defaults` are the
+    settings that the model's makers recommend, beside those of the schedule.
+    """
+
+    networks: Mapping[str, Any]
+    shard_groups: tuple[tuple[WeightFile, ...], ...]
+    text_encoder_factories: Mapping[str, Callable[[Any], TextEncoder]]
+    resolve_config: Callable[[UNetProbe], ResolvedConfig]
+    generation_defaults: Mapping[str, Any]
+    force_zeros_for_empty_prompt: bool

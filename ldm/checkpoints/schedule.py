@@ -11,7 +11,7 @@ import torch
 from ldm.checkpoints.configs import ConfigSchema, build_from_config, get_config_number
 from ldm.diffusion.prediction import PREDICTIONS, Prediction
 from ldm.diffusion.sde import BETA_SCHEDULES, VPSDE, rescale_zero_terminal_snr
-from ldm.diffusion.spacing import choose
+from ldm.errors import choose
 
 PREDICTION_TYPES = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}  # diffusers' names: ours
 DIFFUSERS_PREDICTION_TYPES = {ours: theirs for theirs, ours in PREDICTION_TYPES.items()}

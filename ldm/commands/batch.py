@@ -14,28 +14,29 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ldm.commands.generate import none_if_infinite, generate
+from ldm.commands.generate import generate, none_if_infinite
 from ldm.commands.options import (
     MODEL_OPTIONS,
-    EmbeddingSpec,
-    LoraSpec,
-    LoraOption,
-    ModelOptions,
     EmbeddingOption,
-    parse_embedding,
-    with_model_options,
-    parse_lora,
-    check_range,
+    EmbeddingSpec,
+    LoraOption,
+    LoraSpec,
+    ModelOptions,
     check_out_folder,
+    check_range,
+    parse_embedding,
+    parse_lora,
+    with_model_options,
 )
-from ldm.commands.teller import progress_reporter
-from ldm.commands.unread import UnsupportedSyntaxReport
+from ldm.commands.progress import progress_reporter
+from ldm.commands.unsupported_syntax import UnsupportedSyntaxReport
 
 if TYPE_CHECKING:
     from ldm.jobs.engines import Engine
     from ldm.jobs.worker import Job
-    from ldm.pipeline import Pipeline
-    from ldm.request import Request
+    from ldm.pipeline.pipeline import Pipeline
+    from ldm.pipeline.request import Request
+
 
 OPTION_TO_FIELD = {"negative": "negative_prompt", "steps": "num_inference_steps", "guidance": "guidance_scale"}
 EXCLUDED_OPTIONS = {
@@ -134,8 +135,8 @@ def batch(
     check_range("--timeout", timeout, 1, 1e9)
     check_range("--expiry", expiry, 1, 1e9)
     part = parse_shard(shard)
-    from ldm.diffusion.spacing import choose
-    from ldm.jobs import gallery, grids
+    from ldm.errors import choose
+    from ldm.jobs import contact_sheets, gallery
     from ldm.jobs.engines import ENGINES, assign_devices
     from ldm.jobs.manifest import FOLDER_LEASE
     from ldm.jobs.outputs import IMAGE_FORMATS
@@ -145,7 +146,7 @@ def batch(
     start = choose(ENGINES, engine, "--engine")
     choose(IMAGE_FORMATS, format, "--format")
     devices = assign_devices(engine, workers, model.device)
-    axes = None if grid is None else grids.parse_grid_axes(grid)
+    axes = None if grid is None else contact_sheets.parse_grid_axes(grid)
     vae = model.vae and make_path_absolute(model.vae)
     model = replace(model, model=make_path_absolute(model.model), vae=vae, dtype=resolve_dtype_name(model))
     adapters, embeddings = map(parse_lora, lora or []), map(parse_embedding, embedding or [])
@@ -161,7 +162,7 @@ def batch(
     unread = UnsupportedSyntaxReport()
     source.validate(pipe.resolve, unread.collect)
     if axes is not None:
-        grids.check_grid_size(out, (pipe.resolve(entry.request).to_record() for entry in source), axes)
+        contact_sheets.check_grid_size(out, (pipe.resolve(entry.request).to_record() for entry in source), axes)
     check_out_folder(out)
     entries = source if engine == "inline" else replace(source, spool_file=None)
     job = Job(
@@ -186,7 +187,7 @@ def batch(
                 job.open_leases() as leases,
                 leases.exclusive(FOLDER_LEASE),
             ):  # two commands that end together come one at a time
-                grids.write_contact_sheets(job.folder, axes)
+                contact_sheets.write_contact_sheets(job.folder, axes)
     raise typer.Exit(status)
 
 
@@ -273,15 +274,15 @@ def make_path_absolute(source: str) -> str:
 
 def resolve_dtype_name(model: ModelOptions) -> str:
     """The dtype that the workers draw in, by name, also where they are elsewhere."""
-    from ldm.pipeline import choose_device, choose_dtype
+    from ldm.pipeline.pipeline import choose_device, choose_dtype
 
     return str(choose_dtype(model.dtype, choose_device(model.device))).removeprefix("torch.")
 
 
 def build_default_request(settings: dict[str, Any], pipe: Pipeline) -> Request:
     """The defaults of every record from the options of `generate`."""
-    from ldm.images import read_mask, read_image
-    from ldm.request import Request
+    from ldm.image_io import read_image, read_mask
+    from ldm.pipeline.request import Request
 
     values = {OPTION_TO_FIELD.get(name, name): value for name, value in settings.items()}
     for name, read in (("image", read_image), ("mask", read_mask)):

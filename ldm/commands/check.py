@@ -14,8 +14,9 @@ import typer
 from ldm.commands.options import JsonOption
 
 if TYPE_CHECKING:
+    from ldm.audit.audit import AuditProgressCallback, AuditReport
     from ldm.config import Recipe
-    from ldm.data.audit import AuditReport, AuditProgressCallback
+
 
 MAX_EXAMPLES = 3  # of each kind of finding, in the table
 
@@ -33,9 +34,9 @@ def check(
 
     Prints a table and writes an HTML page with what it complains about. Exit status 2 where a training would fail.
     """
+    from ldm.audit.audit import audit_dataset
+    from ldm.audit.report import render_html_report
     from ldm.config import load_recipe
-    from ldm.data.audit import audit_dataset
-    from ldm.data.page import render_html_report
     from ldm.files import atomic_write
 
     loaded = load_recipe(recipe, overrides or [])
@@ -59,8 +60,8 @@ def check(
 
 def preflight(recipe: Recipe) -> None:
     """The quick part, before a training on pictures: a line on stderr for each warning; ValueError for an error."""
+    from ldm.audit.audit import quick_audit
     from ldm.config import ImageDataConfig
-    from ldm.data.audit import quick_audit
 
     if not isinstance(recipe.data, ImageDataConfig):
         return
@@ -72,7 +73,7 @@ def preflight(recipe: Recipe) -> None:
 
 def report_to_dict(report: AuditReport) -> dict[str, object]:
     """A report as JSON values."""
-    from ldm.data.audit import get_severity
+    from ldm.audit.audit import get_severity
 
     findings = [{"severity": get_severity(fault), **fault._asdict()} for fault in report.issues]
     return {"findings": findings, "forecast": dict(report.estimates)}
@@ -83,8 +84,8 @@ def print_report(report: AuditReport) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from ldm.data.audit import count_issues
-    from ldm.data.page import format_estimates
+    from ldm.audit.audit import count_issues
+    from ldm.audit.report import format_estimates
 
     console = Console(highlight=False, markup=False)
     found, foreseen = (Table(box=None, show_header=False, padding=(0, 2, 0, 0)) for _ in range(2))

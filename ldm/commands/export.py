@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from ldm.commands.batch import exit_on_failure
-from ldm.commands.options import JsonOption, check_range, check_out_folder
+from ldm.commands.options import JsonOption, check_out_folder, check_range
 
 
 def export(
@@ -29,7 +29,7 @@ def export(
     from rich.console import Console
     from rich.progress import Progress
 
-    from ldm.diffusion.spacing import choose
+    from ldm.errors import choose
     from ldm.jobs.exports import EXPORT_FORMATS
     from ldm.jobs.exports import export_job as write
 

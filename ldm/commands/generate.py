@@ -14,21 +14,21 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ldm.commands.options import (
+    EmbeddingOption,
     JsonOption,
     LoraOption,
     ModelOptions,
-    EmbeddingOption,
-    parse_embedding,
-    with_model_options,
-    parse_lora,
-    check_range,
     check_out_folder,
+    check_range,
+    parse_embedding,
+    parse_lora,
+    with_model_options,
 )
-from ldm.commands.unread import UnsupportedSyntaxReport
+from ldm.commands.unsupported_syntax import UnsupportedSyntaxReport
 
 if TYPE_CHECKING:
-    from ldm.pipeline import Pipeline
-    from ldm.request import Request
+    from ldm.pipeline.pipeline import Pipeline
+    from ldm.pipeline.request import Request
 
 
 IMAGE_NAME_PATTERN = re.compile(r"(\d{4,7})-.*-\d+\.png")
@@ -81,9 +81,10 @@ def generate(
     )
     check_out_folder(out, make=False)
     from ldm.diffusion.samplers import SAMPLERS
-    from ldm.diffusion.spacing import SPACINGS, choose
-    from ldm.images import read_mask, read_image
-    from ldm.request import Request
+    from ldm.diffusion.timesteps import SPACINGS
+    from ldm.errors import choose
+    from ldm.image_io import read_image, read_mask
+    from ldm.pipeline.request import Request
 
     for table, name, option in ((SAMPLERS, sampler, "sampler"), (SPACINGS, spacing, "spacing")):
         if name is not None:
@@ -145,7 +146,7 @@ def generate_images(pipe: Pipeline, model_name: str, requests: Sequence[Request]
     from rich.progress import Progress
 
     from ldm.files import rename_noreplace
-    from ldm.images import save_png
+    from ldm.metadata import save_png
 
     first, files = next_image_number(out), dict[int, Path]()
     numbered = make_image_names(requests, first)

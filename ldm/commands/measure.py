@@ -12,17 +12,17 @@ import typer
 from ldm.commands.options import (
     JsonOption,
     ModelOptions,
-    with_model_options,
-    print_record,
-    check_range,
     check_out_folder,
+    check_range,
+    print_record,
+    with_model_options,
 )
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
     from ldm.nn.vae import Posterior
-    from ldm.pipeline import Pipeline
+    from ldm.pipeline.pipeline import Pipeline
 
 
 @with_model_options(dtype="float32")
@@ -51,10 +51,10 @@ def likelihood(
         raise ValueError(f"--tolerance {tolerance}: must be from 1e-12 to below 1")
     if not 0 <= seed < 2**63:
         raise ValueError(f"--seed {seed}: must be from 0 to 2**63 - 1")
-    from ldm.images import read_image
+    from ldm.image_io import read_image
 
     picture = read_image(image)
-    from ldm import measure
+    from ldm.analysis import measure
 
     pipe = model.load_pipeline()
     posterior = encode_image_file(pipe, picture, image)
@@ -113,10 +113,11 @@ def invert(
             raise ValueError(f"--{name} {value}: must be from 1e-8 to below 1")
     if scheme not in ("exact", "ode"):
         raise ValueError(f"--scheme {scheme}: choose from exact, ode")
-    from ldm.images import read_image, save_png
+    from ldm.image_io import read_image
+    from ldm.metadata import save_png
 
     picture = read_image(image)
-    from ldm import measure
+    from ldm.analysis import measure
 
     pipe = model.load_pipeline()
     options = {"rtol": rtol, "atol": atol} if scheme == "ode" else {}

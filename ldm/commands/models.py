@@ -20,7 +20,7 @@ def inspect(
     as_json: JsonOption = False,
 ) -> None:
     """What a model, adapter or embedding is, with the evidence, and what each of its tensors is for."""
-    from ldm.checkpoints import inspect as inspection
+    from ldm.convert import inspect as inspection
 
     found = inspection.inspect_model(model, probe, revision, variant)
     print(json.dumps(found) if as_json else inspection.format_report(found))
@@ -56,9 +56,9 @@ def convert(
         if stray := [name for name, value in models.items() if value is not None]:
             raise ValueError(f"{' and '.join(stray)}: of a model, --to is of an adapter")
         return print_record(convert_lora_file(source, destination.expanduser(), to, family, revision), as_json)
-    from ldm.checkpoints import convert as conversion
-    from ldm.diffusion.spacing import choose
-    from ldm.pipeline import PIPELINE_DTYPES
+    from ldm.convert import convert as conversion
+    from ldm.errors import choose
+    from ldm.pipeline.pipeline import PIPELINE_DTYPES
 
     made = conversion.convert_checkpoint(
         source,
@@ -79,8 +79,8 @@ def convert_lora_file(
     source: str, destination: Path, to: str, family: str | None, revision: str | None
 ) -> dict[str, object]:
     """Write an adapter in another dialect; what was written."""
+    from ldm.adapters.lora_loading import convert_adapter
     from ldm.checkpoints.formats import locate_weights
-    from ldm.checkpoints.lora import convert_adapter
 
     adapter = convert_adapter(locate_weights(source, revision, kind="adapter"), destination, to, family)
     return {"destination": str(destination), "adapter": adapter.name, "dialect": to, "modules": len(adapter.deltas)}
@@ -93,10 +93,10 @@ def info() -> None:
     import torch
 
     from ldm import __version__
+    from ldm.checkpoints.formats import PICTO_PATH
     from ldm.diffusion.samplers import SAMPLERS
-    from ldm.diffusion.spacing import SPACINGS
+    from ldm.diffusion.timesteps import SPACINGS
     from ldm.nn.attention import check_attention_backends
-    from ldm.pipeline import PICTO_PATH
 
     libraries = ("torch", "diffusers", "transformers", "accelerate")
     rows = {"ldm": __version__, **{name: metadata.version(name) for name in libraries}}

@@ -16,7 +16,8 @@ import typer
 from ldm import files
 
 if TYPE_CHECKING:
-    from ldm.pipeline import Pipeline
+    from ldm.pipeline.pipeline import Pipeline
+
 
 LoraWeight = float | tuple[float, float]  # of an adapter, or its two: of the U-Net and of the text encoders
 LORA_WEIGHT_PATTERN = re.compile(
@@ -78,7 +79,8 @@ class ModelOptions:
 
     def load_pipeline(self, batch_size: int = 8) -> Pipeline:
         """Load it."""
-        from ldm.pipeline import PICTO_PATH, Pipeline
+        from ldm.checkpoints.formats import PICTO_PATH
+        from ldm.pipeline.pipeline import Pipeline
 
         options = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "model"}
         return Pipeline.from_pretrained(self.model or PICTO_PATH, batch_size=batch_size, **options)

@@ -19,8 +19,8 @@ def train(
 
     loaded = load_recipe(recipe, overrides or [])
     preflight(loaded)
-    from ldm.train.loop import train_model as run
     from ldm.train.setup import create_task
+    from ldm.train.trainer import train_model as run
 
     print(run(loaded, create_task(loaded)))
 
@@ -32,6 +32,6 @@ def average(
     step: Annotated[int | None, typer.Option(help="Up to which step; the default is the last.")] = None,
 ) -> None:
     """Weights averaged over any length, after the training (posthoc_steps in its recipe). Prints their folder."""
-    from ldm.train.average import export_posthoc_ema as averaged
+    from ldm.train.setup import export_posthoc_ema as averaged
 
     print(averaged(run, sigma_rel, out, step))

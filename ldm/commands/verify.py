@@ -12,13 +12,13 @@ import typer
 
 from ldm.commands.batch import PipelineLoader
 from ldm.commands.options import (
+    EmbeddingOption,
     JsonOption,
     LoraOption,
     ModelOptions,
-    EmbeddingOption,
     parse_embedding,
-    with_model_options,
     parse_lora,
+    with_model_options,
 )
 
 
@@ -39,7 +39,7 @@ def verify(
     unless they are given; only what lies on this machine is opened for a picture's word.
     """
     files = find_image_files(path)
-    from ldm.images import read_mask, read_image
+    from ldm.image_io import read_image, read_mask
     from ldm.jobs.verify import read_recorded_image, verify_images
 
     claim = next(iter_recorded_images(files), None) if path.is_dir() else read_recorded_image(path)
@@ -90,8 +90,8 @@ def find_image_files(path: Path) -> list[Path]:
 
 def is_hidden_or_derived(file: Path, root: Path) -> bool:
     """Is a file below a folder hidden, or what a job makes of its pictures?"""
+    from ldm.jobs.contact_sheets import GRID_FOLDER
     from ldm.jobs.gallery import THUMBNAIL_FOLDER
-    from ldm.jobs.grids import GRID_FOLDER
 
     if any(part.startswith(".") for part in file.relative_to(root).parts):
         return True

@@ -10,31 +10,31 @@ from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from ldm.data.samples import (
+from ldm.data.sources import (
     CAPTION_SUFFIXES,
     MASK_SUFFIX,
     READABLE_IMAGE_SUFFIXES,
     DatasetIssue,
     FileSlice,
-    SourceOptions,
     ImageSample,
     ImageSource,
-    validate_caption,
-    missing_column,
-    is_ignored,
-    skipped_file_issue,
-    deduplicate,
+    SourceOptions,
     decode_utf8,
+    deduplicate,
+    is_ignored,
+    missing_column,
+    skipped_file_issue,
+    validate_caption,
 )
 from ldm.data.tables import (
     METADATA_FILES,
     UNSUPPORTED_METADATA_FILE,
     TableRow,
     collect_column_names,
+    is_saved_dataset,
     open_parquet_files,
     open_saved_dataset,
     read_metadata_rows,
-    is_saved_dataset,
 )
 from ldm.data.tars import open_tar
 

@@ -11,15 +11,15 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ldm.data.samples import (
+from ldm.data.sources import (
     DatasetIssue,
     FileSlice,
-    SourceOptions,
     ImageSample,
     ImageSource,
-    validate_caption,
-    missing_column,
+    SourceOptions,
     decode_utf8,
+    missing_column,
+    validate_caption,
 )
 
 METADATA_FILES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")

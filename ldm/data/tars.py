@@ -8,19 +8,19 @@ import tarfile
 from pathlib import Path
 from typing import Any
 
-from ldm.data.samples import (
+from ldm.data.sources import (
     CAPTION_SUFFIXES,
     MASK_SUFFIX,
     READABLE_IMAGE_SUFFIXES,
     DatasetIssue,
     FileSlice,
-    SourceOptions,
     ImageSample,
-    validate_caption,
-    missing_column,
-    is_ignored,
-    skipped_file_issue,
+    SourceOptions,
     decode_utf8,
+    is_ignored,
+    missing_column,
+    skipped_file_issue,
+    validate_caption,
 )
 
 MembersBySuffix = dict[str, tuple[str, FileSlice]]  # the members of one key, by what follows it

@@ -108,3 +108,12 @@ def _check_guidance(rescales: Sequence[float], intervals: Sequence[Sequence[floa
 def _noise_to_signal(level: NoiseLevel) -> float:
     """sigma / alpha, infinite at zero SNR."""
     return level.sigma / level.alpha if level.alpha > 0 else math.inf
+
+
+def inpaint(denoise: Denoise, known: Tensor, keep_mask: Tensor) -> Denoise:
+    """x_0 replaced by `is_prompt_option` where mask is 1: inpainting of latents (Song et al. 2021, appendix I.2, on x_0).
+
+    From x = alpha known + sigma z a deterministic solver, x' = sigma'/sigma x + (alpha' - alpha sigma'/sigma) known,
+    keeps x' = alpha' known + sigma' z: what diffusers puts in x' after each step. A stochastic one renews a share of z.
+    """
+    return lambda x, levels: torch.lerp(denoise(x, levels), known.to(x.device), keep_mask.to(x.device))

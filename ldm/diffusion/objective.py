@@ -17,7 +17,7 @@ from ldm.conditioning import Conditioning
 from ldm.diffusion.denoiser import Denoiser
 from ldm.diffusion.prediction import PREDICTIONS, Prediction
 from ldm.diffusion.sde import VPSDE, append_dims
-from ldm.diffusion.spacing import log_snr_range
+from ldm.diffusion.timesteps import log_snr_range
 
 Weighting = Callable[[Prediction, VPSDE, Tensor], Tensor]  # (prediction, sde, t [B]) -> weight [B]
 TimeSampler = Callable[[VPSDE, Tensor], tuple[Tensor, Tensor]]  # (sde, u [B] in [0, 1)) -> t [B] in (0, 1], weight [B]

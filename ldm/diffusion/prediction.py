@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ldm.diffusion.sde import append_dims
-from ldm.diffusion.spacing import choose
+from ldm.errors import choose
 
 
 @dataclass(frozen=True)

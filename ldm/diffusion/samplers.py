@@ -24,9 +24,9 @@ import torch
 from torch import Tensor
 
 from ldm.diffusion.denoiser import Denoise
-from ldm.diffusion.dormand_prince import DOPRI5_ERROR_WEIGHTS, DOPRI5_NODES, DOPRI5_MATRIX
+from ldm.diffusion.ode import DOPRI5_ERROR_WEIGHTS, DOPRI5_MATRIX, DOPRI5_NODES
 from ldm.diffusion.sde import NoiseLevel
-from ldm.diffusion.spacing import TimeGrid
+from ldm.diffusion.timesteps import TimeGrid
 from ldm.rng import Noise
 
 SamplerCoroutine = Generator[

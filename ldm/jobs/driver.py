@@ -10,16 +10,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ldm import __version__
 from ldm.checkpoints.files import read_json, write_json
 from ldm.files import atomic_write
 from ldm.jobs.engines import Engine
 from ldm.jobs.items import fingerprint_model
 from ldm.jobs.leases import Leases
-from ldm.jobs.manifest import MANIFEST_FILE, Manifest, list_manifest_files, iter_manifest_rows
+from ldm.jobs.manifest import MANIFEST_FILE, Manifest, iter_manifest_rows, list_manifest_files
 from ldm.jobs.outputs import IMAGE_FORMATS
 from ldm.jobs.worker import Job
-from ldm.pipeline import Pipeline
-from ldm.version import VERSION
+from ldm.pipeline.pipeline import Pipeline
 
 MONITOR_INTERVAL = 0.2  # seconds between two looks at the workers
 SHUTDOWN_GRACE = 10.0  # seconds that workers have to end after the last item
@@ -66,7 +66,7 @@ def write_job_file(job: Job, pipe: Pipeline, source: str, cli_args: Sequence[str
         "words": list(cli_args),
         "weights": found,
         "settings": {"dtype": str(pipe.model.unet.dtype), "output": job.image_format, "strict": job.strict},
-        "version": VERSION,
+        "version": __version__,
     }
     path = job.folder / "job.json"
     if not path.exists():

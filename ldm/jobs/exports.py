@@ -15,9 +15,9 @@ from typing import IO, Any, NamedTuple
 
 from ldm.checkpoints.files import read_json
 from ldm.data.tables import import_pyarrow
-from ldm.files import rename_noreplace, atomic_write
-from ldm.jobs.manifest import list_manifest_files, iter_manifest_rows
-from ldm.request import Request
+from ldm.files import atomic_write, rename_noreplace
+from ldm.jobs.manifest import iter_manifest_rows, list_manifest_files
+from ldm.pipeline.request import Request
 
 GROUP_ROWS, GROUP_BYTES = 100, 2**24  # of a parquet file's row group, which is read as a whole: what ends it first
 

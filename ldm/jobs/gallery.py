@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ldm.files import atomic_write
-from ldm.images import parse_generation_parameters
-from ldm.jobs import sheets
-from ldm.jobs.manifest import list_manifest_files
+from ldm.jobs import contact_sheets
 from ldm.jobs.manifest import iter_manifest_rows as rows_of
+from ldm.jobs.manifest import list_manifest_files
 from ldm.jobs.outputs import read_image_and_metadata
-from ldm.request import Request
+from ldm.metadata import parse_generation_parameters
+from ldm.pipeline.request import Request
 
 GALLERY_TEMPLATE = Path(__file__).with_name("gallery.html")
 GALLERY_PAGE, GALLERY_DATA, THUMBNAIL_FOLDER = "index.html", "index.data", "thumbs"
@@ -193,7 +193,7 @@ def make_thumbnails(folder: Path, lines: Sequence[Mapping[str, Any]]) -> None:
     """
 
     def make(line: Mapping[str, Any]) -> None:
-        small = sheets.load_thumbnail(folder / line["file"], THUMBNAIL_SIZE)
+        small = contact_sheets.load_thumbnail(folder / line["file"], THUMBNAIL_SIZE)
         if small is not None:
             with atomic_write(thumbnail_path(folder, line)) as draft:
                 small.save(draft, "WEBP", quality=82, method=2)

@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-from ldm.pipeline import Pipeline
-from ldm.request import Request
+from ldm.pipeline.pipeline import Pipeline
+from ldm.pipeline.request import Request
 
 ITEM_ID_DIGITS = 24  # of an id: two of 10^9 items share one with a probability of 10^-11
 FLOAT_FIELDS = {f.name for f in fields(Request) if str(f.type).startswith("float")}

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from PIL import Image, UnidentifiedImageError
 
 from ldm.files import atomic_write
-from ldm.images import save_png
+from ldm.metadata import save_png
 
 EXIF_IFD, EXIF_USER_COMMENT, EXIF_IMAGE_DESCRIPTION = (
     0x8769,

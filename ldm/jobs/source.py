@@ -15,12 +15,12 @@ from typing import IO, Any, NamedTuple
 
 from PIL import Image
 
-from ldm.images import read_mask, read_image
-from ldm.jobs.fields import FieldValues, single_seed_range, short_repr
-from ldm.jobs.kinds import MAX_IMAGES_PER_RECORD, PROMPT_READERS, PromptReader, PromptRow, make_error_row
+from ldm.image_io import read_image, read_mask
 from ldm.jobs.lines import MAX_LINE_BYTES, ParseError
+from ldm.jobs.readers import MAX_IMAGES_PER_RECORD, PROMPT_READERS, PromptReader, PromptRow, make_error_row
+from ldm.jobs.schema import FieldValues, short_repr, single_seed_range
 from ldm.jobs.wildcards import PromptTemplate, WildcardManager
-from ldm.request import Request
+from ldm.pipeline.request import Request
 
 WILDCARD_EXPANSIONS = ("one", "all", "none")  # of wildcards: one text for each seed, every text, or left alone
 MAX_REPORTED_ERRORS = 5  # faults in one error

@@ -12,11 +12,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from ldm.images import image_digest
+from ldm import __version__
+from ldm.image_io import image_digest
 from ldm.jobs.outputs import read_image_and_metadata, roundtrip_jpeg
-from ldm.pipeline import Pipeline
-from ldm.request import Request
-from ldm.version import VERSION
+from ldm.pipeline.pipeline import Pipeline
+from ldm.pipeline.request import Request
 
 PIXEL_TOLERANCE = 1  # of 255: kernels round by the shape of a batch
 JPEG_PIXEL_TOLERANCE = 8  # whose steps make more of such a difference
@@ -146,4 +146,4 @@ def compare_pixels(original: RecordedImage, image: Image.Image) -> VerifyResult:
 def describe_version(original: RecordedImage) -> str:
     """A word on the version that drew a picture, where it is another."""
     theirs = original.record.get("version")
-    return "" if theirs == VERSION else f" (drawn by version {theirs}; this is {VERSION})"
+    return "" if theirs == __version__ else f" (drawn by version {theirs}; this is {__version__})"

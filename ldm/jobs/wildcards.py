@@ -1,4 +1,4 @@
-r"""Wildcards in prompts: {red|blue}, and lines of files, in the syntax of dynamicprompts.
+"""Wildcards in prompts: {red|blue}, and lines of files, in the syntax of dynamicprompts.
 
 {red|blue}          one of these; they nest, and may be empty
 {2::red|blue}       red twice as often
@@ -18,8 +18,8 @@ from difflib import get_close_matches
 from itertools import accumulate, groupby
 from pathlib import Path
 
-from ldm.jobs.fields import short_repr
 from ldm.jobs.lines import ParseError, read_lines
+from ldm.jobs.schema import short_repr
 from ldm.rng import derive_uniform
 
 WILDCARD_PATTERN = re.compile(

@@ -15,14 +15,14 @@ import torch
 from PIL import Image
 
 from ldm.checkpoints.files import file_sha256
-from ldm.jobs.items import JobItem, fingerprint_model, compute_item_id
+from ldm.jobs.items import JobItem, compute_item_id, fingerprint_model
 from ldm.jobs.leases import LEASE_TIMEOUT, Leases
 from ldm.jobs.manifest import Manifest, append_manifest_record
 from ldm.jobs.outputs import IMAGE_FORMATS
 from ldm.jobs.source import PromptEntry
-from ldm.pipeline import Pipeline
-from ldm.request import Request
-from ldm.scheduler import BatchScheduler
+from ldm.pipeline.pipeline import Pipeline
+from ldm.pipeline.request import Request
+from ldm.pipeline.scheduler import BatchScheduler
 
 CPU_BATCH_SIZE = 8  # pictures drawn at a time where no memory can be measured
 MAX_BATCH_SIZE = 64  # pictures drawn at a time: beyond it a device gains nothing

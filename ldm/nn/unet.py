@@ -24,10 +24,10 @@ from ldm.nn.blocks import (
     Downsample,
     GaussianFourierProjection,
     KVPair,
-    SinusoidalEmbedding,
     ResnetBlock,
-    TimestepEmbedding,
+    SinusoidalEmbedding,
     SpatialTransformer,
+    TimestepEmbedding,
     TransformerBlock,
     Upsample,
 )

@@ -6,11 +6,8 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
+from diffusers import AutoencoderKL
 from torch import Tensor
-
-import ldm.nn._torchvision  # noqa: F401  must come before diffusers
-
-from diffusers import AutoencoderKL  # isort: skip
 
 
 class Posterior(NamedTuple):

@@ -13,26 +13,32 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from ldm.checkpoints.directory import load_checked_tokenizer
-from ldm.checkpoints.files import to_device, save_module, write_json
+from ldm.checkpoints.files import save_module, to_device, write_json
 from ldm.checkpoints.formats import MODEL_INDEX, load_text_encoder, load_unet, load_vae
+from ldm.checkpoints.layouts import load_checked_tokenizer
 from ldm.checkpoints.schedule import build_scheduler_config, parse_scheduler_config
 from ldm.conditioning import Conditioning
 from ldm.config import DiffusionObjective, Recipe
-from ldm.data.cache import cache_scene_latents
-from ldm.data.scenes import make_scene_dataset
 from ldm.diffusion.guidance import classifier_free_guidance
 from ldm.diffusion.prediction import PREDICTIONS
 from ldm.diffusion.samplers import dpmpp_2m, sample
-from ldm.diffusion.spacing import choose, trailing
+from ldm.diffusion.timesteps import trailing
+from ldm.errors import choose
 from ldm.hardware import autocast, best_device, preferred_dtype
-from ldm.images import contact_sheet, to_pil
-from ldm.nn.text import TextEncoder, tokenize_captions, warn_about_truncation
+from ldm.image_io import contact_sheet, to_pil
+from ldm.nn.text_encoders import TextEncoder, tokenize_captions, warn_about_truncation
 from ldm.nn.unet import UNet, UNetConfig
 from ldm.nn.vae import decode_latents
+from ldm.picto.scene_latents import cache_scene_latents
+from ldm.picto.scenes import make_scene_dataset
 from ldm.rng import Noise
-from ldm.train.draws import sample_uniform
-from ldm.train.score import NUM_VALIDATION_LEVELS, ScoreMatchingLoss, summarize_level_losses, standard_error
+from ldm.train.score_matching import (
+    NUM_VALIDATION_LEVELS,
+    ScoreMatchingLoss,
+    sample_uniform,
+    standard_error,
+    summarize_level_losses,
+)
 from ldm.train.task import Batch, Metrics, SampleKey
 
 NUM_VALIDATION_LATENTS = 512

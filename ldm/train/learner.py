@@ -14,12 +14,10 @@ from torch import Tensor, nn
 from ldm.checkpoints.files import to_device
 from ldm.config import Recipe
 from ldm.nn.unet import UNet
-from ldm.train.ema import EMAModel, exponential_ema_rate, power_ema_rate
-from ldm.train.optimizers import create_optimizer
-from ldm.train.posthoc import SIGMA_RELS
-from ldm.train.schedules import compute_lr_factor
+from ldm.train.ema import SIGMA_RELS, EMAModel, exponential_ema_rate, power_ema_rate
+from ldm.train.optimizers import compute_lr_factor, create_optimizer
 from ldm.train.state import TrainState
-from ldm.train.task import Batch, TrainingTask, SampleKey
+from ldm.train.task import Batch, SampleKey, TrainingTask
 
 
 def split_rows(recipe: Recipe, task: TrainingTask, rank: int, num_processes: int) -> list[range]:

@@ -12,18 +12,17 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from ldm.checkpoints.convert import convert_checkpoint
-from ldm.checkpoints.embeddings import save_embeddings
+from ldm.adapters.lora import Adapter
+from ldm.adapters.lora_saving import LORA_WEIGHT_NAME_SAFE, save_adapter
+from ldm.adapters.lora_training import extract_lora_deltas, inject_lora
+from ldm.adapters.textual_inversion import ExtendedEmbedding, save_embeddings
 from ldm.checkpoints.files import DIFFUSERS_WEIGHTS_NAME, TRANSFORMERS_WEIGHTS_NAME, read_json, save_module
-from ldm.checkpoints.formats import Checkpoint, locate_weights
-from ldm.checkpoints.lora_save import LORA_WEIGHT_NAME_SAFE, save_adapter
+from ldm.checkpoints.formats import PICTO_PATH, Checkpoint, locate_weights
 from ldm.checkpoints.networks import TEXT_ENCODERS
 from ldm.config import FinetuneObjective
-from ldm.nn.inversion import ExtendedEmbedding
-from ldm.nn.lora import Adapter
-from ldm.nn.lora_train import extract_lora_deltas, inject_lora
-from ldm.nn.text import TextEncoder, tokenize
-from ldm.pipeline import PICTO_PATH, Pipeline
+from ldm.convert.convert import convert_checkpoint
+from ldm.nn.text_encoders import TextEncoder, tokenize
+from ldm.pipeline.pipeline import Pipeline
 
 KOHYA_LORA_FILE = "lora_kohya.safetensors"
 LEARNED_EMBEDS_FILE = "learned_embeds.safetensors"

@@ -7,22 +7,21 @@ from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
+import diffusers
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-import ldm.nn._torchvision  # noqa: F401  isort: skip
-import diffusers  # isort: skip
-
-from ldm.checkpoints import formats, unpickle
-from ldm.checkpoints import rewrite as same_layout
-from ldm.checkpoints.convert import convert_checkpoint
+from ldm.checkpoints import formats
 from ldm.checkpoints.detect import ProbeResult
 from ldm.checkpoints.families import FAMILIES
 from ldm.checkpoints.keys import build_meta_state_dicts, convert_to_diffusers, convert_to_original
 from ldm.checkpoints.tensors import SafetensorsFile
-from ldm.nn import text
+from ldm.convert import rewrite as same_layout
+from ldm.convert import unpickle
+from ldm.convert.convert import convert_checkpoint
+from ldm.nn import text_encoders
 
 CPU = torch.device("cpu")
 NAMES = ["sd1", "sd1-inpainting", "sd2-v", "sdxl"]
@@ -58,7 +57,7 @@ def small(name):
 
 
 SMALL = {name: small(name) for name in FAMILIES}
-clip_tokenizer = cache(text.build_clip_tokenizer)
+clip_tokenizer = cache(text_encoders.build_clip_tokenizer)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -66,7 +65,7 @@ def families():
     with pytest.MonkeyPatch.context() as patch:
         for name, family in SMALL.items():
             patch.setitem(FAMILIES, name, family)
-        patch.setattr(text, "build_clip_tokenizer", clip_tokenizer)
+        patch.setattr(text_encoders, "build_clip_tokenizer", clip_tokenizer)
         yield
 
 

@@ -6,25 +6,24 @@ import pytest
 import torch
 
 from ldm.checkpoints.detect import (
-    PROBE_ANGLE,
     EXPECTED_PROBE_RESULTS,
+    PROBE_ANGLE,
     ProbeResult,
-    detect_family,
     classify_probe,
-    probe_network,
+    detect_family,
     detect_model,
+    probe_network,
 )
 from ldm.checkpoints.families import FAMILIES
-from ldm.checkpoints.formats import load_checkpoint
+from ldm.checkpoints.formats import PICTO_PATH, load_checkpoint
 from ldm.checkpoints.keys import build_key_mappings
 from ldm.checkpoints.schedule import compute_alphas_cumprod
 from ldm.conditioning import Conditioning
 from ldm.diffusion.prediction import PREDICTIONS, convert_prediction
 from ldm.diffusion.sde import VPSDE, append_dims
 from ldm.nn.unet import UNet
-from ldm.pipeline import PICTO_PATH
+from ldm.pipeline.prompt_encoder import PromptEncoder
 from ldm.rng import Noise
-from ldm.texts import PromptEncoder
 
 SD = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
 SCHEDULES = {

@@ -4,7 +4,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from ldm.checkpoints.embeddings import load_embeddings, read_placeholder_token
+from ldm.adapters.textual_inversion import load_embeddings, read_placeholder_token
 
 ONE, MANY = torch.randn(768, generator=torch.Generator().manual_seed(0)), torch.arange(2304.0).reshape(3, 768)
 WIDE = torch.arange(3840.0).reshape(3, 1280)

@@ -3,11 +3,9 @@
 import inspect
 import math
 
+import diffusers
 import open_clip
 import pytest
-
-import ldm.nn._torchvision  # noqa: F401  isort: skip
-import diffusers  # isort: skip
 import torch
 from diffusers.loaders.single_file_utils import (
     DIFFUSERS_TO_LDM_DEFAULT_IMAGE_SIZE_MAP,
@@ -15,7 +13,7 @@ from diffusers.loaders.single_file_utils import (
 )
 from transformers import CLIPTextConfig
 
-from ldm.checkpoints.families import SDXL_CLIP_G, SD2_CLIP_H, SD1_CLIP_L, SDXL_CLIP_L, FAMILIES
+from ldm.checkpoints.families import FAMILIES, SD1_CLIP_L, SD2_CLIP_H, SDXL_CLIP_G, SDXL_CLIP_L
 from ldm.checkpoints.keys import build_meta_state_dicts
 from ldm.checkpoints.schedule import compute_alphas_cumprod
 from ldm.nn.unet import UNetConfig

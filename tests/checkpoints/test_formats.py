@@ -4,22 +4,10 @@ import hashlib
 import json
 import shutil
 
+import diffusers
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
-
-from ldm.checkpoints import formats
-from ldm.checkpoints.directory import choose_weight_files
-from ldm.checkpoints.families import FAMILIES
-from ldm.checkpoints.schedule import DIFFUSERS_SCHEDULERS, parse_scheduler_config, compute_alphas_cumprod
-from ldm.diffusion.prediction import PREDICTIONS
-from ldm.diffusion.samplers import SAMPLERS
-from ldm.nn.text import load_clip_tokenizer, tokenize_captions
-from ldm.pipeline import PICTO_PATH
-
-import ldm.nn._torchvision  # noqa: F401  isort: skip
-import diffusers  # isort: skip
-from diffusers import (  # isort: skip
+from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
     EulerDiscreteScheduler,
@@ -28,12 +16,22 @@ from diffusers import (  # isort: skip
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
-from transformers import (  # isort: skip
+from safetensors.torch import load_file, save_file
+from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
 )
+
+from ldm.checkpoints import formats
+from ldm.checkpoints.families import FAMILIES
+from ldm.checkpoints.formats import PICTO_PATH
+from ldm.checkpoints.layouts import choose_weight_files
+from ldm.checkpoints.schedule import DIFFUSERS_SCHEDULERS, compute_alphas_cumprod, parse_scheduler_config
+from ldm.diffusion.prediction import PREDICTIONS
+from ldm.diffusion.samplers import SAMPLERS
+from ldm.nn.text_encoders import load_clip_tokenizer, tokenize_captions
 
 CPU = torch.device("cpu")
 UNET = "unet/diffusion_pytorch_model.safetensors"

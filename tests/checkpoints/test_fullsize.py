@@ -12,9 +12,9 @@ from ldm.checkpoints.keys import (
     EMA_PREFIX,
     UNET_PREFIX,
     build_key_mappings,
-    map_single_file_keys,
-    map_diffusers_keys,
     convert_to_diffusers,
+    map_diffusers_keys,
+    map_single_file_keys,
 )
 
 TWINS = ("sd2-base", "sd2-v")  # have the same tensors

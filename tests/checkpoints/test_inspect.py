@@ -10,9 +10,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ldm.checkpoints.families import FAMILIES
-from ldm.checkpoints.inspect import inspect_model, format_report
+from ldm.checkpoints.formats import PICTO_PATH
 from ldm.checkpoints.keys import build_meta_state_dicts, convert_to_original
-from ldm.pipeline import PICTO_PATH
+from ldm.convert.inspect import format_report, inspect_model
 
 SIZES = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
 

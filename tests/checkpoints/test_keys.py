@@ -6,28 +6,26 @@ from functools import cache
 import open_clip
 import pytest
 import torch
-
-import ldm.nn._torchvision  # noqa: F401  isort: skip
-from diffusers import AutoencoderKL, UNet2DConditionModel  # isort: skip
-from diffusers.loaders.single_file_utils import (  # isort: skip
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers.loaders.single_file_utils import (
     convert_ldm_clip_checkpoint,
     convert_ldm_unet_checkpoint,
     convert_ldm_vae_checkpoint,
     convert_open_clip_checkpoint,
     infer_diffusers_model_type,
 )
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection  # isort: skip
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from ldm.checkpoints.families import FAMILIES
 from ldm.checkpoints.files import save_tensors, write_json
 from ldm.checkpoints.keys import (
-    ignored_reason,
     build_key_mappings,
-    map_single_file_keys,
-    map_diffusers_keys,
     build_meta_state_dicts,
     convert_to_diffusers,
     convert_to_original,
+    ignored_reason,
+    map_diffusers_keys,
+    map_single_file_keys,
 )
 
 every_family = pytest.mark.parametrize("name", FAMILIES)

@@ -7,29 +7,27 @@ from collections import Counter
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
-from torch import nn
-
-import ldm.nn._torchvision  # noqa: F401  isort: skip
-from diffusers import (  # isort: skip
+from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
-from diffusers.utils import convert_state_dict_to_diffusers  # isort: skip
-from peft import LoHaConfig, LoKrConfig, LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model  # isort: skip
-from peft.utils import get_peft_model_state_dict  # isort: skip
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection  # isort: skip
+from diffusers.utils import convert_state_dict_to_diffusers
+from peft import LoHaConfig, LoKrConfig, LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
+from peft.utils import get_peft_model_state_dict
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from ldm.checkpoints.dialects import _module_aliases, build_module_aliases
+from ldm.adapters.lora import Adapter, AdapterMerger, Full, LoHa, LoKr, LoRA, ModuleDelta
+from ldm.adapters.lora_keys import _module_aliases, build_module_aliases
+from ldm.adapters.lora_loading import build_adaptable_networks, convert_adapter, detect_adapter_family, load_adapter
+from ldm.adapters.lora_saving import LORA_FORMATS, save_adapter
 from ldm.checkpoints.families import FAMILIES
-from ldm.checkpoints.lora import convert_adapter, detect_adapter_family, load_adapter, build_adaptable_networks
-from ldm.checkpoints.lora_save import LORA_FORMATS, save_adapter
 from ldm.conditioning import Conditioning
-from ldm.nn.lora import Adapter, AdapterMerger, ModuleDelta, Full, LoHa, LoKr, LoRA
-from ldm.nn.text import build_text_encoder
+from ldm.nn.text_encoders import build_text_encoder
 from ldm.nn.unet import UNet, UNetConfig
 
 UNETS = {
@@ -227,7 +225,7 @@ def test_every_dialect_is_the_same_change(family, kind, tmp_path):
 def test_a_chain_of_conversions_changes_nothing(family, kind, tmp_path, monkeypatch):
     networks = tiny(family)
     monkeypatch.setattr(
-        "ldm.checkpoints.lora.build_adaptable_networks", lambda name: {"sd1": networks, "sdxl": networks}[name]
+        "ldm.adapters.lora_loading.build_adaptable_networks", lambda name: {"sd1": networks, "sdxl": networks}[name]
     )
     random = adapter(networks, kind)
     save_adapter(random, tmp_path / "0", "kohya", networks, family)

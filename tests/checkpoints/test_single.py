@@ -4,22 +4,20 @@ import hashlib
 from dataclasses import replace
 from pathlib import Path
 
+import diffusers
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-import ldm.nn._torchvision  # noqa: F401  must come before diffusers
 from ldm.checkpoints import formats, keys
-from ldm.checkpoints.convert import convert_checkpoint
 from ldm.checkpoints.families import FAMILIES
 from ldm.conditioning import Conditioning
+from ldm.convert.convert import convert_checkpoint
 from ldm.diffusion.prediction import PREDICTIONS
-from ldm.nn import text
-from ldm.pipeline import Pipeline
-
-import diffusers  # isort: skip
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection  # isort: skip
+from ldm.nn import text_encoders
+from ldm.pipeline.pipeline import Pipeline
 
 CPU = torch.device("cpu")
 WIDTHS = {"sd1": 16, "sd1-inpainting": 16, "sd2-base": 24, "sd2-v": 24, "sd2-inpainting": 24, "sdxl": 40}
@@ -152,7 +150,9 @@ def test_networks_have_no_common_memory_and_are_ready_to_draw(write):
     assert not any(net.training for net in model.networks.values())
     positions = model.networks["text_encoder"].embeddings.position_ids
     assert positions.tolist() == [list(range(77))]
-    states, _ = model.text_encoders[0].encode(text.tokenize_prompt(model.text_encoders[0].tokenizer, "a red apple")[0])
+    states, _ = model.text_encoders[0].encode(
+        text_encoders.tokenize_prompt(model.text_encoders[0].tokenizer, "a red apple")[0]
+    )
     assert states.shape == (1, 77, 24)
 
 
@@ -291,7 +291,7 @@ def theirs(family, folder):
     for name, tower in family.text_encoders.items():
         kind = CLIPTextModelWithProjection if tower.with_projection else CLIPTextModel
         networks[name] = kind(CLIPTextConfig(**tower.config))
-        networks[name.replace("text_encoder", "tokenizer")] = text.build_clip_tokenizer(tower.pad_token_id)
+        networks[name.replace("text_encoder", "tokenizer")] = text_encoders.build_clip_tokenizer(tower.pad_token_id)
     with torch.no_grad():
         networks["vae"].decoder.conv_out.weight *= 3  # else the pictures are grey
     getattr(diffusers, family.pipeline_class)(**networks, **unchecked(family)).save_pretrained(folder)

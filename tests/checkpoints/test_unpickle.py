@@ -13,10 +13,10 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from ldm.checkpoints import unpickle as module
-from ldm.checkpoints.convert import convert_checkpoint
-from ldm.checkpoints.embeddings import load_embeddings
-from ldm.checkpoints.unpickle import is_pickle, unpickle_in_process, unpickle_weights
+from ldm.adapters.textual_inversion import load_embeddings
+from ldm.convert import unpickle as module
+from ldm.convert.convert import convert_checkpoint
+from ldm.convert.unpickle import is_pickle, unpickle_in_process, unpickle_weights
 
 LEGACY = pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
 WEIGHTS = {"a.weight": torch.arange(6.0).reshape(2, 3), "a.bias": torch.tensor([1, 2], dtype=torch.int64)}

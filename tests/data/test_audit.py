@@ -12,9 +12,9 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from shapes import write
 
+from ldm.audit import latent_checks
+from ldm.audit.audit import SEVERITIES, audit_dataset, get_severity, quick_audit
 from ldm.config import Recipe
-from ldm.data import encodings
-from ldm.data.audit import SEVERITIES, audit_dataset, quick_audit, get_severity
 from ldm.nn.vae import Posterior
 
 COMMON = {"train_batch_size": 2, "learning_rate": 1e-3, "max_train_steps": 10_000, "mixed_precision": "no"}
@@ -55,7 +55,7 @@ def root(tmp_path):
 
 def test_of_a_sound_data_set_nothing_is_told(tiny, root, monkeypatch):
     assert audit_dataset(recipe_of(tiny, root), encode_all=True).issues == ()
-    monkeypatch.setattr(encodings, "encode_images", encode)
+    monkeypatch.setattr(latent_checks, "encode_images", encode)
     assert audit_dataset(recipe_of(tiny, root), encode_all=True).issues == ()
 
 
@@ -65,7 +65,7 @@ def planted(root):
 
 
 def test_every_planted_fault_is_told_and_nothing_else(tiny, root, planted, monkeypatch):
-    monkeypatch.setattr(encodings, "encode_images", encode)
+    monkeypatch.setattr(latent_checks, "encode_images", encode)
     found = [(fault.kind, fault.key) for fault in audit_dataset(recipe_of(tiny, root), encode_all=True).issues]
     assert len({kind for kind, _ in planted}) >= 25
     assert set(found) == set(planted) and len(found) == len(planted)
@@ -98,7 +98,7 @@ caption_on_two_lines what_machines_leave"""
 
 
 def test_a_fault_that_training_survives_is_a_warning_or_a_notice(tiny, root, monkeypatch):
-    monkeypatch.setattr(encodings, "encode_images", encode)
+    monkeypatch.setattr(latent_checks, "encode_images", encode)
     mild, slight = (
         {fault for name in names.split() for fault in FAULTS[name](root) if fault[0] != "small bucket"}
         for names in (MILD, SLIGHT)

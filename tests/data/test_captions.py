@@ -2,8 +2,8 @@
 
 import pytest
 
-from ldm.data.captions import check_captions, kohya_class_folder, check_tokenization, count_tokens
-from ldm.data.samples import ImageSample
+from ldm.audit.caption_checks import check_captions, check_tokenization, count_tokens, kohya_class_folder
+from ldm.data.sources import ImageSample
 
 
 def sample(caption, key="a.png"):

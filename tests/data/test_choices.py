@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from scipy.stats import chi2_contingency, chisquare
 
-from ldm.data.choices import center_crop_corner, random_crop_corner, should_drop_caption, should_flip, shuffle_tags
+from ldm.data.augment import center_crop_corner, random_crop_corner, should_drop_caption, should_flip, shuffle_tags
 
 LEVEL = 1e-4
 MANY = [(7, f"pictures/{k // 20}.png", k % 20) for k in range(4000)]

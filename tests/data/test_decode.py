@@ -5,7 +5,7 @@ import pytest
 from PIL import Image, ImageCms
 from shapes import encoded, noise
 
-from ldm.decode import decode_image, decode_mask, read_image_size
+from ldm.image_io import decode_image, decode_mask, read_image_size
 
 PIXELS = noise(9, 6)
 LEVELS = np.linspace(0, 65535, 9 * 6).astype(np.uint16).reshape(6, 9)

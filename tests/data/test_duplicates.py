@@ -9,14 +9,14 @@ from faults import smooth
 from PIL import Image, ImageEnhance
 from shapes import noise
 
-from ldm.data.duplicates import (
+from ldm.audit.duplicates import (
     MAX_HASH_DISTANCE,
-    fingerprint_image,
-    find_near_duplicates,
-    perceptual_hash,
     find_identical_files,
+    find_near_duplicates,
+    fingerprint_image,
+    perceptual_hash,
 )
-from ldm.data.samples import ImageSample
+from ldm.data.sources import ImageSample
 
 
 def told(pictures):

@@ -11,7 +11,7 @@ import pytest
 from shapes import encoded, noise, write
 
 from ldm.data.folders import open_image_sources
-from ldm.data.samples import ColumnNames, SourceOptions
+from ldm.data.sources import ColumnNames, SourceOptions
 
 CAPTIONS = {"a.png": "a red fox", "deep/b.JPG": "two stars, é 雪", "c.webp": "a cat"}
 PICTURES = {name: seed for seed, name in enumerate(CAPTIONS)}

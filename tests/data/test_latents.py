@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from ldm.data.latents import LatentCache, blake2b_hexdigest, hash_network_weights
+from ldm.data.latent_cache import LatentCache, blake2b_hexdigest, hash_network_weights
 
 KEYS = [blake2b_hexdigest(str(k)) for k in range(40)]
 

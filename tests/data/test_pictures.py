@@ -10,15 +10,15 @@ from scipy.stats import chisquare
 from shapes import encoded, noise, write
 
 from ldm.config import ImageDataConfig
-from ldm.data.latents import LatentCache
-from ldm.data.pictures import (
-    ImageDataset,
+from ldm.data.image_dataset import (
     CachedEncoder,
-    downsample_mask,
+    ImageDataset,
     buckets_from_config,
-    source_from_config,
     collect_image_infos,
+    downsample_mask,
+    source_from_config,
 )
+from ldm.data.latent_cache import LatentCache
 
 SIZES = [(64, 64), (96, 48), (48, 96), (70, 60), (64, 64), (200, 100), (33, 90)]
 

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from ldm.data import scenes as module
-from ldm.data import sprites as drawn
-from ldm.data import words
-from ldm.data.scenes import BACKGROUND_COLORS, BACKGROUND_JITTER, RECOLOR_HSV, SceneDataset
-from ldm.data.sprites import Sprite
+from ldm.picto import nouns
+from ldm.picto import scenes as module
+from ldm.picto import sprites as drawn
+from ldm.picto.scenes import BACKGROUND_COLORS, BACKGROUND_JITTER, RECOLOR_HSV, SceneDataset
+from ldm.picto.sprites import Sprite
 
 STEMS = ("bal", "bol", "dis", "gam", "kar", "lin", "mov", "tel")
 SHAPES = [stem + end for stem in STEMS for end in ("ko", "min", "ra")]
@@ -217,12 +217,12 @@ def test_only_chosen_concepts_are_drawn(folder):
     ],
 )
 def test_one_and_many(name, said, many):
-    assert words.add_indefinite_article(name) == said and words.is_countable(name) and words.pluralize(name) == many
+    assert nouns.add_indefinite_article(name) == said and nouns.is_countable(name) and nouns.pluralize(name) == many
 
 
 @pytest.mark.parametrize("name", ["scissors", "french fries", "bread", "cooked rice", "glasses", "santa claus", "mice"])
 def test_plurals_and_stuff_have_no_article_and_no_number(name):
-    assert words.add_indefinite_article(name) == name and not words.is_countable(name)
+    assert nouns.add_indefinite_article(name) == name and not nouns.is_countable(name)
 
 
 @pytest.mark.parametrize(
@@ -236,7 +236,7 @@ def test_plurals_and_stuff_have_no_article_and_no_number(name):
     ],
 )
 def test_colour_words_leave_a_name_before_another_colour_enters(name, bare):
-    assert words.strip_color_word(name) == bare
+    assert nouns.strip_color_word(name) == bare
 
 
 def test_dominant_colour_is_found_only_where_there_is_one():

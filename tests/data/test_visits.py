@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy.stats import chi2
 
-from ldm.data.visits import BucketBatchSampler, splitmix64_finalizer, permute_indices
+from ldm.data.batch_sampler import BucketBatchSampler, permute_indices, splitmix64_finalizer
 
 LEVEL = 1e-4  # of each chi-square test, which a true law fails as often
 

@@ -3,7 +3,7 @@
 import torch
 
 from ldm.conditioning import Conditioning
-from ldm.diffusion.oracle import GAUSSIAN, GAUSSIAN_MIXTURE, Gaussian, GaussianMixture
+from tests.diffusion.oracle import GAUSSIAN, GAUSSIAN_MIXTURE, Gaussian, GaussianMixture
 
 __all__ = ["GAUSSIAN", "GAUSSIAN_MIXTURE", "MU", "NOTHING", "Gaussian", "GaussianMixture", "S"]
 

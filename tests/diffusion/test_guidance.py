@@ -8,13 +8,12 @@ import torch
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
 from gaussian import GAUSSIAN, NOTHING
 
-import ldm.nn._torchvision  # noqa: F401
 from ldm.conditioning import Conditioning
 from ldm.diffusion.denoiser import CountNFE, Denoiser
 from ldm.diffusion.guidance import autoguidance, classifier_free_guidance
-from ldm.diffusion.oracle import Gaussian
 from ldm.diffusion.prediction import PREDICTIONS
 from ldm.diffusion.sde import VPSDE
+from tests.diffusion.oracle import Gaussian
 
 SDE = VPSDE.linear()
 every_prediction = pytest.mark.parametrize("prediction", PREDICTIONS.values(), ids=PREDICTIONS.keys())

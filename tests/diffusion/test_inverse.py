@@ -4,11 +4,11 @@ import pytest
 import torch
 from gaussian import GAUSSIAN, MU, Gaussian, S
 
-from ldm.diffusion.guidance import classifier_free_guidance
-from ldm.diffusion.inverse import LUMA_WEIGHTS, OPERATORS, conjugate_gradients, inpaint, tmpd
+from ldm.analysis.inverse_problems import LUMA_WEIGHTS, OPERATORS, conjugate_gradients, tmpd
+from ldm.diffusion.guidance import classifier_free_guidance, inpaint
 from ldm.diffusion.samplers import SAMPLERS, sample
 from ldm.diffusion.sde import VPSDE
-from ldm.diffusion.spacing import SPACINGS
+from ldm.diffusion.timesteps import SPACINGS
 
 SDE = VPSDE.linear()
 A = torch.tensor([[0.8, -1.3]], dtype=torch.float64)

@@ -7,21 +7,21 @@ import pytest
 import torch
 from gaussian import GAUSSIAN
 
-from ldm.conditioning import Conditioning
-from ldm.diffusion.denoiser import CountNFE, Denoiser, as_level_list
-from ldm.diffusion.guidance import classifier_free_guidance
-from ldm.diffusion.inversion import (
+from ldm.analysis.inversion import (
     FIXED_POINT_STEP,
     INVERSION_SCHEMES,
     bdia_decode,
     bdia_encode,
-    solve_probability_flow,
-    ode_encode,
     measure_round_trip,
+    ode_encode,
+    solve_probability_flow,
 )
+from ldm.conditioning import Conditioning
+from ldm.diffusion.denoiser import CountNFE, Denoiser, as_level_list
+from ldm.diffusion.guidance import classifier_free_guidance
 from ldm.diffusion.prediction import PREDICTIONS
 from ldm.diffusion.sde import CLEAN_LEVEL, VPSDE, scaled_linear_alphas_cumprod
-from ldm.diffusion.spacing import SPACINGS, TimeGrid
+from ldm.diffusion.timesteps import SPACINGS, TimeGrid
 
 SD = VPSDE.tabulated(scaled_linear_alphas_cumprod(0.00085, 0.012, 1000))
 SDES = {"table": SD, "linear": VPSDE.linear(), "cosine": VPSDE.cosine()}

@@ -7,22 +7,22 @@ import torch
 from gaussian import GAUSSIAN, GAUSSIAN_MIXTURE, MU, S
 from torch.distributions import Categorical, MixtureSameFamily, MultivariateNormal, Normal
 
-from ldm.diffusion.denoiser import as_level_list
-from ldm.diffusion.likelihood import (
+from ldm.analysis.likelihood import (
     TRACE_PROBES,
     LikelihoodEstimate,
     continuous_elbo_times,
     discrete_elbo_times,
     estimate_elbo,
-    gaussian_entropy,
     freeze_noise,
+    gaussian_entropy,
     hutchinson_trace,
     log_likelihood,
     log_likelihood_adaptive,
     sigma_vae_log_prob,
 )
+from ldm.diffusion.denoiser import as_level_list
 from ldm.diffusion.sde import CLEAN_LEVEL, VPSDE, linear_alphas_cumprod, scaled_linear_alphas_cumprod
-from ldm.diffusion.spacing import TimeGrid, linspace, log_snr
+from ldm.diffusion.timesteps import TimeGrid, linspace, log_snr
 from ldm.rng import Noise
 
 COSINE = VPSDE.cosine()

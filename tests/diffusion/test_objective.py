@@ -11,15 +11,15 @@ from ldm.diffusion.objective import (
     TIME_SAMPLERS,
     WEIGHTINGS,
     diffusion_loss,
-    loss_mean_and_variance,
     edm_weighting,
+    loss_mean_and_variance,
     min_snr_weighting,
     p2_weighting,
     soft_min_snr_weighting,
 )
 from ldm.diffusion.prediction import PREDICTIONS
 from ldm.diffusion.sde import VPSDE, cosine_alphas_cumprod, rescale_zero_terminal_snr
-from ldm.diffusion.spacing import log_snr_range
+from ldm.diffusion.timesteps import log_snr_range
 
 SDE = VPSDE.scaled_linear()
 COND = Conditioning(torch.zeros(6, 1, 1))

@@ -7,8 +7,6 @@ import pytest
 import torch
 from gaussian import GAUSSIAN, GAUSSIAN_MIXTURE, MU, NOTHING, S
 
-import ldm.nn._torchvision  # noqa: F401
-
 # isort: split
 from diffusers import (
     DDIMScheduler,
@@ -24,16 +22,6 @@ from diffusers import (
 
 from ldm.conditioning import Conditioning
 from ldm.diffusion.denoiser import CountNFE, Denoiser
-from ldm.diffusion.oracle import (
-    NoOpNoise,
-    weak_errors,
-    ode_errors,
-    sampler_moments,
-    convergence_order,
-    strong_errors,
-    mid_snr_grid,
-    full_schedule_grid,
-)
 from ldm.diffusion.prediction import PREDICTIONS
 from ldm.diffusion.samplers import (
     SAMPLERS,
@@ -50,12 +38,22 @@ from ldm.diffusion.sde import (
     CLEAN_LEVEL,
     VPSDE,
     linear_alphas_cumprod,
-    scaled_linear_alphas_cumprod,
     rescale_zero_terminal_snr,
+    scaled_linear_alphas_cumprod,
 )
-from ldm.diffusion.spacing import SPACINGS, TimeGrid
+from ldm.diffusion.timesteps import SPACINGS, TimeGrid
 from ldm.nn.unet import UNet, UNetConfig
 from ldm.rng import Noise
+from tests.diffusion.oracle import (
+    NoOpNoise,
+    convergence_order,
+    full_schedule_grid,
+    mid_snr_grid,
+    ode_errors,
+    sampler_moments,
+    strong_errors,
+    weak_errors,
+)
 
 TABLE = scaled_linear_alphas_cumprod(0.00085, 0.012, 1000)
 SD = VPSDE.tabulated(TABLE)

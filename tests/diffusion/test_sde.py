@@ -6,17 +6,16 @@ import pytest
 import torch
 from diffusers import DDIMScheduler
 
-import ldm.nn._torchvision  # noqa: F401
 from ldm.diffusion.sde import (
-    CLEAN_LEVEL,
     BETA_SCHEDULES,
+    CLEAN_LEVEL,
     VPSDE,
     betas_from_alphas_cumprod,
-    forward_markov_chain,
     cosine_alphas_cumprod,
+    forward_markov_chain,
     linear_alphas_cumprod,
-    scaled_linear_alphas_cumprod,
     rescale_zero_terminal_snr,
+    scaled_linear_alphas_cumprod,
 )
 
 TABLES = {name: table(0.00085, 0.012, 1000) for name, table in BETA_SCHEDULES.items()}

@@ -9,10 +9,10 @@ import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler
 from gaussian import GAUSSIAN
 
-import ldm.nn._torchvision  # noqa: F401
 from ldm.diffusion.samplers import SAMPLERS, sample
 from ldm.diffusion.sde import CLEAN_LEVEL, VPSDE, scaled_linear_alphas_cumprod
-from ldm.diffusion.spacing import MIN_LOG_SNR, SPACINGS, choose, truncate_grid
+from ldm.diffusion.timesteps import MIN_LOG_SNR, SPACINGS, truncate_grid
+from ldm.errors import choose
 
 SD = VPSDE.tabulated(scaled_linear_alphas_cumprod(0.00085, 0.012, 1000))
 BETAS = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")

@@ -15,8 +15,8 @@ from ldm.commands.batch import exit_on_failure, run_job
 from ldm.jobs.engines import InlineEngine
 from ldm.jobs.source import PromptEntry
 from ldm.jobs.worker import Job
-from ldm.pipeline import Pipeline
-from ldm.request import Request
+from ldm.pipeline.pipeline import Pipeline
+from ldm.pipeline.request import Request
 
 REQUESTS = [
     Request("a cat", seed=1, num_inference_steps=2),

@@ -22,8 +22,8 @@ from folders import Opens, go, job_in, outcome
 from ldm.jobs import driver, engines
 from ldm.jobs.engines import Engine, InlineEngine, LocalEngine, RayEngine, run_worker_process
 from ldm.jobs.worker import Job
-from ldm.pipeline import Pipeline
-from ldm.request import Request
+from ldm.pipeline.pipeline import Pipeline
+from ldm.pipeline.request import Request
 
 EVENTS = ("open", "os.rename", "os.remove", "os.mkdir", "os.chmod", "os.write")  # of sys.audit, but for the last
 CUT = ("os.chmod",)  # the ends of drafts

@@ -4,8 +4,8 @@ import json
 
 from PIL import Image
 
-from ldm.images import save_png
-from ldm.request import Request
+from ldm.metadata import save_png
+from ldm.pipeline.request import Request
 
 SETTLED = Request("", "", 0, 32, 48, 6, 3.0, "dpmpp_2m", "trailing")
 COLOURS = [(255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 0)]

@@ -13,9 +13,9 @@ from folders import Opens, fork, go, job_in, outcome
 from kills import until
 
 from ldm.jobs import driver, engines
-from ldm.jobs.driver import JobProgress, StalledError, Monitor
+from ldm.jobs.driver import JobProgress, Monitor, StalledError
 from ldm.jobs.engines import InlineEngine, LocalEngine, assign_devices
-from ldm.scheduler import BatchScheduler
+from ldm.pipeline.scheduler import BatchScheduler
 
 
 def test_what_a_process_fails_by_is_the_job_s_reason_and_it_is_not_begun_again(pipe, tmp_path, monkeypatch):

@@ -12,9 +12,9 @@ import yaml
 from folders import go, job_in
 
 from ldm.data.folders import open_image_sources
-from ldm.data.samples import ColumnNames, SourceOptions
+from ldm.data.sources import ColumnNames, SourceOptions
 from ldm.jobs import exports
-from ldm.request import Request
+from ldm.pipeline.request import Request
 
 PROMPTS = ["  a cat, with spaces\t", "🎈 雪 é \u2028 lines\nand tabs\t.", '</script> "quoted" \\ & -- \r\n x', "a.b/c"]
 SIZE = 2  # pictures in a shard

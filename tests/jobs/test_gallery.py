@@ -15,9 +15,9 @@ from PIL import Image
 from typer.main import get_command
 
 from ldm import cli
-from ldm.images import save_png
-from ldm.jobs import gallery, grids
-from ldm.request import Request
+from ldm.jobs import contact_sheets, gallery
+from ldm.metadata import save_png
+from ldm.pipeline.request import Request
 
 ROOT = Path(__file__).resolve().parents[2]
 NASTY = [
@@ -164,7 +164,7 @@ def test_a_thumbnail_is_the_picture_shrunk_never_enlarged_and_a_broken_picture_h
 
 
 def test_a_folder_without_a_manifest_is_refused_by_name(tmp_path):
-    for make in (gallery.write_gallery, lambda folder: grids.write_contact_sheets(folder, ["seed"])):
+    for make in (gallery.write_gallery, lambda folder: contact_sheets.write_contact_sheets(folder, ["seed"])):
         with pytest.raises(ValueError, match=r"no manifest\.jsonl"):
             make(tmp_path)
     assert not list(tmp_path.iterdir())

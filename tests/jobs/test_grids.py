@@ -8,7 +8,7 @@ import pytest
 from painted import COLOURS, SETTLED, write_job
 from PIL import Image
 
-from ldm.jobs import grids, sheets
+from ldm.jobs import contact_sheets
 
 SQUARE = replace(SETTLED, width=64, height=64)
 GREY = (0xD4,) * 3
@@ -19,8 +19,8 @@ def shown(sheet, rows, columns):
     found = []
     for i in range(rows):
         for j in range(columns):
-            x = sheet.width - sheets.SHEET_MARGIN - (columns - j) * (64 + sheets.CELL_GAP)
-            y = sheet.height - sheets.SHEET_MARGIN - (rows - i) * (64 + sheets.CELL_GAP)
+            x = sheet.width - contact_sheets.SHEET_MARGIN - (columns - j) * (64 + contact_sheets.CELL_GAP)
+            y = sheet.height - contact_sheets.SHEET_MARGIN - (rows - i) * (64 + contact_sheets.CELL_GAP)
             cell = np.asarray(sheet)[y : y + 64, x : x + 64].reshape(-1, 3)
             assert (cell == cell[0]).all(), (i, j)
             found.append(tuple(map(int, cell[0])))
@@ -29,7 +29,9 @@ def shown(sheet, rows, columns):
 
 def drawn(folder, words):
     """The sheets of a folder, and their titles."""
-    pictures = [Image.open(path) for path in grids.write_contact_sheets(folder, grids.parse_grid_axes(words))]
+    pictures = [
+        Image.open(path) for path in contact_sheets.write_contact_sheets(folder, contact_sheets.parse_grid_axes(words))
+    ]
     return pictures, [picture.text["Title"] for picture in pictures]
 
 
@@ -42,7 +44,8 @@ def test_a_sheet_shows_each_picture_at_its_place_and_grey_where_there_is_none(tm
     assert shown(sheet, 2, 3) == [[c, b, a], [f, GREY, d]] and title == ""  # numbers in their order
     dark = np.asarray(sheet).max(-1) < 100
     assert (
-        dark[: sheets.SHEET_MARGIN + sheets.LINE_HEIGHT].any() and dark[:, : sheets.ROW_LABEL_WIDTH].any()
+        dark[: contact_sheets.SHEET_MARGIN + contact_sheets.LINE_HEIGHT].any()
+        and dark[:, : contact_sheets.ROW_LABEL_WIDTH].any()
     )  # both axes are labelled
     (turned,), _ = drawn(tmp_path, "prompt,seed")
     assert shown(turned, 3, 2) == [[c, f], [b, GREY], [a, d]]
@@ -69,8 +72,8 @@ def test_the_title_stands_above_the_labels_of_the_columns(tmp_path):
     (bare, titled), titles = drawn(tmp_path, "seed")
     assert titles == ["", "a cat"] and titled.width == bare.width
     more = titled.height - bare.height
-    assert more == sheets.LINE_HEIGHT + sheets.CELL_GAP
-    line = np.s_[sheets.SHEET_MARGIN : sheets.SHEET_MARGIN + sheets.LINE_HEIGHT]
+    assert more == contact_sheets.LINE_HEIGHT + contact_sheets.CELL_GAP
+    line = np.s_[contact_sheets.SHEET_MARGIN : contact_sheets.SHEET_MARGIN + contact_sheets.LINE_HEIGHT]
     assert (np.asarray(titled)[line].min(-1) < 100).any()
     assert (np.asarray(titled)[more:][line] == np.asarray(bare)[line]).all()
 
@@ -83,7 +86,7 @@ def test_written_again_after_the_job_has_grown_nothing_old_is_left(tmp_path):
     drawn(tmp_path, "seed")
     assert [path.read_bytes() for path in (tmp_path / "grids" / "seed").iterdir()] == [first]
     (tmp_path / "manifest.jsonl").write_text("")
-    assert grids.write_contact_sheets(tmp_path, ["size"]) == [] and not (tmp_path / "grids" / "size").exists()
+    assert contact_sheets.write_contact_sheets(tmp_path, ["size"]) == [] and not (tmp_path / "grids" / "size").exists()
 
 
 @pytest.mark.parametrize(
@@ -95,7 +98,7 @@ def test_written_again_after_the_job_has_grown_nothing_old_is_left(tmp_path):
     ],
 )
 def test_axes_have_either_name(words, fields):
-    assert grids.parse_grid_axes(words) == fields
+    assert contact_sheets.parse_grid_axes(words) == fields
 
 
 @pytest.mark.parametrize(
@@ -109,7 +112,7 @@ def test_axes_have_either_name(words, fields):
 )
 def test_axes_that_are_none_are_refused(words, said):
     with pytest.raises(ValueError, match=re.escape(said)):
-        grids.parse_grid_axes(words)
+        contact_sheets.parse_grid_axes(words)
 
 
 @pytest.mark.parametrize(
@@ -117,18 +120,18 @@ def test_axes_that_are_none_are_refused(words, said):
     [(5, 1000, "--grid seed: more than 5 sheets, one for each prompt"), (100, 3, "--grid seed: more than 3 cells")],
 )
 def test_sheets_that_are_too_many_or_too_large_are_refused(tmp_path, monkeypatch, sheets_, cells, said):
-    monkeypatch.setattr(grids, "MAX_SHEETS", sheets_)
-    monkeypatch.setattr(grids, "MAX_CELLS", cells)
+    monkeypatch.setattr(contact_sheets, "MAX_SHEETS", sheets_)
+    monkeypatch.setattr(contact_sheets, "MAX_CELLS", cells)
     asked = [(replace(SETTLED, prompt=p, seed=s).to_record(), None) for p in "abcdef" for s in range(4)]
     few = [entry for entry in asked if entry[0]["prompt"] in "abcde" and entry[0]["seed"] < 3]
-    assert len(grids.layout_sheets(few, ["seed"])) == 5
+    assert len(contact_sheets.layout_sheets(few, ["seed"])) == 5
     entries = iter(asked)
     with pytest.raises(ValueError, match=re.escape(said)):
-        grids.layout_sheets(entries, ["seed"])
+        contact_sheets.layout_sheets(entries, ["seed"])
     assert next(entries, None) is not None  # it looks no further
 
 
 def test_a_sheet_of_few_pictures_far_apart_is_as_large_as_its_cells():
     scattered = [(replace(SQUARE, seed=k, num_inference_steps=k).to_record(), None) for k in range(40)]
     with pytest.raises(ValueError, match="more than 1000 cells"):
-        grids.layout_sheets(scattered, ["seed", "num_inference_steps"])
+        contact_sheets.layout_sheets(scattered, ["seed", "num_inference_steps"])

@@ -6,8 +6,8 @@ from dataclasses import fields, replace
 import pytest
 from PIL import Image
 
-from ldm.jobs.items import canonical_json, fingerprint_model, compute_item_id
-from ldm.request import Request
+from ldm.jobs.items import canonical_json, compute_item_id, fingerprint_model
+from ldm.pipeline.request import Request
 
 MODEL = {"weights": {"unet": "0" * 64}, "adapters": [], "embeddings": {}}
 PLAIN = Request("a cat", height=32, width=32, num_inference_steps=6, guidance_scale=3.0)

@@ -8,10 +8,10 @@ import tracemalloc
 import pytest
 from PIL import Image
 
-from ldm.jobs.kinds import MAX_YAML_BYTES
 from ldm.jobs.lines import MAX_LINE_BYTES
+from ldm.jobs.readers import MAX_YAML_BYTES
 from ldm.jobs.source import open_prompt_source
-from ldm.request import Request
+from ldm.pipeline.request import Request
 
 
 def line(**record):

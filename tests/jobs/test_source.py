@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from ldm.jobs.source import open_prompt_source
-from ldm.request import Request
+from ldm.pipeline.request import Request
 
 RECORDS = [
     {"prompt": "a red fox, é 雪", "negative_prompt": "blurry, (bad:1.3)", "seed": 7, "num_inference_steps": 4},

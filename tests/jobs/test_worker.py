@@ -13,11 +13,12 @@ import torch
 from folders import ITEMS, REQUESTS, go, job_in, outcome
 from PIL import Image
 
-from ldm.jobs import worker
+from ldm.jobs import manifest, worker
 from ldm.jobs.engines import InlineEngine
-from ldm.jobs.worker import PromptEntry, fit_batch_size
-from ldm.request import Request
-from ldm.scheduler import BatchScheduler, MicroBatcher
+from ldm.jobs.source import PromptEntry
+from ldm.jobs.worker import fit_batch_size
+from ldm.pipeline.request import Request
+from ldm.pipeline.scheduler import BatchScheduler, MicroBatcher
 
 BATCHES = range(1, 9) if os.environ.get("LDM_STRESS_KILLS") else (1, 3, 8)  # scripts/stress_batch.py does all
 
@@ -153,7 +154,7 @@ def test_what_another_finished_since_one_looked_is_not_taken(pipe, tmp_path):
     with job.open_leases() as leases:
         feed = worker.Prefetcher(job, pipe, leases, threading.Event(), max_ready=1)
         line = {"id": first.id, "status": "done", "line": 1, "file": "a", "sha256": "0"}
-        worker.append_manifest_record(tmp_path, "other", line)
+        manifest.append_manifest_record(tmp_path, "other", line)
         assert not feed._try_lease(first) and leases.is_free(first.id)
         assert feed._try_lease(second) and leases.holds(second.id)
 

@@ -5,14 +5,12 @@ from dataclasses import replace
 
 import pytest
 import torch
+from peft import LoHaConfig, LoKrConfig, LoraConfig, inject_adapter_in_model
 from torch import nn
 
-import ldm.nn._torchvision  # noqa: F401  isort: skip
-from peft import LoHaConfig, LoKrConfig, LoraConfig, inject_adapter_in_model  # isort: skip
-
-from ldm.checkpoints.lora_save import save_adapter
-from ldm.nn.lora import Adapter, AdapterMerger, ModuleDelta, Full, LoHa, LoKr, LoRA
-from ldm.pipeline import Pipeline
+from ldm.adapters.lora import Adapter, AdapterMerger, Full, LoHa, LoKr, LoRA, ModuleDelta
+from ldm.adapters.lora_saving import save_adapter
+from ldm.pipeline.pipeline import Pipeline
 
 
 class Net(nn.Module):

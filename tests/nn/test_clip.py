@@ -2,12 +2,10 @@
 
 import torch
 from torch.nn.functional import avg_pool2d
+from transformers import CLIPVisionModelWithProjection
 
-import ldm.nn._torchvision  # noqa: F401  must come before transformers
-from ldm.nn.clip import load_image_encoder
-from ldm.pipeline import PICTO_PATH
-
-from transformers import CLIPVisionModelWithProjection  # isort: skip
+from ldm.checkpoints.formats import PICTO_PATH
+from ldm.picto.clip import load_image_encoder
 
 FOLDER = PICTO_PATH / "image_encoder"
 

@@ -6,19 +6,18 @@ import re
 
 import pytest
 import torch
+from transformers import CLIPTextModel, CLIPTokenizer
 
-from ldm.nn import text
-from ldm.nn.prompts import PromptSpan, WeightedToken, split_into_chunks, parse_prompt_attention
-from ldm.nn.text import tokenize_prompt, apply_emphasis
-
-from transformers import CLIPTextModel, CLIPTokenizer  # isort: skip
+from ldm.nn import text_encoders
+from ldm.nn.prompts import PromptSpan, WeightedToken, parse_prompt_attention, split_into_chunks
+from ldm.nn.text_encoders import apply_emphasis, tokenize_prompt
 
 COMMA = 1
 
 
 @pytest.fixture(scope="module")
 def tokenizer(tiny):
-    return text.load_clip_tokenizer(tiny / "tokenizer")
+    return text_encoders.load_clip_tokenizer(tiny / "tokenizer")
 
 
 @pytest.mark.parametrize(
@@ -119,7 +118,7 @@ def test_the_size_of_a_chunk_less_one_goes_into_one_and_a_break_ends_it(tokenize
 def test_a_short_prompt_is_transformers_own_tokens(tiny, pad, prompt):
     tokenizer = CLIPTokenizer.from_pretrained(tiny / "tokenizer", pad_token=pad)
     (chunk,) = tokenize_prompt(tokenizer, prompt)
-    ids, weights = text.TextEncoder(None, tokenizer).pad_chunk(chunk)
+    ids, weights = text_encoders.TextEncoder(None, tokenizer).pad_chunk(chunk)
     assert ids.tolist() == [tokenizer(prompt, padding="max_length", truncation=True, max_length=16).input_ids]
     assert weights.tolist() == [[1.0] * 16]
     assert tokenize_prompt(tokenizer, f"({prompt}:1.0)") == tokenize_prompt(tokenizer, f"[({prompt}:1.1)]") == (chunk,)
@@ -153,7 +152,8 @@ def test_a_long_prompt_is_its_chunks_states_in_a_row(tiny, repeat, emphasis):
     prompt = "".join(part if weight == 1 else f"({part}:{weight})" for part, weight in parts)
     assert len(states) > repeat
     ours = torch.cat(
-        [text.TextEncoder(tower, tokenizer).encode(chunk)[0] for chunk in tokenize_prompt(tokenizer, prompt)], dim=1
+        [text_encoders.TextEncoder(tower, tokenizer).encode(chunk)[0] for chunk in tokenize_prompt(tokenizer, prompt)],
+        dim=1,
     )
     torch.testing.assert_close(ours, torch.cat(states)[None], rtol=0, atol=1e-5)
 
@@ -172,7 +172,7 @@ def test_weights_keep_each_row_s_mean_and_heed_no_neighbour():
 
 
 def test_a_character_that_the_vocabulary_lacks_is_named(tiny):
-    model = json.loads(text.load_clip_tokenizer(tiny / "tokenizer").backend_tokenizer.to_str())["model"]
+    model = json.loads(text_encoders.load_clip_tokenizer(tiny / "tokenizer").backend_tokenizer.to_str())["model"]
     vocab = {word: k for word, k in model["vocab"].items() if word not in ("é", "é</w>")}  # one of the bytes
     merges = [(a, b) for a, b in model["merges"] if a + b in vocab]
     poor = CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=16)

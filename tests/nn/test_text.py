@@ -7,26 +7,24 @@ from functools import cache
 
 import pytest
 import torch
+from open_clip import CLIPTextCfg, SimpleTokenizer
+from open_clip.model import _build_text_tower
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from ldm.checkpoints.families import FAMILIES
 from ldm.checkpoints.keys import build_key_mappings, convert_to_diffusers
-from ldm.nn import text
-from ldm.nn.text import (
+from ldm.nn import text_encoders
+from ldm.nn.text_encoders import (
     EOS,
     PromptChunk,
     TextEncoder,
-    build_clip_tokenizer,
     apply_emphasis_no_norm,
-    convert_clip_skip,
+    build_clip_tokenizer,
     build_text_encoder,
+    convert_clip_skip,
     tokenize_captions,
     warn_about_truncation,
 )
-
-import ldm.nn._torchvision  # noqa: F401  isort: skip
-from open_clip import CLIPTextCfg, SimpleTokenizer  # isort: skip
-from open_clip.model import _build_text_tower  # isort: skip
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection  # isort: skip
 
 SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 2}
 KINDS = [(name, folder) for name in ("sd1", "sd2-base", "sdxl") for folder in FAMILIES[name].text_encoders]
@@ -93,14 +91,14 @@ def test_states_and_pooled_are_transformers_own(tower, skip):
 
 @pytest.mark.parametrize("prompt", PROMPTS)
 def test_a_chunk_of_weights_one_is_what_transformers_reads(tower, prompt):
-    (chunk,) = text.tokenize_prompt(tower.tokenizer, prompt)
+    (chunk,) = text_encoders.tokenize_prompt(tower.tokenizer, prompt)
     states, pooled = tower.encode_ids(tokenize_captions(tower.tokenizer, [prompt]))
     ours, vector = tower.encode(chunk)
     assert torch.equal(ours, states) and (pooled is None or torch.equal(vector, pooled))
 
 
 def test_weights_keep_the_mean_after_a_final_norm_and_else_multiply(tower):
-    (chunk,) = text.tokenize_prompt(tower.tokenizer, "a red (apple:1.3) on [it]")
+    (chunk,) = text_encoders.tokenize_prompt(tower.tokenizer, "a red (apple:1.3) on [it]")
     plain, pooled = tower.encode(PromptChunk(chunk.ids, (1.0,) * len(chunk.ids)))
     states, vector = tower.encode(chunk)
     weights = torch.tensor([*chunk.weights, *(77 - len(chunk.ids)) * [1.0]])[:, None]
@@ -153,7 +151,7 @@ def test_the_tokens_are_open_clip_s_own():
     prompts = [" ".join(rng.choices(words, k=rng.randint(0, 12))) for _ in range(300)]
     prompts += ["".join(rng.choices("ab1 !?,.-'()éß雪🍎Ω", k=12)) for _ in range(300)]
     for prompt in [*PROMPTS, *prompts]:
-        assert text.tokenize(ours, prompt) == theirs.encode(prompt)
+        assert text_encoders.tokenize(ours, prompt) == theirs.encode(prompt)
     assert len(ours) == theirs.vocab_size == 49408
     whole = [p for p in prompts if len(theirs.encode(p)) <= 75]
     assert torch.equal(tokenize_captions(ours, whole), theirs(whole))
@@ -162,10 +160,10 @@ def test_the_tokens_are_open_clip_s_own():
 @pytest.mark.parametrize(("pad", "token"), [(0, "!"), (49407, EOS)])
 def test_a_tokenizer_keeps_its_padding_and_its_words_in_a_folder(tmp_path, pad, token):
     tokenizer = build_clip_tokenizer(pad)
-    text.save_clip_tokenizer(tokenizer, tmp_path / "ours")
+    text_encoders.save_clip_tokenizer(tokenizer, tmp_path / "ours")
     tokenizer.save_pretrained(tmp_path / "theirs")
     for folder in (tmp_path / "ours", tmp_path / "theirs"):
-        again = text.load_clip_tokenizer(folder)
+        again = text_encoders.load_clip_tokenizer(folder)
         assert (again.pad_token, again.pad_token_id, again.model_max_length) == (token, pad, 77)
         assert torch.equal(tokenize_captions(again, PROMPTS), tokenize_captions(tokenizer, PROMPTS))
         assert again.get_vocab() == tokenizer.get_vocab()

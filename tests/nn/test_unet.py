@@ -8,8 +8,6 @@ from typing import Any
 import pytest
 import torch
 
-import ldm.nn._torchvision  # noqa: F401
-
 # isort: split
 from diffusers import UNet2DConditionModel  # after the repair of torchvision
 from peft import LoraConfig, inject_adapter_in_model

@@ -8,8 +8,9 @@ import yaml
 from PIL import Image
 from trainings import COMMON, objective
 
-from ldm.data.sprites import Sprite, write_sprites
-from ldm.train import autoencoder, clip, diffusion
+from ldm.picto import autoencoder, clip
+from ldm.picto.sprites import Sprite, write_sprites
+from ldm.train import diffusion
 
 
 @pytest.fixture(scope="session")

@@ -13,8 +13,8 @@ from ldm.diffusion.objective import WEIGHTINGS
 from ldm.diffusion.prediction import PREDICTIONS
 from ldm.diffusion.sde import BETA_SCHEDULES, VPSDE
 from ldm.train import state
-from ldm.train.loop import train_model
 from ldm.train.setup import create_task
+from ldm.train.trainer import train_model
 
 STEPS, WARMUP, RATE = 50, 5, 2e-4
 

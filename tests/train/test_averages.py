@@ -7,16 +7,19 @@ from torch import nn
 from trainings import go
 
 from ldm.checkpoints.files import DIFFUSERS_WEIGHTS_NAME
-from ldm.train.average import export_posthoc_ema
-from ldm.train.ema import EMAModel, exponential_ema_rate, sigma_rel_to_gamma, power_ema_rate
-from ldm.train.posthoc import (
+from ldm.train.ema import (
     SIGMA_RELS,
+    EMAModel,
     EMAProfile,
-    solve_posthoc_coefficients,
+    exponential_ema_rate,
     p_dot_p,
+    power_ema_rate,
     reconstruct_posthoc_ema,
     save_ema_snapshot,
+    sigma_rel_to_gamma,
+    solve_posthoc_coefficients,
 )
+from ldm.train.setup import export_posthoc_ema
 
 STEPS, EVERY = 4000, 250
 

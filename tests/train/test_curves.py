@@ -6,7 +6,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from ldm.train.curves import PLOT_HEIGHT, PLOT_MARGIN, PLOT_WIDTH, render_figure, render_panel, read_curve
+from ldm.train.card import PLOT_HEIGHT, PLOT_MARGIN, PLOT_WIDTH, read_curve, render_figure, render_panel
 
 
 @pytest.mark.parametrize("log_scale, middle", [(False, (100 - 10) / 99), (True, 0.5)])

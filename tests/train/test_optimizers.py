@@ -9,7 +9,7 @@ from torch import nn
 from trainings import needs, recipe_of
 
 from ldm.train import optimizers
-from ldm.train.optimizers import Muon, adamw, create_optimizer, newton_schulz_orthogonalize, flatten_to_matrix
+from ldm.train.optimizers import Muon, adamw, create_optimizer, flatten_to_matrix, newton_schulz_orthogonalize
 
 RECIPE = recipe_of(learning_rate=0.01, adam_weight_decay=0.1)
 

@@ -5,7 +5,7 @@ import math
 import pytest
 from trainings import recipe_of
 
-from ldm.train.schedules import LR_SCHEDULES, compute_lr_factor
+from ldm.train.optimizers import LR_SCHEDULES, compute_lr_factor
 
 LONG = {"max_train_steps": 100, "lr_warmup_steps": 10}
 

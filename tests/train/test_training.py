@@ -10,10 +10,10 @@ from safetensors.torch import load_file
 from trainings import ROOT, go
 
 from ldm.config import load_recipe
-from ldm.nn.text import tokenize_captions
-from ldm.pipeline import Pipeline
-from ldm.train.autoencoder import image_gradient_loss
-from ldm.train.clip import contrastive_targets
+from ldm.nn.text_encoders import tokenize_captions
+from ldm.picto.autoencoder import image_gradient_loss
+from ldm.picto.clip import contrastive_targets
+from ldm.pipeline.pipeline import Pipeline
 from ldm.train.diffusion import shuffle_sample_keys
 from ldm.train.setup import create_task
 from ldm.train.task import SampleKey

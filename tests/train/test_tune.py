@@ -11,7 +11,7 @@ from trainings import FULL, LORA, WORD, assert_goes_on, go
 from ldm.checkpoints.formats import load_checkpoint
 from ldm.conditioning import Conditioning
 from ldm.config import load_recipe
-from ldm.pipeline import Pipeline
+from ldm.pipeline.pipeline import Pipeline
 from ldm.train.setup import create_task
 
 

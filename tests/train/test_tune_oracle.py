@@ -7,18 +7,17 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from diffusers import DDIMScheduler, DDPMScheduler, UNet2DConditionModel
 from PIL import Image
 from safetensors.torch import load_file
 from test_oracle import NEGATIVE, PROMPT, SCHEDULE, UNCHECKED, pixels, plain, vae, xl
 from trainings import FULL, LORA, WORD, go
+from transformers import CLIPTokenizer
 
 from ldm.config import load_recipe
-from ldm.pipeline import Pipeline
-from ldm.request import Request
+from ldm.pipeline.pipeline import Pipeline
+from ldm.pipeline.request import Request
 from ldm.train.setup import create_task
-
-from diffusers import DDIMScheduler, DDPMScheduler, UNet2DConditionModel  # isort: skip
-from transformers import CLIPTokenizer  # isort: skip
 
 CALL = {"height": 40, "width": 56, "num_inference_steps": 9, "guidance_scale": 3.0, "negative_prompt": NEGATIVE}
 BRIEF = {

@@ -7,11 +7,12 @@ import torch
 from PIL import Image
 from trainings import go, log_of, recipe_of, tensors_of
 
+from ldm import files
 from ldm.config import load_recipe
-from ldm.train import state, tracking
-from ldm.train.loop import train_model
+from ldm.train import progress
 from ldm.train.progress import MetricLogger
 from ldm.train.setup import create_task
+from ldm.train.trainer import train_model
 
 
 def scalars(folder, name):
@@ -27,7 +28,7 @@ def test_tensorboard_is_told_what_the_log_is_even_over_a_resume(recipe_file, tmp
     prompts = {"validation_prompts": ["thing1", "thing2"]}
     path = recipe_file("diffusion", report_to=["tensorboard"], checkpointing_steps=2, validation_steps=3, **prompts)
     go(path, "max_train_steps=4")
-    state.remove_path(tmp_path / "run" / "checkpoint-4")  # as if killed before it
+    files.remove_path(tmp_path / "run" / "checkpoint-4")  # as if killed before it
     go(path)
     lines = [line for line in log_of(tmp_path / "run") if "loss" in line]
     curve, images = scalars(tmp_path / "run", "loss")
@@ -37,14 +38,14 @@ def test_tensorboard_is_told_what_the_log_is_even_over_a_resume(recipe_file, tmp
 
 
 def test_a_tracker_that_is_not_installed_is_said_in_one_line(monkeypatch):
-    monkeypatch.setattr(tracking, "get_available_trackers", lambda: [])
+    monkeypatch.setattr(progress, "get_available_trackers", lambda: [])
     with pytest.warns(
         UserWarning, match=r"report_to tensorboard: not installed \(pip install 'ldm\[track\]'\)"
     ) as said:
-        assert tracking.filter_installed_trackers(["tensorboard"]) == []
+        assert progress.filter_installed_trackers(["tensorboard"]) == []
     assert len(said) == 1
     with pytest.raises(ValueError, match="report_to 'tensorbord'"):
-        tracking.filter_installed_trackers(["tensorbord"])
+        progress.filter_installed_trackers(["tensorbord"])
 
 
 def test_the_log_is_cut_where_a_resumed_training_begins(tmp_path):

@@ -17,8 +17,8 @@ from safetensors.torch import load_file
 
 from ldm.config import Recipe, load_recipe
 from ldm.train import state
-from ldm.train.loop import train_model
 from ldm.train.setup import create_task
+from ldm.train.trainer import train_model
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMON = {

@@ -1,0 +1,134 @@
+"""Time grids: at which noise levels a sampler asks the network; each is one function that lists times."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable
+
+import numpy as np
+import torch
+from scipy.special import betaincinv
+from torch import Tensor
+
+from ldm.diffusion.sde import CLEAN_LEVEL, VPSDE, NoiseLevel
+
+# Where log-SNR(1) is lower (zero terminal SNR: -inf), karras and log_snr start here, a little before t = 1:
+# sigma/alpha = 148, as much noise as the linear schedule of Song et al. ends with.
+MIN_LOG_SNR = -10.0
+
+
+class TimeGrid(tuple[NoiseLevel, ...]):
+    """Noise levels of one SDE in descending noise; the last is CLEAN."""
+
+    sde: VPSDE
+
+    def __new__(cls, sde: VPSDE, points: Iterable[NoiseLevel]) -> TimeGrid:
+        self = super().__new__(cls, points)
+        self.sde = sde
+        return self
+
+
+Spacing = Callable[..., TimeGrid]  # (sde, n) -> n + 1 points, n questions to the network
+
+
+def make_spacing(times: Callable[..., Tensor]) -> Spacing:
+    """Make a grid that ends in CLEAN of `times(sde, n)`: t [n], falling within (0, 1].
+
+    The grid raises ValueError for n < 1, and for more steps than its times can tell apart.
+    """
+
+    @functools.wraps(times)
+    def grid(sde: VPSDE, n: int, **options: int) -> TimeGrid:
+        if n < 1:
+            raise ValueError(f"{n} steps: at least 1 is needed")
+        t = times(sde, n, **options)
+        if not (t[0] <= 1 and t[-1] > 0 and (t.diff() < 0).all()):
+            raise ValueError(
+                f"{n} steps: {times.__name__!r} spacing does not have that many of {sde.num_train_timesteps}"
+            )
+        return TimeGrid(sde, (*map(sde.level, t.tolist()), CLEAN_LEVEL))
+
+    return grid
+
+
+@make_spacing
+def linspace(sde: VPSDE, n: int) -> Tensor:
+    """Timesteps equally spaced from the last to 0, fractions kept, as in diffusers' Euler and Heun."""
+    return (torch.linspace(sde.num_train_timesteps - 1, 0, n, dtype=torch.float64) + 1) / sde.num_train_timesteps
+
+
+@make_spacing
+def leading(sde: VPSDE, n: int, offset: int = 1) -> Tensor:
+    """Every (steps // n)-th index from `offset` on (Song et al. 2021 (DDIM), appendix D.2)."""
+    return (
+        torch.arange(n, dtype=torch.float64).flip(0) * (sde.num_train_timesteps // n) + offset + 1
+    ) / sde.num_train_timesteps
+
+
+@make_spacing
+def trailing(sde: VPSDE, n: int) -> Tensor:
+    """Indices steps (1 - i/n) - 1, rounded: the last one first (Lin et al. 2024, table 2)."""
+    stride = (
+        sde.num_train_timesteps - sde.num_train_timesteps / n
+    ) - sde.num_train_timesteps  # numpy.arange's: halves round as in diffusers
+    return (
+        torch.tensor([round(sde.num_train_timesteps + i * stride) for i in range(n)]).double() / sde.num_train_timesteps
+    )
+
+
+@make_spacing
+def karras(sde: VPSDE, n: int) -> Tensor:
+    """(sigma/alpha)^(1/7) equally spaced, t = 1 to 1/steps: Karras et al. 2022, eq. 5 with rho = 7."""
+    start, end = torch.exp(-log_snr_range(sde) / 2 / 7).tolist()
+    return sde.time_at_log_snr(-2 * 7 * torch.linspace(start, end, n, dtype=torch.float64).log())
+
+
+@make_spacing
+def log_snr(sde: VPSDE, n: int) -> Tensor:
+    """log-SNR equally spaced, t = 1 to 1/steps: Lu et al. 2022 (DPM-Solver).
+
+    log-SNR = -2 log(sigma/alpha): this is also k-diffusion's `exponential_ema_rate`, sigma/alpha in geometric progression.
+    """
+    start, end = log_snr_range(sde).tolist()
+    return sde.time_at_log_snr(torch.linspace(start, end, n, dtype=torch.float64))
+
+
+@make_spacing
+def beta(sde: VPSDE, n: int) -> Tensor:
+    """Indices 0 to steps - 1 by the quantiles of Beta(.6, .6), dense at both ends: Lee et al. 2024 (Beta Sampling).
+
+    Quantiles 1, 1 - 1/n, ..., 1/n as in ComfyUI; fractions of an index are kept.
+    """
+    quantile = torch.from_numpy(betaincinv(0.6, 0.6, 1 - np.arange(n) / n))
+    return (quantile * (sde.num_train_timesteps - 1) + 1) / sde.num_train_timesteps
+
+
+@make_spacing
+def uniform(sde: VPSDE, n: int) -> Tensor:
+    """t = 1 - i/n: equal steps of time down to the clean picture, as the chain takes them (Ho et al. 2020)."""
+    return 1 - torch.arange(n, dtype=torch.float64) / n
+
+
+def log_snr_range(sde: VPSDE) -> Tensor:
+    """log-SNR [2] at t = 1, or `MIN_LOG_SNR`, and at 1/steps, the lowest level that a network knows."""
+    return sde.log_snr(torch.tensor([1, 1 / sde.num_train_timesteps], dtype=torch.float64)).clamp(min=MIN_LOG_SNR)
+
+
+def truncate_grid(grid: TimeGrid, strength: float) -> TimeGrid:
+    """The last int(strength n) of n steps, for image-to-image (Meng et al. 2022); 0 leaves CLEAN alone."""
+    if not 0 <= strength <= 1:
+        raise ValueError(f"strength {strength}: between 0 and 1 is needed")
+    steps = len(grid) - 1
+    return TimeGrid(grid.sde, grid[steps - int(steps * strength) :])
+
+
+SPACINGS: dict[str, Spacing] = {
+    "linspace": linspace,
+    "leading": leading,
+    "trailing": trailing,
+    "karras": karras,
+    "log_snr": log_snr,
+    "exponential": log_snr,
+    "beta": beta,
+    "uniform": uniform,
+}

@@ -1,0 +1,143 @@
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+from ldm.files import atomic_write
+
+# Our names in the words of AUTOMATIC1111's web UI; what it has no word for keeps our name.
+A1111_SAMPLERS = {
+    "ddpm": "DDPM",
+    "ddim": "DDIM",
+    "euler": "Euler",
+    "euler_ancestral": "Euler a",
+    "heun": "Heun",
+    "lms": "LMS",
+    "dpmpp_2m": "DPM++ 2M",
+    "dpmpp_2m_sde": "DPM++ 2M SDE",
+    "dpmpp_3m_sde": "DPM++ 3M SDE",
+    "unipc": "UniPC",
+}
+A1111_SPACINGS = {
+    "karras": "Karras",
+    "exponential": "Exponential",
+    "beta": "Beta",
+    "linspace": "Normal",
+    "trailing": "SGM Uniform",
+    "leading": "DDIM",
+}
+
+
+INFOTEXT_PATTERN = re.compile(
+    r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)'
+)  # as the web UI reads name: value
+NEGATIVE_PREFIX = "Negative prompt:"
+
+
+def create_infotext(
+    settings: Mapping[str, Any],
+    model_name: str,
+    model_hash: str,
+    version: str,
+    vae: tuple[str, str] | None = None,
+    loras: Mapping[str, str] | None = None,
+    embeddings: Mapping[str, str] | None = None,
+) -> str:
+    """The text that AUTOMATIC1111's web UI writes into its PNGs and other tools read, from a request's record.
+
+    `vae` is the name and hash of an autoencoder that replaces the model's own; `loras` and `embeddings` are hashes by
+    name. What is None goes unsaid. `clip_skip` counts layers as the web UI does, from the last, 1.
+    """
+    lines = [settings["prompt"]]
+    if settings["negative_prompt"]:
+        lines.append(f"{NEGATIVE_PREFIX} {settings['negative_prompt']}")
+    upscale, skip = settings["upscale"], settings["clip_skip"]
+    fields = {
+        "Steps": settings["num_inference_steps"],
+        "Sampler": A1111_SAMPLERS.get(settings["sampler"], settings["sampler"]),
+        "Schedule type": A1111_SPACINGS.get(settings["spacing"], settings["spacing"]),
+        "CFG scale": f"{settings['guidance_scale']:g}",
+        "Seed": settings["seed"],
+        "Size": f"{settings['width']}x{settings['height']}",
+        "Model hash": model_hash[:10],
+        "Model": model_name,
+        "VAE hash": vae and vae[1][:10],
+        "VAE": vae and vae[0],
+        "Denoising strength": settings["upscale_strength"] if upscale else settings["strength"],
+        "Clip skip": skip or None,
+        "RNG": "CPU",
+        "Hires upscale": upscale,
+        "Hires upscaler": "Lanczos" if upscale else None,
+        "Lora hashes": format_hashes(loras),
+        "TI hashes": format_hashes(embeddings),
+        "Version": f"ldm {version}",
+    }
+    pairs = (f"{name}: {quote(str(value))}" for name, value in fields.items() if value is not None)
+    return "\n".join([*lines, ", ".join(pairs)])
+
+
+def format_hashes(digests: Mapping[str, str] | None) -> str | None:
+    """The first digits of files' hashes by name, in one value."""
+    return ", ".join(f"{name}: {digits[:12]}" for name, digits in digests.items()) if digests else None
+
+
+def parse_generation_parameters(text: str) -> dict[str, str]:
+    """What `create_infotext` says, by its own names, with "Prompt" and "Negative prompt": the web UI's rules of reading.
+
+    Its lines are stripped; a last line of fewer than three pairs belongs to the prompts. The format has no word for a
+    prompt with a line that begins with "Negative prompt:".
+    """
+    *lines, last = text.strip().split("\n")
+    pairs = INFOTEXT_PATTERN.findall(last)
+    if len(pairs) < 3:
+        lines, pairs = [*lines, last], []
+    lines = [line.strip() for line in lines]
+    turn = next((k for k, line in enumerate(lines) if line.startswith(NEGATIVE_PREFIX)), len(lines))
+    negative = [line.removeprefix(NEGATIVE_PREFIX).strip() for line in lines[turn:]]
+    prompts = {"Prompt": "\n".join(lines[:turn]), NEGATIVE_PREFIX[:-1]: "\n".join(negative)}
+    return {**prompts, **{name: unquote(value) for name, value in pairs}}
+
+
+def quote(value: str) -> str:
+    """A value as the web UI writes it: in JSON's quotes where a comma, colon, newline or quote would be misread."""
+    misread = any(c in value for c in ",:\n") or value.startswith('"')
+    return json.dumps(value, ensure_ascii=False) if misread else value
+
+
+def unquote(value: str) -> str:
+    """A value as the web UI reads it."""
+    try:
+        return json.loads(value) if value[:1] == value[-1:] == '"' else value
+    except json.JSONDecodeError:
+        return value
+
+
+def save_png(
+    image: Image.Image,
+    path: Path,
+    texts: Mapping[str, str],
+    rename: Callable[[Path, Path], object] = os.replace,
+) -> None:
+    """Publish a PNG with texts in it (iTXt, UTF-8); the same picture and texts give the same bytes."""
+    info = PngInfo()
+    for key, value in texts.items():
+        info.add_itxt(key, value)
+    with atomic_write(path, rename) as draft:
+        image.save(draft, "PNG", pnginfo=info)
+
+
+def read_png_texts(path: Path) -> dict[str, str]:
+    """The texts in a PNG; ValueError by its name where the file is not a whole picture."""
+    try:
+        with Image.open(path) as picture:
+            picture.load()
+            return dict(getattr(picture, "text", {}))
+    except Exception as error:  # Pillow's readers raise what they like
+        raise ValueError(f"{path}: {getattr(error, 'strerror', None) or 'not a picture'}") from None
