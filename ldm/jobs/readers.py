@@ -40,7 +40,7 @@ def read_text_rows(file: BinaryIO) -> Iterator[PromptRow]:
     for line in iter_nonblank_lines(file):
         if not line.data.lstrip().startswith(b"#"):
             yield PromptRow(
-                line.number, partial(lambda line: parse_record(prompt_options.parse_prompt_line(line.text())), line)
+                line.number, partial(lambda line: parse_record(prompt_options.parse_prompt_line(line.decode())), line)
             )
 
 

@@ -1,4 +1,4 @@
-"""Wildcards in prompts: {red|blue}, and lines of files, in the syntax of dynamicprompts.
+r"""Wildcards in prompts: {red|blue}, and lines of files, in the syntax of dynamicprompts.
 
 {red|blue}          one of these; they nest, and may be empty
 {2::red|blue}       red twice as often

@@ -209,7 +209,7 @@ class Story:
         """The exit status of a run, negative where it was killed, be it in its own event number `fatal`."""
         child = os.fork()
         if not child:
-            self._run_heartbeat(fatal)
+            self._live(fatal)
         self.bench.sessions.add(child)
         handle, end = os.pidfd_open(child), time.monotonic() + PATIENT
         try:
@@ -243,7 +243,7 @@ class Story:
             os._exit(status)
 
     def _more(self) -> bool:
-        return self.orders.counts().num_expansions() < self.kills
+        return self.orders.counts().total() < self.kills
 
     def _node_first(self) -> bool:
         """Is a node the first to be killed, so that few kills are enough to see one die?"""
@@ -290,11 +290,11 @@ def kill(bench: Bench, pipe: Pipeline, model: Path, folder: Path, kills: int, na
     quiet = Story(replace(inline(), size=bench.size), pipe, model, folder / "undisturbed", orders, random.Random(0))
     assert quiet.life() == 0
     undisturbed = outcome(quiet.folder)
-    while orders.counts().num_expansions() < kills:
+    while orders.counts().total() < kills:
         job += 1
         story = Story(bench, pipe, model, folder / str(job), orders, random.Random(f"{name} {job}"), kills)
-        lives += story.is_alive()
+        lives += story.live()
         assert outcome(story.folder) == undisturbed, f"job {job}"
     told = ", ".join(f"{kind} {count}" for kind, count in sorted(orders.counts().items()))
-    total, seconds = orders.counts().num_expansions(), time.monotonic() - begun
+    total, seconds = orders.counts().total(), time.monotonic() - begun
     return f"{name}: {total} kills ({told}) in {job} jobs, {lives} runs, {seconds:.0f} s: all ended right"

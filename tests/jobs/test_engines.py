@@ -71,7 +71,7 @@ def test_a_job_without_progress_ends_with_the_reason(pipe, tmp_path, left):
                 driver.supervise_workers(engine, watch, told.append)
         else:
             driver.supervise_workers(engine, watch, told.append)
-        assert engine.stop_requested == ["kill"] and told[0].left == len(left)
+        assert engine.stop_requested == ["kill"] and told[0].remaining == len(left)
 
 
 def test_progress_of_anybody_keeps_a_job_alive(pipe, tmp_path):

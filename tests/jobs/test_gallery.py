@@ -39,7 +39,7 @@ class Scripts(HTMLParser):
     def __init__(self, page):
         super().__init__()
         self.texts, self.inside = [], False
-        self.prefetcher(page)
+        self.feed(page)
 
     def handle_starttag(self, tag, attributes):
         self.inside = tag == "script"

@@ -103,7 +103,7 @@ def test_a_worker_of_another_machine_lives_while_its_beat_changes_whatever_the_c
     with Leases(tmp_path, 4.0, boot_id="there") as far, Leases(tmp_path, 4.0, clock, boot_id="here") as near:
         assert far.acquire("x")
         beat = tmp_path / f"{far.worker}.beat"
-        far._stop_event.set_weights()
+        far._stop_event.set()
         far._thread.join()  # from here on it gives no sign of life but those below
         for changed in (10**18, 1, 4 * 10**18, 2):  # its clock, or the server's, jumps by decades
             os.utime(beat, ns=(changed, changed))

@@ -189,7 +189,7 @@ def test_yaml_is_every_combination_in_the_order_of_the_file(tmp_path):
     content = "prompts: [a, no, 12]\nseeds: [0-2, 7]\nguidance: [1, 2e0]\nsampler: [Euler a, heun]\nsteps: 3\neta: ~\n"
     found = requests(write(tmp_path / "a.yaml", content))
     axes = (["a", "no", "12"], [1.0, 2.0], ["euler_ancestral", "heun"], [0, 1, 2, 7])
-    assert [(r.prompt, r.guidance_scale, r.sampler, r.seed) for r in found] == list(itertools.unscaled_delta(*axes))
+    assert [(r.prompt, r.guidance_scale, r.sampler, r.seed) for r in found] == list(itertools.product(*axes))
     assert {r.num_inference_steps for r in found} == {3}
 
 
@@ -273,7 +273,7 @@ def test_all_enumerates_and_one_is_among_them(wildcards, template, texts):
 
 def test_all_draws_each_text_with_each_seed_and_combines_it_with_the_negative_prompt(tmp_path):
     found = requests(write(tmp_path / "p.txt", "{a|b} --n {x|y}"), expand="all", count=2)
-    every = itertools.unscaled_delta("ab", "xy", (0, 1))
+    every = itertools.product("ab", "xy", (0, 1))
     assert [(r.prompt, r.negative_prompt, r.seed) for r in found] == list(every)
 
 
