@@ -290,7 +290,7 @@ def test_diffusers_reads_what_we_write_as_we_do(family, to, kind, folders, tmp_p
     cond, more = Conditioning(context), {}
     if family == "sdxl":
         pooled, ids = torch.randn(2, 16, generator=g), torch.rand(2, 6, generator=g)
-        cond = Conditioning(context, vector=networks["unet"].added(pooled, ids))
+        cond = Conditioning(context, vector=networks["unet"].make_vector(pooled, ids))
         more = {"added_cond_kwargs": {"text_embeds": pooled, "time_ids": ids}}
     with torch.no_grad():
         ours, expected = networks["unet"](x, t, cond), pipe.unet(x, t, context, **more).sample

@@ -223,7 +223,7 @@ def test_a_written_single_file_says_what_it_predicts(name, kind, zero, marks, si
     assert header["modelspec.title"] == "apple" and header["modelspec.sai_model_spec"] == "1.0.0"
     assert header["modelspec.prediction_type"] == {"eps": "epsilon", "v": "v"}[kind]
     assert header["modelspec.resolution"] == f"{FAMILIES[name].resolution}x{FAMILIES[name].resolution}"
-    monkeypatch.setattr(formats, "probe_unet", lambda *_: pytest.put_failure("the U-Net was asked"))
+    monkeypatch.setattr(formats, "probe_unet", lambda *_: pytest.fail("the U-Net was asked"))
     report = convert_checkpoint(tmp_path / "apple.safetensors", tmp_path / "again")
     assert (report["family"], report["prediction"], report["zero_snr"]) == (name, kind, zero)
     assert contents(tmp_path / "again").keys() == contents(tmp_path / "folder").keys()
@@ -270,13 +270,13 @@ def test_few_tensors_are_in_memory_at_a_time(single, tmp_path, monkeypatch):
     path, tensors = single("sd2-base")
     living, most = weakref.WeakSet(), [0]
 
-    def read(self, hasher=None, plain=SafetensorsFile.iter_tensors):
+    def iter_tensors(self, hasher=None, plain=SafetensorsFile.iter_tensors):
         for name, tensor in plain(self, hasher):
             living.add(tensor)
             most[0] = max(most[0], len(living))
             yield name, tensor
 
-    monkeypatch.setattr(SafetensorsFile, "read", read)
+    monkeypatch.setattr(SafetensorsFile, "iter_tensors", iter_tensors)
     convert_checkpoint(path, tmp_path / "folder", prediction="eps")
     convert_checkpoint(tmp_path / "folder", tmp_path / "back.safetensors")
     convert_checkpoint(path, tmp_path / "half.safetensors", dtype=torch.float16)

@@ -19,7 +19,7 @@ class Net(nn.Module):
     def __init__(self):
         super().__init__()
         self.linear = nn.Linear(12, 8)
-        self.base_model = nn.Linear(8, 6, bias=False)
+        self.plain = nn.Linear(8, 6, bias=False)
         self.point = nn.Conv2d(6, 10, 1)
         self.conv = nn.Conv2d(10, 4, 3)
         self.norm = nn.LayerNorm(4)
@@ -107,7 +107,7 @@ def test_every_kind_is_peft_s(net, kind):
         wrapped.merge()
         torch.testing.assert_close(
             base[layer] + delta.delta_weight(base[layer]),
-            wrapped.get_base_layer().delta_weight.data,
+            wrapped.get_base_layer().weight.data,
             atol=1e-6,
             rtol=1e-6,
         )
@@ -238,7 +238,7 @@ def test_two_weights_are_those_of_the_unet_and_of_the_text_encoders(net, randn):
 class Failing(Full):
     """A change that fits and cannot be made."""
 
-    def product(self):
+    def unscaled_delta(self):
         if not self.diff.is_meta:
             raise MemoryError
         return self.diff
