@@ -1,8 +1,7 @@
-"""The order in which samples are seen: a function of (seed, step), computed for any step without those before it."""
+"""The order of the training samples: a function of (seed, step), so that a resumed run needs no history."""
 
 from __future__ import annotations
 
-import math
 from bisect import bisect_right
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -11,42 +10,37 @@ import numpy as np
 
 from ldm.rng import derive_seed
 
-FEISTEL_ROUNDS = 12
-GOLDEN_GAMMA = np.uint64(0x9E3779B97F4A7C15)
-
 
 class SampleIndex(NamedTuple):
-    """One showing of a sample: its index, and how often it was shown before."""
+    """One use of a sample: its row in the dataset, and how often it was used before."""
 
     row: int
     times_seen: int
 
 
 class BucketBatchSampler:
-    """Batches of `batch` visits, each from one bucket; `visits[k]` is that of step k, for k = 0, 1, ... without end.
+    """Batches from one bucket each: `sampler[k]` is the list of `batch_size` SampleIndex of step k = 0, 1, ...
 
-    Every bucket is an endless stream of passes through its samples, each `repeats` times a pass, in an order of its own
-    every pass, cut into batches; epoch e shows, in an order of its own, the batches that end within every bucket's pass
-    e. So no visit is lost or comes twice, and of a bucket that does not divide into batches the remainder, fewer than
-    `batch` visits, opens the next epoch. Fixed batches, and all samples equally often: filling up batches would show
-    the samples of small buckets more often, dropping what is left would show them less.
+    Every bucket is an endless stream of passes over its samples, each `repeats` times per pass and shuffled anew every
+    pass, cut into batches. Epoch e holds the batches that end within every bucket's pass e, shuffled. So no use is lost
+    or comes twice; the remainder of a bucket, fewer than `batch_size` samples, opens the next epoch. Padding the last
+    batch would show samples of small buckets more often than others, dropping it less often.
     """
 
     def __init__(self, repeats: Sequence[int], buckets: Sequence[int], batch_size: int, seed: int) -> None:
-        """`buckets[i]` is the number of sample i's bucket. ValueError where nothing is to be seen."""
-        counts, homes = np.asarray(repeats, np.int64), np.asarray(buckets, np.int64)
+        """`repeats[i]` and `buckets[i]` are those of sample i. ValueError for no samples, or a number below 1."""
+        counts = np.asarray(repeats, np.int64)
         if batch_size < 1 or len(counts) == 0 or counts.min() < 1:
-            raise ValueError("visits: need a sample, a batch of one or more, and every sample at least once")
+            raise ValueError("batch sampler: needs a sample, a batch size of at least 1 and repeats of at least 1")
         self.batch_size, self.seed, self.repeats = batch_size, seed, counts
-        self.bucket_samples = [np.flatnonzero(homes == home) for home in np.unique(homes)]
-        self.cumulative_repeats = [
-            np.cumsum(counts[rows]) for rows in self.bucket_samples
-        ]  # of each sample's turns in a pass
-        self.pass_lengths = np.array([ends[-1] for ends in self.cumulative_repeats])  # visits in a pass
+        rows = [np.flatnonzero(np.asarray(buckets) == bucket) for bucket in np.unique(buckets)]
+        self.passes = [np.repeat(members, counts[members]) for members in rows]  # the rows of a pass, in order
+        self.pass_lengths = np.array([len(rows) for rows in self.passes])
+        self._epoch = -1, np.empty(0, np.int64)  # the epoch computed last and its batches, [steps, batch_size, 2]
 
     def first_step(self, epoch: int) -> int:
-        """Steps before an epoch: sum over buckets of floor(epoch * length / batch)."""
-        return int(self._num_whole_batches(epoch).sum())
+        """Steps before an epoch: sum over buckets of floor(epoch * pass length / batch size)."""
+        return int((epoch * self.pass_lengths // self.batch_size).sum())
 
     def epoch_of_step(self, k: int) -> int:
         """The epoch of step k, by bisection."""
@@ -54,65 +48,21 @@ class BucketBatchSampler:
         return bisect_right(range(beyond), k, key=self.first_step) - 1
 
     def __getitem__(self, k: int) -> list[SampleIndex]:
-        bucket, nth = self._locate_batch(k)
-        at = np.arange(nth * self.batch_size, (nth + 1) * self.batch_size)
-        passes, turns = np.divmod(at, self.pass_lengths[bucket])
-        turns = permute_indices(turns, int(self.pass_lengths[bucket]), self._permutation_keys("pass", bucket, passes))
-        member = np.searchsorted(self.cumulative_repeats[bucket], turns, side="right")
-        samples = self.bucket_samples[bucket][member]
-        times = self.repeats[samples]
-        numbers = passes * times + turns - (self.cumulative_repeats[bucket][member] - times)
-        return [SampleIndex(int(sample), int(number)) for sample, number in zip(samples, numbers, strict=True)]
-
-    def _num_whole_batches(self, epoch: int) -> np.ndarray:
-        return epoch * self.pass_lengths // self.batch_size
-
-    def _locate_batch(self, k: int) -> tuple[int, int]:
-        """The bucket of step k, and which of its batches it is."""
         epoch = self.epoch_of_step(k)
-        first, last = self._num_whole_batches(epoch), self._num_whole_batches(epoch + 1)
-        ends = np.cumsum(last - first)
-        at = np.array([k - self.first_step(epoch)])
-        place = int(
-            permute_indices(at, int(ends[-1]), np.array([derive_seed(self.seed, "epoch", epoch)], np.uint64))[0]
-        )
-        bucket = int(np.searchsorted(ends, place, side="right"))
-        return bucket, int(last[bucket] - (ends[bucket] - place))
+        if self._epoch[0] != epoch:
+            batches = np.concatenate([self._bucket_batches(bucket, epoch) for bucket in range(len(self.passes))])
+            self._epoch = epoch, batches[self._permutation(len(batches), "epoch", epoch)]
+        return [SampleIndex(*index) for index in self._epoch[1][k - self.first_step(epoch)].tolist()]
 
-    def _permutation_keys(self, purpose: str, bucket: int, passes: np.ndarray) -> np.ndarray:
-        found = {p: derive_seed(self.seed, purpose, bucket, p) for p in set(passes.tolist())}
-        return np.array([found[p] for p in passes.tolist()], np.uint64)
+    def _bucket_batches(self, bucket: int, epoch: int) -> np.ndarray:
+        """A bucket's batches of an epoch, in the order of its stream: (row, times_seen) int64 [steps, batch_size, 2]."""
+        rows, length = self.passes[bucket], len(self.passes[bucket])
+        start, stop = (e * length // self.batch_size * self.batch_size for e in (epoch, epoch + 1))
+        first = start // length  # the remainder of epoch - 1 begins in this pass
+        nth = np.arange(length) - np.searchsorted(rows, rows)  # of the repeats of a row
+        passes = [np.stack([rows, p * self.repeats[rows] + nth], 1) for p in range(first, epoch + 1)]
+        stream = [turns[self._permutation(length, "pass", bucket, p)] for p, turns in enumerate(passes, first)]
+        return np.concatenate(stream)[start - first * length : stop - first * length].reshape(-1, self.batch_size, 2)
 
-
-def permute_indices(indices: np.ndarray, n: int, keys: np.ndarray) -> np.ndarray:
-    """Elements `at` of the permutations of range(n) that belong to 64-bit keys, each without computing the others.
-
-    A Feistel network on a x b > n numbers, walked until it comes back below n (Black & Rogaway 2002, section 5). `at`
-    int64 and `keys` uint64, [m] or [1]; int64 [m].
-    """
-    a = math.isqrt(n) + 1
-    sides = np.uint64(a), np.uint64(n // a + 1)
-    starts = splitmix64_finalizer(
-        keys + np.arange(1, FEISTEL_ROUNDS + 1, dtype=np.uint64)[:, None] * GOLDEN_GAMMA
-    )  # [ROUNDS, m]
-    x = _feistel(indices.astype(np.uint64), sides, starts)
-    while (out := x >= n).any():
-        x = np.where(out, _feistel(x, sides, starts), x)
-    return x.astype(np.int64)
-
-
-def _feistel(x: np.ndarray, radices: tuple[np.uint64, np.uint64], round_keys: np.ndarray) -> np.ndarray:
-    halves = list(np.divmod(x, radices[1]))
-    for r, start in enumerate(round_keys):
-        one, other = r % 2, 1 - r % 2
-        halves[one] = (
-            halves[one] + splitmix64_finalizer(start + halves[other] * GOLDEN_GAMMA) % radices[one]
-        ) % radices[one]
-    return halves[0] * radices[1] + halves[1]
-
-
-def splitmix64_finalizer(z: np.ndarray) -> np.ndarray:
-    """Every bit of 64 changed by every bit: SplitMix's finaliser (Steele, Lea & Flood 2014, figure 14)."""
-    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return z ^ (z >> np.uint64(31))
+    def _permutation(self, n: int, *parts: int | str) -> np.ndarray:
+        return np.random.Generator(np.random.Philox(derive_seed(self.seed, *parts))).permutation(n)

@@ -152,7 +152,7 @@ def test_a_data_set_that_was_saved_to_disk(tmp_path, split):
     moved = shutil.move(tmp_path / "saved", tmp_path / "elsewhere")
     source = open_image_sources([moved])
     assert [s.caption for s in source.samples] == list(CAPTIONS.values()) and not source.issues
-    assert [s.open() for s in pickle.loads(pickle.dumps(source.samples))] == wanted
+    assert [s.read_bytes() for s in pickle.loads(pickle.dumps(source.samples))] == wanted
     assert (
         open_image_sources([moved], SourceOptions(ColumnNames(caption="txt")))
         .issues[0]

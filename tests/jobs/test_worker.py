@@ -261,9 +261,7 @@ def test_a_million_entries_stream(pipe, tmp_path, monkeypatch):
 
     job = replace(job_in(tmp_path, pipe, batch_size=2), entries=Endless())
     stop = threading.Event()
-    monkeypatch.setattr(
-        worker.ImageWriter, "put", lambda self, item, picture, seconds: (drawn.set(), stop.set())
-    )
+    monkeypatch.setattr(worker.ImageWriter, "put", lambda self, item, picture, seconds: (drawn.set(), stop.set()))
     worker.run_worker(job, stop)
     assert drawn.is_set() and asked < 40
 
