@@ -3,6 +3,8 @@
 
     python3 scripts/run.py generate "a red apple"     every word goes to `ldm`
     python3 scripts/run.py test [pytest arguments]    ruff, mypy and pytest, in the repository root
+    python3 scripts/run.py docs                       the documentation as `site/`
+    python3 scripts/run.py wheel                      wheels of the package and of the shipped model in `dist/`
 
 `.venv/installed` tells what `.venv` holds: a digest of all that decides it, and which extra.
 `.venv/installing` tells the same of a set-up under way, whose last act renames one to the other: who gets the
@@ -21,7 +23,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -30,7 +32,7 @@ PYTHON = getattr(sys, "_base_executable", sys.executable)  # a venv's own link w
 OLDEST = (3, 11)
 
 WORKERS = 8  # processes of the whole suite at most: each imports torch
-EXTRAS = {"base": ".", "dev": ".[dev]"}
+EXTRAS = {"base": ".", "dev": ".[dev,docs]"}
 INDEXES = {"cuda": None, "cpu": "https://download.pytorch.org/whl/cpu"}  # beside the indexes that pip knows
 DRIVERS = ("/proc/driver/nvidia/version", "/dev/nvidiactl", "/usr/lib/wsl/lib/nvidia-smi")
 OFFLINE = re.compile(r"connection broken by|Max retries exceeded|Failed to establish|name resolution")
@@ -182,25 +184,48 @@ def set_up(root: Path, python: str, extra: str) -> None:
             say(f"set up in {time.monotonic() - start:.0f} s")
 
 
-def run_checks(root: Path, words: Sequence[str]) -> int:
-    """Linter, formatter, type checker and tests, up to the first that fails; its exit status."""
+def check_commands(words: Sequence[str]) -> list[list[str]]:
+    """Linter, formatter, type checker and tests; the whole suite in as many processes as there are cores."""
     workers = ["-n", str(min(WORKERS, os.cpu_count() or 1)), "--dist", "loadfile"]
-    for check in (["ruff", "check"], ["ruff", "format", "--check"], ["mypy"], ["pytest", *(words or workers)]):
-        say(" ".join(check))
-        status = subprocess.run([root / ".venv/bin/python", "-m", *check], cwd=root).returncode
+    return [["ruff", "check"], ["ruff", "format", "--check"], ["mypy"], ["pytest", *(words or workers)]]
+
+
+def docs_commands(words: Sequence[str]) -> list[list[str]]:
+    """The documentation as HTML."""
+    return [["mkdocs", "build", "--strict", *words]]
+
+
+def wheel_commands(words: Sequence[str]) -> list[list[str]]:
+    """The source distribution and the wheel of the package, and the wheel of the shipped model."""
+    build = ["build", "--outdir", "dist", *words]
+    return [[*build, "--sdist", "."], [*build, "--wheel", "."], [*build, "--wheel", "weights"]]
+
+
+TASKS: dict[str, Callable[[Sequence[str]], list[list[str]]]] = {  # arguments -> Python modules to run, in order
+    "test": check_commands,
+    "docs": docs_commands,
+    "wheel": wheel_commands,
+}
+
+
+def run_modules(commands: Sequence[Sequence[str]], root: Path) -> int:
+    """Run Python modules up to the first that fails; its exit status, a signal's as a shell gives it."""
+    for command in commands:
+        say(" ".join(command))
+        status = subprocess.run([root / ".venv/bin/python", "-m", *command], cwd=root).returncode
         if status:
-            return status if status > 0 else 128 - status  # a signal's number, as a shell tells it
+            return status if status > 0 else 128 - status
     return 0
 
 
 def main(words: list[str], root: Path = ROOT, python: str = PYTHON) -> int:
-    """Set up, then run the checks or become `ldm`; status 2 if set-up cannot go on, 130 if interrupted."""
-    testing = words[:1] == ["test"]
+    """Set up, then run one of `TASKS` or become `ldm`; status 2 if set-up cannot go on, 130 if interrupted."""
+    task = TASKS.get(words[0]) if words else None
     try:
         check_python(sys.version_info[:2])
-        set_up(root, python, "dev" if testing else "base")
-        if testing:
-            return run_checks(root, words[1:])
+        set_up(root, python, "dev" if task else "base")
+        if task:
+            return run_modules(task(words[1:]), root)
         os.execv(root / ".venv/bin/ldm", ["ldm", *words])
     except (SetupError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

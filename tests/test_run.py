@@ -43,7 +43,7 @@ sys.exit(run.main(sys.argv[3:], pathlib.Path(sys.argv[1]), sys.argv[2]))
 
 
 class Project:
-    """A repository and the fake Python; `start_trackers` and `run` are `scripts/run.py` in a process of its own."""
+    """A repository and the fake Python; `start` and `run` are `scripts/run.py` in a process of its own."""
 
     def __init__(self, root: Path):
         self.root, self.venv = root, root / ".venv"

@@ -17,6 +17,7 @@ from ldm.checkpoints.networks import TEXT_ENCODERS, ModelSpec, load_weights
 from ldm.conditioning import Conditioning
 from ldm.diffusion.prediction import Prediction
 from ldm.diffusion.sde import VPSDE
+from ldm.installation import find_picto
 from ldm.nn import vae
 from ldm.nn.text_encoders import CLIPTextModel, TextEncoder, tokenize_prompt
 from ldm.nn.unet import UNet
@@ -36,7 +37,7 @@ MODEL_INDEX = {  # what makes a folder a diffusers.StableDiffusionPipeline
     "vae": ["diffusers", "AutoencoderKL"],
 }
 CPU_DEVICE = torch.device("cpu")
-PICTO_PATH = Path(__file__).resolve().parents[2] / "weights" / "picto"  # the model that is shipped
+PICTO_PATH = find_picto()  # the shipped model
 NUM_TIME_IDS = 6  # numbers of SDXL: original size, crop, target size
 PROBE_LATENT_SIZE = 32  # latents a side, of which the U-Net is asked what it predicts
 
@@ -146,6 +147,8 @@ def check_local_path(source: str | Path) -> Path:
     try:
         mode = path.stat().st_mode
     except (OSError, ValueError) as error:
+        if path == PICTO_PATH:
+            raise ValueError(missing_picto()) from None
         raise ValueError(f"{source}: {getattr(error, 'strerror', None) or error}") from None
     if not (S_ISDIR(mode) or S_ISREG(mode)):
         raise ValueError(f"{source}: neither a folder nor a file")

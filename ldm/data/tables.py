@@ -21,6 +21,7 @@ from ldm.data.sources import (
     missing_column,
     validate_caption,
 )
+from ldm.installation import install_command
 
 METADATA_FILES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 UNSUPPORTED_METADATA_FILE = "metadata.json"
@@ -91,7 +92,7 @@ def import_pyarrow(path: Path) -> Any:
     try:
         import pyarrow
     except ImportError:
-        raise ValueError(f"{path}: needs pyarrow: pip install 'ldm[data]'") from None
+        raise ValueError(f"{path}: needs pyarrow: {install_command('data')}") from None
     return pyarrow
 
 

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 import torch
 
+from ldm.installation import install_command
 from ldm.jobs.worker import Job, describe_error, run_worker
 
 MAX_RESTARTS = 3  # of each worker, where its process died without a word
@@ -204,7 +205,7 @@ def import_ray() -> Any:
     try:
         import ray
     except ImportError:
-        raise ValueError("--engine ray: needs ray: pip install 'ldm[ray]'") from None
+        raise ValueError(f"--engine ray: needs ray: {install_command('ray')}") from None
     return ray
 
 

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 AttentionFn = Callable[[Tensor, Tensor, Tensor, int], Tensor]
+from ldm.installation import install_command
 
 
 def split_heads(x: Tensor, heads: int) -> Tensor:
@@ -50,7 +51,7 @@ def check_attention_backends() -> dict[str, str | None]:
     """Every back end by name: None where it can be used here, else the reason why not."""
     reasons: dict[str, str | None] = dict.fromkeys(ATTENTION)
     if importlib.util.find_spec("xformers") is None:
-        reasons["xformers"] = "xformers is not installed (pip install 'ldm[xformers]')"
+        reasons["xformers"] = f"xformers is not installed ({install_command('xformers')})"
     elif not torch.cuda.is_available():
         reasons["xformers"] = "xformers' kernels need a CUDA device, and none is visible"
     return reasons

@@ -7,7 +7,6 @@ import json
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -27,8 +26,7 @@ from ldm.nn.prompts import (
 )
 
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
-MERGES_FILE = "bpe_simple_vocab_16e6.txt.gz"  # CLIP's own, in open_clip's package
-NUM_MERGES = 49152 - 256 - 2  # of that file: the others were never used
+MERGES_FILE = Path(__file__).with_name("clip_merges.txt.gz")  # CLIP's own: the first 48,894 of bpe_simple_vocab_16e6.txt
 MAX_PROMPT_CHUNKS = 64  # of one prompt
 MIN_RELATIVE_MEAN = 1e-2  # of the mean absolute value: less is rounding
 
@@ -233,15 +231,11 @@ def build_text_encoder(
 def build_clip_tokenizer(pad_token_id: int) -> CLIPTokenizer:
     """The tokenizer of all of Stable Diffusion's towers, 49,408 tokens, padding to 77 with the token of that id.
 
-    It is CLIP's own (Radford et al. 2021), from the file in open_clip's package, and reads texts as it does there but
-    for HTML entities and broken Unicode, which are not mended. ValueError for an id that is not there.
+    The vocabulary is CLIP's own (Radford et al. 2021); texts are read as OpenAI's and open_clip's tokenizers read them,
+    except that HTML entities and broken Unicode are not repaired. ValueError for an unknown token id.
     """
-    package = find_spec("open_clip")
-    if package is None or package.origin is None:
-        raise ValueError("CLIP's vocabulary: the package open_clip_torch is not installed")
-    with gzip.open(Path(package.origin).with_name(MERGES_FILE), "rt", encoding="utf-8") as file:
-        lines = file.read().split("\n")[1 : NUM_MERGES + 1]
-    merges = [(a, b) for a, b in map(str.split, lines)]
+    with gzip.open(MERGES_FILE, "rt", encoding="utf-8") as file:
+        merges = [(a, b) for a, b in map(str.split, file)]
     tokenizer = CLIPTokenizer(vocab=build_clip_vocab(merges), merges=merges, model_max_length=77)
     if not 0 <= pad_token_id < len(tokenizer):
         raise ValueError(f"padding with token {pad_token_id}: must be from 0 to {len(tokenizer) - 1}")

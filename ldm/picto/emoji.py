@@ -24,6 +24,7 @@ from PIL import Image
 
 from ldm.files import atomic_write
 from ldm.image_io import contact_sheet
+from ldm.installation import install_command
 from ldm.picto.emoji_sources import (
     CONCEPT_ALIASES,
     EMOJIBASE,
@@ -245,7 +246,9 @@ def emoji_dataset_key(size: int) -> str:
     try:
         renderer = version("resvg-py")
     except PackageNotFoundError:
-        raise DownloadError("resvg-py, which renders the drawings, is not installed: install ldm[data]") from None
+        raise DownloadError(
+            f"resvg-py, which renders the drawings, is not installed: {install_command('data')}"
+        ) from None
     inputs = (
         EMOJI_DATASET_VERSION,
         size,

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ldm.config import Recipe
 from ldm.errors import choose
+from ldm.installation import install_command
 
 NEWTON_SCHULZ_COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # a quintic whose iterates drive every singular value to about 1
 
@@ -66,7 +67,7 @@ def import_optim_extra(module: str, optimizer: str) -> Any:
     try:
         return import_module(module)
     except ImportError:
-        raise ValueError(f"optimizer {optimizer!r} needs {module.split('.')[0]}: pip install 'ldm[optim]'") from None
+        raise ValueError(f"optimizer {optimizer!r} needs {module.split('.')[0]}: {install_command('optim')}") from None
 
 
 class Muon(torch.optim.Optimizer):

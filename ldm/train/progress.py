@@ -23,6 +23,7 @@ from ldm.config import Recipe
 from ldm.errors import choose
 
 LogMetrics = Callable[[Mapping[str, float], int], None]  # (figures, step): a tracker
+from ldm.installation import install_command
 
 
 class MetricLogger:
@@ -93,7 +94,7 @@ def filter_installed_trackers(names: Sequence[str]) -> list[str]:
     for name in names:
         choose(LOGGER_TYPE_TO_CLASS, name, "report_to")
         if name not in here:
-            cure = "pip install 'ldm[track]'" if name == "tensorboard" else f"pip install {name}"
+            cure = install_command("track") if name == "tensorboard" else f"pip install {name}"
             warnings.warn(f"report_to {name}: not installed ({cure}); figures go to log.jsonl alone", stacklevel=2)
     return [name for name in names if name in here]
 
