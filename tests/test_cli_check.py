@@ -4,16 +4,12 @@ import base64
 import io
 import json
 import re
-import sys
 from html.parser import HTMLParser
-from pathlib import Path
 
 import pytest
 import yaml
+from faulty_dataset import beside, file, sound
 from PIL import Image
-
-sys.path.append(str(Path(__file__).parent / "data"))
-from faults import beside, file, sound
 
 from ldm.commands.check import preflight
 from ldm.config import load_recipe
@@ -42,7 +38,7 @@ class Page(HTMLParser):
     def __init__(self, text):
         super().__init__()
         self.rows, self.boxes, self.addresses = [], [], []
-        self.prefetcher(text)
+        self.feed(text)
 
     def handle_starttag(self, tag, attrs):
         values = dict(attrs)

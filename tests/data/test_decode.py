@@ -2,8 +2,8 @@
 
 import numpy as np
 import pytest
+from image_files import encoded, noise
 from PIL import Image, ImageCms
-from shapes import encoded, noise
 
 from ldm.image_io import decode_image, decode_mask, read_image_size
 

@@ -8,7 +8,7 @@ import shutil
 import tarfile
 
 import pytest
-from shapes import encoded, noise, write
+from image_files import encoded, noise, write
 
 from ldm.data.folders import open_image_sources
 from ldm.data.sources import ColumnNames, SourceOptions

@@ -5,9 +5,9 @@ import pickle
 
 import numpy as np
 import pytest
+from image_files import encoded, noise, write
 from PIL import Image
 from scipy.stats import chisquare
-from shapes import encoded, noise, write
 
 from ldm.config import ImageDataConfig
 from ldm.data.image_dataset import (

@@ -7,10 +7,10 @@ from collections import Counter
 
 import pytest
 import torch
-from faults import FAULTS, PLACES, beside, caption, encoded, file, smooth, sound
+from faulty_dataset import FAULTS, PLACES, beside, caption, encoded, file, smooth, sound
+from image_files import write
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from shapes import write
 
 from ldm.audit import latent_checks
 from ldm.audit.audit import SEVERITIES, audit_dataset, get_severity, quick_audit

@@ -8,8 +8,8 @@ import tarfile
 import zlib
 
 import numpy as np
+from image_files import encoded, write
 from PIL import Image, ImageCms, ImageColor
-from shapes import encoded, write
 
 PLACES = ("beside", "listed", "cells", "classes", "packed")  # in a recipe's order; a whole place's fault adds its own
 FAULTS = {}  # name: function

@@ -5,9 +5,9 @@ import io
 import imagehash
 import numpy as np
 import pytest
-from faults import smooth
+from faulty_dataset import smooth
+from image_files import noise
 from PIL import Image, ImageEnhance
-from shapes import noise
 
 from ldm.audit.duplicates import (
     MAX_HASH_DISTANCE,
