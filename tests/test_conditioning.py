@@ -17,7 +17,7 @@ def equal(a, b):
     flat = lambda c: [
         c.context,
         *(t for pair in c.kv_cache or () for t in pair),
-        *(t for t in (c.added, c.concat) if t is not None),
+        *(t for t in (c.vector, c.concat) if t is not None),
     ]
     return len(flat(a)) == len(flat(b)) and all(torch.equal(x, y) for x, y in zip(flat(a), flat(b), strict=True))
 

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, UNet2DConditionModel
+from diffusers_models import NEGATIVE, PROMPT, SCHEDULE, UNCHECKED, pixels, plain, vae, xl
 from PIL import Image
 from safetensors.torch import load_file
-from test_oracle import NEGATIVE, PROMPT, SCHEDULE, UNCHECKED, pixels, plain, vae, xl
 from trainings import FULL, LORA, WORD, go
 from transformers import CLIPTokenizer
 

@@ -193,7 +193,7 @@ def test_threads_on_one_pipeline_draw_what_each_draws_alone(pipe):
         pipe.prompt_encoder.clear()
         with ThreadPoolExecutor(3) as threads:
             drawn = [threads.submit(pipe.generate, half) for half in halves]
-            encoded = [threads.submit(pipe.encode, [IMAGE]) for _ in range(10)]
+            encoded = [threads.submit(pipe.encode_images, [IMAGE]) for _ in range(10)]
         assert all(torch.equal(z.result().mean, mean) for z in encoded)
         for half, pictures in zip(drawn, wanted, strict=True):
             assert max(difference(a, b) for a, b in zip(half.result(), pictures, strict=True)) == 0

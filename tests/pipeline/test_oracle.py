@@ -12,16 +12,11 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from diffusers import (
-    AutoencoderKL,
-    DDIMScheduler,
-    DPMSolverMultistepScheduler,
-    EulerDiscreteScheduler,
-    UNet2DConditionModel,
-)
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+from diffusers_models import NEGATIVE, PROMPT, SCHEDULE, UNCHECKED, pixels, plain, second, vae, xl
 from PIL import Image
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+from transformers import CLIPTextModel, CLIPTokenizer
 
 from ldm.pipeline.pipeline import Pipeline
 from ldm.pipeline.request import Request
@@ -31,16 +26,6 @@ SOLVERS = {  # ours: diffusers' scheduler, and the spacing with which both count
     "euler": (EulerDiscreteScheduler, {"timestep_spacing": "leading"}),
     "dpmpp_2m": (DPMSolverMultistepScheduler, {"timestep_spacing": "trailing", "final_sigmas_type": "zero"}),
 }
-UNCHECKED = {"safety_checker": None, "requires_safety_checker": False}
-SCHEDULE = {
-    "beta_start": 0.00085,
-    "beta_end": 0.012,
-    "beta_schedule": "scaled_linear",
-    "clip_sample": False,
-    "steps_offset": 1,
-}
-CONTRAST = 0.7  # of the random decoder: pictures of many levels, few of them 0 or 255
-PROMPT, NEGATIVE = "a red apple on a blue background", "two stars"
 
 
 class Case(NamedTuple):
@@ -65,88 +50,6 @@ CASES = [
     Case("dpmpp_2m", (40, 88), [7, 8], 4.0, "v_prediction"),
     Case("dpmpp_2m", (56, 40), [7], 2.0, "epsilon"),
 ]
-
-
-def unet(channels, **options):
-    fields = {
-        "sample_size": 8,
-        "in_channels": channels,
-        "block_out_channels": (32, 64),
-        "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
-        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
-        "layers_per_block": 1,
-        "attention_head_dim": 2,
-        "norm_num_groups": 8,
-    }
-    return UNet2DConditionModel(**fields | options)
-
-
-def vae():
-    made = AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 3,
-        up_block_types=("UpDecoderBlock2D",) * 3,
-        block_out_channels=(8, 16, 16),
-        norm_num_groups=4,
-        scaling_factor=3.0,
-    )
-    with torch.no_grad():
-        made.decoder.conv_out.weight *= CONTRAST
-    return made
-
-
-def text_encoder(tokenizer, kind=CLIPTextModel, width=32, activation="quick_gelu"):
-    config = CLIPTextConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=width,
-        intermediate_size=64,
-        projection_dim=24,
-        num_hidden_layers=3,
-        num_attention_heads=2,
-        max_position_embeddings=16,
-        hidden_act=activation,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-    )
-    return kind(config)
-
-
-def plain(tokenizer, channels):
-    """The networks of a tiny Stable Diffusion 1, or of its inpainting."""
-    networks = {
-        "unet": unet(channels, cross_attention_dim=32),
-        "text_encoder": text_encoder(tokenizer),
-        "tokenizer": tokenizer,
-        **UNCHECKED,
-        "feature_extractor": None,
-    }
-    kind = diffusers.StableDiffusionPipeline if channels == 4 else diffusers.StableDiffusionInpaintPipeline
-    return kind, networks
-
-
-def second(tokenizer, channels):
-    """The networks of a tiny Stable Diffusion 2: linear projections, heads of one width, "!" as padding."""
-    kind, networks = plain(tokenizer, channels)
-    tokenizer.pad_token = "!"
-    heads = {"attention_head_dim": (2, 4), "use_linear_projection": True, "upcast_attention": True, "sample_size": 12}
-    changed = {
-        "unet": unet(channels, cross_attention_dim=48, **heads),
-        "text_encoder": text_encoder(tokenizer, width=48, activation="gelu"),
-    }
-    return kind, networks | changed
-
-
-def xl(tokenizer, channels):
-    """The networks of a tiny Stable Diffusion XL: text encoders of 32 and 48, ids of 8 numbers each."""
-    added = {"addition_embed_type": "text_time", "addition_time_embed_dim": 8}
-    networks = {
-        "unet": unet(channels, cross_attention_dim=80, **added, projection_class_embeddings_input_dim=24 + 6 * 8),
-        "text_encoder": text_encoder(tokenizer),
-        "tokenizer": tokenizer,
-        "text_encoder_2": text_encoder(tokenizer, CLIPTextModelWithProjection, 48, "gelu"),
-        "tokenizer_2": tokenizer,
-    }
-    kind = diffusers.StableDiffusionXLPipeline if channels == 4 else diffusers.StableDiffusionXLInpaintPipeline
-    return kind, networks
 
 
 @pytest.fixture(scope="module")
@@ -184,19 +87,15 @@ def theirs(monkeypatch):
         pipe.scheduler = scheduler.from_pretrained(folder, subfolder="scheduler", **options)
         generators = [torch.Generator().manual_seed(seed) for seed in case.seeds]
         texts = {"prompt": PROMPT, "negative_prompt": NEGATIVE, "num_images_per_prompt": len(generators)}
-        return pixels(pipe(generator=generators, **{**texts, **case.sample_name, **call}).images)
+        return pixels(pipe(generator=generators, **{**texts, **case.call, **call}).images)
 
     return draw
 
 
 def ours(pipe, case, **settings):
     options = {"sampler": case.sampler, "spacing": SOLVERS[case.sampler][1]["timestep_spacing"]}
-    request = Request(PROMPT, **{"negative_prompt": NEGATIVE, **options, **case.sample_name, **settings})
+    request = Request(PROMPT, **{"negative_prompt": NEGATIVE, **options, **case.call, **settings})
     return pixels(pipe.generate([replace(request, seed=seed) for seed in case.seeds]))
-
-
-def pixels(pictures):
-    return np.stack([np.asarray(picture) for picture in pictures]).astype(int)
 
 
 def same(a, b):

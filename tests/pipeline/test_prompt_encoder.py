@@ -111,7 +111,7 @@ def test_a_prompt_is_diffusers_own(model, texts, prompt, skip):
     assert (ours.vector is None) == (pooled is None)
     if pooled is not None:
         torch.testing.assert_close(ours.vector, model.unet.make_vector(pooled, IDS), rtol=0, atol=1e-5)
-        other = texts(prompt, time_ids=IDS.flip(1)).added
+        other = texts(prompt, time_ids=IDS.flip(1)).vector
         assert torch.equal(other[:, :24], ours.vector[:, :24]) and not torch.equal(other, ours.vector)
 
 
@@ -230,7 +230,7 @@ def test_an_added_word_is_what_diffusers_makes_of_it(model, texts, embedding, n)
         ours = texts(prompt, time_ids=IDS)
         torch.testing.assert_close(ours.context, context, rtol=0, atol=1e-5)
         if pooled is not None:
-            torch.testing.assert_close(ours.added, model.unet.make_vector(pooled, IDS), rtol=0, atol=1e-5)
+            torch.testing.assert_close(ours.vector, model.unet.make_vector(pooled, IDS), rtol=0, atol=1e-5)
     texts.remove_embedding("<cat-toy>")
 
 

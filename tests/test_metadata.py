@@ -1,0 +1,94 @@
+"""Generation parameters in image files are what other tools read, and are read back."""
+
+import re
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ldm.metadata import create_infotext, parse_generation_parameters, quote, read_png_texts, save_png, unquote
+from ldm.pipeline.request import Request
+
+RECORD = Request("a red apple", "", 7, 32, 64, 20, 3.0, "dpmpp_2m", "karras").to_record()
+NASTY = [
+    "",
+    "a, (b:1.2): c\nSteps: 3, Sampler: x\n\nlast",
+    "Steps: 20, Sampler: Euler, CFG scale: 7, Seed: 1",
+    'say "hi", \\ and \\"',
+    "é 雪 🎈",
+    "negative prompt: no",
+    "<lora:x:1> BREAK [a|b]",
+]
+
+
+def test_the_web_ui_s_own_pattern_reads_our_parameters():
+    text = create_infotext({**RECORD, "negative_prompt": "a dog"}, "my, model", "0123456789abcdef", "1.0")
+    prompt, negative, last = text.split("\n")
+    pairs = dict(re.findall(r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)', last))
+    assert (prompt, negative) == ("a red apple", "Negative prompt: a dog")
+    assert pairs["Sampler"] == "DPM++ 2M" and pairs["Schedule type"] == "Karras" and pairs["CFG scale"] == "3"
+    assert pairs["Size"] == "64x32" and pairs["Model"] == '"my, model"' and pairs["Model hash"] == "0123456789"
+    assert "Negative" not in create_infotext(RECORD, "m", "h", "1")
+
+
+def test_what_the_web_ui_has_a_field_for_stands_where_it_has_it():
+    edited = {**RECORD, "strength": 0.75, "clip_skip": 2, "upscale": 2.0, "upscale_strength": 0.4}
+    given = {"loras": {"style": "0" * 64, "b": "1" * 64}, "embeddings": {"word": "2" * 64}}
+    text = create_infotext(edited, "m", "a" * 64, "1.0", vae=("other", "b" * 64), **given)
+    assert text.split("\n")[1] == (
+        "Steps: 20, Sampler: DPM++ 2M, Schedule type: Karras, CFG scale: 3, Seed: 7, Size: 64x32, "
+        "Model hash: aaaaaaaaaa, Model: m, VAE hash: bbbbbbbbbb, VAE: other, Denoising strength: 0.4, Clip skip: 2, "
+        'RNG: CPU, Hires upscale: 2.0, Hires upscaler: Lanczos, Lora hashes: "style: 000000000000, b: 111111111111", '
+        'TI hashes: "word: 222222222222", Version: ldm 1.0'
+    )
+    assert parse_generation_parameters(text)["Lora hashes"] == "style: 000000000000, b: 111111111111"
+    assert "Denoising strength: 0.75" in create_infotext({**edited, "upscale": None}, "m", "h", "1")
+    for word in ("VAE", "Denoising", "Clip skip", "Hires", "Lora", "TI"):
+        assert word not in create_infotext({**RECORD, "clip_skip": 0}, "m", "h", "1")
+
+
+@pytest.mark.parametrize("negative", NASTY)
+@pytest.mark.parametrize("prompt", NASTY)
+def test_parameters_are_read_back(prompt, negative):
+    text = create_infotext(
+        {**RECORD, "prompt": prompt, "negative_prompt": negative}, 'a "model", v: 1\\', "f" * 64, "1.0"
+    )
+    assert parse_generation_parameters(text) == {
+        "Prompt": prompt,
+        "Negative prompt": negative,
+        "Steps": "20",
+        "Sampler": "DPM++ 2M",
+        "Schedule type": "Karras",
+        "CFG scale": "3",
+        "Seed": "7",
+        "Size": "64x32",
+        "Model hash": "f" * 10,
+        "Model": 'a "model", v: 1\\',
+        "RNG": "CPU",
+        "Version": "ldm 1.0",
+    }
+
+
+def test_a_text_without_settings_is_a_prompt():
+    assert parse_generation_parameters("a cat\nNegative prompt: a dog\nSteps: 3") == {
+        "Prompt": "a cat",
+        "Negative prompt": "a dog\nSteps: 3",
+    }
+
+
+@pytest.mark.parametrize(
+    "value, wanted", [("a", "a"), ("a,b", '"a,b"'), ("a:b", '"a:b"'), ('a\n"', '"a\\n\\""'), ('"a"', '"\\"a\\""')]
+)
+def test_a_value_that_would_end_early_is_quoted(value, wanted):
+    assert quote(value) == wanted and unquote(wanted) == value
+
+
+def test_a_png_keeps_pixels_and_texts_and_its_bytes_are_a_function_of_them(tmp_path):
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 255, (8, 8, 3), dtype=np.uint8))
+    texts = {"parameters": "é 雪\nsecond line", "ldm": "{}"}
+    for name in ("a.png", "b.png"):
+        save_png(picture, tmp_path / name, texts)
+    assert read_png_texts(tmp_path / "a.png") == texts
+    assert Image.open(tmp_path / "a.png").tobytes() == picture.tobytes()
+    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.png", "b.png"]
