@@ -79,12 +79,12 @@ def comparable_config(component: str, config: Any) -> dict[str, Any]:
     if component == "unet":
         found = asdict(config)
     elif component == "vae":
-        found = {name: value for name, value in config.items() if name in VAE_CONFIG_SCHEMA.supported}
+        found = {name: value for name, value in config.items() if name in VAE_CONFIG_SCHEMA.supported.split()}
     else:
         moot = TOKEN_ID_FIELDS if component == "text_encoder_2" else TOKEN_ID_FIELDS | PROJECTION_FIELDS
         found = {
             name: getattr(config, name, None)
-            for name in sorted({*TEXT_ENCODER_CONFIG_SCHEMA.supported, "hidden_act"} - moot)
+            for name in sorted({*TEXT_ENCODER_CONFIG_SCHEMA.supported.split(), "hidden_act"} - moot)
         }
     return json.loads(json.dumps({name: value for name, value in found.items() if name not in IGNORED_CONFIG_FIELDS}))
 

@@ -316,6 +316,16 @@ FOLDER_FAULTS = {
         {},
         "text_encoder has hidden_act = gelu",
     ),
+    "text heads": (
+        lambda p: edit(p / "text_encoder/config.json", num_attention_heads=4),
+        {},
+        "text_encoder has num_attention_heads = 4",
+    ),
+    "epsilon": (
+        lambda p: edit(p / "text_encoder/config.json", layer_norm_eps=1e-6),
+        {},
+        "text_encoder has layer_norm_eps = 1e-06",
+    ),
     "scale": (lambda p: edit(p / "vae/config.json", scaling_factor=0.5), {}, "vae has scaling_factor = 0.5"),
     "betas": (lambda p: edit(p / "scheduler/scheduler_config.json", beta_end=0.013), {}, "another noise schedule"),
     "padding": (lambda p: edit(p / "tokenizer/tokenizer_config.json", pad_token="!"), {}, "another vocabulary or padd"),
