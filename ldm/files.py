@@ -1,13 +1,18 @@
-"""Publishing files: whoever reads a name sees the whole old file or the whole new one, never a piece."""
+"""Files on disk: atomic publishing (a reader sees the whole old file or the whole new one), JSON, hashes."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryFile
+from typing import Any
+
+from ldm.errors import error_text, parse_json
 
 
 @contextmanager
@@ -92,3 +97,26 @@ def remove_path(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file; ValueError names the file where there is none."""
+    try:
+        values = parse_json(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: {error_text(error)}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: not a JSON object")
+    return values
+
+
+def write_json(values: Mapping[str, Any], path: Path) -> None:
+    """Write an indented JSON object."""
+    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+
+
+def file_sha256(path: Path, offset: int = 0) -> str:
+    """The SHA-256 of a file from byte `offset` on, in hex."""
+    with path.open("rb") as file:
+        file.seek(offset)
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch import nn
 
 # accelerate's names of what a network works in
 MIXED_PRECISION_DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -49,3 +50,9 @@ def resolve_mixed_precision(name: str, device: torch.device) -> str:
     """accelerate's name of a recipe's precision: itself, or for auto that of `working(device)`."""
     names = {dtype: name for name, dtype in MIXED_PRECISION_DTYPES.items()}
     return names[preferred_dtype(device)] if name == "auto" else name
+
+
+def to_device(module: Any, device: torch.device, dtype: torch.dtype | None = None) -> Any:
+    """The module on its device and in its dtype, with convolutions in channels_last memory."""
+    # not module.to: diffusers' own warns of dtypes that it then does not keep
+    return nn.Module.to(module, device=device, dtype=dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]

@@ -24,11 +24,12 @@ from typing import Any
 import torch
 
 from ldm import Pipeline
-from ldm.checkpoints.families import FAMILIES
-from ldm.checkpoints.files import save_tensors, write_json
+from ldm.checkpoints.families import FAMILIES, LoadOptions
 from ldm.checkpoints.formats import MODEL_INDEX, Checkpoint, load_checkpoint
 from ldm.checkpoints.keys import build_meta_state_dicts
+from ldm.checkpoints.tensors import save_tensors
 from ldm.convert.convert import convert_checkpoint
+from ldm.files import write_json
 from ldm.nn import text_encoders
 
 from diffusers import StableDiffusionPipeline  # isort: skip
@@ -69,7 +70,7 @@ LOADERS: dict[str, Callable[[Path], Any]] = {
     "diffusers, folder": lambda root: StableDiffusionPipeline.from_pretrained(
         root / FOLDER, torch_dtype=DTYPE, local_files_only=True
     ),
-    "ldm, single file": lambda root: load_checkpoint(root / SINGLE, CPU, DTYPE, prediction="eps"),
+    "ldm, single file": lambda root: load_checkpoint(root / SINGLE, CPU, DTYPE, LoadOptions(prediction="eps")),
     "diffusers, single file": lambda root: StableDiffusionPipeline.from_single_file(
         str(root / SINGLE), config=str(root / FOLDER), torch_dtype=DTYPE, local_files_only=True
     ),

@@ -26,7 +26,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import ldm.nn  # noqa: F401  before diffusers
-from ldm.checkpoints.files import read_json, to_device
 from ldm.checkpoints.formats import PICTO_PATH
 from ldm.conditioning import Conditioning
 from ldm.config import Recipe, load_recipe
@@ -34,7 +33,8 @@ from ldm.diffusion.denoiser import Denoiser
 from ldm.diffusion.objective import diffusion_loss
 from ldm.diffusion.prediction import PREDICTIONS
 from ldm.diffusion.sde import BETA_SCHEDULES, VPSDE
-from ldm.hardware import best_device, resolve_mixed_precision
+from ldm.files import read_json
+from ldm.hardware import best_device, resolve_mixed_precision, to_device
 from ldm.nn.unet import UNet, UNetConfig
 from ldm.train.learner import Trainer
 from ldm.train.processes import create_accelerator

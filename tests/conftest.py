@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from ldm import cli
-from ldm.checkpoints.files import save_module, write_json
 from ldm.checkpoints.formats import MODEL_INDEX
 from ldm.checkpoints.schedule import build_scheduler_config
+from ldm.checkpoints.tensors import save_module
+from ldm.files import write_json
 from ldm.nn import text_encoders, vae
 from ldm.nn.unet import UNet, UNetConfig
 from ldm.picto import clip

@@ -14,7 +14,8 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # A module imports from the rows above its own and from its own package, never from another name of its row.
 LAYERS = (
-    {"errors", "conditioning", "rng", "files", "hardware"},
+    {"errors"},
+    {"conditioning", "rng", "files", "hardware"},
     {"config", "image_io"},
     {"metadata"},
     {"diffusion", "nn"},

@@ -26,19 +26,13 @@ from ldm.adapters.lora_keys import (
     detect_lora_format,
     parse_lora_key,
 )
-from ldm.adapters.lora_saving import (
-    LORA_ADAPTER_METADATA_KEY,
-    LORA_WEIGHT_NAME_SAFE,
-    PEFT_CONFIG_NAME,
-    PEFT_LORA_NAME,
-    save_adapter,
-)
+from ldm.adapters.lora_saving import LORA_ADAPTER_METADATA_KEY, save_adapter
 from ldm.checkpoints.families import FAMILIES
-from ldm.checkpoints.files import file_sha256, parse_json, read_json
+from ldm.checkpoints.hub import LORA_WEIGHT_NAME_SAFE, PEFT_CONFIG_NAME, PEFT_LORA_NAME
 from ldm.checkpoints.networks import build_meta_network
 from ldm.checkpoints.tensors import SafetensorsFile, open_safetensors
-from ldm.errors import choose
-from ldm.files import check_creatable_dir, ensure_writable_dir
+from ldm.errors import choose, parse_json
+from ldm.files import check_creatable_dir, ensure_writable_dir, file_sha256, read_json
 
 if TYPE_CHECKING:
     from hashlib import _Hash
@@ -259,10 +253,11 @@ def _read_peft_config(file: SafetensorsFile, folder: str) -> Mapping[str, Any]:
     """peft's configuration of a network: in the header, as diffusers writes it, or beside peft's own file."""
     if file.path.name == PEFT_LORA_NAME and (beside := file.path.with_name(PEFT_CONFIG_NAME)).is_file():
         return read_json(beside)
-    try:
-        values = parse_json(file.metadata.get(LORA_ADAPTER_METADATA_KEY, "{}"))
-    except ValueError as error:
-        raise ValueError(f"{LORA_ADAPTER_METADATA_KEY} of its header: {error}") from None
+    values = parse_json(
+        file.metadata.get(LORA_ADAPTER_METADATA_KEY, "{}"), f"{LORA_ADAPTER_METADATA_KEY} of its header"
+    )
+    if not isinstance(values, dict):
+        raise ValueError(f"{LORA_ADAPTER_METADATA_KEY} of its header: not a JSON object")
     return {name.removeprefix(f"{folder}."): a for name, a in values.items() if name.startswith(f"{folder}.")}
 
 

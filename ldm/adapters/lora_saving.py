@@ -13,15 +13,11 @@ from torch import Tensor
 
 from ldm.adapters.lora import Adapter, LoRA, ModuleDelta, get_tensor_fields, map_factors
 from ldm.adapters.lora_keys import KOHYA_KEY_SUFFIXES, PEFT_KEY_PREFIX, NetworkDict, add_text_model_prefix, to_sgm_name
-from ldm.checkpoints.files import write_json
+from ldm.checkpoints.hub import PEFT_CONFIG_NAME, PEFT_LORA_NAME
 from ldm.errors import choose
-from ldm.files import atomic_write
+from ldm.files import atomic_write, write_json
 
-PEFT_LORA_NAME, PEFT_CONFIG_NAME = "adapter_model.safetensors", "adapter_config.json"
-LORA_WEIGHT_NAME_SAFE, LORA_ADAPTER_METADATA_KEY = (
-    "pytorch_lora_weights.safetensors",
-    "lora_adapter_metadata",
-)  # a key of the header
+LORA_ADAPTER_METADATA_KEY = "lora_adapter_metadata"  # a key of the header
 KOHYA_BASE_MODEL_VERSIONS = {
     "sd1": "sd_v1",
     "sd2": "sd_v2",

@@ -10,8 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ldm.checkpoints.files import save_tensors
-from ldm.checkpoints.tensors import SafetensorsFile, open_safetensors
+from ldm.checkpoints.tensors import SafetensorsFile, open_safetensors, save_tensors
 
 SDXL_EMBEDDING_KEYS = {
     "clip_l": "text_encoder",

@@ -8,12 +8,11 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ldm.checkpoints.files import to_device
 from ldm.data.augment import center_crop_corner
 from ldm.data.buckets import BucketPlacement
 from ldm.data.image_dataset import ImageInfo
 from ldm.data.sources import DatasetIssue, ImageSample
-from ldm.hardware import best_device, preferred_dtype
+from ldm.hardware import best_device, preferred_dtype, to_device
 from ldm.image_io import decode_image, from_uint8
 from ldm.nn.vae import AutoencoderKL, encode_images
 

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
-from ldm.checkpoints.formats import CPU_DEVICE, FORMATS, PICTO_PATH, check_model_spec, locate_weights
+from ldm.checkpoints.families import LoadOptions
+from ldm.checkpoints.formats import CPU_DEVICE, PICTO_PATH, read_model_spec
 from ldm.checkpoints.networks import ModelSpec, WeightFile, load_weights
 from ldm.config import FinetuneObjective, Recipe
 from ldm.nn.prompts import PlaceholderTokens
@@ -55,12 +56,8 @@ def load_model_config(recipe: Recipe) -> ModelConfig:
     objective = recipe.objective
     if not isinstance(objective, FinetuneObjective):
         raise ValueError(f"objective {objective.kind} does not learn from folders of pictures: tune does")
-    path = locate_weights(
-        objective.pretrained_model_name_or_path or PICTO_PATH, objective.revision, None, objective.variant
-    )
-    options = {"variant": objective.variant} if path.is_dir() and objective.variant else {}
-    model = FORMATS["folder" if path.is_dir() else "single file"].read(path, **options)
-    check_model_spec(model, path)
+    options = LoadOptions(revision=objective.revision, variant=objective.variant)
+    model = read_model_spec(objective.pretrained_model_name_or_path or PICTO_PATH, options)
     name, make = next(iter(model.text_encoder_factories.items()))
     learnt = objective.placeholder_token if objective.method == "textual_inversion" else None
     words = {learnt: tuple(range(objective.num_vectors))} if learnt else {}

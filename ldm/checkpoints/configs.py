@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ldm.checkpoints.files import read_json
+from ldm.files import read_json
 
 BuildResult = TypeVar("BuildResult")
 

@@ -1,16 +1,41 @@
-"""The families of Stable Diffusion as records: a single file says nothing of its configuration, so it is kept here.
+"""What is known of a model besides its weights: the families of Stable Diffusion, and the user's `LoadOptions`.
 
-Fields and values are those of the directories that their makers published (`unet/config.json` and the like), less what
-is a library's default; sizes are the native ones, where some of those say another.
+A single file holds no configuration. Fields and values here are those of the published directories (`unet/config.json`
+and the like) without the libraries' defaults; sizes are the native ones, where some of those say another.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any, Literal
 
 EOS_TOKEN_ID, EXCLAMATION_TOKEN_ID = 49407, 0  # token ids of "<|endoftext|>" and "!"
+
+
+@dataclass(frozen=True)
+class LoadOptions:
+    """How a checkpoint is found and read; `Pipeline.from_pretrained` takes the same names.
+
+    `revision` and `token` are of the hub; `variant` chooses among the weights of a directory ("fp16"); `family` and `ema`
+    (the U-Net's moving average in place of its last weights) are of single files. `prediction` ("eps", "v", "x0") and
+    `zero_snr` (zero terminal SNR) override what the model says; `vae` is a folder, file or hub id of another autoencoder.
+    """
+
+    revision: str | None = None
+    vae: str | Path | None = None
+    variant: str | None = None
+    family: str | None = None
+    prediction: str | None = None
+    zero_snr: bool | None = None
+    ema: bool = False
+    token: str | None = None
+
+    def to_record(self) -> dict[str, Any]:
+        """The options that are set, as JSON values; never the token."""
+        given = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
+        return {n: str(value) if isinstance(value, Path) else value for n, value in given.items() if n != "token"}
 
 
 @dataclass(frozen=True)

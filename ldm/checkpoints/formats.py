@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from ldm.checkpoints import detect, hub
+from ldm.checkpoints.families import LoadOptions
 from ldm.checkpoints.layouts import read_component, read_directory, read_single_file, replace_vae
 from ldm.checkpoints.networks import TEXT_ENCODERS, ModelSpec, load_weights
 from ldm.conditioning import Conditioning
@@ -73,66 +74,52 @@ class Checkpoint:
 
 
 class CheckpointFormat(NamedTuple):
-    """A way to write a model: what reads it, and which options of `load_checkpoint` it heeds."""
+    """A layout of checkpoints on disk: its reader, and the `LoadOptions` that do not apply to it."""
 
-    read: Callable[..., ModelSpec]
-    option_names: tuple[str, ...]
+    read: Callable[[Path, LoadOptions], ModelSpec]
+    unsupported_options: frozenset[str]
 
 
 FORMATS = {
-    "folder": CheckpointFormat(read_directory, ("variant", "prediction", "zero_snr")),
-    "single file": CheckpointFormat(read_single_file, ("family", "prediction", "zero_snr", "ema")),
+    "folder": CheckpointFormat(read_directory, frozenset({"family", "ema"})),
+    "single file": CheckpointFormat(read_single_file, frozenset({"variant"})),
 }
 
 
 def load_checkpoint(
-    source: str | Path,
-    device: torch.device,
-    dtype: torch.dtype,
-    *,
-    revision: str | None = None,
-    variant: str | None = None,
-    family: str | None = None,
-    prediction: str | None = None,
-    zero_snr: bool | None = None,
-    ema: bool = False,
-    vae: str | Path | None = None,
-    token: str | None = None,
+    source: str | Path, device: torch.device, dtype: torch.dtype, options: LoadOptions = LoadOptions()
 ) -> Checkpoint:
-    """A model from a folder, a single file or the hub (`owner/name`, `owner/name:file.safetensors`), to draw with.
+    """The model in a directory, a single file or on the hub (`owner/name`, `owner/name:file.safetensors`).
 
-    `variant` chooses among a folder's weights ("fp16"), `family` and `ema` are of single files; `prediction` and
-    `zero_snr` overrule what the model says, `vae` is the folder or file of another autoencoder. In float16 an
-    autoencoder that cannot bear it stays in float32. ValueError in one line names the file and what is missing,
-    unknown, torn or of another shape.
+    In float16 an autoencoder with `force_upcast` stays in float32. ValueError in one line names the file and what is
+    missing, unknown, truncated or of another shape.
     """
-    path = locate_weights(source, revision, token, variant)
-    kind = "folder" if path.is_dir() else "single file"
-    own = {"variant": variant, "family": family, "prediction": prediction, "zero_snr": zero_snr, "ema": ema or None}
-    given = {name: value for name, value in own.items() if value is not None}
-    if stray := given.keys() - FORMATS[kind].option_names:
-        raise ValueError(f"{path}: {' and '.join(sorted(stray))} cannot be said of a {kind}")
-    model = FORMATS[kind].read(path, **given)
-    if vae is not None:
-        model = replace_vae(model, locate_weights(vae, None, token, None, "vae"))
-    check_model_spec(model, path)
-    elsewhere = {"path": None if source == PICTO_PATH else source, "revision": revision, "vae": vae}
-    options = {**{name: str(value) for name, value in elsewhere.items() if value is not None}, **given}
+    model = read_model_spec(source, options)
+    path = {} if source == PICTO_PATH else {"path": str(source)}
     return replace(
-        build_checkpoint(model, device, dtype), vae_name=None if vae is None else Path(vae).name, load_options=options
+        build_checkpoint(model, device, dtype),
+        vae_name=None if options.vae is None else Path(options.vae).name,
+        load_options={**path, **options.to_record()},
     )
 
 
-def locate_weights(
-    source: str | Path,
-    revision: str | None = None,
-    token: str | None = None,
-    variant: str | None = None,
-    kind: str = "model",
-) -> Path:
-    """Where a model, or another `detect_suffix` of `hub.KINDS`, lies on this machine, if need be brought from the hub."""
+def read_model_spec(source: str | Path, options: LoadOptions = LoadOptions()) -> ModelSpec:
+    """The networks of a model, compared with its files by name and shape, without the weights; errors as above."""
+    path = locate_weights(source, options)
+    layout = "folder" if path.is_dir() else "single file"
+    if unsupported := FORMATS[layout].unsupported_options & options.to_record().keys():
+        raise ValueError(f"{path}: {' and '.join(sorted(unsupported))} does not apply to a {layout}")
+    model = FORMATS[layout].read(path, options)
+    if options.vae is not None:
+        model = replace_vae(model, locate_weights(options.vae, LoadOptions(token=options.token), "vae"))
+    check_model_spec(model, path)
+    return model
+
+
+def locate_weights(source: str | Path, options: LoadOptions = LoadOptions(), kind: str = "model") -> Path:
+    """The local path of a model, or another kind of `REPO_CONTENTS`, downloaded from the hub if need be."""
     if is_hub_source(source):
-        return hub.download_from_hub(str(source), revision, token, variant, kind)
+        return hub.download_from_hub(str(source), options, kind)
     return check_local_path(source)
 
 

@@ -20,13 +20,16 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from ldm.adapters.lora_saving import LORA_WEIGHT_NAME_SAFE, PEFT_CONFIG_NAME, PEFT_LORA_NAME
+from ldm.checkpoints.families import LoadOptions
 from ldm.checkpoints.layouts import MODEL_INDEX_NAME, WEIGHT_FILE_STEMS, choose_weight_files, select_model_files
 
 REPO_NAME_PATTERN = r"[A-Za-z0-9_][\w.-]*"
 REPO_ID_PATTERN = re.compile(rf"({REPO_NAME_PATTERN}/{REPO_NAME_PATTERN})(?::(.+\.safetensors))?")
 TOKEN_REQUIRED = "a token of yours is needed, in HF_TOKEN"
-TEXT_INVERSION_NAME_SAFE = "learned_embeds.safetensors"  # as diffusers' training script calls a word
+# names of the libraries that write these files: diffusers' adapters and embeddings, peft's adapters
+LORA_WEIGHT_NAME_SAFE = "pytorch_lora_weights.safetensors"
+TEXT_INVERSION_NAME_SAFE = "learned_embeds.safetensors"
+PEFT_LORA_NAME, PEFT_CONFIG_NAME = "adapter_model.safetensors", "adapter_config.json"
 
 
 def is_repo_id(source: str) -> bool:
@@ -97,22 +100,16 @@ REPO_CONTENTS = {
 }
 
 
-def download_from_hub(
-    source: str,
-    revision: str | None = None,
-    token: str | None = None,
-    variant: str | None = None,
-    kind: str = "model",
-) -> Path:
-    """The folder of a repository `owner/name`, or a file of it, in the hub's local cache.
+def download_from_hub(source: str, options: LoadOptions = LoadOptions(), kind: str = "model") -> Path:
+    """The path, in the hub's local cache, of the files of a repository `owner/name` that are of a kind of
+    `REPO_CONTENTS`, or of the one file `owner/name:file`.
 
-    It is the file of `owner/name:file`, or what in the repository is of that kind of `REPO_CONTENTS`.
-    Without the network (HF_HUB_OFFLINE, or none is reached) it is what the cache has. ValueError in one line names the
-    repository: no such one, no such revision, gated, not a model, or neither reached nor in the cache.
+    Without network access (or with HF_HUB_OFFLINE) only the cache is used. ValueError names the repository: unknown,
+    unknown revision, gated, nothing of that kind in it, or neither reachable nor cached.
     """
     match = REPO_ID_PATTERN.fullmatch(source)
     assert match, source
-    repo_id, file = match.groups()
+    (repo_id, file), revision, token = match.groups(), options.revision, options.token
     with translate_hub_errors(source, revision):
         try:
             siblings = HfApi(token=token).model_info(repo_id, revision=revision).siblings or ()
@@ -126,7 +123,7 @@ def download_from_hub(
             names = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
         if file:
             return Path(hf_hub_download(repo_id, file, revision=revision, token=token))
-        if not (picked := REPO_CONTENTS[kind].select_files(names, variant)):
+        if not (picked := REPO_CONTENTS[kind].select_files(names, options.variant)):
             raise ValueError(f"not {REPO_CONTENTS[kind].description}{_suggest_files(repo_id, names)}")
         if folder is None:
             patterns = [glob.escape(name) for name in picked]

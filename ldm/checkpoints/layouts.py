@@ -16,8 +16,7 @@ from torch import Tensor
 
 from ldm.checkpoints import detect, keys
 from ldm.checkpoints.configs import build_from_config, get_config_number
-from ldm.checkpoints.families import FAMILIES, ModelFamily
-from ldm.checkpoints.files import read_json
+from ldm.checkpoints.families import FAMILIES, LoadOptions, ModelFamily
 from ldm.checkpoints.networks import (
     TEXT_ENCODERS,
     ModelSpec,
@@ -39,6 +38,7 @@ from ldm.diffusion.prediction import PREDICTIONS, Prediction
 from ldm.diffusion.samplers import SAMPLERS
 from ldm.diffusion.timesteps import SPACINGS
 from ldm.errors import choose
+from ldm.files import read_json
 from ldm.nn import text_encoders
 from ldm.nn.unet import UNetConfig
 from ldm.nn.vae import get_vae_config, vae_scale_factor
@@ -105,25 +105,23 @@ TOKENIZER_FILES = (
 DEFAULT_NUM_INFERENCE_STEPS = 50  # diffusers' default
 
 
-def read_directory(
-    folder: Path, variant: str | None = None, prediction: str | None = None, zero_snr: bool | None = None
-) -> ModelSpec:
-    """The model in a folder; ValueError in one line names the file and what is missing, unknown or not understood.
+def read_directory(folder: Path, options: LoadOptions = LoadOptions()) -> ModelSpec:
+    """The model in a folder; ValueError in one line names the file and what is missing, unknown or not supported.
 
-    `variant` chooses among weights, as in `diffusion_pytorch_model.fp16.safetensors`; without it the plain ones are
+    `options.variant` chooses `diffusion_pytorch_model.fp16.safetensors` and the like; by default the plain weights are
     read, or the only ones.
     """
     index = read_model_index(folder)
     kind = DIFFUSERS_PIPELINES[index["_class_name"]]
     networks, groups = {}, []
     for name in ("unet", "vae", *kind.text_encoders):
-        networks[name], files = read_component(folder / name, name, variant)
+        networks[name], files = read_component(folder / name, name, options.variant)
         groups.append(files)
     overrides: dict[str, Any] = {"_class_name": index["scheduler"][1]}
-    if prediction is not None:
-        overrides["prediction_type"] = choose(DIFFUSERS_PREDICTION_TYPES, prediction, "prediction")
-    if zero_snr is not None:
-        overrides["rescale_betas_zero_snr"] = zero_snr
+    if options.prediction is not None:
+        overrides["prediction_type"] = choose(DIFFUSERS_PREDICTION_TYPES, options.prediction, "prediction")
+    if options.zero_snr is not None:
+        overrides["rescale_betas_zero_snr"] = options.zero_snr
     schedule = load_scheduler_config(folder / "scheduler" / "scheduler_config.json", **overrides)
     unet = networks["unet"].config
     family = find_family_by_unet(unet, schedule.prediction)
@@ -353,24 +351,20 @@ def select_model_files(names: Iterable[str], variant: str | None = None) -> list
 LOSS_PREFIX = "loss."  # what an autoencoder was trained with, in its own file
 
 
-def read_single_file(
-    path: Path,
-    family: str | None = None,
-    prediction: str | None = None,
-    zero_snr: bool | None = None,
-    ema: bool = False,
-) -> ModelSpec:
-    """The model in a file; what the file does not say is its family's, which its tensors tell, or `family`.
+def read_single_file(path: Path, options: LoadOptions = LoadOptions()) -> ModelSpec:
+    """The model in a file, with the configurations of its family, which its tensors tell (or `options.family`).
 
-    `ema` takes the U-Net's moving average. The file may lack an autoencoder, then the blueprint lacks its weights.
-    ValueError names the file and what is missing, unknown or of another shape.
+    A file without an autoencoder gives a spec without its weights. ValueError names the file and what is missing, unknown
+    or of another shape.
     """
     file = open_safetensors(path)
     tensors = file.meta_tensors()
     try:
-        detect.detect_prediction(tensors, file.metadata, family=family, prediction=prediction)  # refuses contradictions
-        record = FAMILIES[family or detect.detect_family(tensors)]
-        entries = keys.map_single_file_keys(_add_missing_vae(tensors, record), record, ema)
+        detect.detect_prediction(
+            tensors, file.metadata, family=options.family, prediction=options.prediction
+        )  # refuses contradictions
+        record = FAMILIES[options.family or detect.detect_family(tensors)]
+        entries = keys.map_single_file_keys(_add_missing_vae(tensors, record), record, options.ema)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
 
@@ -380,9 +374,9 @@ def read_single_file(
                 tensors,
                 file.metadata,
                 lambda: probe(parse_scheduler_config(record.scheduler).sde),
-                family=family,
-                prediction=prediction,
-                zero_snr=zero_snr,
+                family=options.family,
+                prediction=options.prediction,
+                zero_snr=options.zero_snr,
             )
             own = FAMILIES[found.family]  # of the same tensors, maybe of another native size
             config = family_scheduler_config(own, found.prediction, found.zero_snr)

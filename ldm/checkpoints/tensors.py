@@ -1,12 +1,7 @@
-"""safetensors files, whose header is checked before any memory is taken and whose bytes are read once.
+"""Read and write safetensors files, one tensor at a time.
 
-The format: the header's length (8 bytes, little endian), a JSON object of names with dtype, shape and place, the data.
-What a file is, its content decides, never its name.
-
-
-safetensors files written one tensor at a time, in any order: the header needs names, dtypes and shapes alone.
-
-The format is that of `ldm.checkpoints.tensors`.
+The format: the header's length (8 bytes, little endian), a JSON object of names with dtype, shape and offsets, the data.
+The header is validated before memory is allocated. The content decides what a file is, never its name.
 """
 
 from __future__ import annotations
@@ -21,14 +16,17 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from torch import Tensor
+from safetensors.torch import save_file
+from torch import Tensor, nn
 
-from ldm.checkpoints.files import parse_json
+from ldm.errors import parse_json
+from ldm.files import write_json
 
 if TYPE_CHECKING:
     from hashlib import _Hash
 
-
+DIFFUSERS_WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
+TRANSFORMERS_WEIGHTS_NAME = "model.safetensors"
 SAFETENSORS_DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -216,3 +214,19 @@ class SafetensorsWriter:
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.file.close()
         assert kind or not self.pending, f"{[*self.pending][:3]} were not written"
+
+
+def save_module(module: nn.Module, config: Mapping[str, Any], folder: Path, name: str = DIFFUSERS_WEIGHTS_NAME) -> None:
+    """Write `config.json` and the weights of one component to a folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    save_tensors(module.state_dict(), folder / name)
+    write_json(config, folder / "config.json")
+
+
+def save_tensors(tensors: Mapping[str, Tensor], path: Path, dtype: torch.dtype = torch.float16) -> None:
+    """Write a safetensors file with the floating-point tensors in `dtype`."""
+    cast = {
+        name: value.detach().to("cpu", dtype if value.is_floating_point() else value.dtype).contiguous()
+        for name, value in tensors.items()
+    }
+    save_file(cast, path, metadata={"format": "pt"})

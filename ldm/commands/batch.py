@@ -147,7 +147,7 @@ def batch(
     choose(IMAGE_FORMATS, format, "--format")
     devices = assign_devices(engine, workers, model.device)
     axes = None if grid is None else contact_sheets.parse_grid_axes(grid)
-    vae = model.vae and make_path_absolute(model.vae)
+    vae = model.vae and make_path_absolute(str(model.vae))
     model = replace(model, model=make_path_absolute(model.model), vae=vae, dtype=resolve_dtype_name(model))
     adapters, embeddings = map(parse_lora, lora or []), map(parse_embedding, embedding or [])
     opener = PipelineLoader(

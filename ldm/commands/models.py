@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from ldm.checkpoints.families import LoadOptions
 from ldm.commands.options import JsonOption, RevisionOption, WeightVariantOption, print_record
 
 
@@ -22,7 +23,7 @@ def inspect(
     """What a model, adapter or embedding is, with the evidence, and what each of its tensors is for."""
     from ldm.convert import inspect as inspection
 
-    found = inspection.inspect_model(model, probe, revision, variant)
+    found = inspection.inspect_model(model, probe, LoadOptions(revision=revision, variant=variant))
     print(json.dumps(found) if as_json else inspection.format_report(found))
 
 
@@ -60,17 +61,15 @@ def convert(
     from ldm.errors import choose
     from ldm.pipeline.pipeline import PIPELINE_DTYPES
 
+    options = LoadOptions(
+        revision=revision, variant=variant, family=family, prediction=prediction, zero_snr=zero_snr, ema=ema
+    )
     made = conversion.convert_checkpoint(
         source,
         destination,
+        options,
         trust=trust,
-        family=family,
-        ema=ema,
         dtype=None if dtype is None else choose(PIPELINE_DTYPES, dtype, "dtype"),
-        prediction=prediction,
-        zero_snr=zero_snr,
-        revision=revision,
-        variant=variant,
     )
     print_record(made, as_json)
 
@@ -82,7 +81,9 @@ def convert_lora_file(
     from ldm.adapters.lora_loading import convert_adapter
     from ldm.checkpoints.formats import locate_weights
 
-    adapter = convert_adapter(locate_weights(source, revision, kind="adapter"), destination, to, family)
+    adapter = convert_adapter(
+        locate_weights(source, LoadOptions(revision=revision), "adapter"), destination, to, family
+    )
     return {"destination": str(destination), "adapter": adapter.name, "dialect": to, "modules": len(adapter.deltas)}
 
 

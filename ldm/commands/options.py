@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 import typer
 
 from ldm import files
+from ldm.checkpoints.families import LoadOptions
 
 if TYPE_CHECKING:
     from ldm.pipeline.pipeline import Pipeline
@@ -48,17 +49,10 @@ MODEL_OPTIONS: dict[str, Any] = {
 
 
 @dataclass(frozen=True)
-class ModelOptions:
-    """The options that choose a model; `model` "" is the one shipped."""
+class ModelOptions(LoadOptions):
+    """The options that choose a model and where it runs; `model` "" is picto."""
 
     model: str = ""
-    revision: str | None = None
-    variant: str | None = None
-    family: str | None = None
-    prediction: str | None = None
-    zero_snr: bool | None = None
-    ema: bool = False
-    vae: str | None = None
     device: str = "auto"
     dtype: str = "auto"
 
@@ -70,9 +64,9 @@ class ModelOptions:
     def cli_args(self) -> list[str]:
         """The options that choose it again, on any device."""
         said = []
-        for field in fields(self):
-            option, value = f"--{field.name.replace('_', '-')}", getattr(self, field.name)
-            if value == field.default or field.name == "device":
+        for name in MODEL_OPTIONS:
+            option, value = f"--{name.replace('_', '-')}", getattr(self, name)
+            if value == getattr(ModelOptions, name) or name == "device":
                 continue
             said += [option, str(value)] if not isinstance(value, bool) else [option if value else f"--no-{option[2:]}"]
         return said

@@ -9,18 +9,17 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import chain
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ldm.checkpoints import detect, formats, keys
-from ldm.checkpoints.families import FAMILIES, ModelFamily
-from ldm.checkpoints.files import read_json, write_json
+from ldm.checkpoints.families import FAMILIES, LoadOptions, ModelFamily
 from ldm.checkpoints.layouts import (
     COMPONENT_CLASSES,
     MODEL_INDEX_NAME,
@@ -36,7 +35,7 @@ from ldm.checkpoints.tensors import SafetensorsFile, SafetensorsWriter
 from ldm.convert.family_match import list_omissions, match_family
 from ldm.convert.rewrite import PICKLE_SUFFIXES, SAFETENSORS_SUFFIX, list_source_files, rewrite_weights
 from ldm.convert.unpickle import is_pickle
-from ldm.files import atomic_write, check_creatable_dir, ensure_writable_dir
+from ldm.files import atomic_write, check_creatable_dir, ensure_writable_dir, read_json, write_json
 from ldm.nn import text_encoders
 
 MODELSPEC_ARCHITECTURES = {  # modelspec.architecture
@@ -55,44 +54,31 @@ DIFFUSERS_VERSION = "0.42.1"  # whose layout it is; its inpainting asks
 ConversionReport = dict[str, Any]
 
 
-class ModelOverrides(NamedTuple):
-    """What the user says of a model, None where the model shall say it itself."""
-
-    family: str | None = None
-    prediction: str | None = None
-    zero_snr: bool | None = None
-    ema: bool = False
-
-
 def convert_checkpoint(
     src: str | Path,
     dst: str | Path,
+    options: LoadOptions = LoadOptions(),
     *,
     trust: bool = False,
-    family: str | None = None,
-    ema: bool = False,
     dtype: torch.dtype | None = None,
-    prediction: str | None = None,
-    zero_snr: bool | None = None,
-    revision: str | None = None,
-    variant: str | None = None,
 ) -> ConversionReport:
     """A folder, file or hub id as `dst`, a single file if its name ends in .safetensors, else a folder; a report.
 
     A folder becomes a single file in its makers' layout, a single file a folder in diffusers', and what would stay as
     it is is written again. `trust` opens pickles (see `ldm.checkpoints.unpickle`), `dtype` is that of the real numbers,
-    None each tensor's own. `family`, `prediction` and `zero_snr` overrule what the source says, `ema` takes a single
-    file's moving average; `revision` is a hub id's, `variant` chooses among its weights or a folder's. `dst` must not
-    exist, or be an empty folder; it appears whole or not at all. The report lists what was `ignored_reason`, `left_out` and
+    None each tensor's own; `options` are how the source is read. `dst` must not exist, or be an empty folder; it appears whole or not at all. The report lists what was `ignored_reason`, `left_out` and
     `should_drop_caption`. ValueError in one line that names the file.
     """
     dst, given = _check_destination(Path(dst).expanduser()), src
-    src = formats.locate_weights(src, revision, None, variant)
+    src = formats.locate_weights(src, options)
     ensure_writable_dir(dst.parent)
-    asked, same = ModelOverrides(family, prediction, zero_snr, ema), src.is_dir() != (dst.suffix == SAFETENSORS_SUFFIX)
-    if same and (asked != ModelOverrides() or (variant and not formats.is_hub_source(given))):
+    same = src.is_dir() != (dst.suffix == SAFETENSORS_SUFFIX)
+    unused = replace(
+        options, revision=None, token=None, variant=None if formats.is_hub_source(given) else options.variant
+    )
+    if same and unused != LoadOptions():
         raise ValueError(
-            f"{dst}: the layout stays the same, of family, prediction, zero_snr, ema and variant nothing can be said"
+            f"{dst}: the layout stays the same, so family, prediction, zero_snr, ema and variant do not apply"
         )
     with ExitStack() as stack:
         plain, dropped = (src, {}) if same else stack.enter_context(_without_pickles(src, dst, trust))
@@ -100,9 +86,9 @@ def convert_checkpoint(
         if same:
             report = rewrite_weights(src, draft, dtype, trust)
         elif src.is_dir():
-            report = _write_single_file(plain, draft, dst.stem, dtype, asked, variant)
+            report = _write_single_file(plain, draft, dst.stem, dtype, options)
         else:
-            report = _write_directory(plain, draft, dtype, asked)
+            report = _write_directory(plain, draft, dtype, options)
     return {"source": str(given), "destination": str(dst), "dropped": dropped, **report}
 
 
@@ -134,13 +120,13 @@ def _without_pickles(src: Path, dst: Path, trust: bool) -> Iterator[tuple[Path, 
             raise ValueError(str(error).replace(str(copy), str(src))) from None
 
 
-def _write_directory(src: Path, draft: Path, dtype: torch.dtype | None, overrides: ModelOverrides) -> ConversionReport:
+def _write_directory(src: Path, draft: Path, dtype: torch.dtype | None, options: LoadOptions) -> ConversionReport:
     """A single file as a folder that diffusers and we read."""
-    ((source,),) = read_single_file(src, *overrides).shard_groups
+    ((source,),) = read_single_file(src, options).shard_groups
     file, entries = source
     if not any(entry.component == "vae" for entry in entries.values()):
         raise ValueError(f"{src}: no vae in it, without which a folder is no model")
-    verdict = _detect_model(file, overrides)
+    verdict = _detect_model(file, options)
     record, meta = FAMILIES[verdict.family], file.meta_tensors()
     parts: dict[str, dict[str, Tensor]] = defaultdict(dict)
     for name, entry in entries.items():
@@ -162,18 +148,16 @@ def _write_directory(src: Path, draft: Path, dtype: torch.dtype | None, override
     return {"layout": "folder", "tensors": count, **asdict(verdict), "ignored": dict(ignored)}
 
 
-def _detect_model(file: SafetensorsFile, overrides: ModelOverrides) -> detect.Detection:
+def _detect_model(file: SafetensorsFile, options: LoadOptions) -> detect.Detection:
     """What a single file is; its U-Net is asked if need be."""
 
     def probe() -> detect.ProbeResult:
-        known = overrides._replace(
-            prediction="eps", zero_snr=False
-        )._asdict()  # whatever they are: the U-Net is the same
-        model = formats.load_checkpoint(file.path, formats.CPU_DEVICE, torch.bfloat16, **known)
+        # any prediction will do: the U-Net is the same
+        known = LoadOptions(family=options.family, prediction="eps", zero_snr=False, ema=options.ema)
+        model = formats.load_checkpoint(file.path, formats.CPU_DEVICE, torch.bfloat16, known)
         return formats.probe_unet(model.unet, model.text_encoders, model.sde)
 
-    said = overrides._asdict()
-    del said["ema"]
+    said: dict[str, Any] = {name: getattr(options, name) for name in ("family", "prediction", "zero_snr")}
     try:
         return detect.detect_model(file.meta_tensors(), file.metadata, probe, **said)
     except ValueError as error:
@@ -205,16 +189,16 @@ def _write_configs(family: ModelFamily, verdict: detect.Detection, folder: Path)
 
 
 def _write_single_file(
-    src: Path, draft: Path, title: str, dtype: torch.dtype | None, overrides: ModelOverrides, variant: str | None
+    src: Path, draft: Path, title: str, dtype: torch.dtype | None, options: LoadOptions
 ) -> ConversionReport:
     """A folder as a single file, which says what it predicts, so that nobody has to guess."""
-    if overrides.ema:
-        raise ValueError(f"{src}: ema cannot be said of a folder")
-    model = read_directory(src, variant, prediction=overrides.prediction, zero_snr=overrides.zero_snr)
+    if options.ema:
+        raise ValueError(f"{src}: ema does not apply to a folder")
+    model = read_directory(src, options)
     scheduler = read_json(src / "scheduler" / "scheduler_config.json")
-    kind = overrides.prediction or PREDICTION_TYPES[scheduler.get("prediction_type", "epsilon")]
-    zero = bool(scheduler.get("rescale_betas_zero_snr")) if overrides.zero_snr is None else overrides.zero_snr
-    name = match_family(model, scheduler, kind, src, overrides.family)
+    kind = options.prediction or PREDICTION_TYPES[scheduler.get("prediction_type", "epsilon")]
+    zero = bool(scheduler.get("rescale_betas_zero_snr")) if options.zero_snr is None else options.zero_snr
+    name = match_family(model, scheduler, kind, src, options.family)
     record = FAMILIES[name]
     sources = [source for group in model.shard_groups for source in group]
     components: dict[str, dict[str, Tensor]] = defaultdict(dict)

@@ -15,8 +15,7 @@ import torch
 from ldm.adapters import lora_loading
 from ldm.adapters.lora_keys import detect_lora_format, parse_lora_key
 from ldm.checkpoints import detect, formats, keys
-from ldm.checkpoints.families import FAMILIES, ModelFamily
-from ldm.checkpoints.files import file_sha256, read_json
+from ldm.checkpoints.families import FAMILIES, LoadOptions, ModelFamily
 from ldm.checkpoints.layouts import (
     MODEL_INDEX_NAME,
     family_scheduler_config,
@@ -28,6 +27,7 @@ from ldm.checkpoints.layouts import (
 from ldm.checkpoints.schedule import PREDICTION_TYPES, parse_scheduler_config
 from ldm.checkpoints.tensors import SafetensorsFile, TensorInfo, open_safetensors
 from ldm.diffusion.prediction import PREDICTIONS
+from ldm.files import file_sha256, read_json
 
 PROBE_DEVICE = torch.device("cpu")
 SDE_CONFIG_FIELDS = (  # fields of a scheduler's configuration that make its SDE
@@ -39,19 +39,17 @@ SDE_CONFIG_FIELDS = (  # fields of a scheduler's configuration that make its SDE
 )
 
 
-def inspect_model(
-    source: str | Path, probe: bool = True, revision: str | None = None, variant: str | None = None
-) -> dict[str, Any]:
+def inspect_model(source: str | Path, probe: bool = True, options: LoadOptions = LoadOptions()) -> dict[str, Any]:
     """What a model on this machine or the hub is, as values of JSON; `format_report` has them for people.
 
     `probe_network` asks the U-Net what it predicts, which loads the model; without it, a file that does not say it has
     `prediction` None. What is no model is described by its kind. ValueError, in one line that names the file, for what
     cannot be read, and for a single file that contradicts itself.
     """
-    path = formats.locate_weights(source, revision, None, variant)
-    found = _inspect_folder(path, variant) if path.is_dir() else _inspect_file(path)
+    path = formats.locate_weights(source, options)
+    found = _inspect_folder(path, options) if path.is_dir() else _inspect_file(path)
     if probe and "prediction" in found:
-        _probe_prediction(path, found, variant)
+        _probe_prediction(path, found, options)
     return {"source": str(source), **found}
 
 
@@ -172,11 +170,11 @@ def _find_faults(file: SafetensorsFile, family: ModelFamily) -> list[str]:
     return []
 
 
-def _inspect_folder(path: Path, variant: str | None = None) -> dict[str, Any]:
+def _inspect_folder(path: Path, options: LoadOptions) -> dict[str, Any]:
     """A folder by its configurations and headers; its tensors are compared with its networks, strictly."""
     if not (path / MODEL_INDEX_NAME).exists() and (part := _inspect_component_folder(path)):
         return part
-    index, model = read_model_index(path), read_directory(path, variant)
+    index, model = read_model_index(path), read_directory(path, options)
     config = read_json(path / "scheduler" / "scheduler_config.json") | {"_class_name": index["scheduler"][1]}
     prediction = PREDICTION_TYPES[config.get("prediction_type", "epsilon")]
     zero = bool(config.get("rescale_betas_zero_snr"))
@@ -260,12 +258,12 @@ def _inspect_adapter(file: SafetensorsFile) -> dict[str, Any]:
     }
 
 
-def _probe_prediction(path: Path, found: dict[str, Any], variant: str | None) -> None:
+def _probe_prediction(path: Path, found: dict[str, Any], options: LoadOptions) -> None:
     """Ask the U-Net; write into the report what it predicts where nothing said so, and the evidence."""
     try:
-        # said, so that `load_checkpoint` does not ask
-        options: dict[str, Any] = {"variant": variant} if path.is_dir() else {"prediction": "eps", "zero_snr": False}
-        model = formats.load_checkpoint(path, PROBE_DEVICE, torch.bfloat16, **options)
+        # a prediction is given, so that `load_checkpoint` does not probe
+        known = options if path.is_dir() else LoadOptions(prediction="eps", zero_snr=False)
+        model = formats.load_checkpoint(path, PROBE_DEVICE, torch.bfloat16, known)
         kind, line = detect.classify_probe(formats.probe_unet(model.unet, model.text_encoders, model.sde))
     except ValueError as error:
         why = str(error).removesuffix(detect.PREDICTION_OPTION_HINT) if found["prediction"] else str(error)

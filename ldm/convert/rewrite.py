@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
-from ldm.checkpoints.files import read_json, write_json
 from ldm.checkpoints.tensors import SafetensorsWriter, open_safetensors
 from ldm.convert.unpickle import is_pickle, unpickle_weights
+from ldm.files import read_json, write_json
 
 SAFETENSORS_SUFFIX = ".safetensors"
 PICKLE_SUFFIXES = (".bin", ".ckpt", ".pt", ".pth")

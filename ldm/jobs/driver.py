@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ldm import __version__
-from ldm.checkpoints.files import read_json, write_json
-from ldm.files import atomic_write
+from ldm.files import atomic_write, read_json, write_json
 from ldm.jobs.engines import Engine
 from ldm.jobs.items import fingerprint_model
 from ldm.jobs.leases import Leases

@@ -13,9 +13,8 @@ from dataclasses import fields
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
-from ldm.checkpoints.files import read_json
 from ldm.data.tables import import_pyarrow
-from ldm.files import atomic_write, rename_noreplace
+from ldm.files import atomic_write, read_json, rename_noreplace
 from ldm.jobs.manifest import iter_manifest_rows, list_manifest_files
 from ldm.pipeline.request import Request
 

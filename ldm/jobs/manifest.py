@@ -9,8 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ldm.checkpoints.files import file_sha256
-from ldm.files import atomic_write, remove_path
+from ldm.files import atomic_write, file_sha256, remove_path
 from ldm.jobs.leases import Leases
 
 MANIFEST_FILE = "manifest.jsonl"

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from ldm.checkpoints.files import file_sha256
+from ldm.files import file_sha256
 from ldm.jobs.items import JobItem, compute_item_id, fingerprint_model
 from ldm.jobs.leases import LEASE_TIMEOUT, Leases
 from ldm.jobs.manifest import Manifest, append_manifest_record

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ldm.checkpoints.files import save_module
+from ldm.checkpoints.tensors import save_module
 from ldm.config import AutoencoderObjective, Recipe
 from ldm.hardware import autocast
 from ldm.image_io import from_uint8

@@ -26,7 +26,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from ldm.checkpoints.files import TRANSFORMERS_WEIGHTS_NAME, save_module, save_tensors
+from ldm.checkpoints.tensors import TRANSFORMERS_WEIGHTS_NAME, save_module, save_tensors
 from ldm.config import ClipObjective, Recipe
 from ldm.hardware import autocast
 from ldm.image_io import from_uint8

@@ -13,10 +13,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from ldm.checkpoints.files import to_device
 from ldm.checkpoints.formats import load_vae
 from ldm.files import atomic_write
-from ldm.hardware import preferred_dtype
+from ldm.hardware import preferred_dtype, to_device
 from ldm.image_io import from_uint8
 from ldm.nn.vae import Posterior, encode_images
 from ldm.picto.scenes import SceneDataset

@@ -19,12 +19,13 @@ from ldm.adapters.lora import AdapterMerger, AdapterWeight
 from ldm.adapters.lora_loading import load_adapter
 from ldm.adapters.textual_inversion import read_placeholder_token
 from ldm.checkpoints import hub
-from ldm.checkpoints.files import file_sha256
+from ldm.checkpoints.families import LoadOptions
 from ldm.checkpoints.formats import PICTO_PATH, Checkpoint, is_hub_source, load_checkpoint, locate_weights
 from ldm.conditioning import Conditioning
 from ldm.diffusion.denoiser import Denoise
 from ldm.diffusion.guidance import FULL_INTERVAL, classifier_free_guidance
 from ldm.errors import choose
+from ldm.files import file_sha256
 from ldm.hardware import best_device
 from ldm.image_io import from_uint8
 from ldm.metadata import create_infotext
@@ -75,11 +76,11 @@ class Pipeline:
     ) -> Pipeline:
         """The model in a folder, a single file or a hub repository; ValueError names what is missing or at fault.
 
-        device "auto" is CUDA where there is one; dtype "auto" is bfloat16 on CUDA and float32 on a CPU. `base_model_path` are
-        the options of `ldm.checkpoints.formats.load_checkpoint`: revision, variant, token, family, prediction, zero_snr, ema, vae.
+        device "auto" is CUDA where there is one; dtype "auto" is bfloat16 on CUDA and float32 on a CPU. `load_options` are
+        the fields of `LoadOptions`: revision, variant, token, family, prediction, zero_snr, ema, vae.
         """
         where = choose_device(device)
-        return cls(load_checkpoint(path, where, choose_dtype(dtype, where), **load_options), batch_size)
+        return cls(load_checkpoint(path, where, choose_dtype(dtype, where), LoadOptions(**load_options)), batch_size)
 
     @property
     def device(self) -> torch.device:

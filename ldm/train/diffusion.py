@@ -13,10 +13,10 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from ldm.checkpoints.files import save_module, to_device, write_json
 from ldm.checkpoints.formats import MODEL_INDEX, load_text_encoder, load_unet, load_vae
 from ldm.checkpoints.layouts import load_checked_tokenizer
 from ldm.checkpoints.schedule import build_scheduler_config, parse_scheduler_config
+from ldm.checkpoints.tensors import save_module
 from ldm.conditioning import Conditioning
 from ldm.config import DiffusionObjective, Recipe
 from ldm.diffusion.guidance import classifier_free_guidance
@@ -24,7 +24,8 @@ from ldm.diffusion.prediction import PREDICTIONS
 from ldm.diffusion.samplers import dpmpp_2m, sample
 from ldm.diffusion.timesteps import trailing
 from ldm.errors import choose
-from ldm.hardware import autocast, best_device, preferred_dtype
+from ldm.files import write_json
+from ldm.hardware import autocast, best_device, preferred_dtype, to_device
 from ldm.image_io import contact_sheet, to_pil
 from ldm.nn.text_encoders import TextEncoder, tokenize_captions, warn_about_truncation
 from ldm.nn.unet import UNet, UNetConfig

@@ -12,7 +12,6 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from ldm.checkpoints.files import to_device
 from ldm.checkpoints.formats import Checkpoint, load_checkpoint
 from ldm.conditioning import Conditioning
 from ldm.config import FinetuneObjective, ImageDataConfig, Recipe
@@ -20,7 +19,7 @@ from ldm.data import batch_sampler as order
 from ldm.data.image_dataset import CachedEncoder, ImageDataset, validation_data_config
 from ldm.data.latent_cache import LatentCache, blake2b_hexdigest, hash_network_weights
 from ldm.files import atomic_write
-from ldm.hardware import autocast, resolve_frozen_dtype
+from ldm.hardware import autocast, resolve_frozen_dtype, to_device
 from ldm.image_io import contact_sheet, from_uint8
 from ldm.nn.prompts import PlaceholderTokens, split_on_tokens
 from ldm.nn.text_encoders import warn_about_truncation
@@ -29,7 +28,7 @@ from ldm.pipeline.pipeline import Pipeline
 from ldm.pipeline.request import Request
 from ldm.rng import derive_seed
 from ldm.train.card import write_model_card
-from ldm.train.methods import FINETUNE_METHODS, base_model_path, load_base_pipeline
+from ldm.train.methods import FINETUNE_METHODS, base_load_options, base_model_path, load_base_pipeline
 from ldm.train.processes import get_partial_state
 from ldm.train.score_matching import NUM_VALIDATION_LEVELS, ScoreMatchingLoss, standard_error, summarize_level_losses
 from ldm.train.task import Batch, Metrics, SampleKey
@@ -213,7 +212,7 @@ class FinetuneTask:
 def load_base_model(objective: FinetuneObjective, device: torch.device) -> Checkpoint:
     """The pretrained model in float32; ValueError where it inpaints."""
     path = base_model_path(objective)
-    model = load_checkpoint(path, device, torch.float32, revision=objective.revision, variant=objective.variant)
+    model = load_checkpoint(path, device, torch.float32, base_load_options(objective))
     if model.unet.config.in_channels != model.unet.config.out_channels:
         raise ValueError(f"{path}: a model that inpaints cannot be tuned")
     model.unet.attention = objective.attention

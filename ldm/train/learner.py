@@ -11,8 +11,8 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 
-from ldm.checkpoints.files import to_device
 from ldm.config import Recipe
+from ldm.hardware import to_device
 from ldm.nn.unet import UNet
 from ldm.train.ema import SIGMA_RELS, EMAModel, exponential_ema_rate, power_ema_rate
 from ldm.train.optimizers import compute_lr_factor, create_optimizer

@@ -13,19 +13,21 @@ from typing import NamedTuple
 from torch import Tensor
 
 from ldm.adapters.lora import Adapter
-from ldm.adapters.lora_saving import LORA_WEIGHT_NAME_SAFE, save_adapter
+from ldm.adapters.lora_saving import save_adapter
 from ldm.adapters.lora_training import extract_lora_deltas, inject_lora
 from ldm.adapters.textual_inversion import ExtendedEmbedding, save_embeddings
-from ldm.checkpoints.files import DIFFUSERS_WEIGHTS_NAME, TRANSFORMERS_WEIGHTS_NAME, read_json, save_module
+from ldm.checkpoints.families import LoadOptions
 from ldm.checkpoints.formats import PICTO_PATH, Checkpoint, locate_weights
+from ldm.checkpoints.hub import LORA_WEIGHT_NAME_SAFE, TEXT_INVERSION_NAME_SAFE
 from ldm.checkpoints.networks import TEXT_ENCODERS
+from ldm.checkpoints.tensors import DIFFUSERS_WEIGHTS_NAME, TRANSFORMERS_WEIGHTS_NAME, save_module
 from ldm.config import FinetuneObjective
 from ldm.convert.convert import convert_checkpoint
+from ldm.files import read_json
 from ldm.nn.text_encoders import TextEncoder, tokenize
 from ldm.pipeline.pipeline import Pipeline
 
 KOHYA_LORA_FILE = "lora_kohya.safetensors"
-LEARNED_EMBEDS_FILE = "learned_embeds.safetensors"
 
 
 class FinetuneMethod(NamedTuple):
@@ -40,6 +42,11 @@ class FinetuneMethod(NamedTuple):
     export: Callable[[Checkpoint, FinetuneObjective, Path], None]
     load_pipeline: Callable[[FinetuneObjective, Path], Pipeline]
     make_pipeline: Callable[[Checkpoint, Checkpoint, FinetuneObjective], Pipeline]
+
+
+def base_load_options(objective: FinetuneObjective) -> LoadOptions:
+    """How the pretrained model of a recipe is loaded."""
+    return LoadOptions(revision=objective.revision, variant=objective.variant)
 
 
 def base_model_path(objective: FinetuneObjective) -> str | Path:
@@ -65,7 +72,7 @@ def _prepare_full(model: Checkpoint, objective: FinetuneObjective) -> Checkpoint
 
 def _export_full(model: Checkpoint, objective: FinetuneObjective, folder: Path) -> None:
     """The whole model in diffusers' layout: all as it was but for the networks that learnt."""
-    convert_checkpoint(locate_weights(base_model_path(objective), objective.revision, None, objective.variant), folder)
+    convert_checkpoint(locate_weights(base_model_path(objective), base_load_options(objective)), folder)
     for name in trainable_network_names(model, objective):
         config = model.unet.config.to_dict() if name == "unet" else read_json(folder / name / "config.json")
         shutil.rmtree(folder / name)
@@ -139,13 +146,13 @@ def extract_placeholder_embeddings(model: Checkpoint) -> dict[str, Tensor]:
 def _export_inversion(model: Checkpoint, objective: FinetuneObjective, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     save_embeddings(
-        folder / LEARNED_EMBEDS_FILE, objective.placeholder_token or "", extract_placeholder_embeddings(model)
+        folder / TEXT_INVERSION_NAME_SAFE, objective.placeholder_token or "", extract_placeholder_embeddings(model)
     )
 
 
 def _load_pipeline_inversion(objective: FinetuneObjective, folder: Path) -> Pipeline:
     pipe = load_base_pipeline(objective)
-    pipe.load_textual_inversion(folder / LEARNED_EMBEDS_FILE, objective.placeholder_token or "")
+    pipe.load_textual_inversion(folder / TEXT_INVERSION_NAME_SAFE, objective.placeholder_token or "")
     return pipe
 
 
@@ -153,7 +160,7 @@ def _make_pipeline_inversion(base_model: Checkpoint, model: Checkpoint, objectiv
     pipe = Pipeline(base_model)
     with TemporaryDirectory() as folder:
         _export_inversion(model, objective, Path(folder))
-        pipe.load_textual_inversion(Path(folder) / LEARNED_EMBEDS_FILE, objective.placeholder_token or "")
+        pipe.load_textual_inversion(Path(folder) / TEXT_INVERSION_NAME_SAFE, objective.placeholder_token or "")
     return pipe
 
 

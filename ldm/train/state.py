@@ -14,9 +14,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ldm.checkpoints.files import file_sha256
 from ldm.config import FinetuneObjective, Recipe
-from ldm.files import atomic_write, remove_path
+from ldm.files import atomic_write, file_sha256, remove_path
 from ldm.hardware import resolve_frozen_dtype, resolve_mixed_precision
 from ldm.train.ema import EMAModel
 from ldm.train.processes import get_partial_state

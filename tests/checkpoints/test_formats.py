@@ -25,7 +25,7 @@ from transformers import (
 )
 
 from ldm.checkpoints import formats
-from ldm.checkpoints.families import FAMILIES
+from ldm.checkpoints.families import FAMILIES, LoadOptions
 from ldm.checkpoints.formats import PICTO_PATH
 from ldm.checkpoints.layouts import choose_weight_files
 from ldm.checkpoints.schedule import DIFFUSERS_SCHEDULERS, compute_alphas_cumprod, parse_scheduler_config
@@ -193,7 +193,7 @@ SAVED = {  # as diffusers saves: its options, ours
 def test_what_diffusers_saves_is_loaded(theirs, tmp_path, kind, way):
     saving, loading = SAVED[way]
     theirs[kind].save_pretrained(tmp_path, **saving)
-    model = formats.load_checkpoint(tmp_path, CPU, torch.float32, **loading)
+    model = formats.load_checkpoint(tmp_path, CPU, torch.float32, LoadOptions(**loading))
     assert arrived(model, theirs[kind]) and list(model.networks) == [n for n in FOLDERS if hasattr(theirs[kind], n)]
     xl = kind == "xl"
     assert model.force_zeros_for_empty_prompt == xl and model.family is None
@@ -211,7 +211,9 @@ def test_of_several_variants_one_must_be_named(theirs, tmp_path):
         theirs["plain"].save_pretrained(tmp_path, variant=variant)
     with pytest.raises(ValueError, match=r"unet/diffusion_pytorch_model\.safetensors: .* variants here: fp16, non_ema"):
         load(tmp_path)
-    assert arrived(formats.load_checkpoint(tmp_path, CPU, torch.float32, variant="non_ema"), theirs["plain"])
+    assert arrived(
+        formats.load_checkpoint(tmp_path, CPU, torch.float32, LoadOptions(variant="non_ema")), theirs["plain"]
+    )
 
 
 @pytest.mark.parametrize(
@@ -273,12 +275,12 @@ def test_hashes_are_the_files(theirs, tmp_path):
 def test_an_autoencoder_of_another_folder(vae_config, tiny, tmp_path):
     other = AutoencoderKL(**vae_config | {"scaling_factor": 0.25})
     other.save_pretrained(tmp_path / "vae")
-    model = formats.load_checkpoint(tiny, CPU, torch.float32, vae=tmp_path / "vae")
+    model = formats.load_checkpoint(tiny, CPU, torch.float32, LoadOptions(vae=tmp_path / "vae"))
     assert all(torch.equal(a, other.state_dict()[n]) for n, a in model.vae.state_dict().items())
     assert model.vae.config.scaling_factor == 0.25
     AutoencoderKL(**vae_config | {"latent_channels": 8}).save_pretrained(tmp_path / "wide")
     with pytest.raises(ValueError, match="wide: its latents are of 8 channels"):
-        formats.load_checkpoint(tiny, CPU, torch.float32, vae=tmp_path / "wide")
+        formats.load_checkpoint(tiny, CPU, torch.float32, LoadOptions(vae=tmp_path / "wide"))
 
 
 @pytest.mark.parametrize(
@@ -344,7 +346,7 @@ def test_what_a_scheduler_may_not_say_is_refused(config):
 
 
 def test_the_user_overrules_the_schedule(tiny):
-    model = formats.load_checkpoint(tiny, CPU, torch.float32, prediction="x0", zero_snr=True)
+    model = formats.load_checkpoint(tiny, CPU, torch.float32, LoadOptions(prediction="x0", zero_snr=True))
     assert model.prediction is PREDICTIONS["x0"] and model.sde.level(1.0).alpha == 0
     assert load(tiny).prediction is PREDICTIONS["v"] and load(tiny).sde.level(1.0).alpha > 0
 

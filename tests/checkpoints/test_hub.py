@@ -12,6 +12,7 @@ import pytest
 from huggingface_hub import close_session, constants
 
 from ldm.checkpoints import hub
+from ldm.checkpoints.families import LoadOptions
 
 COMMIT = "a" * 40
 STRAYS = (  # of a repository, beside what is read
@@ -122,14 +123,14 @@ def fetch(site, tmp_path, monkeypatch):
     """What `hub.fetch` returns or says, with a cache of its own, at an address, or offline."""
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
 
-    def run(*words, address=site[0], offline=False):
+    def run(source, kind="model", address=site[0], offline=False, **options):
         template = "/{repo_id}/resolve/{revision}/{filename}"
         monkeypatch.setattr(constants, "ENDPOINT", address)
         monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", address + template)
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
         close_session()  # its client remembers whether it is offline
         try:
-            return str(hub.download_from_hub(*(word or None for word in words)))
+            return str(hub.download_from_hub(source, LoadOptions(**options), kind))
         except ValueError as error:
             return f"refused: {error}"
         finally:
@@ -171,38 +172,39 @@ def test_a_single_file_of_a_repository(fetch):
 def test_of_each_kind_its_files_alone_are_fetched(site, fetch, source, kind, files, called):
     _, asked = site
     asked.clear()
-    path = Path(fetch(source, "", "", "", kind))
+    path = Path(fetch(source, kind))
     assert sorted(asked) == sorted(files) and hub.name_from_repo_id(source) == called
     assert path.is_file() == files[0].endswith(".safetensors") and (path.is_dir() or path.name == files[0])
     asked.clear()
-    assert fetch(source, "", "", "", kind, offline=True) == str(path) and not asked
+    assert fetch(source, kind, offline=True) == str(path) and not asked
 
 
 def test_a_repository_of_several_adapters_lists_them(fetch):
-    said = fetch("owner/two", "", "", "", "adapter")
+    said = fetch("owner/two", "adapter")
     assert "not an adapter" in said and said.endswith(
         "name one of its files, as in owner/two:a.safetensors or b.safetensors"
     )
 
 
 @pytest.mark.parametrize(
-    "words, said",
+    "source, options, said",
     [
-        (["owner/nothing"], "no such folder or file here, and no such model on the hub"),
-        (["owner/gated"], "gated: its terms must be accepted"),
-        (["owner/tiny", "v9"], "no revision 'v9'"),
-        (["owner/tiny", "", "", "bf16"], "diffusion_pytorch_model.bf16.safetensors: no such file; variants here: "),
-        (["owner/tiny:other.safetensors"], "no such file on the hub"),
+        ("owner/nothing", {}, "no such folder or file here, and no such model on the hub"),
+        ("owner/gated", {}, "gated: its terms must be accepted"),
+        ("owner/tiny", {"revision": "v9"}, "no revision 'v9'"),
+        ("owner/tiny", {"variant": "bf16"}, "diffusion_pytorch_model.bf16.safetensors: no such file; variants here: "),
+        ("owner/tiny:other.safetensors", {}, "no such file on the hub"),
         (
-            ["owner/single"],
+            "owner/single",
+            {},
             "not a model (no model_index.json); name one of its files, as in owner/single:model.safetensors",
         ),
-        (["owner/na..me"], "not the name of a model on the hub"),
+        ("owner/na..me", {}, "not the name of a model on the hub"),
     ],
 )
-def test_what_cannot_be_fetched_is_said_in_a_line(fetch, words, said):
-    answer = fetch(*words)
-    assert answer.startswith(f"refused: {words[0]}: ") and said in answer and "\n" not in answer
+def test_what_cannot_be_fetched_is_said_in_a_line(fetch, source, options, said):
+    answer = fetch(source, **options)
+    assert answer.startswith(f"refused: {source}: ") and said in answer and "\n" not in answer
 
 
 def test_without_the_network_it_is_said(fetch):

@@ -17,7 +17,6 @@ from diffusers.loaders.single_file_utils import (
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from ldm.checkpoints.families import FAMILIES
-from ldm.checkpoints.files import save_tensors, write_json
 from ldm.checkpoints.keys import (
     build_key_mappings,
     build_meta_state_dicts,
@@ -27,6 +26,8 @@ from ldm.checkpoints.keys import (
     map_diffusers_keys,
     map_single_file_keys,
 )
+from ldm.checkpoints.tensors import save_tensors
+from ldm.files import write_json
 
 every_family = pytest.mark.parametrize("name", FAMILIES)
 MODEL_TYPES = {  # ours: diffusers'

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from ldm.checkpoints import formats, keys
-from ldm.checkpoints.families import FAMILIES
+from ldm.checkpoints.families import FAMILIES, LoadOptions
 from ldm.conditioning import Conditioning
 from ldm.convert.convert import convert_checkpoint
 from ldm.diffusion.prediction import PREDICTIONS
@@ -93,7 +93,7 @@ def write(families, tmp_path):
 
 
 def load(path, dtype=torch.float32, **options):
-    return formats.load_checkpoint(path, CPU, dtype, **options)
+    return formats.load_checkpoint(path, CPU, dtype, LoadOptions(**options))
 
 
 def arrived(model, parts, dtype=torch.float32):

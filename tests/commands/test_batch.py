@@ -191,7 +191,7 @@ def test_an_adapter_s_word_reads_back_as_it_was(dressed, monkeypatch, word):
 
 def test_a_model_s_words_are_its_options_but_for_the_device(ldm_):
     assert ModelOptions().cli_args() == ModelOptions(device="cpu").cli_args() == []
-    said = ModelOptions("m", "main", zero_snr=False, ema=True, dtype="float32").cli_args()
+    said = ModelOptions(model="m", revision="main", zero_snr=False, ema=True, dtype="float32").cli_args()
     assert said == ["--model", "m", "--revision", "main", "--no-zero-snr", "--ema", "--dtype", "float32"]
     assert ModelOptions(zero_snr=True).cli_args() == ["--zero-snr"]
 

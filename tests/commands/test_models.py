@@ -222,7 +222,7 @@ def test_another_autoencoder_is_used_and_recorded(draw, tiny, tmp_path):
         (["--clip-skip", "0"], "clip skip 0"),
         (["--clip-skip", "9"], "clip skip 9"),
         (["--vae", "PICTURE"], "given.png"),
-        (["--family", "sd1"], "family cannot be said of a folder"),
+        (["--family", "sd1"], "family does not apply to a folder"),
         (["--prediction", "flow"], "flow"),
     ],
 )

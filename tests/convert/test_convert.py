@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from ldm.checkpoints import formats
 from ldm.checkpoints.detect import ProbeResult
-from ldm.checkpoints.families import FAMILIES
+from ldm.checkpoints.families import FAMILIES, LoadOptions
 from ldm.checkpoints.keys import build_meta_state_dicts, convert_to_diffusers, convert_to_original
 from ldm.checkpoints.tensors import SafetensorsFile
 from ldm.convert import rewrite as same_layout
@@ -108,7 +108,7 @@ def folders(families, tmp_path_factory):
     def made(name):
         path = tmp_path_factory.mktemp(name)
         save_file(wholes(name), path / "model.safetensors")
-        report = convert_checkpoint(path / "model.safetensors", path / "folder", prediction=usual(name))
+        report = convert_checkpoint(path / "model.safetensors", path / "folder", LoadOptions(prediction=usual(name)))
         assert report["family"] == name and report["ignored"] == {}
         return path / "folder"
 
@@ -150,7 +150,7 @@ def test_diffusers_and_we_load_a_written_folder(name, folders):
     theirs = getattr(diffusers, family.pipeline_class).from_pretrained(folders(name), local_files_only=True)
     ours = formats.load_checkpoint(folders(name), CPU, torch.float32)
     direct = formats.load_checkpoint(
-        folders(name).with_name("model.safetensors"), CPU, torch.float32, prediction=usual(name)
+        folders(name).with_name("model.safetensors"), CPU, torch.float32, LoadOptions(prediction=usual(name))
     )
     assert ours.networks.keys() == expected.keys()
     for folder, network in ours.networks.items():
@@ -175,7 +175,7 @@ def test_what_is_not_needed_is_listed_with_the_reason(single, tmp_path):
         "alphas_cumprod": torch.ones(1000),
     }
     path, _ = single("sd2-base", **extra)
-    report = convert_checkpoint(path, tmp_path / "folder", prediction="eps")
+    report = convert_checkpoint(path, tmp_path / "folder", LoadOptions(prediction="eps"))
     listed = {name: reason for reason, names in report["ignored"].items() for name in names}
     assert (
         listed.keys() == extra.keys()
@@ -189,7 +189,7 @@ def test_what_is_not_needed_is_listed_with_the_reason(single, tmp_path):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 def test_a_dtype_is_rounded_to_once(single, tmp_path, dtype):
     path, tensors = single("sd1", change=lambda t: t.update({n: a.double() for n, a in t.items()}))
-    convert_checkpoint(path, tmp_path / "folder", prediction="eps", dtype=dtype)
+    convert_checkpoint(path, tmp_path / "folder", LoadOptions(prediction="eps"), dtype=dtype)
     convert_checkpoint(tmp_path / "folder", tmp_path / "back.safetensors")
     assert same(load_file(tmp_path / "back.safetensors"), {n: a.to(dtype) for n, a in tensors.items()})
     convert_checkpoint(path, tmp_path / "same.safetensors", dtype=dtype)
@@ -200,7 +200,7 @@ def test_each_tensor_keeps_its_dtype(single, tmp_path):
     """Where queries, keys and values of one map differ, as they can in no single file, the wider one is all theirs."""
     halves = {"model.diffusion_model.out.2.bias", "first_stage_model.decoder.conv_out.weight"}
     path, tensors = single("sdxl", change=lambda t: t.update({n: t[n].half() for n in halves}))
-    convert_checkpoint(path, tmp_path / "folder", prediction="eps")
+    convert_checkpoint(path, tmp_path / "folder", LoadOptions(prediction="eps"))
     convert_checkpoint(tmp_path / "folder", tmp_path / "back.safetensors")
     assert same(load_file(tmp_path / "back.safetensors"), tensors)
 
@@ -215,7 +215,7 @@ def test_each_tensor_keeps_its_dtype(single, tmp_path):
 )
 def test_a_written_single_file_says_what_it_predicts(name, kind, zero, marks, single, tmp_path, monkeypatch):
     path, tensors = single(name)
-    convert_checkpoint(path, tmp_path / "folder", prediction=kind, zero_snr=zero)
+    convert_checkpoint(path, tmp_path / "folder", LoadOptions(prediction=kind, zero_snr=zero))
     convert_checkpoint(tmp_path / "folder", tmp_path / "apple.safetensors")
     assert load_file(tmp_path / "apple.safetensors").keys() - tensors.keys() == marks
     with safe_open(tmp_path / "apple.safetensors", "pt") as file:
@@ -258,8 +258,8 @@ def test_the_moving_average_takes_the_place_of_the_last_weights(single, tmp_path
 
     unet = {n: a for n, a in wholes("sd1").items() if n.startswith("model.diffusion")}
     path, _ = single("sd1", **{flat(name): a + 1 for name, a in unet.items()})
-    plain = convert_checkpoint(path, tmp_path / "plain", prediction="eps")
-    averaged = convert_checkpoint(path, tmp_path / "averaged", prediction="eps", ema=True)
+    plain = convert_checkpoint(path, tmp_path / "plain", LoadOptions(prediction="eps"))
+    averaged = convert_checkpoint(path, tmp_path / "averaged", LoadOptions(prediction="eps", ema=True))
     weights = "unet/diffusion_pytorch_model.safetensors"
     found, expected = load_file(tmp_path / "averaged" / weights), load_file(tmp_path / "plain" / weights)
     assert same(found, {n: a + 1 for n, a in expected.items()})
@@ -277,7 +277,7 @@ def test_few_tensors_are_in_memory_at_a_time(single, tmp_path, monkeypatch):
             yield name, tensor
 
     monkeypatch.setattr(SafetensorsFile, "iter_tensors", iter_tensors)
-    convert_checkpoint(path, tmp_path / "folder", prediction="eps")
+    convert_checkpoint(path, tmp_path / "folder", LoadOptions(prediction="eps"))
     convert_checkpoint(tmp_path / "folder", tmp_path / "back.safetensors")
     convert_checkpoint(path, tmp_path / "half.safetensors", dtype=torch.float16)
     assert 0 < most[0] <= 12 < len(tensors) / 10
@@ -307,7 +307,7 @@ FILE_FAULTS = {
     "a LoRA": (lambda p: save_file({"lora_unet_a.lora_down.weight": torch.ones(1, 1)}, p), {}, "LoRA"),
 }
 FOLDER_FAULTS = {
-    "average": (lambda p: None, {"ema": True}, "ema cannot be said of a folder"),
+    "average": (lambda p: None, {"ema": True}, "ema does not apply to a folder"),
     "torn": (lambda p: (p / UNET).write_bytes((p / UNET).read_bytes()[:-64]), {}, "not a whole safetensors file"),
     "missing": (lambda p: spoil(p / UNET, lambda t: t.pop("conv_in.bias")), {}, "missing conv_in.bias"),
     "heads": (lambda p: edit(p / "unet/config.json", attention_head_dim=4), {}, "unet has attention_head_dim = 4"),
@@ -343,7 +343,7 @@ def fault(single, tmp_path):
         spoilt(source)
         before = sorted(tmp_path.rglob("*"))
         with pytest.raises(ValueError, match=said) as error:
-            convert_checkpoint(source, dst, **options)
+            convert_checkpoint(source, dst, LoadOptions(**options))
         assert "\n" not in str(error.value) and sorted(tmp_path.rglob("*")) == before
         return str(error.value)
 
@@ -398,14 +398,14 @@ def test_a_destination_is_not_written_over(dst, made, options, said, fault, sing
 
 def test_an_empty_folder_is_filled(single, tmp_path):
     (tmp_path / "out").mkdir()
-    convert_checkpoint(single("sd1")[0], tmp_path / "out", prediction="eps")
+    convert_checkpoint(single("sd1")[0], tmp_path / "out", LoadOptions(prediction="eps"))
     assert (tmp_path / "out" / "model_index.json").is_file() and len([*tmp_path.iterdir()]) == 2
 
 
 def test_a_link_to_an_empty_folder_stays_one(single, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "link").symlink_to("out")
-    convert_checkpoint(single("sd1")[0], tmp_path / "link", prediction="eps")
+    convert_checkpoint(single("sd1")[0], tmp_path / "link", LoadOptions(prediction="eps"))
     assert (tmp_path / "link").is_symlink() and (tmp_path / "out" / "model_index.json").is_file()
 
 
@@ -419,11 +419,11 @@ def test_a_pickled_model_becomes_a_file_and_a_folder(folders, tmp_path, monkeypa
     monkeypatch.setattr(
         same_layout, "unpickle_weights", lambda src, dst, dtype: unpickle.unpickle_in_process(src, dst)
     )  # to save time
-    convert_checkpoint(ckpt, tmp_path / "one", trust=True, prediction="eps")
+    convert_checkpoint(ckpt, tmp_path / "one", LoadOptions(prediction="eps"), trust=True)
     found, expected = contents(tmp_path / "one"), contents(folders("sd1"))
     assert found.keys() == expected.keys() and all(same(found[n], a) for n, a in expected.items() if type(a) is dict)
     with pytest.raises(ValueError, match=rf"{ckpt}: no moving average"):
-        convert_checkpoint(ckpt, tmp_path / "two", trust=True, prediction="eps", ema=True)
+        convert_checkpoint(ckpt, tmp_path / "two", LoadOptions(prediction="eps", ema=True), trust=True)
     assert {path.name for path in tmp_path.iterdir()} == {"model.ckpt", "plain.safetensors", "one"}
 
 

@@ -6,7 +6,7 @@ from safetensors.torch import load_file
 from torch import nn
 from trainings import go
 
-from ldm.checkpoints.files import DIFFUSERS_WEIGHTS_NAME
+from ldm.checkpoints.tensors import DIFFUSERS_WEIGHTS_NAME
 from ldm.train.ema import (
     SIGMA_RELS,
     EMAModel,

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 from trainings import FULL, LORA, forks, go, log_of, recipe_of, status, tensors_of
 
-from ldm.adapters.lora_saving import LORA_WEIGHT_NAME_SAFE
+from ldm.checkpoints.hub import LORA_WEIGHT_NAME_SAFE
 from ldm.config import load_recipe
 from ldm.diffusion.objective import TIME_SAMPLERS
 from ldm.nn.blocks import ResnetBlock
