@@ -18,7 +18,7 @@ from ldm.checkpoints.networks import TEXT_ENCODERS, ModelSpec, load_weights
 from ldm.conditioning import Conditioning
 from ldm.diffusion.prediction import Prediction
 from ldm.diffusion.sde import VPSDE
-from ldm.installation import find_picto
+from ldm.installation import find_picto, missing_picto
 from ldm.nn import vae
 from ldm.nn.text_encoders import CLIPTextModel, TextEncoder, tokenize_prompt
 from ldm.nn.unet import UNet
