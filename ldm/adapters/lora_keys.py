@@ -1,14 +1,14 @@
-"""The names that tensors of adapters have: kohya's (LyCORIS' kinds too), diffusers' new and old ones, and peft's.
+"""The keys of adapter files: kohya's (with LyCORIS' kinds), diffusers' new and old ones, and peft's.
 
-A name is a prefix (which network), a module, and an end (which part of its change). A module is found by every spelling
-that it has in some dialect, never by taking a name apart: dots and underscores of `down_blocks_0_attentions_0_proj_in`
-cannot be told from one another, and SDXL's files of kohya count blocks as its makers' single file does.
+A key is a prefix (the network), a module, and a suffix (the field of its change). A module is looked up among all the
+spellings that it has in any format, never parsed: in `down_blocks_0_attentions_0_proj_in` dots and underscores cannot
+be told apart, and kohya's SDXL files number the blocks as the original (SGM) layout does.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import fields
 from functools import lru_cache
 from typing import NamedTuple, cast
@@ -19,10 +19,10 @@ from ldm.adapters.lora import Full, LoHa, LoKr, LoRA
 from ldm.checkpoints.keys import map_unet_modules
 from ldm.nn.unet import UNet, UNetConfig
 
-NetworkDict = Mapping[str, nn.Module]  # by folder
-DeltaField = tuple[type | None, str]  # of a change: a field of its factors, by their kind, or what any kind may have
+DeltaField = tuple[type | None, str]  # a field of the factors of a kind, or (None, a field that any kind may have)
 
-LORA_KEY_PREFIXES = {  # what a name begins with: the folder of the network
+DOWN_FIELDS = (LoRA, "down"), (LoHa, "w1_b")  # [rank, in]
+LORA_KEY_PREFIXES = {  # prefix: component
     "lora_unet_": "unet",
     "lora_te_": "text_encoder",
     "lora_te1_": "text_encoder",
@@ -32,7 +32,7 @@ LORA_KEY_PREFIXES = {  # what a name begins with: the folder of the network
     "text_encoder_2.": "text_encoder_2",
 }
 PEFT_KEY_PREFIX = "base_model.model."
-LORA_KEY_SUFFIXES: dict[str, DeltaField] = {  # what a name ends with: the part; kohya's and LyCORIS' end comes first
+LORA_KEY_SUFFIXES: dict[str, DeltaField] = {  # of a field, the suffix of kohya and LyCORIS comes first
     ".lora_down.weight": (LoRA, "down"),
     ".lora_up.weight": (LoRA, "up"),
     ".lora_mid.weight": (LoRA, "mid"),
@@ -44,52 +44,65 @@ LORA_KEY_SUFFIXES: dict[str, DeltaField] = {  # what a name ends with: the part;
     ".b_norm": (None, "bias"),
     ".alpha": (None, "alpha"),
     ".dora_scale": (None, "dora_scale"),
-    ".lora_A.weight": (LoRA, "down"),
-    ".lora_B.weight": (LoRA, "up"),
-    ".lora_A.default.weight": (LoRA, "down"),
-    ".lora_B.default.weight": (LoRA, "up"),
+    **{f".lora_A{adapter}.weight": (LoRA, "down") for adapter in ("", ".default")},
+    **{f".lora_B{adapter}.weight": (LoRA, "up") for adapter in ("", ".default")},
     ".lora_B.bias": (None, "up_bias"),
-    ".lora_magnitude_vector": (None, "magnitude"),
-    ".lora_magnitude_vector.weight": (None, "magnitude"),
-    ".lora_magnitude_vector.default.weight": (None, "magnitude"),
-    ".lora.down.weight": (LoRA, "down"),
-    ".lora.up.weight": (LoRA, "up"),
-    ".lora_linear_layer.down.weight": (LoRA, "down"),
-    ".lora_linear_layer.up.weight": (LoRA, "up"),
-    "_lora.down.weight": (LoRA, "down"),
-    "_lora.up.weight": (LoRA, "up"),
+    **{f".lora_magnitude_vector{end}": (None, "magnitude") for end in ("", ".weight", ".default.weight")},
+    **{f"{name}.down.weight": (LoRA, "down") for name in (".lora", ".lora_linear_layer", "_lora")},
+    **{f"{name}.up.weight": (LoRA, "up") for name in (".lora", ".lora_linear_layer", "_lora")},
 }
-REQUIRED_FACTORS: dict[type, tuple[str, ...]] = {  # what makes a change whole
+REQUIRED_FACTORS: dict[type, tuple[str, ...]] = {
     LoRA: ("down", "up"),
     LoHa: ("w1_a", "w1_b", "w2_a", "w2_b"),
-    LoKr: ("w1_a", "w1_b", "w2_a", "w2_b"),  # or w1, or w2
+    LoKr: ("w1_a", "w1_b", "w2_a", "w2_b"),  # or w1 for the first two, or w2 for the last two
     Full: ("diff",),
 }
-KOHYA_KEY_SUFFIXES = {part: end for end, part in reversed(LORA_KEY_SUFFIXES.items())}
+KOHYA_KEY_SUFFIXES = {delta_field: suffix for suffix, delta_field in reversed(LORA_KEY_SUFFIXES.items())}
 LEGACY_MODULE_NAMES = ((r"\.to_out\.0$", ".to_out"), (r"\.([qkv])_proj$", r".to_\1"), (r"\.out_proj$", ".to_out"))
 
 
+class BaseModelVersion(NamedTuple):
+    """A generation of Stable Diffusion: the family that stands for it, its text width, its names in metadata."""
+
+    name: str
+    family: str
+    cross_attention_dim: int
+    kohya_name: str
+    metadata_prefixes: tuple[str, ...]
+
+
+BASE_MODEL_VERSIONS = {  # by the part of a family's name before "-"
+    "sd1": BaseModelVersion("SD 1.x", "sd1", 768, "sd_v1", ("sd_v1", "stable-diffusion-v1")),
+    "sd2": BaseModelVersion("SD 2.x", "sd2-base", 1024, "sd_v2", ("sd_v2", "stable-diffusion-v2")),
+    "sdxl": BaseModelVersion("SDXL", "sdxl", 2048, "sdxl_base_v1-0", ("sdxl_", "stable-diffusion-xl")),
+}
+
+
 class LoRAKey(NamedTuple):
-    """What a name says: `folder` is None where it does not say it, `module` is as it is spelled."""
+    """A parsed key: `component` is None if it does not name one, `module` is spelled as in the file."""
 
     component: str | None
     module: str
     delta_field: DeltaField
 
 
-def parse_lora_key(name: str) -> LoRAKey | None:
-    """A name of any dialect in its parts, or None."""
+def parse_lora_keys(names: Iterable[str]) -> dict[str, LoRAKey]:
+    """The keys of any format among the names of a file's tensors."""
+    return {name: key for name in names if (key := _parse_lora_key(name))}
+
+
+def _parse_lora_key(name: str) -> LoRAKey | None:
     bare = name.removeprefix(PEFT_KEY_PREFIX)
     prefix = next((prefix for prefix in LORA_KEY_PREFIXES if bare.startswith(prefix)), "")
-    end = next((end for end in LORA_KEY_SUFFIXES if bare.endswith(end)), None)
-    if end is None:
+    suffix = next((suffix for suffix in LORA_KEY_SUFFIXES if bare.endswith(suffix)), None)
+    if suffix is None:
         return None
-    module = bare[len(prefix) : len(bare) - len(end)].replace(".processor", "")
-    return LoRAKey(LORA_KEY_PREFIXES.get(prefix), module, LORA_KEY_SUFFIXES[end])
+    module = bare[len(prefix) : len(bare) - len(suffix)].replace(".processor", "")
+    return LoRAKey(LORA_KEY_PREFIXES.get(prefix), module, LORA_KEY_SUFFIXES[suffix])
 
 
 def detect_lora_format(names: Iterable[str]) -> str:
-    """ "kohya", "peft" or "diffusers", by the names of a file."""
+    """ "kohya", "peft" or "diffusers", by the first name of a file's tensors."""
     first = next(iter(names), "")
     if first.startswith("lora_"):
         return "kohya"
@@ -97,36 +110,32 @@ def detect_lora_format(names: Iterable[str]) -> str:
 
 
 def build_module_aliases(component: str, network: nn.Module) -> dict[str, str]:
-    """Every spelling of the modules of a network that have weights: their path in it."""
-    found: dict[str, str] = {}
+    """Every spelling of the modules of a network that have weights, and their path in it."""
+    aliases: dict[str, str] = {}
     for path, module in network.named_modules():
         if isinstance(getattr(module, "weight", None), nn.Parameter):
             for name in _module_aliases(component, path, network):
-                found[name] = found[name.replace(".", "_")] = path
-    return found
+                aliases[name] = aliases[name.replace(".", "_")] = path
+    return aliases
 
 
 def _module_aliases(component: str, path: str, network: nn.Module) -> Iterator[str]:
-    known = (
-        (path, to_sgm_name(path, network))
-        if component == "unet"
-        else (path.removeprefix("text_model."), add_text_model_prefix(path))
-    )
-    for name in known:
+    names = [path.removeprefix("text_model."), add_text_model_prefix(path)]
+    for name in [path, to_sgm_name(path, network)] if component == "unet" else names:
         yield name
         yield from (re.sub(pattern, old, name) for pattern, old in LEGACY_MODULE_NAMES)
 
 
 def add_text_model_prefix(path: str) -> str:
-    """A module of a text tower as published files name it: `text_model.` first, whether or not its class says so."""
+    """A module of a text encoder as published files name it, with `text_model.` whether or not its class has it."""
     return path if path.startswith(("text_model.", "text_projection")) else f"text_model.{path}"
 
 
 def to_sgm_name(path: str, unet: nn.Module) -> str:
-    """A module of a U-Net as its makers' single file names it."""
-    for ours, theirs in _sgm_conversion_map(cast(UNet, unet).config):
+    """A module of a U-Net as the original (LDM / SGM) single-file layout names it."""
+    for ours, sgm in _sgm_conversion_map(cast(UNet, unet).config):
         if f"{path}.".startswith(f"{ours}."):
-            return theirs + path.removeprefix(ours)
+            return sgm + path.removeprefix(ours)
     return path
 
 

@@ -1,6 +1,6 @@
-"""Adapters as files: read into changes of the modules of the model at hand, and converted to another dialect.
+"""Reads adapter files into changes of a model's modules, and converts them between formats.
 
-What a file is, its content decides. Everything in it is used, or is an error.
+The content decides which format a file has. Every tensor in it is used, or is an error.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import math
 import os
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,90 +16,56 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from torch import Tensor, nn
 
-from ldm.adapters.lora import Adapter, LoHa, LoKr, LoRA, ModuleDelta, find_shape_errors, summarize_faults
+from ldm.adapters.lora import Adapter, LoKr, ModuleDelta, NetworkDict, find_shape_errors, get_module_weight
 from ldm.adapters.lora_keys import (
+    BASE_MODEL_VERSIONS,
+    DOWN_FIELDS,
     KOHYA_KEY_SUFFIXES,
     REQUIRED_FACTORS,
     DeltaField,
     LoRAKey,
-    NetworkDict,
     build_module_aliases,
     detect_lora_format,
-    parse_lora_key,
+    parse_lora_keys,
 )
 from ldm.adapters.lora_saving import LORA_ADAPTER_METADATA_KEY, save_adapter
 from ldm.checkpoints.families import FAMILIES
 from ldm.checkpoints.hub import LORA_WEIGHT_NAME_SAFE, PEFT_CONFIG_NAME, PEFT_LORA_NAME
 from ldm.checkpoints.networks import build_meta_network
 from ldm.checkpoints.tensors import SafetensorsFile, open_safetensors
-from ldm.errors import choose, parse_json
+from ldm.errors import choose, list_some, parse_json
 from ldm.files import check_creatable_dir, ensure_writable_dir, file_sha256, read_json
 
 if TYPE_CHECKING:
     from hashlib import _Hash
 
-
 ADAPTER_COMPONENTS = "unet", "text_encoder", "text_encoder_2"
-ALPHA_FIELD, BIAS_FIELD, UP_BIAS_FIELD, DORA_SCALE_FIELD, MAGNITUDE_FIELD = (
-    (None, name) for name in ("alpha", "bias", "up_bias", "dora_scale", "magnitude")
-)
-DOWN_FIELDS = (LoRA, "down"), (LoHa, "w1_b")  # [rank, in]
-DIFFUSION_TRANSFORMER_KEYS = (
-    "double_blocks",
-    "joint_blocks",
-    "transformer.transformer_blocks",
-    "single_transformer_blocks",
-)
-
-
-class BaseModelVersion(NamedTuple):
-    """A line of Stable Diffusion: its name, the family that stands for it, its text's width, its marks in metadata."""
-
-    name: str
-    family: str
-    cross_attention_dim: int
-    metadata_prefixes: tuple[str, ...]
-
-
-BASE_MODEL_VERSIONS = {  # by the beginning of a family's name
-    "sd1": BaseModelVersion("SD 1.x", "sd1", 768, ("sd_v1", "stable-diffusion-v1")),
-    "sd2": BaseModelVersion("SD 2.x", "sd2-base", 1024, ("sd_v2", "stable-diffusion-v2")),
-    "sdxl": BaseModelVersion("SDXL", "sdxl", 2048, ("sdxl_", "stable-diffusion-xl")),
-}
+DIFFUSION_TRANSFORMER_KEYS = r"(double|joint|transformer\.transformer|single_transformer)_blocks"
 
 
 def load_adapter(path: Path, networks: NetworkDict, family: str | None = None) -> Adapter:
-    """The adapter in a file, or in a folder of diffusers or peft, for these networks; its name is the file's.
+    """The adapter in a file, or in a folder of diffusers or peft, for these networks, named after the file.
 
-    `family` is the model's, for the error of an adapter of another. ValueError names the file and, three at most, what
-    is unknown, missing, of another shape or not a number; a pickle is not opened.
+    `family` is the model's, for the error about an adapter of another. ValueError names the file and up to three
+    tensors that are unknown, missing, of another shape or not finite; a pickle is not opened.
     """
     digest = hashlib.sha256()
-    opened = [open_safetensors(file) for file in find_adapter_files(path)]
-    targets: dict[str, ModuleDelta] = {}
-    for file in opened:
+    files = [open_safetensors(file) for file in find_adapter_files(path)]
+    deltas: dict[str, ModuleDelta] = {}
+    for file in files:
         try:
-            targets |= _read_deltas(file, networks, digest)
+            deltas |= _read_deltas(file, networks, digest)
         except ValueError as error:
             raise ValueError(f"{file.path}: {_base_model_mismatch(file, family)}{error}") from None
-    spoken = "peft" if opened[0].path.name == PEFT_LORA_NAME else detect_lora_format(opened[0].tensor_infos)
-    return Adapter(
-        default_adapter_name(path),
-        targets,
-        digest.hexdigest(),
-        compute_webui_hash(opened[0]),
-        spoken,
-        opened[0].metadata,
-    )
+    first = files[0]
+    lora_format = "peft" if first.path.name == PEFT_LORA_NAME else detect_lora_format(first.tensor_infos)
+    # kohya's `sshs_model_hash`, or the SHA-256 of all that follows the header
+    webui_hash = first.metadata.get("sshs_model_hash") or file_sha256(first.path, first.data_offset)
+    return Adapter(_default_name(path), deltas, digest.hexdigest(), webui_hash, lora_format, first.metadata)
 
 
-def compute_webui_hash(file: SafetensorsFile) -> str:
-    """What the web UI knows an adapter by: kohya's `sshs_model_hash`, or the SHA-256 of all behind the header."""
-    return file.metadata.get("sshs_model_hash") or file_sha256(file.path, file.data_offset)
-
-
-def default_adapter_name(path: Path) -> str:
-    """A folder's name or a file's stem; the folder's too where the file has the name that a tool gives to all."""
+def _default_name(path: Path) -> str:
+    """The name of a folder or the stem of a file; the folder's if a tool gives all its files that name."""
     path = Path(os.path.abspath(path))
     if path.name in (LORA_WEIGHT_NAME_SAFE, PEFT_LORA_NAME):
         path = path.parent
@@ -106,10 +73,10 @@ def default_adapter_name(path: Path) -> str:
 
 
 def convert_adapter(src: Path, dst: Path, lora_format: str, family: str | None = None) -> Adapter:
-    """Write an adapter in another dialect, a row of DIALECTS, and return what was read.
+    """Write an adapter in another format, a row of LORA_FORMATS, and return it.
 
-    kohya's and diffusers' are files, peft's is a folder. `family` is a row of FAMILIES; where it is None, the file must
-    tell what it was made for. ValueError where `dst` exists, and for what the dialect has no names for.
+    kohya's and diffusers' are files, peft's is a folder. `family` is a row of FAMILIES, by default detected from the
+    file. ValueError if `dst` exists, and for a change that the format has no keys for.
     """
     if dst.exists():
         raise ValueError(f"{dst}: exists already")
@@ -123,188 +90,186 @@ def convert_adapter(src: Path, dst: Path, lora_format: str, family: str | None =
 
 
 def detect_adapter_family(path: Path) -> str:
-    """The family that an adapter was made for, by its shapes, names or metadata; ValueError where none tells."""
-    lines = [line for file in find_adapter_files(path) if (line := _detect_base_model_version(open_safetensors(file)))]
-    if not lines:
-        raise ValueError(f"{path}: does not tell what it was made for: choose a family from {', '.join(FAMILIES)}")
-    return BASE_MODEL_VERSIONS[lines[0]].family
+    """The family that an adapter was made for, by its shapes, names or metadata; ValueError if none tells."""
+    files = map(open_safetensors, find_adapter_files(path))
+    version = next(filter(None, map(_detect_base_model_version, files)), None)
+    if version is None:
+        raise ValueError(f"{path}: does not say which base model it is for: choose a family from {', '.join(FAMILIES)}")
+    return BASE_MODEL_VERSIONS[version].family
 
 
 def build_adaptable_networks(family: str) -> dict[str, nn.Module]:
-    """The networks that adapters change, on the meta device."""
+    """The networks of a family that adapters change, on the meta device."""
     configs = choose(FAMILIES, family, "family").configs
-    return {folder: build_meta_network(folder, config) for folder, config in configs.items() if folder != "vae"}
+    return {
+        component: build_meta_network(component, config) for component, config in configs.items() if component != "vae"
+    }
 
 
 def find_adapter_files(path: Path) -> list[Path]:
     """The file or files of an adapter: itself, or those of a folder."""
     if not path.is_dir():
         return [path]
-    found = list_adapter_files(path)
-    if len(found) > 1 and any(file.parent == path for file in found):
-        raise ValueError(f"{path}: more than one adapter ({', '.join(str(f.relative_to(path)) for f in found)})")
-    if not found:
+    files = list_adapter_files(path)
+    if len(files) > 1 and any(file.parent == path for file in files):
+        raise ValueError(f"{path}: more than one adapter ({', '.join(str(f.relative_to(path)) for f in files)})")
+    if not files:
         raise ValueError(f"{path}: no adapter in this folder ({LORA_WEIGHT_NAME_SAFE} or {PEFT_LORA_NAME})")
-    return found
+    return files
 
 
-def list_adapter_files(path: Path) -> list[Path]:
-    """The files of a folder that have the names of diffusers' and peft's adapters."""
-    names = LORA_WEIGHT_NAME_SAFE, PEFT_LORA_NAME, *(f"{folder}/{PEFT_LORA_NAME}" for folder in ADAPTER_COMPONENTS)
-    return [path / name for name in names if (path / name).is_file()]
+def list_adapter_files(folder: Path) -> list[Path]:
+    """The files of a folder that are named like diffusers' and peft's adapters."""
+    names = LORA_WEIGHT_NAME_SAFE, PEFT_LORA_NAME, *(f"{name}/{PEFT_LORA_NAME}" for name in ADAPTER_COMPONENTS)
+    return [folder / name for name in names if (folder / name).is_file()]
 
 
 def _read_deltas(file: SafetensorsFile, networks: NetworkDict, digest: _Hash) -> dict[str, ModuleDelta]:
-    """The changes in a file, by target; ValueError lists its faults, those of names and shapes before it is read."""
-    parts = _group_keys(file, networks)
-    values = dict(file.iter_tensors(digest))
-    if wrong := [f"{name} is not finite" for name, a in values.items() if not a.float().isfinite().all()]:
-        raise ValueError(summarize_faults(wrong))
-    targets: dict[str, ModuleDelta] = {}
-    for target, names in parts.items():
-        folder, path = target.split("/")
-        given = {part: values[name] for part, name in names.items()}
-        spelled = cast(LoRAKey, parse_lora_key(next(iter(names.values())))).module
-        weight = cast(Tensor, networks[folder].get_submodule(path).weight)
-        targets[target] = _build_delta(given, weight.ndim, _PeftModuleConfig(_read_peft_config(file, folder), spelled))
-    if wrong := find_shape_errors(targets, networks):
-        raise ValueError(summarize_faults(wrong))
-    return targets
+    """The changes in a file by target; ValueError lists its faults, those of its keys before a tensor is read."""
+    keys = parse_lora_keys(file.tensor_infos)
+    groups = _group_keys(file, keys, networks)
+    tensors = dict(file.iter_tensors(digest))
+    if faults := [f"{name} is not finite" for name, a in tensors.items() if not a.float().isfinite().all()]:
+        raise ValueError(list_some(faults))
+    deltas: dict[str, ModuleDelta] = {}
+    for target, names in groups.items():
+        module = keys[next(iter(names.values()))].module
+        config = _PeftModuleConfig(_read_peft_config(file, target.split("/")[0]), module)
+        fields = {delta_field: tensors[name] for delta_field, name in names.items()}
+        deltas[target] = _build_delta(fields, get_module_weight(networks, target).ndim, config)
+    if faults := find_shape_errors(deltas, networks):
+        raise ValueError(list_some(faults))
+    return deltas
 
 
-def _group_keys(file: SafetensorsFile, networks: NetworkDict) -> dict[str, dict[DeltaField, str]]:
-    """The names of a file's tensors by target and part; ValueError where one is not known or missing."""
-    spelled = {
-        folder: build_module_aliases(folder, networks[folder]) for folder in ADAPTER_COMPONENTS if folder in networks
-    }
-    places = {name: at for name in file.tensor_infos if (at := parse_lora_key(name))}
-    if not places:
-        raise ValueError("not an adapter: no tensor has the name of one")
-    home = _infer_component(file, places.values(), spelled)
-    found: dict[str, dict[DeltaField, str]] = {}
-    faults = [f"unknown {name}" for name in file.tensor_infos if name not in places]
-    for name, at in places.items():
-        folder = at.component or home
-        if (path := spelled.get(folder, {}).get(at.module)) is None:
+def _group_keys(
+    file: SafetensorsFile, keys: Mapping[str, LoRAKey], networks: NetworkDict
+) -> dict[str, dict[DeltaField, str]]:
+    """The names of a file's tensors by target and field; ValueError lists what is unknown or missing."""
+    if not keys:
+        raise ValueError("not an adapter: no tensor is named like one's")
+    aliases = {name: build_module_aliases(name, networks[name]) for name in ADAPTER_COMPONENTS if name in networks}
+    default = _infer_component(file, keys.values(), aliases)
+    groups: dict[str, dict[DeltaField, str]] = {}
+    faults = [f"unknown {name}" for name in file.tensor_infos if name not in keys]
+    for name, key in keys.items():
+        component, info = key.component or default, file.tensor_infos[name]
+        if (path := aliases.get(component, {}).get(key.module)) is None:
             faults.append(f"no module for {name}")
-        elif at.delta_field in (parts := found.setdefault(f"{folder}/{path}", {})):
-            faults.append(f"{name} and {parts[at.delta_field]} are one")
+        elif key.delta_field in (group := groups.setdefault(f"{component}/{path}", {})):
+            faults.append(f"{name} and {group[key.delta_field]} are the same tensor")
         else:
-            parts[at.delta_field] = name
-        if at.delta_field == ALPHA_FIELD and math.prod(file.tensor_infos[name].shape) != 1:
-            faults.append(f"{name} has shape {list(file.tensor_infos[name].shape)}, expected one number")
-        elif at.delta_field != ALPHA_FIELD and not file.tensor_infos[name].dtype.is_floating_point:
-            faults.append(f"{name} has dtype {file.tensor_infos[name].dtype}, real numbers are needed")
-    faults += [f"{target} {why}" for target, parts in found.items() if (why := _incomplete_reason(parts))]
+            group[key.delta_field] = name
+        is_alpha = key.delta_field == (None, "alpha")
+        if is_alpha and math.prod(info.shape) != 1:
+            faults.append(f"{name} has shape {list(info.shape)}, expected one number")
+        elif not is_alpha and not info.dtype.is_floating_point:
+            faults.append(f"{name} has dtype {info.dtype}, expected floating point")
+    faults += [f"{target} {why}" for target, group in groups.items() if (why := _incomplete_reason(group))]
     if faults:
-        raise ValueError(summarize_faults(faults))
-    return found
+        raise ValueError(list_some(faults))
+    return groups
 
 
 def _infer_component(file: SafetensorsFile, keys: Iterable[LoRAKey], aliases: Mapping[str, Mapping[str, str]]) -> str:
-    """The network of names that do not say it: the folder's, or the only one that has them all."""
+    """The network of the keys that do not name one: by the name of the folder, or the only one with all the modules."""
     if file.path.name == PEFT_LORA_NAME and file.path.parent.name in ADAPTER_COMPONENTS:
         return file.path.parent.name
-    modules = {at.module for at in keys if at.component is None}
-    homes = [folder for folder, names in aliases.items() if modules <= names.keys()]
-    if modules and len(homes) > 1:
-        raise ValueError(f"its names fit {' and '.join(homes)}: put it in a folder of that name, as {PEFT_LORA_NAME}")
-    return homes[0] if homes else "unet"
+    modules = {key.module for key in keys if key.component is None}
+    matches = [component for component, names in aliases.items() if modules <= names.keys()]
+    if modules and len(matches) > 1:
+        raise ValueError(f"its keys fit {' and '.join(matches)}: put it in a folder of that name, as {PEFT_LORA_NAME}")
+    return matches[0] if matches else "unet"
 
 
-def _incomplete_reason(parts: Mapping[DeltaField, Any]) -> str | None:
-    """What a change lacks, or has too much of."""
-    kinds = {kind for kind, _ in parts if kind}
+def _incomplete_reason(fields: Iterable[DeltaField]) -> str | None:
+    """What a change lacks, or has too much of; None if it is complete."""
+    given = set(fields)
+    kinds = {kind for kind, _ in given if kind}
     if len(kinds) > 1:
         return f"is given as {' and '.join(sorted(kind.__name__ for kind in kinds))}"
     if not kinds:
-        return None if parts.keys() <= {BIAS_FIELD} else "has no factors"
-    kind = kinds.pop()
-    lacking = [
-        name for name in REQUIRED_FACTORS[kind] if not {(kind, name), (kind, name[:2])} & parts.keys()
-    ]  # w1 for w1_a
-    return f"lacks {' and '.join(KOHYA_KEY_SUFFIXES[kind, name][1:] for name in lacking)}" if lacking else None
+        return None if given <= {(None, "bias")} else "has no factors"
+    kind = kinds.pop()  # and w1 is there in place of w1_a
+    missing = [name for name in REQUIRED_FACTORS[kind] if not {(kind, name), (kind, name[:2])} & given]
+    return f"lacks {' and '.join(KOHYA_KEY_SUFFIXES[kind, name][1:] for name in missing)}" if missing else None
 
 
 class _PeftModuleConfig(NamedTuple):
-    """What a configuration of peft says of one module."""
+    """peft's configuration, read for one module."""
 
     settings: Mapping[str, Any]
     module: str
 
     def get_number(self, names: Sequence[str], pattern: str) -> float | None:
-        """A field, or the entry of `pattern` for the end of the module's path; ValueError for what is no number."""
-        own = self.settings.get(pattern) or {}
-        if not isinstance(own, dict):
-            raise ValueError(f"{pattern} {own!r}: must be an object")
-        ends = (value for key, value in own.items() if f".{self.module}".endswith(f".{key.removeprefix('^')}"))
-        value = next(ends, next((self.settings[name] for name in names if name in self.settings), None))
+        """A field, or the entry of `pattern` for the end of the module's path; ValueError unless it is positive."""
+        patterns = self.settings.get(pattern) or {}
+        if not isinstance(patterns, dict):
+            raise ValueError(f"{pattern} {patterns!r}: must be an object")
+        own = (value for key, value in patterns.items() if f".{self.module}".endswith(f".{key.removeprefix('^')}"))
+        value = next(own, next((self.settings[name] for name in names if name in self.settings), None))
         if value is not None and (type(value) not in (int, float) or not 0 < value < math.inf):
             raise ValueError(f"{names[0]} {value!r}: must be a positive number")
         return value
 
     def get_alpha(self, rank: int | None) -> float | None:
-        """alpha; of rsLoRA (Kalajdzievski 2023, arXiv:2312.03732) such that alpha / rank is its alpha / sqrt(rank)."""
+        """alpha, times sqrt(rank) for rsLoRA, whose scale is alpha / sqrt(rank): arXiv:2312.03732."""
         alpha = self.get_number(("lora_alpha", "alpha"), "alpha_pattern")
         return alpha * math.sqrt(rank) if alpha and rank and self.settings.get("use_rslora") else alpha
 
 
-def _read_peft_config(file: SafetensorsFile, folder: str) -> Mapping[str, Any]:
+def _read_peft_config(file: SafetensorsFile, component: str) -> Mapping[str, Any]:
     """peft's configuration of a network: in the header, as diffusers writes it, or beside peft's own file."""
-    if file.path.name == PEFT_LORA_NAME and (beside := file.path.with_name(PEFT_CONFIG_NAME)).is_file():
-        return read_json(beside)
-    values = parse_json(
-        file.metadata.get(LORA_ADAPTER_METADATA_KEY, "{}"), f"{LORA_ADAPTER_METADATA_KEY} of its header"
-    )
-    if not isinstance(values, dict):
-        raise ValueError(f"{LORA_ADAPTER_METADATA_KEY} of its header: not a JSON object")
-    return {name.removeprefix(f"{folder}."): a for name, a in values.items() if name.startswith(f"{folder}.")}
+    if file.path.name == PEFT_LORA_NAME and (path := file.path.with_name(PEFT_CONFIG_NAME)).is_file():
+        return read_json(path)
+    what = f"{LORA_ADAPTER_METADATA_KEY} of its header"
+    settings = parse_json(file.metadata.get(LORA_ADAPTER_METADATA_KEY, "{}"), what)
+    if not isinstance(settings, dict):
+        raise ValueError(f"{what}: not a JSON object")
+    prefix = f"{component}."
+    return {name.removeprefix(prefix): value for name, value in settings.items() if name.startswith(prefix)}
 
 
-def _build_delta(parts: Mapping[DeltaField, Tensor], ndim: int, config: _PeftModuleConfig) -> ModuleDelta:
+def _build_delta(fields: Mapping[DeltaField, Tensor], ndim: int, config: _PeftModuleConfig) -> ModuleDelta:
     """The change of a module whose weight has `ndim` dimensions."""
-    kind = next((kind for kind, _ in parts if kind), None)
-    factors: Any = kind and kind(**{name: a for (of, name), a in parts.items() if of})
-    alpha = float(parts[ALPHA_FIELD]) if ALPHA_FIELD in parts else config.get_alpha(factors.rank if factors else None)
+    kind = next((kind for kind, _ in fields if kind), None)
+    factors: Any = kind and kind(**{name: a for (owner, name), a in fields.items() if owner})
+    others = {name: a for (owner, name), a in fields.items() if not owner}
+    alpha = float(others["alpha"]) if "alpha" in others else config.get_alpha(factors and factors.rank)
     if isinstance(factors, LoKr) and factors.rank is None and (r := config.get_number(("r",), "rank_pattern")):
-        factors = replace(
-            factors, w1=cast(Tensor, factors.w1).float() * ((alpha or r) / r)
-        )  # peft's alpha always means
-    delta = ModuleDelta(factors, alpha, _reshape_dora_magnitude(parts, ndim), parts.get(BIAS_FIELD))
-    return replace(delta, bias=delta.scale * parts[UP_BIAS_FIELD].float()) if UP_BIAS_FIELD in parts else delta
+        w1 = cast(Tensor, factors.w1).float()
+        factors = replace(factors, w1=w1 * ((alpha or r) / r))  # in peft alpha has an effect without a rank, too
+    delta = ModuleDelta(factors, alpha, _reshape_dora_magnitude(others, ndim), others.get("bias"))
+    return replace(delta, bias=delta.scale * others["up_bias"].float()) if "up_bias" in others else delta
 
 
-def _reshape_dora_magnitude(parts: Mapping[DeltaField, Tensor], ndim: int) -> Tensor | None:
-    """DoRA's magnitude, one for each output; in LyCORIS' older files, by its shape, for each input."""
-    if MAGNITUDE_FIELD in parts:
-        return parts[MAGNITUDE_FIELD].reshape(-1, *(ndim - 1) * [1])
-    if (m := parts.get(DORA_SCALE_FIELD)) is None:
+def _reshape_dora_magnitude(fields: Mapping[str, Tensor], ndim: int) -> Tensor | None:
+    """DoRA's magnitude: one number per output or, in older files of LyCORIS, of shape [1, in], per input."""
+    if "magnitude" in fields:
+        return fields["magnitude"].reshape(-1, *(ndim - 1) * [1])
+    if (m := fields.get("dora_scale")) is None:
         return None
-    inputs = m.ndim > 1 and len(m) == 1 != m.numel()
-    return m.reshape(*([1] if inputs else []), -1, *(ndim - 1 - inputs) * [1])
+    per_input = m.ndim > 1 and len(m) == 1 != m.numel()
+    return m.reshape(*([1] if per_input else []), -1, *(ndim - 1 - per_input) * [1])
 
 
 def _detect_base_model_version(file: SafetensorsFile) -> str | None:
-    """For which of LINES a file was made: by the width of its text, by its names, by its metadata."""
-    for name, slot in file.tensor_infos.items():
-        at = parse_lora_key(name)
-        if at and "attn2" in at.module and at.module.endswith(("to_k", "to_v")) and at.delta_field in DOWN_FIELDS:
-            return next(
-                (line for line, known in BASE_MODEL_VERSIONS.items() if known.cross_attention_dim == slot.shape[1]),
-                None,
-            )
-    if any(at.component == "text_encoder_2" for name in file.tensor_infos if (at := parse_lora_key(name))):
+    """The row of BASE_MODEL_VERSIONS that a file was made for: by the text width, the names, or the metadata."""
+    keys = parse_lora_keys(file.tensor_infos)
+    for name, key in keys.items():
+        if "attn2" in key.module and key.module.endswith(("to_k", "to_v")) and key.delta_field in DOWN_FIELDS:
+            width = file.tensor_infos[name].shape[1]
+            return next((name for name, v in BASE_MODEL_VERSIONS.items() if v.cross_attention_dim == width), None)
+    if any(key.component == "text_encoder_2" for key in keys.values()):
         return "sdxl"
-    said = [file.metadata.get(key, "") for key in ("ss_base_model_version", "modelspec.architecture")]
-    marked = (
-        line for line, known in BASE_MODEL_VERSIONS.items() for mark in said if mark.startswith(known.metadata_prefixes)
-    )
-    return next(marked, None)
+    texts = [file.metadata.get(key, "") for key in ("ss_base_model_version", "modelspec.architecture")]
+    matches = (name for name, v in BASE_MODEL_VERSIONS.items() if any(t.startswith(v.metadata_prefixes) for t in texts))
+    return next(matches, None)
 
 
 def _base_model_mismatch(file: SafetensorsFile, family: str | None) -> str:
-    """Begins the error of an adapter for another family, or is empty."""
-    if any(mark in name for name in file.tensor_infos for mark in DIFFUSION_TRANSFORMER_KEYS):
+    """The beginning of the error about an adapter for another base model; empty if it is for this one."""
+    if any(re.search(DIFFUSION_TRANSFORMER_KEYS, name) for name in file.tensor_infos):
         return "made for a transformer (SD 3, Flux), which is not supported: "
     made, own = _detect_base_model_version(file), family and family.split("-")[0]
     if made is None or own not in BASE_MODEL_VERSIONS or made == own:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from ldm.adapters import lora_loading
-from ldm.adapters.lora_keys import detect_lora_format, parse_lora_key
+from ldm.adapters.lora_keys import DOWN_FIELDS, detect_lora_format, parse_lora_keys
 from ldm.checkpoints import detect, formats, keys
 from ldm.checkpoints.families import FAMILIES, LoadOptions, ModelFamily
 from ldm.checkpoints.layouts import (
@@ -237,12 +237,10 @@ def _schedule_and_defaults(config: Mapping[str, Any], **defaults: Any) -> dict[s
 
 def _inspect_adapter(file: SafetensorsFile) -> dict[str, Any]:
     """The dialect, kinds, ranks and targets of an adapter's file; nothing of another."""
-    places = {name: at for name in file.tensor_infos if (at := parse_lora_key(name))}
+    places = parse_lora_keys(file.tensor_infos)
     if not places:
         return {}
-    ranks = Counter(
-        file.tensor_infos[name].shape[0] for name, at in places.items() if at.delta_field in lora_loading.DOWN_FIELDS
-    )
+    ranks = Counter(file.tensor_infos[name].shape[0] for name, at in places.items() if at.delta_field in DOWN_FIELDS)
     try:
         family = lora_loading.detect_adapter_family(file.path)
     except ValueError:

@@ -114,7 +114,7 @@ def test_every_kind_is_peft_s(net, kind):
 
 
 def test_tucker_s_lora_is_three_convolutions(net, randn):
-    """LoCon with a kernel between two 1x1 convolutions, by its effect on a picture."""
+    """LoCon with a kernel between two 1x1 convolutions, by its effect on an image."""
     down, mid, up = randn(3, 10, 1, 1), randn(3, 3, 3, 3), randn(4, 3, 1, 1)
     x = randn(2, 10, 7, 7)
     y = x
@@ -140,7 +140,7 @@ def test_dora_gives_the_weight_the_norms_that_it_holds(net, randn, layer, dim):
     torch.testing.assert_close(changed / m, plain / norms, atol=1e-5, rtol=1e-5)
 
 
-def test_scale_is_alpha_over_rank_and_one_where_alpha_is_not_said(net, randn):
+def test_scale_is_alpha_over_rank_and_one_where_there_is_no_alpha(net, randn):
     thin = lora(net.linear.weight, randn, rank=4)
     whole = ModuleDelta(thin).delta_weight(net.linear.weight)
     assert torch.equal(ModuleDelta(thin, 4.0).delta_weight(net.linear.weight), whole)
@@ -271,12 +271,15 @@ WRONG = {
     "no network": ({"text_encoder/linear": ModuleDelta(Full(ONE))}, "no module text_encoder/linear"),
     "another width": (
         {"unet/linear": ModuleDelta(LoRA(torch.ones(2, 13), torch.ones(8, 2)))},
-        r"unet/linear has factors of shape \[2, 13\] and \[8, 2\], which make no weight of shape \[8, 12\]",
+        r"unet/linear has factors of shape \[2, 13\] and \[8, 2\], which do not fit a weight of shape \[8, 12\]",
     ),
-    "two ranks": ({"unet/linear": ModuleDelta(LoRA(torch.ones(2, 12), torch.ones(8, 3)))}, "make no weight"),
-    "rank 0": ({"unet/linear": ModuleDelta(LoRA(torch.ones(0, 12), torch.ones(8, 0)))}, "make no weight"),
-    "transposed": ({"unet/linear": ModuleDelta(Full(torch.ones(12, 8)))}, "make no weight"),
-    "kernel": ({"unet/point": ModuleDelta(LoRA(torch.ones(2, 6, 3, 3), torch.ones(10, 2, 1, 1)))}, "make no weight"),
+    "two ranks": ({"unet/linear": ModuleDelta(LoRA(torch.ones(2, 12), torch.ones(8, 3)))}, "do not fit a weight"),
+    "rank 0": ({"unet/linear": ModuleDelta(LoRA(torch.ones(0, 12), torch.ones(8, 0)))}, "do not fit a weight"),
+    "transposed": ({"unet/linear": ModuleDelta(Full(torch.ones(12, 8)))}, "do not fit a weight"),
+    "kernel": (
+        {"unet/point": ModuleDelta(LoRA(torch.ones(2, 6, 3, 3), torch.ones(10, 2, 1, 1)))},
+        "do not fit a weight",
+    ),
     "bias": ({"unet/linear": ModuleDelta(bias=torch.ones(7))}, r"a bias of shape \[7\], expected \[8\]"),
     "no bias": ({"unet/plain": ModuleDelta(bias=torch.ones(6))}, r"a bias of shape \[6\], expected none"),
     "dora": (
@@ -303,7 +306,7 @@ def test_names_and_weights_are_checked(net, randn):
     with pytest.raises(ValueError, match="adapter 'a': choose from none"):
         adapters.unload("a")
     adapters.load(a)
-    with pytest.raises(ValueError, match="adapter 'a': there is one of that name"):
+    with pytest.raises(ValueError, match="adapter 'a': an adapter of that name is loaded already"):
         adapters.load(a)
     with pytest.raises(ValueError, match="adapter 'b': choose from a"):
         adapters.set_weights({"b": 1.0})
@@ -325,29 +328,29 @@ def test_a_pipeline_s_adapters_are_set_by_two_lists_and_taken_out(tiny, tmp_path
             pipe.model.networks,
         )
 
-    def draw():
+    def generate():
         return pipe("two stars", num_inference_steps=2, seed=3).images[0].tobytes()
 
-    base = draw()
+    base = generate()
     for name in "ab":
         pipe.load_lora_weights(tmp_path / f"{name}.safetensors")
-    both = draw()
+    both = generate()
     pipe.set_adapters(["b"], [0.5])
-    half = draw()
+    half = generate()
     assert len({base, both, half}) == 3
     for names, weights in ((["a", "b"], [1]), ("a", [1]), ("ab", [1, 1])):
         with pytest.raises(ValueError, match="must be two lists of one length"):
             pipe.set_adapters(names, weights)
     with pytest.raises(ValueError, match="adapter 'c': choose from a, b"):
         pipe.set_adapters(["c"], [1])
-    assert draw() == half
+    assert generate() == half
     pipe.unload_lora_weights("a")
-    assert draw() == half and [*pipe.adapters.loaded] == ["b"]
+    assert generate() == half and [*pipe.adapters.loaded] == ["b"]
     pipe.unload_lora_weights()
-    assert draw() == base
+    assert generate() == base
 
 
-def test_a_picture_is_the_base_s_at_weight_zero_and_after(tiny):
+def test_an_image_is_the_base_s_at_weight_zero_and_after(tiny):
     pipe = Pipeline.from_pretrained(tiny, device="cpu", dtype="float32")
     adapters = AdapterMerger(pipe.model.networks)
     g = torch.Generator().manual_seed(0)
@@ -357,15 +360,15 @@ def test_a_picture_is_the_base_s_at_weight_zero_and_after(tiny):
     }
     deltas = {name: ModuleDelta(Full(torch.randn(shape, generator=g))) for name, shape in targets.items()}
 
-    def draw():
+    def generate():
         pipe.prompt_encoder.clear()
         return pipe("two stars", num_inference_steps=2, seed=3).images[0].tobytes()
 
-    base = draw()
+    base = generate()
     adapters.load(Adapter("a", deltas), 0.0)
-    assert draw() == base
+    assert generate() == base
     for weight in ((1.0, 0.0), (0.0, 1.0)):
         adapters.set_weights({"a": weight})
-        assert draw() != base
+        assert generate() != base
     adapters.unload()
-    assert draw() == base
+    assert generate() == base

@@ -1,4 +1,4 @@
-"""Adapters' files: each dialect is read as its own tool reads it, and is the same change in every other."""
+"""Adapter files: each format is read as its own tool reads it, and is the same change in every other."""
 
 import hashlib
 import json
@@ -209,7 +209,7 @@ def test_no_two_modules_have_one_spelling(family):
 
 @both
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_dialect_is_the_same_change(family, kind, tmp_path):
+def test_every_format_is_the_same_change(family, kind, tmp_path):
     networks = tiny(family)
     random = adapter(networks, kind)
     expected = merged(networks, random)
@@ -262,7 +262,7 @@ def fused(pipe):
 
 TOWER = "q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"  # diffusers knows no other layer of a text tower
 ALL = ("unet/", *(f"text_encoder{n}/" for n in ("", "_2")))
-READ = [  # family, dialect, kind, the networks of which diffusers reads it
+READ = [  # family, format, kind, the networks of which diffusers reads it
     ("sd1", "kohya", "lora", ALL),
     ("sdxl", "kohya", "lora", ALL),
     ("sd1", "diffusers", "lora", ALL),
@@ -473,12 +473,12 @@ def test_a_scale_that_rounds_is_kept_in_float32(dtype, tmp_path):
 
 @pytest.mark.parametrize("kind", ["loha", "lokr", "full"])
 @pytest.mark.parametrize("to", ["diffusers", "peft"])
-def test_what_a_dialect_cannot_say_is_refused_and_nothing_written(kind, to, tmp_path):
+def test_what_a_format_cannot_hold_is_refused_and_nothing_written(kind, to, tmp_path):
     networks = tiny("sd1")
-    with pytest.raises(ValueError, match=r"^unet/\S+: \w+ has no name in"):
+    with pytest.raises(ValueError, match=r"^unet/\S+: \w+ has no key in"):
         save_adapter(adapter(networks, kind), tmp_path / "a", to, networks)
     mixed = adapter(networks, "dora", ("to_q",)).deltas | adapter(networks, "lora", ("to_k",)).deltas
-    with pytest.raises(ValueError, match="DoRA of some modules"):
+    with pytest.raises(ValueError, match="cannot mix DoRA and LoRA modules"):
         save_adapter(Adapter("a", mixed), tmp_path / "a", to, networks)
     assert not list(tmp_path.iterdir())
 
@@ -505,7 +505,7 @@ FAULTS = {  # the family of the model, the tensors, the metadata, what is said
         "sd1",
         GOOD | {f"{Q}.lora_A.weight": torch.ones(2, 16)},
         {},
-        "are one",
+        "are the same tensor",
     ),
     "unknown end": ("sd1", GOOD | {f"{Q}.lora_sideways": torch.ones(1)}, {}, "unknown lora_unet_.*lora_sideways"),
     "unknown module": (
@@ -521,7 +521,7 @@ FAULTS = {  # the family of the model, the tensors, the metadata, what is said
     "alpha's shape": ("sd1", GOOD | {f"{Q}.alpha": torch.ones(2)}, {}, r"alpha has shape \[2\], expected one number"),
     "NaN": ("sd1", GOOD | {B: torch.full((16, 2), float("nan"))}, {}, "lora_up.weight is not finite"),
     "infinite alpha": ("sd1", GOOD | {f"{Q}.alpha": torch.tensor(float("inf"))}, {}, "alpha is not finite"),
-    "integers": ("sd1", GOOD | {B: torch.ones(16, 2, dtype=torch.int8)}, {}, "dtype torch.int8, real numbers"),
+    "integers": ("sd1", GOOD | {B: torch.ones(16, 2, dtype=torch.int8)}, {}, "dtype torch.int8, expected floating"),
     "dora": ("sd1", GOOD | {f"{Q}.dora_scale": torch.ones(7, 1)}, {}, r"dora_scale of shape \[7, 1\]"),
     "bias": ("sd1", GOOD | {f"{Q}.diff_b": torch.ones(16)}, {}, r"a bias of shape \[16\], expected none"),
     "an XL file, by its width": (
@@ -609,7 +609,7 @@ def test_what_is_no_file_of_tensors_is_refused(tmp_path):
 def test_the_family_is_told_by_the_file_or_asked_for(tmp_path):
     source = tmp_path / "a.safetensors"
     save_file(GOOD, source)
-    with pytest.raises(ValueError, match="does not tell what it was made for: choose a family from sd1, "):
+    with pytest.raises(ValueError, match="does not say which base model it is for: choose a family from sd1, "):
         convert_adapter(source, tmp_path / "b", "peft")
     for line, width in (("sd1", 768), ("sd2-base", 1024), ("sdxl", 2048)):
         save_file({f"{K}.lora_down.weight": torch.ones(2, width)}, source)
@@ -620,7 +620,7 @@ def test_the_family_is_told_by_the_file_or_asked_for(tmp_path):
     with pytest.raises(ValueError, match="b: exists already"):
         (tmp_path / "b").touch()
         convert_adapter(source, tmp_path / "b", "kohya", "sd1")
-    with pytest.raises(ValueError, match="dialect 'a1111': choose from kohya, diffusers, peft"):
+    with pytest.raises(ValueError, match="LoRA format 'a1111': choose from kohya, diffusers, peft"):
         save_adapter(Adapter("a", {}), tmp_path / "c", "a1111", {})
     with pytest.raises(ValueError, match="family 'sd9': choose from sd1"):
         convert_adapter(source, tmp_path / "c", "kohya", "sd9")

@@ -1,4 +1,4 @@
-"""Textual inversion: every dialect gives its vectors, and whatever else is refused by name."""
+"""Textual inversion: every format gives its vectors, and whatever else is refused by name."""
 
 import pytest
 import torch
@@ -22,7 +22,7 @@ WIDE = torch.arange(3840.0).reshape(3, 1280)
     ],
     ids=["web ui", "diffusers", "diffusers of many vectors", "half", "sdxl", "sdxl of one vector"],
 )
-def test_every_dialect_gives_its_vectors(tmp_path, tensors, expected):
+def test_every_format_gives_its_vectors(tmp_path, tensors, expected):
     save_file(tensors, tmp_path / "word.safetensors")
     found = load_embeddings(tmp_path / "word.safetensors")
     assert list(found) == list(expected)
@@ -60,7 +60,7 @@ def test_what_is_no_embedding_is_refused_by_name(tmp_path, tensors, said):
         ({"clip_l": MANY, "clip_g": WIDE}, {"name": "*"}, "word"),
     ],
 )
-def test_a_file_says_its_word(tmp_path, tensors, metadata, word):
+def test_a_file_names_its_token(tmp_path, tensors, metadata, word):
     save_file(tensors, tmp_path / "word.safetensors", metadata)
     assert read_placeholder_token(tmp_path / "word.safetensors") == word
 
