@@ -1,3 +1,5 @@
+"""Metadata of image files: the text and the sampler names of AUTOMATIC1111's web UI, and texts in PNG files."""
+
 from __future__ import annotations
 
 import json
@@ -12,7 +14,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from ldm.files import atomic_write
 
-# Our names in the words of AUTOMATIC1111's web UI; what it has no word for keeps our name.
+# Our names and those of AUTOMATIC1111's web UI; what it does not have keeps our name.
 A1111_SAMPLERS = {
     "ddpm": "DDPM",
     "ddim": "DDIM",
@@ -33,12 +35,29 @@ A1111_SPACINGS = {
     "trailing": "SGM Uniform",
     "leading": "DDIM",
 }
-
-
-INFOTEXT_PATTERN = re.compile(
-    r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)'
-)  # as the web UI reads name: value
+# name: value, as the web UI reads it
+INFOTEXT_PATTERN = re.compile(r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)')
 NEGATIVE_PREFIX = "Negative prompt:"
+
+
+def resolve_a1111_sampler(values: Mapping[str, Any]) -> dict[str, Any]:
+    """`values` with `sampler` and `spacing` by our names where they are the web UI's, in any case.
+
+    Its older versions had one name for both: "DPM++ 2M Karras".
+    """
+    samplers, spacings = (
+        {label.lower(): name for name, label in table.items()} for table in (A1111_SAMPLERS, A1111_SPACINGS)
+    )
+    names = {name: value for name in ("sampler", "spacing") if (value := values.get(name))}
+    label = names.get("sampler", "").lower()
+    first, _, last = label.rpartition(" ")
+    if label in samplers:
+        names["sampler"] = samplers[label]
+    elif first in samplers and last in spacings:
+        names = {"spacing": spacings[last], **names, "sampler": samplers[first]}
+    if "spacing" in names:
+        names["spacing"] = spacings.get(names["spacing"].lower(), names["spacing"])
+    return {**values, **names}
 
 
 def create_infotext(
@@ -50,10 +69,10 @@ def create_infotext(
     loras: Mapping[str, str] | None = None,
     embeddings: Mapping[str, str] | None = None,
 ) -> str:
-    """The text that AUTOMATIC1111's web UI writes into its PNGs and other tools read, from a request's record.
+    """The text "parameters" that the web UI writes into its PNGs and other tools read, from a request's record.
 
     `vae` is the name and hash of an autoencoder that replaces the model's own; `loras` and `embeddings` are hashes by
-    name. What is None goes unsaid. `clip_skip` counts layers as the web UI does, from the last, 1.
+    name. What is None is left out. `clip_skip` counts layers as the web UI does, from the last, 1.
     """
     lines = [settings["prompt"]]
     if settings["negative_prompt"]:
@@ -84,31 +103,31 @@ def create_infotext(
 
 
 def format_hashes(digests: Mapping[str, str] | None) -> str | None:
-    """The first digits of files' hashes by name, in one value."""
+    """The first digits of hashes, by name, as one value."""
     return ", ".join(f"{name}: {digits[:12]}" for name, digits in digests.items()) if digests else None
 
 
 def parse_generation_parameters(text: str) -> dict[str, str]:
-    """What `create_infotext` says, by its own names, with "Prompt" and "Negative prompt": the web UI's rules of reading.
+    """The values of an infotext by its own names, with "Prompt" and "Negative prompt", by the web UI's rules.
 
-    Its lines are stripped; a last line of fewer than three pairs belongs to the prompts. The format has no word for a
-    prompt with a line that begins with "Negative prompt:".
+    Lines are stripped; a last line of fewer than three pairs belongs to the prompts. The format cannot express a prompt
+    with a line that begins with "Negative prompt:".
     """
     *lines, last = text.strip().split("\n")
     pairs = INFOTEXT_PATTERN.findall(last)
     if len(pairs) < 3:
         lines, pairs = [*lines, last], []
     lines = [line.strip() for line in lines]
-    turn = next((k for k, line in enumerate(lines) if line.startswith(NEGATIVE_PREFIX)), len(lines))
-    negative = [line.removeprefix(NEGATIVE_PREFIX).strip() for line in lines[turn:]]
-    prompts = {"Prompt": "\n".join(lines[:turn]), NEGATIVE_PREFIX[:-1]: "\n".join(negative)}
+    start = next((k for k, line in enumerate(lines) if line.startswith(NEGATIVE_PREFIX)), len(lines))
+    negative = [line.removeprefix(NEGATIVE_PREFIX).strip() for line in lines[start:]]
+    prompts = {"Prompt": "\n".join(lines[:start]), NEGATIVE_PREFIX[:-1]: "\n".join(negative)}
     return {**prompts, **{name: unquote(value) for name, value in pairs}}
 
 
 def quote(value: str) -> str:
     """A value as the web UI writes it: in JSON's quotes where a comma, colon, newline or quote would be misread."""
-    misread = any(c in value for c in ",:\n") or value.startswith('"')
-    return json.dumps(value, ensure_ascii=False) if misread else value
+    ambiguous = any(c in value for c in ",:\n") or value.startswith('"')
+    return json.dumps(value, ensure_ascii=False) if ambiguous else value
 
 
 def unquote(value: str) -> str:

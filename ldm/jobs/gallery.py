@@ -16,7 +16,7 @@ from ldm.jobs.manifest import iter_manifest_rows as rows_of
 from ldm.jobs.manifest import list_manifest_files
 from ldm.jobs.outputs import read_image_and_metadata
 from ldm.metadata import parse_generation_parameters
-from ldm.pipeline.request import Request
+from ldm.pipeline.request import REQUEST_FIELDS, Request
 
 GALLERY_TEMPLATE = Path(__file__).with_name("gallery.html")
 GALLERY_PAGE, GALLERY_DATA, THUMBNAIL_FOLDER = "index.html", "index.data", "thumbs"
@@ -24,23 +24,12 @@ ROWS_PER_CHUNK = 5000  # rows in a file of the page's data: parsed in less than 
 THUMBNAIL_SIZE = 256  # pixels: the longest side of a thumbnail
 JS_INTEGER_LIMIT = 2**53  # integers beyond it are not JavaScript's numbers
 
-REQUEST_FIELDS = tuple(Request("").to_record())
-FIELD_LABELS = {"negative_prompt": "negative", "num_inference_steps": "steps", "guidance_scale": "guidance"}
-GENERATE_OPTIONS = {  # of `ldm generate`; what has none of its own is told beside the command
-    "negative_prompt": "--negative",
-    "seed": "--seed",
-    "height": "--height",
-    "width": "--width",
-    "num_inference_steps": "--steps",
-    "guidance_scale": "--guidance",
-    "sampler": "--sampler",
-    "spacing": "--spacing",
-    "eta": "--eta",
-    "guidance_rescale": "--guidance-rescale",
-    "guidance_interval": "--guidance-interval",
-    "strength": "--strength",
-    "upscale": "--upscale",
-    "upscale_strength": "--upscale-strength",
+RECORD_FIELDS = tuple(Request("").to_record())
+FIELD_LABELS = {name: spec.option for name, spec in REQUEST_FIELDS.items() if spec.option != name}
+GENERATE_OPTIONS = {  # of `ldm generate`; images are named beside the command, and clip_skip is counted otherwise there
+    name: f"--{spec.option.replace('_', '-')}"
+    for name, spec in REQUEST_FIELDS.items()
+    if spec.help and name not in ("image", "mask", "clip_skip")
 }
 
 
@@ -73,7 +62,7 @@ def write_gallery(folder: Path) -> Path:
         "common": {**table.common, "model": model},
         "columns": table.columns,
         "fields": list_gallery_fields(),
-        "record": REQUEST_FIELDS,
+        "record": RECORD_FIELDS,
         "defaults": Request("").to_record(),
         "labels": FIELD_LABELS,
         "options": GENERATE_OPTIONS,
@@ -109,7 +98,7 @@ def read_finished_records(folder: Path) -> tuple[list[dict[str, Any]], int]:
 
 def list_gallery_fields() -> list[str]:
     """What pictures are told apart by: a request's fields, its two sides as one."""
-    return [*(name for name in REQUEST_FIELDS if name not in ("height", "width")), "size"]
+    return [*(name for name in RECORD_FIELDS if name not in ("height", "width")), "size"]
 
 
 def build_gallery_entry(folder: Path, line: Mapping[str, Any]) -> dict[str, Any]:

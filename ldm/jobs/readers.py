@@ -15,9 +15,9 @@ from typing import Any, BinaryIO, NamedTuple
 import yaml
 
 from ldm.data.tables import import_pyarrow
-from ldm.jobs import prompt_options
 from ldm.jobs.lines import ParseError, RawLine, read_lines
-from ldm.jobs.schema import FieldValues, map_keys_to_fields, parse_field, parse_record, resolve_webui_sampler
+from ldm.jobs.schema import FieldValues, map_keys_to_fields, parse_field, parse_prompt_line, parse_record
+from ldm.metadata import resolve_a1111_sampler
 
 MAX_YAML_BYTES = 2**22  # bytes: it is read whole
 MAX_IMAGES_PER_RECORD = 10**8  # of one record, and combinations of one product
@@ -36,12 +36,10 @@ PromptReader = Callable[[BinaryIO], Iterator[PromptRow]]
 
 
 def read_text_rows(file: BinaryIO) -> Iterator[PromptRow]:
-    """A prompt a line, with options as `ldm.jobs.options.parse_prompt_line` says; # begins a comment."""
+    """A prompt a line, with options as `ldm.jobs.schema.parse_prompt_line` says; # begins a comment."""
     for line in iter_nonblank_lines(file):
         if not line.data.lstrip().startswith(b"#"):
-            yield PromptRow(
-                line.number, partial(lambda line: parse_record(prompt_options.parse_prompt_line(line.decode())), line)
-            )
+            yield PromptRow(line.number, partial(lambda line: parse_record(parse_prompt_line(line.decode())), line))
 
 
 def read_jsonl_rows(file: BinaryIO) -> Iterator[PromptRow]:
@@ -163,9 +161,7 @@ def read_yaml_rows(file: BinaryIO) -> Iterator[PromptRow]:
     for chosen in product(*axes.values()):
         found = dict(zip(axes, chosen, strict=True))
         settings = {name: value for name, (_, value) in found.items() if value is not None}
-        yield PromptRow(
-            found["prompt"][0], partial(lambda settings: {**settings, **resolve_webui_sampler(settings)}, settings)
-        )
+        yield PromptRow(found["prompt"][0], partial(resolve_a1111_sampler, settings))
 
 
 def make_error_row(error: ParseError) -> PromptRow:

@@ -1,145 +1,42 @@
-"""Fields of a record: what each may be called, and its value from text or from JSON."""
+"""What a record of a prompt file may contain: names and values of fields, and options in a line of text."""
 
 from __future__ import annotations
 
-import math
 import re
-from collections.abc import Callable, Iterable, Mapping
-from difflib import get_close_matches
-from functools import partial
+import shlex
+from collections.abc import Iterable, Mapping
+from itertools import pairwise
 from typing import Any
 
-from ldm.diffusion.samplers import SAMPLERS
-from ldm.metadata import A1111_SAMPLERS, A1111_SPACINGS
+from ldm.errors import suggest
+from ldm.metadata import resolve_a1111_sampler
+from ldm.pipeline.request import IMAGE_COUNT, REQUEST_FIELDS
 
-FieldValues = dict[str, Any]  # by the names of Request, beside `compose_count`
+FieldValues = dict[str, Any]  # by the names of Request, beside `count`
 
-INTEGER_PATTERN = re.compile(r"[+-]?[0-9]{1,30}")
-FLOAT_PATTERN = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)(e[+-]?[0-9]+)?|[+-]?inf|nan", re.IGNORECASE)
-SEED_RANGE_PATTERN = re.compile(r"([0-9]{1,30})\s*-\s*([0-9]{1,30})")
-PAIR_SEPARATOR = re.compile(r"\s*[x,\s]\s*")  # the two numbers of a pair
-
-
-def parse_text(value: Any) -> str:
-    if not isinstance(value, str):
-        raise ValueError("must be text")
-    if "\0" in value:
-        raise ValueError("must be text without a NUL")
-    return value
-
-
-def parse_nonblank_text(value: Any) -> str:
-    if not parse_text(value).strip():
-        raise ValueError("must not be blank")
-    return value
-
-
-def parse_int(value: Any) -> int:
-    if isinstance(value, str) and INTEGER_PATTERN.fullmatch(value.strip()):
-        return int(value)
-    if isinstance(value, float) and value.is_integer():  # columns with gaps turn whole numbers into these
-        return int(value)
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise ValueError("must be a whole number")
-    return value
-
-
-def parse_float(value: Any) -> float:
-    if isinstance(value, str) and FLOAT_PATTERN.fullmatch(value.strip()):
-        return float(value)
-    if not isinstance(value, int | float) or isinstance(value, bool):
-        raise ValueError("must be a number")
-    try:
-        return float(value)
-    except OverflowError:
-        return math.copysign(math.inf, value)
-
-
-def parse_pair(parse_number: Callable[[Any], Any], value: Any) -> tuple[Any, Any]:
-    both = PAIR_SEPARATOR.split(value.strip()) if isinstance(value, str) else value
-    try:
-        first, second = (parse_number(one) for one in both)
-    except (TypeError, ValueError):
-        raise ValueError("must be two numbers, such as 512x768") from None
-    return first, second
-
-
-def parse_interval(value: Any) -> tuple[float, float | None]:
-    if isinstance(value, list) and len(value) == 2 and value[1] is None:
-        value = [value[0], math.inf]
-    low, high = parse_pair(parse_float, value)
-    return low, None if high == math.inf else high
-
-
-def parse_seeds(value: Any) -> tuple[range, ...]:
-    """Runs of seeds: a number, or in text several, separated by commas, each n or n-m."""
-    parts = value.split(",") if isinstance(value, str) else [value]
-    return tuple(map(_parse_seed_range, parts))
-
-
-def _parse_seed_range(part: Any) -> range:
-    if match := SEED_RANGE_PATTERN.fullmatch(part.strip()) if isinstance(part, str) else None:
-        first, last = int(match[1]), int(match[2])
-        if first > last:
-            raise ValueError("must run upwards")
-        return range(first, last + 1)
-    return single_seed_range(parse_int(part))[0]
-
-
-def single_seed_range(seed: int) -> tuple[range]:
-    """The run of a single seed."""
-    return (range(seed, seed + 1),)
-
-
-FIELD_PARSERS: dict[str, Callable[[Any], Any]] = {
-    "prompt": parse_nonblank_text,
-    "negative_prompt": parse_text,
-    "seed": parse_seeds,
-    "count": parse_int,
-    "height": parse_int,
-    "width": parse_int,
-    "num_inference_steps": parse_int,
-    "guidance_scale": parse_float,
-    "sampler": parse_text,
-    "spacing": parse_text,
-    "eta": parse_float,
-    "guidance_rescale": parse_float,
-    "guidance_interval": parse_interval,
-    "clip_skip": parse_int,
-    "image": parse_text,
-    "mask": parse_text,
-    "strength": parse_float,
-    "upscale": parse_float,
-    "upscale_strength": parse_float,
-    "original_size": partial(parse_pair, parse_int),
-    "crops_coords_top_left": partial(parse_pair, parse_int),
-    "target_size": partial(parse_pair, parse_int),
+PROMPT_FIELDS = {**REQUEST_FIELDS, "count": IMAGE_COUNT}
+FIELD_NAMES = {  # all that a field may be called: the field
+    **{name: field for field, spec in PROMPT_FIELDS.items() for name in (field, spec.option, *spec.aliases)},
+    "text": "prompt",  # captions of data sets
 }
 
-FIELD_ALIASES = {  # what else a field may be called, and whose word it is
-    "prompts": "prompt",
-    "text": "prompt",  # data sets' captions
-    "negative": "negative_prompt",  # ldm generate
-    "seeds": "seed",
-    "steps": "num_inference_steps",  # ldm generate, AUTOMATIC1111's web UI
-    "guidance": "guidance_scale",  # ldm generate
-    "cfg_scale": "guidance_scale",  # web UI
-    "sampler_name": "sampler",  # web UI
-    "scheduler": "spacing",  # web UI
-    "denoising_strength": "strength",  # web UI
-    "n_iter": "count",  # web UI
-    "num_images_per_prompt": "count",  # diffusers
-    "mask_image": "mask",  # diffusers
+# Options in a line of text, as kohya's gen_img and AUTOMATIC1111's "Prompts from file" read them.
+PROMPT_OPTIONS = {  # the name in messages
+    **{name: PROMPT_FIELDS[field].option for name, field in FIELD_NAMES.items() if name != "text"},
+    **{spec.kohya: spec.option for spec in PROMPT_FIELDS.values() if spec.kohya},
 }
+UNSUPPORTED_OPTIONS = {  # kohya's, which would change the image
+    "am": "adapters have one weight in a whole job; give --lora FILE:WEIGHT to the command",
+    **dict.fromkeys(("nl", "c", "ow", "oh", "nw", "nh", "ct", "cl", "f"), "this option of kohya's is not supported"),
+}
+OPTION_PATTERN = re.compile(r"(?:^|\s)--([A-Za-z]\w*)(?=\s|$)")
 
 
 def resolve_field_name(key: Any) -> str:
-    """The field that a key names; ValueError with the nearest of those there are."""
-    name = FIELD_ALIASES.get(key, key)
-    if name not in FIELD_PARSERS:
-        close = get_close_matches(str(key).strip().lower(), [*FIELD_PARSERS, *FIELD_ALIASES], 1)
-        raise ValueError(f"unknown field {short_repr(key)}" + (f"; did you mean {close[0]!r}?" if close else ""))
-    return name
+    """The field that a key names; ValueError with the nearest name."""
+    if key not in FIELD_NAMES:
+        raise ValueError(f"unknown field {short_repr(key)}{suggest(str(key), FIELD_NAMES)}")
+    return FIELD_NAMES[key]
 
 
 def map_keys_to_fields(keys: Iterable[Any]) -> dict[str, str]:
@@ -156,7 +53,7 @@ def map_keys_to_fields(keys: Iterable[Any]) -> dict[str, str]:
 def parse_field(name: str, key: str, value: Any) -> Any:
     """A field's value; ValueError with the key that the user wrote."""
     try:
-        return FIELD_PARSERS[name](value)
+        return PROMPT_FIELDS[name].parse(value)
     except ValueError as error:
         raise ValueError(f"{key} {short_repr(value)}: {error}") from None
 
@@ -168,28 +65,65 @@ def short_repr(value: Any) -> str:
 
 
 def parse_record(record: Mapping[str, Any]) -> FieldValues:
-    """A record's values by the names of Request; what is None goes unsaid. ValueError says what is wrong."""
-    found = {
-        name: parse_field(name, key, record[key])
-        for name, key in map_keys_to_fields(record).items()
-        if record[key] is not None
-    }
-    if "prompt" not in found:
+    """A record's values by the names of Request, without those that are None. ValueError says what is wrong."""
+    keys = map_keys_to_fields(record)
+    values = {name: parse_field(name, key, record[key]) for name, key in keys.items() if record[key] is not None}
+    if "prompt" not in values:
         raise ValueError("no prompt")
-    return {**found, **resolve_webui_sampler(found)}
+    return resolve_a1111_sampler(values)
 
 
-def resolve_webui_sampler(fields: Mapping[str, Any]) -> FieldValues:
-    """Sampler and spacing by our names where they go by the web UI's, which once had one for both: DPM++ 2M Karras."""
-    labels = {label.lower(): name for name, label in A1111_SPACINGS.items()}
-    ours = {label.lower(): name for name, label in A1111_SAMPLERS.items()}
-    spacing = {"spacing": labels.get(fields["spacing"].lower(), fields["spacing"])} if "spacing" in fields else {}
-    name = fields.get("sampler", "")
-    if name in SAMPLERS or not name:
-        return spacing
-    if name.lower() in ours:
-        return {**spacing, "sampler": ours[name.lower()]}
-    first, _, last = name.lower().rpartition(" ")
-    if first in ours and last in labels:
-        return {"spacing": labels[last], **spacing, "sampler": ours[first]}
-    return spacing
+def parse_prompt_line(line: str) -> dict[str, str]:
+    """The prompt and the options in a line; ValueError for options that cannot be read.
+
+    A line that begins with an option's long name is the web UI's: `--prompt "a cat" --steps 20`, in a shell's quotes.
+    Any other is a prompt, followed by kohya's options (`a cat --w 512 --n blurry`) or long names. A `--word` that is
+    neither, nor similar to one, is text.
+    """
+    line = line.strip()
+    match = OPTION_PATTERN.match(line)
+    if match and len(match[1]) > 1 and is_prompt_option(match[1]):
+        return parse_a1111_line(line)
+    marks = [match for match in OPTION_PATTERN.finditer(line) if is_prompt_option(match[1])]
+    bounds = [*(match.start() for match in marks), len(line)]
+    options = {"prompt": line[: bounds[0]].strip()}
+    for match, (_, end) in zip(marks, pairwise(bounds), strict=True):
+        add_option(options, match[1], line[match.end() : end].strip())
+    return options
+
+
+def is_prompt_option(name: str) -> bool:
+    """Is it an option? ValueError where it is similar to one, and for kohya's that are not supported."""
+    if name.lower() in UNSUPPORTED_OPTIONS:
+        raise ValueError(f"--{name}: {UNSUPPORTED_OPTIONS[name.lower()]}")
+    if name.lower() in PROMPT_OPTIONS:
+        return True
+    if hint := suggest(name, [option for option in PROMPT_OPTIONS if len(option) > 3], cutoff=0.8):
+        raise ValueError(f"--{name}: unknown option{hint}")
+    return False
+
+
+def parse_a1111_line(line: str) -> dict[str, str]:
+    """The options of a line that consists of them; a value extends to the next option."""
+    try:
+        words = shlex.split(line)
+    except ValueError:
+        raise ValueError("a quote is not closed") from None
+    starts = [*(k for k, word in enumerate(words) if word.startswith("--")), len(words)]
+    options: dict[str, str] = {}
+    for start, end in pairwise(starts):
+        name = words[start][2:]
+        if not is_prompt_option(name):
+            raise ValueError(f"--{name}: unknown option")
+        add_option(options, name, " ".join(words[start + 1 : end]))
+    return options
+
+
+def add_option(options: dict[str, str], name: str, value: str) -> None:
+    """Add an option; ValueError where it is given twice, or has no value."""
+    option = PROMPT_OPTIONS[name.lower()]
+    if option in options:
+        raise ValueError(f"--{name}: {option} is given twice")
+    if not value and option != "negative":
+        raise ValueError(f"--{name}: no value")
+    options[option] = value

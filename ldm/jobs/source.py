@@ -18,7 +18,7 @@ from PIL import Image
 from ldm.image_io import read_image, read_mask
 from ldm.jobs.lines import MAX_LINE_BYTES, ParseError
 from ldm.jobs.readers import MAX_IMAGES_PER_RECORD, PROMPT_READERS, PromptReader, PromptRow, make_error_row
-from ldm.jobs.schema import FieldValues, short_repr, single_seed_range
+from ldm.jobs.schema import FieldValues, short_repr
 from ldm.jobs.wildcards import PromptTemplate, WildcardManager
 from ldm.pipeline.request import Request
 
@@ -136,9 +136,8 @@ class PromptSource:
         values = dict(values)
         prompt = self._parse_template(values["prompt"])
         negative = values.get("negative_prompt", self.defaults.negative_prompt)
-        runs = apply_count(
-            values.pop("seed", single_seed_range(self.defaults.seed)), values.pop("count", None), self.images_per_prompt
-        )
+        seeds = values.pop("seed", (range(self.defaults.seed, self.defaults.seed + 1),))
+        runs = apply_count(seeds, values.pop("count", None), self.images_per_prompt)
         for name in {"image", "mask"} & values.keys():
             values[name] = self._load_image(name, values[name])
         request = replace(self.defaults, **values)

@@ -32,13 +32,10 @@ from ldm.metadata import create_infotext
 from ldm.nn.text_encoders import convert_clip_skip
 from ldm.nn.vae import Posterior, encode_images, vae_scale_factor
 from ldm.pipeline.prompt_encoder import PromptEncoder
-from ldm.pipeline.request import Request, check_request, default_strength, get_add_time_ids
+from ldm.pipeline.request import Request, check_request, coerce_request, default_strength, get_add_time_ids
 from ldm.pipeline.scheduler import BatchScheduler, num_concat_channels, request_latent_shape
 
 PIPELINE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-REQUEST_INT_FIELDS = "seed", "height", "width", "num_inference_steps", "clip_skip"  # numbers of a request
-SCALAR_TYPES = (float, int, np.floating, np.integer), (int, np.integer)  # of real numbers, of whole ones
-REQUEST_FLOAT_FIELDS = "guidance_scale", "guidance_rescale", "eta", "strength", "upscale", "upscale_strength"
 
 
 @dataclass(frozen=True)
@@ -308,22 +305,6 @@ class Pipeline:
             raise ValueError(f"U-Net of {beside + latents} channels: only {latents} and {2 * latents + 1} are known")
         if beside and request.image is None:
             raise ValueError("image: this model inpaints, so an image is needed, and a mask of what to redraw in it")
-
-
-def coerce_request(request: Request) -> Request:
-    """The request with numbers of other libraries as Python's own; ValueError names what is no number or picture."""
-    changes: dict[str, Any] = {}
-    for name in (*REQUEST_INT_FIELDS, *REQUEST_FLOAT_FIELDS):
-        value, kind = getattr(request, name), SCALAR_TYPES[name in REQUEST_INT_FIELDS]
-        if value is None or type(value) in kind:
-            continue
-        if not isinstance(value, kind):
-            raise ValueError(f"{name} {value!r}: must be a {'whole ' if name in REQUEST_INT_FIELDS else ''}number")
-        changes[name] = kind[0](value)
-    for name in ("image", "mask"):
-        if not isinstance(getattr(request, name), Image.Image | None):
-            raise ValueError(f"{name} {getattr(request, name)!r:.60}: must be a picture of PIL, as Image.open reads it")
-    return replace(request, **changes)
 
 
 def format_lora_weight(weight: AdapterWeight) -> str:

@@ -1,187 +1,331 @@
-"""A request: everything that one picture depends on, beside the model."""
+"""A request: everything that one image depends on beside the model, and the table of its fields.
+
+Options of the command line, fields of prompt files, aliases and ranges are made from this table. `ldm --help` reads it,
+so torch and Pillow are imported where they are used.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields, replace
-from typing import Any
+import math
+import numbers
+import re
+from collections.abc import Callable
+from dataclasses import MISSING, dataclass, field, fields, replace
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import torch
-from PIL import Image
-from torch import Tensor
-
-from ldm.diffusion.guidance import FULL_INTERVAL
-from ldm.diffusion.samplers import SAMPLERS
-from ldm.diffusion.timesteps import SPACINGS
 from ldm.errors import choose
-from ldm.image_io import convert_to_rgb, image_digest, inpaint_mask
+
+if TYPE_CHECKING:
+    from PIL import Image
+    from torch import Tensor
 
 MAX_SIDE = 8192  # pixels
 MAX_INFERENCE_STEPS = 10_000
-DEFAULT_IMG2IMG_STRENGTH, DEFAULT_INPAINT_STRENGTH = (
-    0.8,
-    1.0,
-)  # diffusers' StableDiffusionImg2ImgPipeline and StableDiffusionInpaintPipeline
-TUPLE_FIELDS = "guidance_interval", "original_size", "crops_coords_top_left", "target_size"
+MAX_SEED = 2**63 - 1
+# diffusers' StableDiffusionImg2ImgPipeline and StableDiffusionInpaintPipeline
+DEFAULT_IMG2IMG_STRENGTH, DEFAULT_INPAINT_STRENGTH = 0.8, 1.0
+
+INTEGER_PATTERN = re.compile(r"[+-]?[0-9]{1,30}")
+FLOAT_PATTERN = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)(e[+-]?[0-9]+)?|[+-]?inf|nan", re.IGNORECASE)
+SEED_RANGE_PATTERN = re.compile(r"([0-9]{1,30})\s*-\s*([0-9]{1,30})")
+PAIR_SEPARATOR = re.compile(r"\s*[x,\s]\s*")
+
+
+def parse_text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise ValueError("must be text")
+    if "\0" in value:
+        raise ValueError("must be text without a NUL")
+    return value
+
+
+def parse_nonblank_text(value: Any) -> str:
+    if not parse_text(value).strip():
+        raise ValueError("must not be blank")
+    return value
+
+
+def parse_int(value: Any) -> int:
+    if isinstance(value, str) and INTEGER_PATTERN.fullmatch(value.strip()):
+        return int(value)
+    if isinstance(value, float) and value.is_integer():  # columns with missing values hold integers as floats
+        return int(value)
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise ValueError("must be a whole number")
+    return value
+
+
+def parse_float(value: Any) -> float:
+    if isinstance(value, str) and FLOAT_PATTERN.fullmatch(value.strip()):
+        return float(value)
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        raise ValueError("must be a number")
+    try:
+        return float(value)
+    except OverflowError:
+        return math.copysign(math.inf, value)
+
+
+def parse_pair(parse_number: Callable[[Any], Any], value: Any) -> tuple[Any, Any]:
+    both = PAIR_SEPARATOR.split(value.strip()) if isinstance(value, str) else value
+    try:
+        first, second = (parse_number(one) for one in both)
+    except (TypeError, ValueError):
+        raise ValueError("must be two numbers, such as 512x768") from None
+    return first, second
+
+
+def parse_int_pair(value: Any) -> tuple[int, int]:
+    return parse_pair(parse_int, value)
+
+
+def parse_interval(value: Any) -> tuple[float, float | None]:
+    if isinstance(value, list) and len(value) == 2 and value[1] is None:
+        value = [value[0], math.inf]
+    low, high = parse_pair(parse_float, value)
+    return low, None if high == math.inf else high
+
+
+def parse_seeds(value: Any) -> tuple[range, ...]:
+    """Ranges of seeds: one number, or in text several, separated by commas, each n or n-m."""
+    return tuple(map(_parse_seed_range, value.split(",") if isinstance(value, str) else [value]))
+
+
+def _parse_seed_range(part: Any) -> range:
+    if match := SEED_RANGE_PATTERN.fullmatch(part.strip()) if isinstance(part, str) else None:
+        first, last = int(match[1]), int(match[2])
+        if first > last:
+            raise ValueError("must run upwards")
+        return range(first, last + 1)
+    seed = parse_int(part)
+    return range(seed, seed + 1)
+
+
+class FieldSpec(NamedTuple):
+    """How a field is read from text or JSON, bounded, and called outside Python."""
+
+    parse: Callable[[Any], Any]  # ValueError says what the value must be
+    help: str = ""  # of the command line's option; "": there is none
+    option: str = ""  # its name on the command line, in prompt files and in messages; "": the field's own
+    aliases: tuple[str, ...] = ()  # further names of the same: of AUTOMATIC1111's web UI, of diffusers
+    kohya: str = ""  # kohya's option in a line of prompts
+    short: str = ""  # the command line's short option
+    low: float = -math.inf
+    high: float = math.inf
+
+
+def _field(default: Any, parse: Callable[[Any], Any], help: str = "", option: str = "", **spec: Any) -> Any:
+    return field(default=default, metadata={"spec": FieldSpec(parse, help, option, **spec)})
 
 
 @dataclass(frozen=True)
 class Request:
-    """Everything that one picture depends on, beside the model. Sizes are pixels; None is the model's own value.
+    """Everything that one image depends on beside the model. Sizes are pixels; None is the model's default.
 
-    A negative prompt of None is the model's own empty one: zeros for SDXL, the embedding of "" otherwise. `clip_skip`
-    counts layers of the text encoders as diffusers does: 0 is the model's own, 1 the one before it; unlike there, it is
-    the negative prompt's too. `image` is redrawn by the last `strength` of the steps, and of it only what is white in
-    `mask`, which has its proportions or those of what is drawn. It gives the size where none is said, and is stretched
-    to one that is, as in diffusers; it is kept as RGB, its transparency on white, the mask as grey, as
-    `ldm.images.inpaint_mask` reads it. `upscale` draws the finished picture again, that much larger, with
-    `upscale_strength`. SDXL is told of an original size, a crop's corner and a target size, each (height, width); None
-    is the picture's own size.
+    `negative_prompt` None is the model's own unconditional input: zeros for SDXL, the embedding of "" otherwise.
+    `guidance_interval` (low, high] is in sigma/alpha, high None is no limit. `clip_skip` counts layers of the text
+    encoders as diffusers does: 0 is the model's own layer, 1 the one before it; unlike there, it applies to the
+    negative prompt too. `image` is regenerated by the last `strength` of the steps, and of it only what is white in
+    `mask`, which has the aspect ratio of `image` or of the output. Without `height` and `width` the image gives the
+    size; otherwise it is resized, as in diffusers. It is stored as RGB, transparency on white, and the mask as grey, as
+    `ldm.image_io.inpaint_mask` reads it. `upscale` is a second pass over the finished image, that much larger, with
+    `upscale_strength`. `original_size`, `crops_coords_top_left` and `target_size` are SDXL's micro-conditioning, each
+    (height, width); None is the size of the image.
     """
 
-    prompt: str
-    negative_prompt: str | None = None
-    seed: int = 0
-    height: int | None = None
-    width: int | None = None
-    num_inference_steps: int | None = None
-    guidance_scale: float | None = None
-    sampler: str | None = None
-    spacing: str | None = None
-    eta: float = 0.0
-    guidance_rescale: float = 0.0
-    guidance_interval: tuple[float, float | None] | None = None  # sigma/alpha (low, high]; None is no limit
-    clip_skip: int | None = None
-    image: Image.Image | None = field(default=None, repr=False)
-    mask: Image.Image | None = field(default=None, repr=False)
-    strength: float | None = None
-    upscale: float | None = None
-    upscale_strength: float = 0.5
-    original_size: tuple[int, int] | None = None
-    crops_coords_top_left: tuple[int, int] = (0, 0)
-    target_size: tuple[int, int] | None = None
+    prompt: str = _field(MISSING, parse_nonblank_text, aliases=("prompts",))
+    negative_prompt: str | None = _field(None, parse_text, "Negative prompt.", "negative", kohya="n")
+    seed: int = _field(
+        0, parse_seeds, "Image k of a prompt uses seed + k.", aliases=("seeds",), kohya="d", low=0, high=MAX_SEED
+    )
+    height: int | None = _field(None, parse_int, "Pixels; default: the image's or the model's.", kohya="h", short="-H")
+    width: int | None = _field(None, parse_int, "Pixels; default: the image's or the model's.", kohya="w", short="-W")
+    num_inference_steps: int | None = _field(
+        None, parse_int, "Sampling steps; default: the model's.", "steps", kohya="s", low=1, high=MAX_INFERENCE_STEPS
+    )
+    guidance_scale: float | None = _field(
+        None,
+        parse_float,
+        "Classifier-free guidance scale (1 disables it); default: the model's.",
+        "guidance",
+        aliases=("cfg", "cfg_scale"),
+        kohya="l",
+        low=0,
+        high=1000,
+    )
+    sampler: str | None = _field(
+        None, parse_text, "dpmpp_2m, unipc, DPM++ 2M Karras, ...: `ldm info` lists all.", aliases=("sampler_name",)
+    )
+    spacing: str | None = _field(
+        None, parse_text, "Timestep spacing: trailing, karras, ...: `ldm info` lists all.", aliases=("scheduler",)
+    )
+    eta: float = _field(0.0, parse_float, "Noise of DDIM's steps: 0 is the ODE, 1 as in DDPM.", low=0, high=1)
+    guidance_rescale: float = _field(0.0, parse_float, "Rescale the guided output, 0 to 1.", low=0, high=1)
+    guidance_interval: tuple[float, float | None] | None = _field(
+        None, parse_interval, "Guide only while sigma/alpha is in (LOW, HIGH]."
+    )
+    clip_skip: int | None = _field(None, parse_int, "Layer of the text encoder, from its end: 1 is the last.")
+    image: Image.Image | None = _field(None, parse_text, "Initial image (img2img).")  # noqa: RUF009
+    mask: Image.Image | None = _field(  # noqa: RUF009
+        None, parse_text, "Inpainting mask: white or transparent areas are regenerated.", aliases=("mask_image",)
+    )
+    strength: float | None = _field(
+        None, parse_float, "Denoising strength, 0 to 1.", aliases=("denoising_strength",), kohya="t", low=0, high=1
+    )
+    upscale: float | None = _field(None, parse_float, "Upscale factor (hires fix).")
+    upscale_strength: float = _field(0.5, parse_float, "Denoising strength of the hires fix.", low=0, high=1)
+    original_size: tuple[int, int] | None = _field(None, parse_int_pair)
+    crops_coords_top_left: tuple[int, int] = _field((0, 0), parse_int_pair)
+    target_size: tuple[int, int] | None = _field(None, parse_int_pair)
     latents: Tensor | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
-        for name in TUPLE_FIELDS:
-            if isinstance(getattr(self, name), list):  # JSON has no tuples
-                object.__setattr__(self, name, tuple(getattr(self, name)))
-        for name, mode, read in (("image", "RGB", lambda found: found.rgb), ("mask", "L", inpaint_mask)):
-            picture = getattr(self, name)
-            if isinstance(picture, Image.Image) and picture.mode != mode:
-                object.__setattr__(self, name, read(convert_to_rgb(picture)))
+        from PIL import Image
+
+        from ldm.image_io import convert_to_rgb, inpaint_mask
+
+        for f in fields(self):
+            if isinstance(value := getattr(self, f.name), list):  # JSON has no tuples
+                object.__setattr__(self, f.name, tuple(value))
+        for name, mode, convert in (("image", "RGB", lambda decoded: decoded.rgb), ("mask", "L", inpaint_mask)):
+            value = getattr(self, name)
+            if isinstance(value, Image.Image) and value.mode != mode:
+                object.__setattr__(self, name, convert(convert_to_rgb(value)))
 
     def to_record(self) -> dict[str, Any]:
-        """The request as JSON values, fingerprints in place of pictures.
+        """The request as JSON values, with digests in place of images.
 
-        `Request(**record)` is the same request, less pictures and latents given from outside.
+        `Request(**record)` is the same request, without images and given latents.
         """
+        from PIL import Image
+
+        from ldm.image_io import image_digest
+
         values = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "latents"}
         return {name: image_digest(v) if isinstance(v, Image.Image) else v for name, v in values.items()}
 
 
+NUMBER_TYPES = {"int": (int,), "float": (float, int)}  # by the annotation of a field
+REQUEST_FIELDS: dict[str, FieldSpec] = {
+    f.name: f.metadata["spec"]._replace(option=f.metadata["spec"].option or f.name)
+    for f in fields(Request)
+    if f.metadata
+}
+
+# The number of images per prompt, an option and a field of prompt files beside those of a request.
+IMAGE_COUNT = FieldSpec(parse_int, "Images per prompt.", "count", ("num_images", "num_images_per_prompt", "n_iter"))
+
+
+def coerce_request(request: Request) -> Request:
+    """The request with numbers of other libraries as Python's own; ValueError for what is no number or image."""
+    from PIL import Image
+
+    changes: dict[str, Any] = {}
+    for f in fields(Request):
+        value, kind = getattr(request, f.name), str(f.type).split(" ")[0]
+        if kind not in NUMBER_TYPES or value is None or type(value) in NUMBER_TYPES[kind]:
+            continue
+        if not isinstance(value, numbers.Integral if kind == "int" else numbers.Real):
+            raise ValueError(f"{f.name} {value!r}: must be a {'whole ' if kind == 'int' else ''}number")
+        changes[f.name] = NUMBER_TYPES[kind][0](value)
+    for name in ("image", "mask"):
+        if not isinstance(getattr(request, name), Image.Image | None):
+            raise ValueError(f"{name} {getattr(request, name)!r:.60}: must be a PIL image, as Image.open returns it")
+    return replace(request, **changes)
+
+
 def resolve_guidance_interval(request: Request) -> tuple[float, float]:
-    """Where a request guides, in sigma/alpha: (low, high]."""
-    low, high = request.guidance_interval or (FULL_INTERVAL[0], None)
-    return low, FULL_INTERVAL[1] if high is None else high
+    """The noise levels at which a request is guided, in sigma/alpha: (low, high]."""
+    low, high = request.guidance_interval or (0.0, None)
+    return low, math.inf if high is None else high
 
 
 def default_strength(request: Request) -> float | None:
-    """The strength of a request that says none: diffusers' defaults; None where there is no image."""
+    """diffusers' default denoising strengths; None without an image."""
     if request.image is None:
         return None
     return DEFAULT_IMG2IMG_STRENGTH if request.mask is None else DEFAULT_INPAINT_STRENGTH
 
 
 def get_add_time_ids(request: Request) -> Tensor:
-    """What SDXL is told of sizes, [1, 6] float32: original height and width, the crop's top and left, target size."""
-    own = request.height or 0, request.width or 0
-    ids = *(request.original_size or own), *request.crops_coords_top_left, *(request.target_size or own)
+    """SDXL's micro-conditioning, [1, 6] float32: original height and width, the crop's top and left, target size."""
+    import torch
+
+    size = request.height or 0, request.width or 0
+    ids = *(request.original_size or size), *request.crops_coords_top_left, *(request.target_size or size)
     return torch.tensor([ids], dtype=torch.float32)
 
 
 def hires_pass(request: Request, image: Image.Image, multiple: int) -> Request:
-    """The second pass of a request with `upscale`: its finished picture, larger, drawn again (A1111's "hires. fix")."""
+    """The second pass of a request with `upscale`: img2img of its finished image, resized (A1111's "hires. fix")."""
     width, height = upscale_size(image.size, request.upscale or 1, multiple)
     strength = request.upscale_strength
     return replace(request, image=image, width=width, height=height, strength=strength, upscale=None, latents=None)
 
 
 def upscale_size(size: tuple[int, int], factor: float, multiple: int) -> tuple[int, int]:
-    """A size that much larger, rounded down to fit."""
+    """`size` times `factor`, each side rounded down to a multiple."""
     width, height = (round(side * factor) // multiple * multiple for side in size)
     return width, height
 
 
 def check_request(request: Request, multiple: int) -> None:
-    """ValueError for a value that no picture can have, in a request with all defaults filled in."""
-    check_image_size(request, multiple)
-    steps, scale = request.num_inference_steps, request.guidance_scale
-    if steps is None or not 1 <= steps <= MAX_INFERENCE_STEPS:
-        raise ValueError(f"steps {steps}: must be from 1 to {MAX_INFERENCE_STEPS}")
-    if scale is None or not 0 <= scale <= 1000:  # also refuses NaN
-        raise ValueError(f"guidance {scale}: must be from 0 to 1000")
-    if not 0 <= request.guidance_rescale <= 1:
-        raise ValueError(f"guidance rescale {request.guidance_rescale}: must be from 0 to 1")
+    """ValueError for a value out of range, in a request with all defaults filled in."""
+    from ldm.diffusion.samplers import SAMPLERS
+    from ldm.diffusion.timesteps import SPACINGS
+
+    _check_edit_inputs(request)
+    for name, spec in REQUEST_FIELDS.items():
+        value = getattr(request, name)
+        if isinstance(value, int | float) and not spec.low <= value <= spec.high:  # also refuses NaN
+            raise ValueError(f"{spec.option.replace('_', ' ')} {value}: must be from {spec.low} to {spec.high}")
+    _check_image_size(request, multiple)
     low, high = resolve_guidance_interval(request)
     if not 0 <= low < high:
         raise ValueError(f"guidance interval {low:g} to {high:g}: must be 0 <= low < high, in sigma/alpha")
-    if not 0 <= request.seed < 2**63:
-        raise ValueError(f"seed {request.seed}: must be from 0 to 2**63 - 1")
     choose(SAMPLERS, request.sampler or "", "sampler")
     choose(SPACINGS, request.spacing or "", "spacing")
-    if not 0 <= request.eta <= 1 or (request.eta and request.sampler != "ddim"):
-        raise ValueError(f"eta {request.eta}: must be from 0 to 1, and 0 for samplers other than ddim")
-    check_micro_conditioning(request)
-    check_edit_inputs(request)
-    check_upscale(request, multiple)
+    if request.eta and request.sampler != "ddim":
+        raise ValueError(f"eta {request.eta}: must be 0 for samplers other than ddim")
+    for name in ("original_size", "crops_coords_top_left", "target_size"):
+        pair = getattr(request, name)
+        if pair is not None and (len(pair) != 2 or not all(isinstance(n, int) and 0 <= n <= 2**16 for n in pair)):
+            raise ValueError(f"{name} {pair}: must be two whole numbers from 0 to {2**16}, height before width")
+    steps = request.num_inference_steps or 0
+    for name, strength in (("strength", request.strength), ("upscale strength", request.upscale_strength)):
+        if strength and int(steps * strength) == 0 and (name == "strength" or request.upscale):
+            raise ValueError(f"{name} {strength} of {steps} steps: leaves no step")
+    _check_upscale(request, multiple)
 
 
-def check_image_size(request: Request, multiple: int) -> None:
-    """ValueError for a size that cannot be drawn."""
+def _check_image_size(request: Request, multiple: int) -> None:
     for name in ("height", "width"):
         side, image = getattr(request, name), request.image
         if multiple <= side <= MAX_SIDE and side % multiple == 0:
             continue
         if image is not None and side == getattr(image, name) // multiple * multiple:
             own = f"image of {image.width}x{image.height}"
-            raise ValueError(f"{own}: {name} must be from {multiple} to {MAX_SIDE}, unless another size is said")
+            raise ValueError(f"{own}: {name} must be from {multiple} to {MAX_SIDE}, unless another size is given")
         raise ValueError(f"{name} {side}: must be a multiple of {multiple} from {multiple} to {MAX_SIDE}")
 
 
-def check_micro_conditioning(request: Request) -> None:
-    """ValueError for sizes that SDXL cannot be told."""
-    for name in ("original_size", "crops_coords_top_left", "target_size"):
-        pair = getattr(request, name)
-        if pair is not None and (len(pair) != 2 or not all(isinstance(n, int) and 0 <= n <= 2**16 for n in pair)):
-            raise ValueError(f"{name} {pair}: must be two whole numbers from 0 to {2**16}, height before width")
-
-
-def check_edit_inputs(request: Request) -> None:
-    """ValueError for a change of a picture that cannot be made."""
-    steps, strength = request.num_inference_steps or 0, request.strength
-    if request.image is None and (request.mask is not None or strength is not None):
-        raise ValueError(f"{'strength' if request.mask is None else 'mask'}: is of an image, and none is given")
-    for name, share in (("strength", strength), ("upscale strength", request.upscale and request.upscale_strength)):
-        if share is None:
-            continue
-        if not 0 <= share <= 1:
-            raise ValueError(f"{name} {share}: must be from 0 to 1")
-        if share > 0 and int(steps * share) == 0:
-            raise ValueError(f"{name} {share} of {steps} steps: leaves none")
+def _check_edit_inputs(request: Request) -> None:
+    for name in ("mask", "strength"):
+        if request.image is None and getattr(request, name) is not None:
+            raise ValueError(f"{name}: needs an image")
     if request.image is not None and request.mask is not None:
         mask, sizes = request.mask, (request.image.size, (request.width or 0, request.height or 0))
         if not any(same_aspect_ratio(mask.size, size) for size in sizes):
             image = "x".join(map(str, request.image.size))
-            raise ValueError(f"mask of {mask.width}x{mask.height}: its image is {image}, other proportions")
+            raise ValueError(f"mask of {mask.width}x{mask.height}: its image is {image}, of another aspect ratio")
 
 
-def check_upscale(request: Request, multiple: int) -> None:
-    """ValueError for a second pass that is not larger, or too large."""
+def _check_upscale(request: Request, multiple: int) -> None:
     if (factor := request.upscale) is None:
         return
     size = request.width or 0, request.height or 0
     if not 1 < factor <= MAX_SIDE / max(size):
-        raise ValueError(f"upscale {factor}: must be above 1, and draw at most {MAX_SIDE} pixels a side")
+        raise ValueError(f"upscale {factor}: must be above 1, and give at most {MAX_SIDE} pixels a side")
     if any(new <= old for new, old in zip(upscale_size(size, factor, multiple), size, strict=True)):
         raise ValueError(f"upscale {factor} of {size[0]}x{size[1]}: must add {multiple} pixels to each side, or more")
 
