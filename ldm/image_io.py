@@ -119,7 +119,7 @@ def to_srgb(image: Image.Image, icc_profile: bytes | None) -> tuple[Image.Image,
             raise KeyError(space)
         converted = ImageCms.profileToProfile(source, profile, SRGB_PROFILE, outputMode="RGB")
     except (ImageCms.PyCMSError, OSError, KeyError) as error:
-        return image.convert("RGB"), (("colour profile", f"not used ({error})"),)
+        return image.convert("RGB"), (("color profile", f"not used ({error})"),)
     assert converted is not None
     return converted, ()
 

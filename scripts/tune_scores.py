@@ -30,7 +30,8 @@ from ldm import Pipeline, Request
 from ldm.analysis.likelihood import estimate_elbo
 from ldm.checkpoints.formats import locate_weights
 from ldm.config import FinetuneObjective, ImageDataConfig, load_recipe
-from ldm.data.image_dataset import source_from_config, validation_data_config
+from ldm.data.folders import open_image_sources
+from ldm.data.image_dataset import validation_data_config
 from ldm.diffusion.timesteps import log_snr
 from ldm.image_io import decode_image, from_uint8
 from ldm.picto.clip import load_image_encoder
@@ -97,8 +98,8 @@ class Judge:
 
 
 def pictures_of(data: ImageDataConfig) -> Shown:
-    samples = source_from_config(data).samples
-    return Shown([decode_image(sample.read_bytes()).rgb for sample in samples], [sample.caption for sample in samples])
+    samples = open_image_sources(data).samples
+    return Shown([decode_image(sample.read_image()).rgb for sample in samples], [sample.caption for sample in samples])
 
 
 def likelihoods(pipes: Sequence[Pipeline], new: Shown, old: Shown) -> dict[str, dict[str, float]]:

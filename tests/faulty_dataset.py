@@ -101,7 +101,7 @@ def caption_that_is_empty(root):
 @plant
 def caption_without_a_picture(root):
     write(root / "beside", {"stray.txt": "a red star"})
-    return {("caption without picture", "stray.txt")}
+    return {("caption without image", "stray.txt")}
 
 
 @plant
@@ -131,34 +131,34 @@ def ending_of_another_format(root):
 @plant
 def mask_without_a_picture(root):
     write(root / "beside", {"gone.mask.png": file(204)})
-    return {("mask without picture", "gone.mask.png")}
+    return {("mask without image", "gone.mask.png")}
 
 
 @plant
 def text_called_a_picture(root):
-    return {("broken picture", beside(root, "words.png", "once upon a time"))}
+    return {("broken image", beside(root, "words.png", "once upon a time"))}
 
 
 @plant
 def empty_file(root):
-    return {("broken picture", beside(root, "nothing.png", b""))}
+    return {("broken image", beside(root, "nothing.png", b""))}
 
 
 @plant
 def phone_picture_under_another_name(root):
-    return {("broken picture", beside(root, "phone.jpg", b"\0\0\0\x18ftypheic" + bytes(100)))}
+    return {("broken image", beside(root, "phone.jpg", b"\0\0\0\x18ftypheic" + bytes(100)))}
 
 
 @plant
 def picture_cut_short(root):
     data = file(205, 96, 96)
-    return {("broken picture", beside(root, "half.png", data[: len(data) // 2]))}
+    return {("broken image", beside(root, "half.png", data[: len(data) // 2]))}
 
 
 @plant
 def jpeg_cut_short(root):
     data = file(206, 96, 96, form="JPEG", quality=95)
-    return {("broken picture", beside(root, "cut.jpg", data[: len(data) * 2 // 3]))}
+    return {("broken image", beside(root, "cut.jpg", data[: len(data) * 2 // 3]))}
 
 
 @plant
@@ -166,7 +166,7 @@ def bits_flipped_in_a_picture(root):
     data = bytearray(file(207, 96, 96))
     at = data.index(b"IDAT") + 60
     data[at] ^= 255
-    return {("broken picture", beside(root, "flipped.png", bytes(data)))}
+    return {("broken image", beside(root, "flipped.png", bytes(data)))}
 
 
 @plant
@@ -174,20 +174,20 @@ def pixel_flipped_in_a_picture(root):
     """Stored without compression: the checksum of its pixels alone knows."""
     data = bytearray(file(228, 96, 96, compress_level=0))
     data[len(data) // 2] ^= 255
-    return {("broken picture", beside(root, "pixel.png", bytes(data)))}
+    return {("broken image", beside(root, "pixel.png", bytes(data)))}
 
 
 @plant
 def floating_point_picture(root):
     levels = np.random.default_rng(0).random((64, 64), np.float32)
-    return {("broken picture", beside(root, "depth.tiff", encoded(levels, "TIFF")))}
+    return {("broken image", beside(root, "depth.tiff", encoded(levels, "TIFF")))}
 
 
 @plant
 def bomb(root):
     """A file of 50 bytes that says it is 60,000 pixels a side."""
     head = b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + b"IHDR" + struct.pack(">IIBBBBB", 60000, 60000, 8, 2, 0, 0, 0)
-    return {("broken picture", beside(root, "bomb.png", head + struct.pack(">I", zlib.crc32(head[12:]))))}
+    return {("broken image", beside(root, "bomb.png", head + struct.pack(">I", zlib.crc32(head[12:]))))}
 
 
 @plant
@@ -207,62 +207,62 @@ def mask_that_is_black(root):
 def mask_cut_short(root):
     key = beside(root, "torn.png", file(210, 96, 96))
     write(root / "beside", {"torn.mask.png": file(211, 96, 96)[:300]})
-    return {("broken picture", key)}
+    return {("broken image", key)}
 
 
 @plant
 def picture_that_is_tiny(root):
-    return {("small picture", beside(root, "icon.png", file(212, 24, 24)))}
+    return {("small image", beside(root, "icon.png", file(212, 24, 24)))}
 
 
 @plant
 def panorama(root):
-    return {("extreme shape", beside(root, "panorama.png", file(213, 640, 64))), ("small bucket", "128x32")}
+    return {("extreme aspect ratio", beside(root, "panorama.png", file(213, 640, 64))), ("small bucket", "128x32")}
 
 
 @plant
 def picture_of_one_colour(root):
-    return {("blank picture", beside(root, "wall.png", encoded(Image.new("RGB", (64, 64), "teal"))))}
+    return {("blank image", beside(root, "wall.png", encoded(Image.new("RGB", (64, 64), "teal"))))}
 
 
 @plant
 def picture_that_is_transparent(root):
     key = beside(root, "ghost.png", encoded(Image.new("RGBA", (64, 64), (9, 9, 9, 0))))
-    return {("blank picture", key), ("mode", key)}
+    return {("blank image", key), ("color mode", key)}
 
 
 @plant
 def picture_in_grey(root):
-    return {("mode", beside(root, "grey.png", encoded(smooth(214).convert("L"))))}
+    return {("color mode", beside(root, "grey.png", encoded(smooth(214).convert("L"))))}
 
 
 @plant
 def picture_with_a_palette(root):
-    return {("mode", beside(root, "palette.png", encoded(smooth(215).quantize(32))))}
+    return {("color mode", beside(root, "palette.png", encoded(smooth(215).quantize(32))))}
 
 
 @plant
 def picture_for_printing(root):
-    return {("mode", beside(root, "print.jpg", encoded(smooth(216).convert("CMYK"), "JPEG")))}
+    return {("color mode", beside(root, "print.jpg", encoded(smooth(216).convert("CMYK"), "JPEG")))}
 
 
 @plant
 def animation(root):
     frames = [smooth(217 + k).quantize(32) for k in range(2)]
     key = beside(root, "moving.gif", encoded(frames[0], "GIF", save_all=True, append_images=frames[1:]))
-    return {("animated", key), ("mode", key)}
+    return {("animated", key), ("color mode", key)}
 
 
 @plant
 def profile_of_another_colour_space(root):
     lab = ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB")).tobytes()
-    return {("colour profile", beside(root, "lab.png", file(219, icc_profile=lab)))}
+    return {("color profile", beside(root, "lab.png", file(219, icc_profile=lab)))}
 
 
 @plant
 def file_that_is_there_twice(root):
     write(root / "classes", {"2_sks dog/copy.png": file(30)})
-    return {("same picture", "4:2_sks dog/copy.png")}
+    return {("same image", "4:2_sks dog/copy.png")}
 
 
 @plant
@@ -273,7 +273,7 @@ def file_with_two_captions(root):
 @plant
 def picture_saved_again(root):
     again = smooth(3, 80, 80).resize((72, 72), Image.Resampling.LANCZOS)
-    return {("looks the same", beside(root, "saved-again.jpg", encoded(again, "JPEG", quality=80)))}
+    return {("near duplicate", beside(root, "saved-again.jpg", encoded(again, "JPEG", quality=80)))}
 
 
 @plant
@@ -293,17 +293,17 @@ def caption_read_in_another_encoding(root):
 
 @plant
 def caption_that_says_nothing(root):
-    return {("says nothing", beside(root, "none.png", file(223), "None"))}
+    return {("placeholder caption", beside(root, "none.png", file(223), "None"))}
 
 
 @plant
 def caption_on_two_lines(root):
-    return {("several lines", beside(root, "lines.png", file(224), "a red star\na blue star"))}
+    return {("multiple lines", beside(root, "lines.png", file(224), "a red star\na blue star"))}
 
 
 @plant
 def caption_longer_than_is_read(root):
-    return {("cut caption", beside(root, "long.png", file(225), "a red star, " * 12))}
+    return {("truncated caption", beside(root, "long.png", file(225), "a red star, " * 12))}
 
 
 @plant
@@ -313,7 +313,7 @@ def picture_whose_latents_are_extreme(root):
 
 @plant
 def picture_whose_latents_are_not_finite(root):
-    return {("latents not finite", beside(root, "impossible.png", encoded(marked(227, "lime"))))}
+    return {("non-finite latents", beside(root, "impossible.png", encoded(marked(227, "lime"))))}
 
 
 @plant
@@ -389,14 +389,14 @@ def folder_named_by_its_year(root):
 @plant
 def class_of_two_pictures(root):
     write(root / "classes", {f"5_a cat/{k}.png": file(250 + k) for k in range(2)})
-    return {("few pictures", "5_a cat")}
+    return {("few images", "5_a cat")}
 
 
 @plant
 def tar_cut_short(root):
     whole = tar({"a.png": file(260), "a.txt": caption(60), "b.png": file(261), "b.txt": caption(61)})
     write(root / "packed", {"torn.tar": whole[:-11000]})
-    return {("torn tar", "5:torn.tar")}
+    return {("truncated tar", "5:torn.tar")}
 
 
 @plant
@@ -427,4 +427,4 @@ def two_tables(root):
 @plant
 def place_without_pictures(root):
     (root / "p9").mkdir()
-    return {("no pictures", "9:p9")}
+    return {("no images", "9:p9")}

@@ -1,12 +1,14 @@
-"""What is wrong with captions that are there: cut, broken, or saying nothing about their pictures."""
+"""Checks of captions: truncated, garbled, or without content."""
 
 from __future__ import annotations
 
 import re
 import unicodedata
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import PurePosixPath
 
+from ldm.data.folders import split_key
 from ldm.data.sources import READABLE_IMAGE_SUFFIXES, DatasetIssue, ImageSample
 from ldm.nn.prompts import PlaceholderTokens, split_on_tokens
 from ldm.nn.text_encoders import CLIPTokenizer, tokenize
@@ -14,24 +16,15 @@ from ldm.nn.text_encoders import CLIPTokenizer, tokenize
 HTML_TAGS = "a|b|i|u|p|br|div|em|strong|span|font|img|li|ul|ol|h[1-6]|table|tr|td|script|style"
 MARKUP_PATTERN = re.compile(rf"</?(?:{HTML_TAGS})\b[^<>]*>|&(?:[a-z]{{2,8}}|#\d{{1,6}});|https?://", re.IGNORECASE)
 CAMERA_FILE_PATTERN = re.compile(r"(?:img|dsc[nf]?|pxl|mvi|screenshot)[ _-]?\d\S*", re.IGNORECASE)
-PLACEHOLDER_CAPTIONS = {
-    "none",
-    "null",
-    "nan",
-    "n/a",
-    "na",
-    "todo",
-    "tbd",
-    "untitled",
-    "unknown",
-    "caption",
-    "no caption",
-}
-MIN_CLASS_IMAGES = 4  # pictures of one class: fewer show its places rather than itself
+# fmt: off
+PLACEHOLDER_CAPTIONS = {"none", "null", "nan", "n/a", "na", "todo", "tbd", "untitled", "unknown", "caption",
+                        "no caption"}
+# fmt: on
+MIN_CLASS_IMAGES = 4  # from fewer images of a class a model learns their backgrounds
 
 
 def check_captions(samples: Sequence[ImageSample], instance_prompt: str | None) -> Iterator[DatasetIssue]:
-    """The faults of the captions of samples; `parse_nonblank_text` is the one that the recipe gives to pictures without any."""
+    """Issues of captions; `instance_prompt` is the recipe's for images that have none."""
     for sample in samples:
         for kind, check in CAPTION_CHECKS.items():
             if what := check(sample.caption, PurePosixPath(sample.key).stem):
@@ -43,52 +36,45 @@ def check_captions(samples: Sequence[ImageSample], instance_prompt: str | None) 
 def check_tokenization(
     samples: Sequence[ImageSample], tokenizer: CLIPTokenizer, placeholder_tokens: PlaceholderTokens
 ) -> Iterator[DatasetIssue]:
-    """What is wrong with captions as a model reads them: too long, not to be spelled, without the words it learns.
-
-    `words` are the new ones, with the ids of their vectors.
-    """
-    room = tokenizer.model_max_length
+    """Issues of captions as token ids: too long, not tokenizable, or without the placeholder tokens to be learned."""
+    max_length = tokenizer.model_max_length
     for sample in samples:
         try:
             length = count_tokens(sample.caption, tokenizer, placeholder_tokens)
         except ValueError as error:
-            yield DatasetIssue("unspellable", sample.key, str(error).removeprefix("prompt: "))
+            yield DatasetIssue("untokenizable", sample.key, str(error).removeprefix("prompt: "))
             continue
-        if length > room:
-            yield DatasetIssue("cut caption", sample.key, f"{length} tokens, of which {room} are read")
-        if placeholder_tokens and all(
-            isinstance(stretch, str) for stretch in split_on_tokens(sample.caption, placeholder_tokens)
-        ):
-            yield DatasetIssue(
-                "no new word", sample.key, f"does not say {' or '.join(placeholder_tokens)}: nothing is learnt from it"
-            )
+        if length > max_length:
+            yield DatasetIssue("truncated caption", sample.key, f"{length} tokens, of which {max_length} are used")
+        if placeholder_tokens and all(isinstance(s, str) for s in split_on_tokens(sample.caption, placeholder_tokens)):
+            what = f"does not contain {' or '.join(placeholder_tokens)}: nothing is learned from it"
+            yield DatasetIssue("no placeholder token", sample.key, what)
 
 
 def count_tokens(caption: str, tokenizer: CLIPTokenizer, placeholder_tokens: PlaceholderTokens) -> int:
-    """How many tokens a caption is, with its beginning and end; ValueError for what cannot be spelled."""
-    return 2 + sum(
-        len(tokenize(tokenizer, s) if isinstance(s, str) else s) for s in split_on_tokens(caption, placeholder_tokens)
-    )
+    """A caption's tokens, with those of start and end. ValueError for characters that the vocabulary lacks."""
+    parts = split_on_tokens(caption, placeholder_tokens)
+    return 2 + sum(len(tokenize(tokenizer, part) if isinstance(part, str) else part) for part in parts)
 
 
 def detect_file_name(caption: str, stem: str) -> str | None:
-    """Is it the name of a file?"""
+    """A file name as caption."""
     named = PurePosixPath(caption).suffix.lower() in READABLE_IMAGE_SUFFIXES or CAMERA_FILE_PATTERN.fullmatch(caption)
     same = caption == stem and re.search(r"[\d_]", stem)
     return f"{caption!r} is the name of a file" if named or same else None
 
 
 def detect_markup(caption: str, stem: str) -> str | None:
-    """Does it hold HTML or an address?"""
-    found = MARKUP_PATTERN.search(caption)
-    return f"holds {found[0][:40]!r}" if found else None
+    """HTML or a URL in the caption."""
+    match = MARKUP_PATTERN.search(caption)
+    return f"contains {match[0][:40]!r}" if match else None
 
 
 def detect_mojibake(caption: str, stem: str) -> str | None:
-    """Was UTF-8 read as another encoding, or could a character not be read?"""
+    """UTF-8 decoded as another encoding, or a replacement or control character."""
     broken = [c for c in caption if c == "\ufffd" or (unicodedata.category(c) == "Cc" and c not in "\t\r\n")]
     if broken:
-        return f"holds {broken[0]!r}"
+        return f"contains {broken[0]!r}"
     for encoding in ("cp1252", "latin-1"):
         try:
             meant = caption.encode(encoding).decode("utf-8")
@@ -99,53 +85,45 @@ def detect_mojibake(caption: str, stem: str) -> str | None:
 
 
 def detect_placeholder_caption(caption: str, stem: str) -> str | None:
-    """Does it stand for a caption that is not there?"""
+    """A placeholder instead of a caption, or no letter, digit or emoji."""
     plain = caption.strip(" .,_-<>[]()").casefold()
-    says = plain not in PLACEHOLDER_CAPTIONS and any(
-        c.isalnum() or ord(c) > 0xFFFF for c in caption
-    )  # or a drawing, as emoji are
-    return None if says else f"{caption!r} says nothing"
+    has_content = plain not in PLACEHOLDER_CAPTIONS and any(c.isalnum() or ord(c) > 0xFFFF for c in caption)
+    return None if has_content else f"{caption!r} describes nothing"
 
 
 def detect_multiple_lines(caption: str, stem: str) -> str | None:
-    """Is it more than one line, of which other trainers read the first?"""
+    """More than one line, of which other trainers read the first."""
     lines = len(caption.splitlines())
-    return f"{lines} lines: all are read, as one caption" if lines > 1 else None
+    return f"{lines} lines: all are used, as one caption" if lines > 1 else None
 
 
 CAPTION_CHECKS: dict[str, Callable[[str, str], str | None]] = {
     "file name": detect_file_name,
     "markup": detect_markup,
     "mojibake": detect_mojibake,
-    "says nothing": detect_placeholder_caption,
-    "several lines": detect_multiple_lines,
+    "placeholder caption": detect_placeholder_caption,
+    "multiple lines": detect_multiple_lines,
 }
 
 
 def _check_shared_caption(samples: Sequence[ImageSample], instance_prompt: str | None) -> Iterator[DatasetIssue]:
-    """One caption for all pictures that the recipe did not ask for."""
-    told = {sample.caption for sample in samples}
-    if len(samples) > 1 and len(told) == 1 and told != {instance_prompt} and not any(map(kohya_class_folder, samples)):
+    """One caption for all images that is neither the instance prompt nor class tokens."""
+    captions = {sample.caption for sample in samples}
+    shared = len(samples) > 1 and len(captions) == 1 and captions != {instance_prompt}
+    if shared and not any(map(kohya_class_folder, samples)):
         yield DatasetIssue("one caption", "captions", f"all {len(samples)} are {samples[0].caption!r}")
 
 
 def _check_class_sizes(samples: Sequence[ImageSample], instance_prompt: str | None) -> Iterator[DatasetIssue]:
-    """Classes of DreamBooth with too few pictures: kohya's folders, and what has the recipe's one prompt."""
-    classes: dict[str, int] = {}
-    for sample in samples:
-        name = kohya_class_folder(sample) or (instance_prompt if sample.caption == instance_prompt else None)
-        if name:
-            classes[name] = classes.get(name, 0) + 1
-    for name, count in classes.items():
+    """DreamBooth classes of too few images: kohya's folders, and the images of the instance prompt."""
+    names = (kohya_class_folder(s) or (instance_prompt if s.caption == instance_prompt else None) for s in samples)
+    for name, count in Counter(filter(None, names)).items():
         if count < MIN_CLASS_IMAGES:
-            yield DatasetIssue(
-                "few pictures", name, f"{count} of this class; {MIN_CLASS_IMAGES} or more show it from more sides"
-            )
+            yield DatasetIssue("few images", name, f"{count} of this class; {MIN_CLASS_IMAGES} or more are better")
 
 
 def kohya_class_folder(sample: ImageSample) -> str | None:
     """The folder `<repeats>_<class tokens>` of a sample whose caption is its class tokens."""
-    folder = sample.key.partition(":")[2] or sample.key
-    name = folder.split("/")[0]
+    name, slash, _ = split_key(sample.key)[1].partition("/")
     repeats, _, tokens = name.partition("_")
-    return name if "/" in folder and repeats.isdigit() and tokens.strip() == sample.caption else None
+    return name if slash and repeats.isdigit() and tokens.strip() == sample.caption else None

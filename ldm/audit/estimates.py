@@ -1,14 +1,14 @@
-"""Memory and disk that a training will take, counted from its recipe and the shapes of its networks.
-
-What a training will take, before it begins: steps, epochs, buckets. Times are measured or not said."""
+"""What a training will take, from its recipe and the configurations of its networks: memory, disk, steps and epochs."""
 
 from __future__ import annotations
 
 import copy
+import math
 import shutil
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -20,44 +20,77 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from ldm.adapters.lora_training import inject_lora
 from ldm.audit.caption_checks import count_tokens
-from ldm.audit.image_checks import MAX_UPSCALE, cropped_fraction
-from ldm.audit.model_config import ModelConfig
+from ldm.audit.image_checks import MAX_UPSCALE
+from ldm.checkpoints.families import LoadOptions
+from ldm.checkpoints.formats import CPU_DEVICE, PICTO_PATH, read_model_spec
+from ldm.checkpoints.networks import ModelSpec, WeightFile, load_weights
 from ldm.conditioning import Conditioning
 from ldm.config import FinetuneObjective, Recipe
-from ldm.data.batch_sampler import BucketBatchSampler
-from ldm.data.buckets import ImageSize
-from ldm.data.image_dataset import ImageInfo
+from ldm.data.buckets import ImageSize, format_size
+from ldm.data.image_dataset import ImageInfo, make_batch_sampler
 from ldm.data.sources import DatasetIssue, ImageSample
 from ldm.hardware import MIXED_PRECISION_DTYPES, best_device, resolve_frozen_dtype, resolve_mixed_precision
+from ldm.nn.prompts import PlaceholderTokens
+from ldm.nn.text_encoders import CLIPTokenizer
 from ldm.nn.unet import UNet
+from ldm.nn.vae import AutoencoderKL, vae_scale_factor
 
-FP32_BYTES, FP16_BYTES = 4, 2  # bytes
-OPTIMIZER_STATE_BYTES = {
-    "adamw8bit": 2,
-    "prodigy": 4 * FP32_BYTES,
-    "muon": FP32_BYTES,
-}  # bytes that an optimizer keeps of a parameter, mostly
+FP32_BYTES, FP16_BYTES = 4, 2
+OPTIMIZER_STATE_BYTES = {"adamw8bit": 2, "prodigy": 4 * FP32_BYTES, "muon": FP32_BYTES}  # per parameter; others: Adam's
 ADAM_STATE_BYTES = 2 * FP32_BYTES
 
 
-def estimate_memory(recipe: Recipe, model_config: ModelConfig, buckets: Iterable[ImageSize]) -> dict[str, int]:
-    """Bytes that training keeps, by what for; activations are those of the largest bucket's rows on one device.
+@dataclass(frozen=True)
+class ModelConfig:
+    """A pretrained model on the meta device, its tokenizer, and the placeholder tokens to be learned."""
 
-    Activations are counted from shapes, the U-Net's alone and without kernels' own workspaces or what activation
-    checkpointing saves of them. They are affine in the rows, so that one and two tell all.
+    spec: ModelSpec
+    tokenizer: CLIPTokenizer
+    placeholder_tokens: PlaceholderTokens
+
+    @property
+    def vae_scale_factor(self) -> int:
+        """The side of a latent in pixels."""
+        return vae_scale_factor(self.spec.networks["vae"])
+
+    def load_vae(self) -> AutoencoderKL:
+        """The autoencoder with its weights, float32 on the CPU; no other network's are read."""
+        vae = self.spec.networks["vae"]
+        select = lambda mappings: {name: entry for name, entry in mappings.items() if entry.component == "vae"}
+        groups = [[WeightFile(s.file, select(s.key_mappings)) for s in group] for group in self.spec.shard_groups]
+        groups = [[file for file in group if file.key_mappings] for group in groups]
+        load_weights({"vae": vae}, groups, CPU_DEVICE, {"vae": torch.float32})
+        return vae
+
+
+def load_model_config(recipe: Recipe) -> ModelConfig:
+    """A recipe's model. ValueError for a missing or wrong file, or an objective that does not fine-tune a model."""
+    objective = recipe.objective
+    if not isinstance(objective, FinetuneObjective):
+        raise ValueError(f"objective {objective.kind} does not learn from image folders: tune does")
+    options = LoadOptions(revision=objective.revision, variant=objective.variant)
+    spec = read_model_spec(objective.pretrained_model_name_or_path or PICTO_PATH, options)
+    name, make_text_encoder = next(iter(spec.text_encoder_factories.items()))
+    token = objective.placeholder_token if objective.method == "textual_inversion" else None
+    placeholder_tokens = {token: tuple(range(objective.num_vectors))} if token else {}
+    return ModelConfig(spec, make_text_encoder(spec.networks[name]).tokenizer, placeholder_tokens)
+
+
+def estimate_memory(recipe: Recipe, model_config: ModelConfig, buckets: Iterable[ImageSize]) -> dict[str, int]:
+    """Bytes in memory on one device, by purpose, with the rows of one accumulation step from the largest bucket.
+
+    Activations are those of the U-Net, counted from shapes without kernels' workspaces; activation checkpointing is
+    ignored. They are affine in the batch size, so batches of 1 and 2 tell all.
     """
-    learns, rows = (
-        count_trainable_parameters(recipe, model_config),
-        -(-recipe.train_batch_size // recipe.gradient_accumulation_steps),
-    )
-    one, two = (
-        estimate_activation_bytes(recipe, model_config, max(buckets, key=_num_pixels), batch) for batch in (1, 2)
-    )
+    trainable = count_trainable_parameters(recipe, model_config)
+    rows = -(-recipe.train_batch_size // recipe.gradient_accumulation_steps)
+    bucket = max(buckets, key=math.prod)
+    one, two = (estimate_activation_bytes(recipe, model_config, bucket, batch_size) for batch_size in (1, 2))
     parts = {
-        "weights_that_learn": learns * FP32_BYTES,
-        "gradients": learns * FP32_BYTES,
-        "optimizer": learns * OPTIMIZER_STATE_BYTES.get(recipe.optimizer, ADAM_STATE_BYTES),
-        "averages": learns * FP32_BYTES * count_ema_copies(recipe),
+        "trainable_weights": trainable * FP32_BYTES,
+        "gradients": trainable * FP32_BYTES,
+        "optimizer": trainable * OPTIMIZER_STATE_BYTES.get(recipe.optimizer, ADAM_STATE_BYTES),
+        "ema": trainable * FP32_BYTES * count_ema_copies(recipe),
         "frozen_weights": frozen_weight_bytes(recipe, model_config),
         "activations": one + (rows - 1) * (two - one),
     }
@@ -65,64 +98,59 @@ def estimate_memory(recipe: Recipe, model_config: ModelConfig, buckets: Iterable
 
 
 def estimate_disk_usage(recipe: Recipe, model_config: ModelConfig, image_infos: Sequence[ImageInfo]) -> dict[str, int]:
-    """Bytes in the output folder at the most, by what for; the oldest checkpoint goes after the newest has come."""
-    learns = count_trainable_parameters(recipe, model_config)
+    """Bytes in the output folder at most, by purpose; an old checkpoint is removed after a new one is written."""
+    trainable = count_trainable_parameters(recipe, model_config)
     snapshots = 2 * (recipe.max_train_steps // recipe.posthoc_steps) if recipe.posthoc_steps else 0
-    latents = sum(_num_pixels(look.placement.bucket) for look in image_infos) // model_config.vae_scale_factor**2
-    ways = recipe.image_data.center_crop * (1 + recipe.image_data.random_flip)  # crops at random are not kept
-    checkpoint = learns * (
-        FP32_BYTES * (1 + count_ema_copies(recipe)) + OPTIMIZER_STATE_BYTES.get(recipe.optimizer, ADAM_STATE_BYTES)
-    )
+    latents = sum(math.prod(info.placement.bucket) for info in image_infos) // model_config.vae_scale_factor**2
+    latents *= recipe.image_data.center_crop * (1 + recipe.image_data.random_flip)  # random crops are not cached
+    channels = model_config.spec.networks["vae"].config["latent_channels"]
+    optimizer = OPTIMIZER_STATE_BYTES.get(recipe.optimizer, ADAM_STATE_BYTES)
+    checkpoint = trainable * (FP32_BYTES * (1 + count_ema_copies(recipe)) + optimizer)
     parts = {
         "checkpoints": checkpoint * (recipe.checkpoints_total_limit + 1),
-        "snapshots": learns * snapshots * (FP32_BYTES if recipe.posthoc_dtype == "float32" else FP16_BYTES),
-        "latents": 2 * FP16_BYTES * model_config.vae.config["latent_channels"] * latents * ways,  # mean and deviation
-        "export": learns * FP32_BYTES,
+        "ema_snapshots": trainable * snapshots * (FP32_BYTES if recipe.posthoc_dtype == "float32" else FP16_BYTES),
+        "latent_cache": 2 * FP16_BYTES * channels * latents,  # mean and standard deviation
+        "export": trainable * FP32_BYTES,
     }
     return {**parts, "total": sum(parts.values())}
 
 
 def check_disk_space(folder: Path, needed: int) -> Iterator[DatasetIssue]:
-    """A fault where a disk has fewer bytes free than are needed; the folder may not be there yet."""
-    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
-    free = shutil.disk_usage(there).free
+    """An issue if the folder's disk has fewer bytes free than needed; the folder may not exist yet."""
+    parent = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    free = shutil.disk_usage(parent).free
     if needed > free:
-        yield DatasetIssue("disk", "output_dir", f"{needed / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are free")
-
-
-def _num_pixels(size: ImageSize) -> int:
-    return size[0] * size[1]
+        yield DatasetIssue(
+            "disk space", "output_dir", f"{needed / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are free"
+        )
 
 
 def count_ema_copies(recipe: Recipe) -> int:
-    """How many moving averages a training keeps beside its weights."""
+    """The moving averages that a training keeps beside its weights: one, and two for post-hoc EMA."""
     return 3 if recipe.posthoc_steps else 1
 
 
 def count_trainable_parameters(recipe: Recipe, model_config: ModelConfig) -> int:
-    """How many numbers learn."""
-    objective, model = get_finetune_objective(recipe), model_config.spec
+    """The number of trainable parameters."""
+    objective, networks = get_finetune_objective(recipe), model_config.spec.networks
+    text_encoders = [*model_config.spec.text_encoder_factories]
     if objective.method == "textual_inversion":
-        return objective.num_vectors * sum(
-            model.networks[name].config.hidden_size for name in model.text_encoder_factories
-        )
-    texts = model.text_encoder_factories if objective.train_text_encoder else ()
-    return sum(
-        count_parameters(set_trainable(copy.deepcopy(model.networks[name]), objective), True)
-        for name in ("unet", *texts)
-    )
+        return objective.num_vectors * sum(networks[name].config.hidden_size for name in text_encoders)
+    names = ["unet", *(text_encoders if objective.train_text_encoder else ())]
+    copies = [set_trainable(copy.deepcopy(networks[name]), objective) for name in names]
+    return sum(p.numel() for network in copies for p in network.parameters() if p.requires_grad)
 
 
 def frozen_weight_bytes(recipe: Recipe, model_config: ModelConfig) -> int:
-    """Bytes of the weights that do not learn."""
+    """Bytes of the weights that are not trained."""
     objective = get_finetune_objective(recipe)
-    own = count_trainable_parameters(recipe, model_config) if objective.method == "full" else 0
-    count = sum(map(count_parameters, model_config.spec.networks.values())) - own
-    return count * resolve_frozen_dtype(objective.frozen_dtype, best_device()).itemsize
+    trained = count_trainable_parameters(recipe, model_config) if objective.method == "full" else 0
+    count = sum(p.numel() for network in model_config.spec.networks.values() for p in network.parameters())
+    return (count - trained) * resolve_frozen_dtype(objective.frozen_dtype, best_device()).itemsize
 
 
 def set_trainable(network: nn.Module, objective: FinetuneObjective) -> nn.Module:
-    """A network in which what learns wants a gradient, in place: all of it, adapters, or nothing."""
+    """The network with requires_grad set as its method does, in place: all of it, LoRA adapters, or nothing."""
     network.requires_grad_(objective.method == "full")
     if objective.method == "lora":
         inject_lora(network, objective.targets, objective.rank, objective.alpha, objective.dora)
@@ -130,119 +158,97 @@ def set_trainable(network: nn.Module, objective: FinetuneObjective) -> nn.Module
 
 
 def get_finetune_objective(recipe: Recipe) -> FinetuneObjective:
-    """The objective of a recipe that has networks."""
+    """The objective of a recipe that has a ModelConfig."""
     assert isinstance(recipe.objective, FinetuneObjective)
     return recipe.objective
 
 
-def count_parameters(network: nn.Module, trainable_only: bool = False) -> int:
-    """How many parameters a network has, or how many of them learn."""
-    return sum(p.numel() for p in network.parameters() if p.requires_grad or not trainable_only)
-
-
 def estimate_activation_bytes(recipe: Recipe, model_config: ModelConfig, bucket: ImageSize, batch_size: int) -> int:
-    """Bytes that the backward pass of the U-Net needs of the forward pass, beside its parameters.
-
-    Its tensors have shapes and no content, so that no memory and next to no time is spent.
-    """
+    """Bytes that the U-Net saves for the backward pass, beside its parameters; computed with fake tensors."""
     objective, config = get_finetune_objective(recipe), model_config.spec.networks["unet"].config
     width, height = (side // model_config.vae_scale_factor for side in bucket)
-    reads = objective.train_text_encoder or objective.method == "textual_inversion"
+    text_learns = objective.train_text_encoder or objective.method == "textual_inversion"
     with torch.device("meta"):
         unet = set_trainable(UNet(config, attention=objective.attention), objective)
     with FakeTensorMode(allow_non_fake_inputs=True):
         unet.to_empty(device="cpu")
         x = torch.zeros(batch_size, config.in_channels, height, width)
         context = torch.zeros(batch_size, model_config.tokenizer.model_max_length, config.cross_attention_dim)
-        added = torch.zeros(batch_size, config.projection_class_embeddings_input_dim or 0)
-        cond = Conditioning(context.requires_grad_(reads), vector=added if config.addition_embed_type else None)
-        return measure_saved_tensor_bytes(
-            unet, x, cond, MIXED_PRECISION_DTYPES[resolve_mixed_precision(recipe.mixed_precision, best_device())]
-        )
+        vector = torch.zeros(batch_size, config.projection_class_embeddings_input_dim or 0)
+        cond = Conditioning(context.requires_grad_(text_learns), vector=vector if config.addition_embed_type else None)
+        dtype = MIXED_PRECISION_DTYPES[resolve_mixed_precision(recipe.mixed_precision, best_device())]
+        return measure_saved_tensor_bytes(unet, x, cond, dtype)
 
 
 def measure_saved_tensor_bytes(unet: nn.Module, x: Tensor, cond: Conditioning, autocast_dtype: torch.dtype) -> int:
-    """Bytes of all storages but the parameters' that a forward pass leaves for the backward pass."""
+    """Bytes of the storages, except for the parameters', that a forward pass saves for the backward pass."""
     own = {p.untyped_storage()._cdata for p in unet.parameters()}
-    found: dict[int, Any] = {}  # the storages themselves: one that is freed could give its number to the next
+    saved: dict[int, Any] = {}  # holds the storages: the address of a freed one could be used again
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         if storage._cdata not in own:
-            found[storage._cdata] = storage
+            saved[storage._cdata] = storage
         return tensor
 
-    with (
-        saved_tensors_hooks(pack, lambda tensor: tensor),
-        torch.autocast(x.device.type, autocast_dtype, enabled=autocast_dtype != torch.float32),
-    ):
+    autocast = torch.autocast(x.device.type, autocast_dtype, enabled=autocast_dtype != torch.float32)
+    with saved_tensors_hooks(pack, lambda tensor: tensor), autocast:
         unet(x, torch.zeros(len(x), device=x.device), cond)
-    return sum(storage.nbytes() for storage in found.values())
-
-
-def make_batch_sampler(
-    recipe: Recipe, samples: Sequence[ImageSample], image_infos: Sequence[ImageInfo]
-) -> BucketBatchSampler:
-    """The order in which a recipe sees samples that are whole."""
-    shapes = [look.placement.bucket for look in image_infos]
-    homes = {bucket: k for k, bucket in enumerate(sorted(set(shapes)))}
-    repeats = [sample.repeats for sample in samples]
-    return BucketBatchSampler(repeats, [homes[shape] for shape in shapes], recipe.train_batch_size, recipe.seed)
+    return sum(storage.nbytes() for storage in saved.values())
 
 
 def count_samples_per_bucket(samples: Sequence[ImageSample], image_infos: Sequence[ImageInfo]) -> dict[str, int]:
-    """How many visits an epoch makes to each bucket, by its name."""
+    """The samples of an epoch, repeats included, by bucket size."""
     counts: Counter[ImageSize] = Counter()
-    for sample, look in zip(samples, image_infos, strict=True):
-        counts[look.placement.bucket] += sample.repeats
-    return {f"{width}x{height}": count for (width, height), count in sorted(counts.items())}
+    for sample, info in zip(samples, image_infos, strict=True):
+        counts[info.placement.bucket] += sample.repeats
+    return {format_size(bucket): count for bucket, count in sorted(counts.items())}
 
 
 def estimate_schedule(
     recipe: Recipe, samples: Sequence[ImageSample], image_infos: Sequence[ImageInfo]
 ) -> dict[str, Any]:
-    """How often the pictures are seen, and what their buckets do to them."""
-    shown = sum(sample.repeats for sample in samples)
-    scales = [look.placement.resized_size[0] / look.size[0] for look in image_infos]
+    """Steps and epochs, the buckets, and what they do to the images."""
+    epoch, batch_size = sum(sample.repeats for sample in samples), recipe.train_batch_size
     counts = count_samples_per_bucket(samples, image_infos)
     return {
-        "pictures": len(samples),
-        "visits_per_epoch": shown,
+        "images": len(samples),
+        "samples_per_epoch": epoch,
         "steps": recipe.max_train_steps,
-        "steps_per_epoch": shown / recipe.train_batch_size,
-        "epochs": recipe.max_train_steps * recipe.train_batch_size / shown,
+        "steps_per_epoch": epoch / batch_size,
+        "epochs": recipe.max_train_steps * batch_size / epoch,
         "buckets": counts,
-        "remainders": {name: count % recipe.train_batch_size for name, count in counts.items()},
-        "cropped_share": sum(map(cropped_fraction, image_infos)) / len(image_infos),
-        "enlarged_pictures": sum(scale > MAX_UPSCALE for scale in scales),
+        "remainders": {name: count % batch_size for name, count in counts.items()},
+        "cropped_fraction": sum(info.placement.cropped_fraction for info in image_infos) / len(image_infos),
+        "enlarged_images": sum(i.placement.resized_size[0] / i.size[0] > MAX_UPSCALE for i in image_infos),
     }
 
 
 def summarize_caption_lengths(samples: Sequence[ImageSample], model_config: ModelConfig) -> dict[str, Any]:
-    """How long the captions are that can be spelled, in tokens."""
+    """Lengths of the tokenizable captions, in tokens."""
     lengths = []
     for sample in samples:
         with suppress(ValueError):
             lengths.append(count_tokens(sample.caption, model_config.tokenizer, model_config.placeholder_tokens))
-    room = model_config.tokenizer.model_max_length
+    limit = model_config.tokenizer.model_max_length
+    truncated = sum(length > limit for length in lengths)
     return {
         "median": median(lengths or [0]),
         "longest": max(lengths, default=0),
-        "room": room,
-        "cut": sum(length > room for length in lengths),
+        "limit": limit,
+        "truncated": truncated,
     }
 
 
 def check_schedule(
     recipe: Recipe, samples: Sequence[ImageSample], image_infos: Sequence[ImageInfo]
 ) -> Iterator[DatasetIssue]:
-    """What the order of batches will do that a person may not expect: never show pictures, or show them twice."""
-    steps, batch = recipe.max_train_steps, recipe.train_batch_size
-    first = make_batch_sampler(recipe, samples, image_infos).first_step(1)
-    if steps < first:
-        yield DatasetIssue("too few steps", "max_train_steps", f"{steps}, where {first} would show every picture once")
+    """Issues for images that training never reaches, and buckets smaller than a batch."""
+    steps, batch_size = recipe.max_train_steps, recipe.train_batch_size
+    epoch = make_batch_sampler(samples, image_infos, batch_size, recipe.seed).first_step(1)
+    if steps < epoch:
+        yield DatasetIssue("too few steps", "max_train_steps", f"{steps}, but {epoch} show every image once")
     for name, count in count_samples_per_bucket(samples, image_infos).items():
-        if count < batch:
-            yield DatasetIssue(
-                "small bucket", name, f"{count} of a batch of {batch}: a batch shows pictures more than once"
-            )
+        if count < batch_size:
+            what = f"{count} samples, the batch size is {batch_size}: a batch has images more than once"
+            yield DatasetIssue("small bucket", name, what)

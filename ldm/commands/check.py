@@ -73,9 +73,7 @@ def preflight(recipe: Recipe) -> None:
 
 def report_to_dict(report: AuditReport) -> dict[str, object]:
     """A report as JSON values."""
-    from ldm.audit.audit import get_severity
-
-    findings = [{"severity": get_severity(fault), **fault._asdict()} for fault in report.issues]
+    findings = [{"severity": fault.severity, **fault._asdict()} for fault in report.issues]
     return {"findings": findings, "forecast": dict(report.estimates)}
 
 

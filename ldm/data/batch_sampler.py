@@ -55,7 +55,7 @@ class BucketBatchSampler:
         return [SampleIndex(*index) for index in self._epoch[1][k - self.first_step(epoch)].tolist()]
 
     def _bucket_batches(self, bucket: int, epoch: int) -> np.ndarray:
-        """A bucket's batches of an epoch, in the order of its stream: (row, times_seen) int64 [steps, batch_size, 2]."""
+        """A bucket's batches of an epoch, in the stream's order: (row, times_seen) int64 [steps, batch_size, 2]."""
         rows, length = self.passes[bucket], len(self.passes[bucket])
         start, stop = (e * length // self.batch_size * self.batch_size for e in (epoch, epoch + 1))
         first = start // length  # the remainder of epoch - 1 begins in this pass

@@ -1,4 +1,4 @@
-"""Buckets: pictures of many shapes in batches of one, each at its own aspect ratio and about the same area."""
+"""Aspect-ratio buckets: each batch has one size, and all sizes have about the same area."""
 
 from __future__ import annotations
 
@@ -10,24 +10,34 @@ from typing import NamedTuple
 ImageSize = tuple[int, int]  # width, height
 
 
+def format_size(size: ImageSize) -> str:
+    """A size as "512x768", width first."""
+    return f"{size[0]}x{size[1]}"
+
+
 class BucketPlacement(NamedTuple):
-    """Where a picture goes: resized to `resized`, which covers `bucket`, then cropped to it."""
+    """An image is resized to `resized_size`, which covers `bucket`, then cropped to `bucket`."""
 
     bucket: ImageSize
     resized_size: ImageSize
 
     @property
     def crop_margin(self) -> ImageSize:
-        """Pixels that the crop takes off, across and down."""
+        """Pixels that the crop removes, horizontally and vertically."""
         return self.resized_size[0] - self.bucket[0], self.resized_size[1] - self.bucket[1]
+
+    @property
+    def cropped_fraction(self) -> float:
+        """The part of the image's area that the crop removes."""
+        return 1 - math.prod(self.bucket) / math.prod(self.resized_size)
 
 
 @dataclass(frozen=True)
 class AspectRatioBuckets:
-    """Sizes of at most `resolution`^2 pixels with sides in steps of `step` from `least` to `most`, as kohya makes them.
+    """Sizes of at most `resolution`^2 pixels, sides multiples of `step` from `min_size` to `max_size`, as in kohya.
 
-    With `no_upscale` a picture is never enlarged: its bucket is its own size, or its size at that area, rounded down to
-    steps. ValueError where there is no such size.
+    With `no_upscale` an image is never enlarged: its bucket is its own size, or its size at that area, rounded down to
+    multiples of `step`. ValueError where there is no such size.
     """
 
     resolution: int
@@ -38,25 +48,22 @@ class AspectRatioBuckets:
 
     def __post_init__(self) -> None:
         if self.step <= 0 or not self.step <= self.min_size <= self.resolution <= self.max_size:
-            given = f"resolution {self.resolution}, min {self.min_size}, max {self.max_size}, steps of {self.step}"
-            raise ValueError(f"buckets: need steps <= min <= resolution <= max, not {given}")
+            values = f"resolution {self.resolution}, min {self.min_size}, max {self.max_size}, steps of {self.step}"
+            raise ValueError(f"buckets: need steps <= min <= resolution <= max, not {values}")
 
     @cached_property
     def sizes(self) -> tuple[ImageSize, ...]:
-        """All sizes, narrow to wide: for each width the greatest height, and the same turned."""
+        """All sizes, narrow to wide: for each width the greatest height, and the same transposed."""
         area, step = self.resolution**2, self.step
-        found = {(self.resolution // step * step,) * 2}
+        sizes = {(self.resolution // step * step,) * 2}
         for width in range(-(-self.min_size // step) * step, self.max_size + 1, step):
             height = min(self.max_size, area // width) // step * step
             if height >= self.min_size:
-                found |= {(width, height), (height, width)}
-        return tuple(sorted(found))
+                sizes |= {(width, height), (height, width)}
+        return tuple(sorted(sizes))
 
     def assign(self, width: int, height: int) -> BucketPlacement:
-        """The bucket nearest in log aspect ratio, so that turned pictures go to turned buckets.
-
-        ValueError where a picture that must not be enlarged is smaller than one step.
-        """
+        """The bucket nearest in log aspect ratio. ValueError for less than one step a side where upscaling is off."""
         if self.no_upscale:
             return self._assign_without_upscale(width, height)
         ratio = math.log(width / height)

@@ -1,15 +1,15 @@
-"""Folders of pictures: captions in a metadata file, beside the pictures, in kohya's folder names, or one for all."""
+"""Folders of images: captions in a metadata file, beside the images, in folder names (kohya), or one for all."""
 
 from __future__ import annotations
 
 import os
 import re
 import unicodedata
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
-from typing import Any
 
+from ldm.config import ImageDataConfig
 from ldm.data.sources import (
     CAPTION_SUFFIXES,
     MASK_SUFFIX,
@@ -18,11 +18,10 @@ from ldm.data.sources import (
     FileSlice,
     ImageSample,
     ImageSource,
-    SourceOptions,
     decode_utf8,
     deduplicate,
     is_ignored,
-    missing_column,
+    missing_columns,
     skipped_file_issue,
     validate_caption,
 )
@@ -30,81 +29,83 @@ from ldm.data.tables import (
     METADATA_FILES,
     UNSUPPORTED_METADATA_FILE,
     TableRow,
-    collect_column_names,
     is_saved_dataset,
     open_parquet_files,
     open_saved_dataset,
     read_metadata_rows,
+    required_columns,
 )
 from ldm.data.tars import open_tar
 
 KOHYA_FOLDER_PATTERN = re.compile(r"(\d+)_(.+)")  # <repeats>_<class tokens>
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz")
-MAX_REPEATS = 1000  # beyond which the number in a folder's name is likely a year or a count
+MAX_REPEATS = 1000  # above this, the number in a folder's name is likely a year or a count
 FileIndex = Mapping[str, Path]  # by path below the source, with slashes, in Unicode's NFC
 
 
-def open_image_sources(paths: Sequence[Path], options: SourceOptions | None = None) -> ImageSource:
-    """All pictures in some places, each told by its content, with their captions and with all that is wrong.
+def open_image_sources(data: ImageDataConfig) -> ImageSource:
+    """The images in `data.train_data_dir` with their captions, each folder's format detected, and all issues.
 
-    A place is a folder with metadata.jsonl, .csv or .parquet; a folder of pictures with captions beside them
-    (.txt, .caption), in folders named <repeats>_<class tokens> (kohya), or without any; a folder of webdataset tars, or
-    one tar; a folder of parquet files that hold the pictures; or a data set that `datasets` saved. Keys from the second
-    place on begin with its number.
+    Formats: a folder with metadata.jsonl, .csv or .parquet; a folder of images with captions beside them (.txt,
+    .caption), in folders named <repeats>_<class tokens> (kohya), or without any; a folder of webdataset tars, or one
+    tar; a folder of parquet files that hold the images; a folder by `datasets.save_to_disk`. Keys from the second
+    folder on are prefixed with its number: "2:a.png".
     """
     samples: list[ImageSample] = []
-    faults: list[DatasetIssue] = []
-    for number, path in enumerate(paths, 1):
+    issues: list[DatasetIssue] = []
+    for number, path in enumerate(data.train_data_dir, 1):
         prefix = f"{number}:" if number > 1 else ""
-        found = _open_path(Path(path), options or SourceOptions())
-        if not found.samples and not any(fault.is_fatal for fault in found.issues):
-            faults.append(DatasetIssue("no pictures", prefix + path.name, "no pictures in it"))
-        samples += [replace(sample, key=prefix + sample.key) for sample in found.samples]
-        faults += [fault._replace(key=prefix + fault.key) for fault in found.issues]
-    return ImageSource(samples, faults)
+        source = _open_source(path, data)
+        if not source.samples and not any(issue.severity == "error" for issue in source.issues):
+            issues.append(DatasetIssue("no images", prefix + path.name, "no images in it"))
+        samples += [replace(sample, key=prefix + sample.key) for sample in source.samples]
+        issues += [issue._replace(key=prefix + issue.key) for issue in source.issues]
+    return ImageSource(samples, issues)
 
 
-def _open_path(path: Path, options: SourceOptions) -> ImageSource:
+def split_key(key: str) -> tuple[int, str]:
+    """A key's folder, counted from 0, and its path below that folder."""
+    number, colon, path = key.partition(":")
+    return (int(number) - 1, path) if colon and number.isdigit() else (0, key)
+
+
+def _open_source(path: Path, data: ImageDataConfig) -> ImageSource:
     if path.is_file() and path.name.lower().endswith(TAR_SUFFIXES):
-        return open_tars([path], options)
+        return _open_tars([path], data)
     if not path.is_dir():
         return ImageSource((), (DatasetIssue("missing folder", path.name, f"{path} is neither a folder nor a tar"),))
     if is_saved_dataset(path):
-        return open_saved_dataset(path, options)
-    faults: list[DatasetIssue] = []
-    files = list_files(path, faults)
+        return open_saved_dataset(path, data)
+    issues: list[DatasetIssue] = []
+    files = list_files(path, issues)
     tars = [file for name, file in files.items() if name.lower().endswith(TAR_SUFFIXES)]
     tables = [name for name in METADATA_FILES if name in files]
     parquets = {name: file for name, file in files.items() if name.lower().endswith(".parquet")}
     if tars:
-        found = open_tars(tars, options)
-        faults += [
-            DatasetIssue("skipped", name, "lies beside tars") for name, file in files.items() if file not in tars
-        ]
+        source = _open_tars(tars, data)
+        issues += [DatasetIssue("skipped", name, "lies beside tars") for name in files if files[name] not in tars]
     elif len(tables) > 1:
-        found = ImageSource((), (DatasetIssue("two metadata files", tables[1], f"there is {tables[0]} too"),))
+        source = ImageSource((), (DatasetIssue("two metadata files", tables[1], f"there is {tables[0]} too"),))
     elif tables:
-        found = open_metadata_folder(files, tables[0], options)
+        source = open_metadata_folder(files, tables[0], data)
     elif parquets and not any(map(is_image_file, files)):
-        found = open_parquet_files(parquets, options)
-        faults += [DatasetIssue("skipped", name, "lies beside parquet files") for name in files if name not in parquets]
+        source = open_parquet_files(parquets, data)
+        issues += [DatasetIssue("skipped", name, "lies beside parquet files") for name in files if name not in parquets]
     elif UNSUPPORTED_METADATA_FILE in files:
-        what = "not read: the file must be metadata.jsonl, one object a line"
-        found = ImageSource((), (DatasetIssue("metadata.json", UNSUPPORTED_METADATA_FILE, what),))
+        what = "not read: the file must be metadata.jsonl, one object per line"
+        source = ImageSource((), (DatasetIssue("metadata.json", UNSUPPORTED_METADATA_FILE, what),))
     else:
-        found = open_sidecar_folder(files, options)
-    return ImageSource(found.samples, [*faults, *found.issues])
+        source = open_sidecar_folder(files, data)
+    return ImageSource(source.samples, [*issues, *source.issues])
 
 
-def open_tars(paths: Sequence[Path], options: SourceOptions) -> ImageSource:
-    """The samples of some tars together, by their keys."""
-    faults: list[DatasetIssue] = []
-    samples = [sample for path in sorted(paths) for sample in open_tar(path, options, faults)]
-    return ImageSource(deduplicate(samples, faults), faults)
+def _open_tars(paths: Sequence[Path], data: ImageDataConfig) -> ImageSource:
+    issues: list[DatasetIssue] = []
+    return ImageSource(deduplicate((s for path in sorted(paths) for s in open_tar(path, data, issues)), issues), issues)
 
 
 def list_files(root: Path, issues: list[DatasetIssue]) -> FileIndex:
-    """The files below a folder, by name; links are followed, those that lead back to where they are are faults."""
+    """All files below a folder by relative path; links are followed, an issue for each that leads back to a parent."""
     return dict(sorted(_iter_files(root, "", (os.path.realpath(root),), issues)))
 
 
@@ -119,7 +120,7 @@ def _iter_files(
     for entry in entries:
         key = prefix + unicodedata.normalize("NFC", entry.name)
         if is_ignored(entry.name):
-            issues.append(DatasetIssue("skipped", key, "hidden, or made by a machine"))
+            issues.append(DatasetIssue("skipped", key, "hidden, or a system file"))
         elif entry.is_dir():
             real = os.path.realpath(entry.path)
             if real in ancestors:
@@ -129,59 +130,62 @@ def _iter_files(
         elif entry.is_file():
             yield key, Path(entry.path)
         else:
-            issues.append(
-                DatasetIssue("missing file", key, "a link to nothing" if entry.is_symlink() else "not a file")
-            )
+            what = "a link to nothing" if entry.is_symlink() else "not a file"
+            issues.append(DatasetIssue("missing file", key, what))
+
+
+def is_mask_file(name: str) -> bool:
+    """Is it a mask by its suffix, `.mask.png`?"""
+    return name.lower().endswith(MASK_SUFFIX)
 
 
 def is_image_file(name: str) -> bool:
-    return PurePosixPath(name).suffix.lower() in READABLE_IMAGE_SUFFIXES and not name.lower().endswith(MASK_SUFFIX)
+    """Is it an image by its suffix, and no mask?"""
+    return PurePosixPath(name).suffix.lower() in READABLE_IMAGE_SUFFIXES and not is_mask_file(name)
 
 
 def strip_extension(name: str) -> str:
-    """A name without its ending, or without all of a mask's."""
-    return name[: -len(MASK_SUFFIX)] if name.lower().endswith(MASK_SUFFIX) else str(PurePosixPath(name).with_suffix(""))
+    """A path without its suffix, or without `.mask.png`."""
+    return name[: -len(MASK_SUFFIX)] if is_mask_file(name) else str(PurePosixPath(name).with_suffix(""))
 
 
-def open_metadata_folder(files: FileIndex, metadata_file: str, options: SourceOptions) -> ImageSource:
-    """Pictures and captions as a metadata file lists them; pictures that it does not list are faults."""
-    faults: list[DatasetIssue] = []
-    rows = read_metadata_rows(files[metadata_file], faults)
-    image, caption, mask = (options.columns.image or "file_name", *options.columns[1:])
-    present = sorted(collect_column_names(rows))
-    wrong = [c for c in (image, *([caption] if options.default_caption is None else [])) if c not in present]
+def open_metadata_folder(files: FileIndex, metadata_file: str, data: ImageDataConfig) -> ImageSource:
+    """Images and captions as a metadata file lists them; an issue for each image that it does not list."""
+    issues: list[DatasetIssue] = []
+    rows = read_metadata_rows(files[metadata_file], issues)
+    columns = sorted({name for row in rows for name in row.values})
+    wrong = missing_columns(required_columns(data, "file_name"), columns, metadata_file) if rows else []
     if wrong or not rows:
-        return ImageSource((), faults + [missing_column(column, present, metadata_file) for column in wrong if rows])
-    masks = {strip_extension(name): name for name in files if name.lower().endswith(MASK_SUFFIX)}
-    samples, used = [], set()
+        return ImageSource((), issues + wrong)
+    masks = {strip_extension(name): name for name in filter(is_mask_file, files)}
+    samples, used = [], {metadata_file}
     for row in rows:
-        name = _resolve_file_cell(row, image, files, faults)
+        name = _resolve_file_cell(row, data.image_column or "file_name", files, issues)
         if name is None:
             continue
-        text = validate_caption(name, row.values.get(caption), options.default_caption, faults)
-        shade = (
-            _resolve_file_cell(row, mask, files, faults) if row.values.get(mask) else masks.get(strip_extension(name))
-        )
-        used |= {name, shade}
+        text = validate_caption(name, row.values.get(data.caption_column), data.instance_prompt, issues)
+        mask = masks.get(strip_extension(name))
+        if row.values.get(data.mask_column):
+            mask = _resolve_file_cell(row, data.mask_column, files, issues)
+        used |= {name} if mask is None else {name, mask}
         if text is not None:
-            told = FileSlice(files[shade]) if shade and options.masks == "file" else None
-            samples.append(ImageSample(name, text, FileSlice(files[name]), told))
-    faults += [unlisted_file_issue(name, metadata_file) for name in files if name not in used and name != metadata_file]
-    return ImageSource(deduplicate(samples, faults), faults)
+            read_mask = FileSlice(files[mask]) if mask and data.masks == "file" else None
+            samples.append(ImageSample(name, text, FileSlice(files[name]), read_mask))
+    for name in files:
+        if name not in used and is_image_file(name):
+            issues.append(DatasetIssue("no caption", name, f"not in {metadata_file}"))
+        elif name not in used:
+            issues.append(_unmatched_mask_issue(name) if is_mask_file(name) else skipped_file_issue(name))
+    return ImageSource(deduplicate(samples, issues), issues)
 
 
-def unlisted_file_issue(name: str, metadata_file: str) -> DatasetIssue:
-    """Why a file that the metadata file does not name is left out."""
-    if name.lower().endswith(MASK_SUFFIX):
-        return DatasetIssue("mask without picture", name, "no picture of that name")
-    return (
-        DatasetIssue("no caption", name, f"not in {metadata_file}") if is_image_file(name) else skipped_file_issue(name)
-    )
+def _unmatched_mask_issue(name: str) -> DatasetIssue:
+    return DatasetIssue("mask without image", name, "no image of that name")
 
 
 def _resolve_file_cell(row: TableRow, column: str, files: FileIndex, issues: list[DatasetIssue]) -> str | None:
-    """The file that a cell names, None with a fault where there is none, or none below the folder."""
-    value: Any = row.values.get(column)
+    """The file that a cell names; None with an issue if there is no such file below the folder."""
+    value = row.values.get(column)
     if not isinstance(value, str) or not value.strip():
         issues.append(DatasetIssue("missing file", row.key, f"the row has no {column}"))
         return None
@@ -191,60 +195,54 @@ def _resolve_file_cell(row: TableRow, column: str, files: FileIndex, issues: lis
     elif name in files:
         return name
     else:
-        same = next((other for other in files if other.casefold() == name.casefold()), None)
-        issues.append(
-            DatasetIssue("missing file", row.key, f"no file {value}" + (f"; there is {same}" if same else ""))
-        )
+        same = next((f"; there is {other}" for other in files if other.casefold() == name.casefold()), "")
+        issues.append(DatasetIssue("missing file", row.key, f"no file {value}{same}"))
     return None
 
 
-def open_sidecar_folder(files: FileIndex, options: SourceOptions) -> ImageSource:
-    """Pictures with captions beside them; without one, a kohya folder's class tokens, or the caption for all."""
-    faults: list[DatasetIssue] = []
-    texts = _index_by_stem(
-        (name for name in files if PurePosixPath(name).suffix.lower() in CAPTION_SUFFIXES), "two captions", faults
-    )
-    masks = _index_by_stem((name for name in files if name.lower().endswith(MASK_SUFFIX)), "two masks", faults)
-    owners: dict[str, str] = {}
+def open_sidecar_folder(files: FileIndex, data: ImageDataConfig) -> ImageSource:
+    """Images with captions beside them, else of their kohya folder's class tokens, else the instance prompt."""
+    issues: list[DatasetIssue] = []
+    caption_files = (name for name in files if PurePosixPath(name).suffix.lower() in CAPTION_SUFFIXES)
+    captions = _index_by_stem(caption_files, "two captions", issues)
+    masks = _index_by_stem(filter(is_mask_file, files), "two masks", issues)
+    owners: dict[str, str] = {}  # the image that has a stem's caption
     samples = []
     for name in filter(is_image_file, files):
-        base = strip_extension(name)
-        if base in texts and owners.setdefault(base, name) != name:
-            faults.append(DatasetIssue("shared caption", name, f"{texts[base]} is {owners[base]}'s as well"))
+        stem = strip_extension(name)
+        if stem in captions and owners.setdefault(stem, name) != name:
+            issues.append(DatasetIssue("shared caption", name, f"{captions[stem]} belongs to {owners[stem]} as well"))
             continue
-        owners[base] = name
+        owners[stem] = name
         repeats, tokens = _parse_kohya_folder(name)
-        text = _read_sidecar_caption(name, texts.get(base), files, tokens or options.default_caption, faults)
-        mask = FileSlice(files[masks[base]]) if base in masks and options.masks == "file" else None
+        text = _read_sidecar_caption(name, captions.get(stem), files, tokens or data.instance_prompt, issues)
+        mask = FileSlice(files[masks[stem]]) if stem in masks and data.masks == "file" else None
         if text is not None:
             samples.append(ImageSample(name, text, FileSlice(files[name]), mask, repeats))
-    for kind, strays in (("caption without picture", texts), ("mask without picture", masks)):
-        faults += [
-            DatasetIssue(kind, strays[base], "no picture of that name") for base in strays.keys() - owners.keys()
-        ]
-    known = {*texts.values(), *masks.values(), *(fault.key for fault in faults)}
-    faults += [skipped_file_issue(name) for name in files if not is_image_file(name) and name not in known]
-    return ImageSource(samples, faults + _check_repeats(samples))
+    what = "no image of that name"
+    issues += [DatasetIssue("caption without image", captions[stem], what) for stem in captions if stem not in owners]
+    issues += [_unmatched_mask_issue(masks[stem]) for stem in masks if stem not in owners]
+    known = {*captions.values(), *masks.values(), *(issue.key for issue in issues)}
+    issues += [skipped_file_issue(name) for name in files if not is_image_file(name) and name not in known]
+    return ImageSource(samples, issues + _check_repeats(samples))
 
 
 def _read_sidecar_caption(
     name: str, caption_file: str | None, files: FileIndex, fallback: str | None, issues: list[DatasetIssue]
 ) -> str | None:
-    """A picture's caption from the file beside it, None with a fault where that cannot be used."""
     if caption_file is None:
         return validate_caption(name, None, fallback, issues)
     text = decode_utf8(files[caption_file].read_bytes(), caption_file, issues)
     return None if text is None else validate_caption(caption_file, text, fallback, issues)
 
 
-def _index_by_stem(names: Iterator[str], kind: str, issues: list[DatasetIssue]) -> dict[str, str]:
-    """Files by their stem; a second one of a stem is a fault."""
-    found: dict[str, str] = {}
+def _index_by_stem(names: Iterable[str], kind: str, issues: list[DatasetIssue]) -> dict[str, str]:
+    """Files by their stem; an issue for a second one of a stem."""
+    by_stem: dict[str, str] = {}
     for name in names:
-        if strip_extension(name) in found:
-            issues.append(DatasetIssue(kind, name, f"there is {found[strip_extension(name)]} too"))
-        found.setdefault(strip_extension(name), name)
-    return found
+        if (first := by_stem.setdefault(strip_extension(name), name)) != name:
+            issues.append(DatasetIssue(kind, name, f"there is {first} too"))
+    return by_stem
 
 
 def _parse_kohya_folder(name: str) -> tuple[int, str | None]:
@@ -255,5 +253,5 @@ def _parse_kohya_folder(name: str) -> tuple[int, str | None]:
 
 def _check_repeats(samples: Sequence[ImageSample]) -> list[DatasetIssue]:
     folders = {sample.key.split("/")[0]: sample.repeats for sample in samples}
-    what = "would be repeated {} times: rename the folder if that is no number of repeats"
+    what = "would be repeated {} times: rename the folder if that is not meant as repeats"
     return [DatasetIssue("repeats", n, what.format(r)) for n, r in folders.items() if not 0 < r <= MAX_REPEATS]

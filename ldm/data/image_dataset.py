@@ -1,9 +1,9 @@
-"""People's own pictures as batches: found, surveyed, placed in buckets, and made ready visit by visit."""
+"""Batches of captioned images: read from their sources, assigned to buckets, augmented, and cached as latents."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -12,107 +12,91 @@ from PIL import Image
 
 from ldm.config import FinetuneObjective, ImageDataConfig, Recipe
 from ldm.data import augment
+from ldm.data.augment import Augmentation, downsample_mask, resize_and_crop
 from ldm.data.batch_sampler import BucketBatchSampler, SampleIndex
-from ldm.data.buckets import AspectRatioBuckets, BucketPlacement, ImageSize
+from ldm.data.buckets import AspectRatioBuckets, BucketPlacement, ImageSize, format_size
 from ldm.data.folders import open_image_sources
 from ldm.data.latent_cache import LatentCache, blake2b_hexdigest
-from ldm.data.sources import ColumnNames, DatasetIssue, ImageSample, ImageSource, SourceOptions
+from ldm.data.sources import DatasetIssue, ImageSample, raise_on_errors
+from ldm.errors import error_text
 from ldm.image_io import DecodedImage, decode_image, decode_mask, read_image_size
 
 
 class ImageInfo(NamedTuple):
-    """What a look at a picture's file tells: the upright size, where it goes, and the digest of its bytes."""
+    """What is known of an image before it is decoded: its upright size, its bucket, and the digest of its file."""
 
     size: ImageSize
     placement: BucketPlacement
     digest: str
 
 
-class Augmentation(NamedTuple):
-    """How a picture is shown: mirrored or not, then cropped from `random_crop_corner` (left, top)."""
-
-    flip: bool
-    crop_corner: ImageSize
-
-
-def source_from_config(data_config: ImageDataConfig) -> ImageSource:
-    """The samples and faults of a recipe's data."""
-    columns = ColumnNames(data_config.image_column, data_config.caption_column, data_config.mask_column)
-    return open_image_sources(
-        data_config.train_data_dir, SourceOptions(columns, data_config.masks, data_config.instance_prompt)
-    )
-
-
 def validation_data_config(recipe: Recipe) -> ImageDataConfig | None:
-    """The recipe's held-out pictures as data, read as the others are but always shown alike; None without any."""
+    """The recipe's data for its held-out images, read like the others but without augmentation; None without any."""
     objective = recipe.objective
     if not isinstance(objective, FinetuneObjective) or not objective.validation_data_dir:
         return None
-    still = {"center_crop": True, "random_flip": False, "shuffle_caption": False, "masks": "none"}
-    return recipe.image_data.model_copy(update={**still, "train_data_dir": (objective.validation_data_dir,)})
+    fixed = {"center_crop": True, "random_flip": False, "shuffle_caption": False, "masks": "none"}
+    return recipe.image_data.model_copy(update={**fixed, "train_data_dir": (objective.validation_data_dir,)})
 
 
-def buckets_from_config(data_config: ImageDataConfig) -> AspectRatioBuckets:
-    """A recipe's buckets."""
-    least, most = (
-        data_config.min_bucket_reso or data_config.resolution // 2,
-        data_config.max_bucket_reso or data_config.resolution * 2,
-    )
-    return AspectRatioBuckets(
-        data_config.resolution, data_config.bucket_reso_steps, least, most, data_config.bucket_no_upscale
-    )
+def buckets_from_config(data: ImageDataConfig) -> AspectRatioBuckets:
+    """A recipe's buckets. ValueError as for AspectRatioBuckets."""
+    min_size = data.min_bucket_reso or data.resolution // 2
+    max_size = data.max_bucket_reso or data.resolution * 2
+    return AspectRatioBuckets(data.resolution, data.bucket_reso_steps, min_size, max_size, data.bucket_no_upscale)
 
 
 def collect_image_infos(samples: Sequence[ImageSample], buckets: AspectRatioBuckets) -> list[ImageInfo | DatasetIssue]:
-    """Each sample's file read and placed by its head, or what is wrong with it, in order."""
+    """Each sample's `read_image_info`, in order."""
     with ThreadPoolExecutor() as pool:
         return list(pool.map(lambda sample: read_image_info(sample, buckets), samples))
 
 
 def read_image_info(sample: ImageSample, buckets: AspectRatioBuckets) -> ImageInfo | DatasetIssue:
-    """One sample's part of `collect_image_infos`."""
+    """A sample's size by its file's header, and its bucket, or what is wrong with it."""
     part = ""
     try:
-        data = sample.read_bytes()
+        data = sample.read_image()
         size = read_image_size(data)
         part = "the mask: "
-        mask = read_image_size(sample.read_mask()) if sample.read_mask else size
+        mask_size = read_image_size(sample.read_mask()) if sample.read_mask else size
     except (OSError, ValueError) as error:
-        return DatasetIssue("broken picture", sample.key, part + (getattr(error, "strerror", None) or str(error)))
-    if mask != size:
-        return DatasetIssue(
-            "mask size", sample.key, f"the mask is {mask[0]}x{mask[1]}, the picture {size[0]}x{size[1]}"
-        )
+        return DatasetIssue("broken image", sample.key, part + error_text(error))
+    if mask_size != size:
+        what = f"the mask is {format_size(mask_size)}, the image {format_size(size)}"
+        return DatasetIssue("mask size", sample.key, what)
     try:
         return ImageInfo(size, buckets.assign(*size), blake2b_hexdigest(data))
     except ValueError as error:
         return DatasetIssue("too small", sample.key, str(error))
 
 
-def raise_on_fatal_issues(issues: Iterable[DatasetIssue]) -> None:
-    """ValueError that says the first of the faults that a training refuses, and how many more there are."""
-    fatal = [fault for fault in issues if fault.is_fatal]
-    if fatal:
-        more = f" (and {len(fatal) - 1} more)" if len(fatal) > 1 else ""
-        raise ValueError(f"{fatal[0].key}: {fatal[0].what}{more}")
+def make_batch_sampler(
+    samples: Sequence[ImageSample], image_infos: Sequence[ImageInfo], batch_size: int, seed: int
+) -> BucketBatchSampler:
+    """The order of samples in training; buckets are numbered from narrow to wide."""
+    buckets = sorted({info.placement.bucket for info in image_infos})
+    bucket_ids = [buckets.index(info.placement.bucket) for info in image_infos]
+    return BucketBatchSampler([sample.repeats for sample in samples], bucket_ids, batch_size, seed)
 
 
 class CachedEncoder(NamedTuple):
-    """Latents that are made once: where they are kept, and what makes those of uint8 [B, H, W, 3], [B, ...]."""
+    """A cache of latents, and the function that computes those of uint8 [B, H, W, 3] as [B, ...]."""
 
     cache: LatentCache
     encode: Callable[[np.ndarray], np.ndarray]
 
 
 class ImageDataset:
-    """Batches of people's own pictures: `dataset[k]` is that of step k, a pure function of k.
+    """Batches of captioned images: `dataset[k]` is that of step k, a function of k and the seed alone.
 
-    A batch holds, row by row: `visits`; `keys`, the samples' names; `captions`; `to_feature_map` uint8 [B, H, W, 3], or
-    `cache_scene_latents` [B, ...] where they are kept; `masks` float32 [B, 1, H / downscale, W / downscale], the share of each
-    latent where the loss counts; `original_sizes` and `crops` int64 [B, 2], height and width of the file's picture, and
-    top and left of the crop of the resized one (SDXL's time ids). All rows are of one bucket.
+    A batch holds, row by row: `indices`, SampleIndex each; `keys` of the samples; `captions`; `pixels` uint8
+    [B, H, W, 3], or `latents` [B, ...] where they are cached; `masks` float32 [B, 1, H / f, W / f] with f the
+    `vae_scale_factor`, the part of each latent's area where the loss counts; `original_sizes` and `crops` int64 [B, 2]:
+    height and width of the file's image, top and left of the crop of the resized one (SDXL's time ids). All rows are of
+    one bucket.
 
-    Latents are kept for centred crops, once for each way round: crops at random hardly ever come again.
+    Latents are cached for center crops only, one for each flip: random crops hardly ever repeat.
     """
 
     def __init__(
@@ -124,145 +108,108 @@ class ImageDataset:
         caption_dropout: float = 0,
         cached_encoder: CachedEncoder | None = None,
     ) -> None:
-        """`vae_scale_factor` is the pixels a side of a latent. ValueError says the first fault that a training refuses."""
+        """`vae_scale_factor` is the side of a latent in pixels. ValueError with the first error among the issues."""
         if data_config.bucket_reso_steps % vae_scale_factor:
-            raise ValueError(
-                f"bucket_reso_steps: must be a multiple of {vae_scale_factor}, the pixels a side of a latent"
-            )
+            raise ValueError(f"bucket_reso_steps: must be a multiple of {vae_scale_factor}, the VAE's scale factor")
         if cached_encoder and not data_config.center_crop:
-            raise ValueError("center_crop: latents are kept for centred crops only")
+            raise ValueError("center_crop: latents are cached for center crops only")
         self.data_config, self.seed, self.vae_scale_factor = data_config, seed, vae_scale_factor
         self.caption_dropout, self.cached_encoder = caption_dropout, cached_encoder
-        self.samples, faults = source_from_config(data_config)
-        raise_on_fatal_issues(faults)
-        found = collect_image_infos(self.samples, buckets_from_config(data_config))
-        raise_on_fatal_issues(fault for fault in found if isinstance(fault, DatasetIssue))
-        self.image_infos = [look for look in found if isinstance(look, ImageInfo)]
-        self.buckets = sorted({look.placement.bucket for look in self.image_infos})
-        homes = [self.buckets.index(look.placement.bucket) for look in self.image_infos]
-        self.batch_sampler = BucketBatchSampler([sample.repeats for sample in self.samples], homes, batch_size, seed)
+        self.samples, issues = open_image_sources(data_config)
+        raise_on_errors(issues)
+        infos = collect_image_infos(self.samples, buckets_from_config(data_config))
+        raise_on_errors(info for info in infos if isinstance(info, DatasetIssue))
+        self.image_infos = [info for info in infos if isinstance(info, ImageInfo)]
+        self.batch_sampler = make_batch_sampler(self.samples, self.image_infos, batch_size, seed)
 
     def __getitem__(self, k: int) -> Mapping[str, Any]:
         return self.load_batch(self.batch_sampler[k])
 
     def load_batch(self, indices: Sequence[SampleIndex]) -> Mapping[str, Any]:
-        """The batch of some visits to one bucket, such as a part of `dataset.visits[k]`."""
-        which = [visit.row for visit in indices]
-        views = [self.choose_augmentation(visit) for visit in indices]
-        shown = (
-            {"latents": self._load_latents(which, views)}
-            if self.cached_encoder
-            else {"pixels": self._load_pixels(which, views)}
-        )
+        """The batch of some samples of one bucket, such as a part of `dataset.batch_sampler[k]`."""
+        rows = [index.row for index in indices]
+        augmentations = [self.choose_augmentation(index) for index in indices]
+        pairs = list(zip(rows, augmentations, strict=True))
+        images = {"latents": self._load_latents(pairs)} if self.cached_encoder else {"pixels": self._load_pixels(pairs)}
         return {
-            "visits": list(indices),
-            "keys": [self.samples[row].key for row in which],
-            "captions": [self.augment_caption(visit) for visit in indices],
-            "original_sizes": np.array([self.image_infos[row].size[::-1] for row in which], np.int64),
-            "crops": np.array([view.crop_corner[::-1] for view in views], np.int64),
-            "masks": np.stack([self._load_mask(row, view) for row, view in zip(which, views, strict=True)]),
-            **shown,
+            "indices": list(indices),
+            "keys": [self.samples[row].key for row in rows],
+            "captions": [self.augment_caption(index) for index in indices],
+            "original_sizes": np.array([self.image_infos[row].size[::-1] for row in rows], np.int64),
+            "crops": np.array([augmentation.crop_corner[::-1] for augmentation in augmentations], np.int64),
+            "masks": np.stack([self._load_mask(*pair) for pair in pairs]),
+            **images,
         }
 
     def choose_augmentation(self, index: SampleIndex) -> Augmentation:
-        """How a visit shows its picture."""
-        chance = self.seed, self.samples[index.row].key, index.times_seen
-        slack = self.image_infos[index.row].placement.crop_margin
-        corner = (
-            augment.center_crop_corner(slack)
-            if self.data_config.center_crop
-            else augment.random_crop_corner(slack, *chance)
-        )
-        return Augmentation(self.data_config.random_flip and augment.should_flip(*chance), corner)
+        """Flip and crop of one use of a sample."""
+        seed = self.seed, self.samples[index.row].key, index.times_seen
+        margin = self.image_infos[index.row].placement.crop_margin
+        center = self.data_config.center_crop
+        corner = augment.center_crop_corner(margin) if center else augment.random_crop_corner(margin, *seed)
+        return Augmentation(self.data_config.random_flip and augment.should_flip(*seed), corner)
 
     def augment_caption(self, index: SampleIndex) -> str:
-        """The caption of a visit: dropped, shuffled, or as it is."""
+        """The caption of one use of a sample: dropped, shuffled, or as it is."""
         sample, data = self.samples[index.row], self.data_config
-        chance = self.seed, sample.key, index.times_seen
-        if augment.should_drop_caption(self.caption_dropout, *chance):
+        seed = self.seed, sample.key, index.times_seen
+        if augment.should_drop_caption(self.caption_dropout, *seed):
             return ""
         if data.shuffle_caption:
-            return augment.shuffle_tags(sample.caption, data.caption_separator, data.keep_tokens, *chance)
+            return augment.shuffle_tags(sample.caption, data.caption_separator, data.keep_tokens, *seed)
         return sample.caption
 
     def cache_latents(self, on_progress: Callable[[int], None] = lambda done: None) -> None:
-        """Make all latents that are not kept yet; `said(done)` hears how many are there.
+        """Compute all latents that are not cached yet; `on_progress(done)` is called after each batch.
 
-        Where the network sits on a device, do this before worker processes ask for batches.
+        To be called before worker processes load batches if the network is on a GPU.
         """
-        done = 0
-        for home in self.buckets:
-            rows = [row for row, look in enumerate(self.image_infos) if look.placement.bucket == home]
-            ways = [False, True] if self.data_config.random_flip else [False]
-            todo = [
-                (row, Augmentation(flip, augment.center_crop_corner(self.image_infos[row].placement.crop_margin)))
-                for row in rows
-                for flip in ways
+        done, size = 0, self.batch_sampler.batch_size
+        for bucket in sorted({info.placement.bucket for info in self.image_infos}):
+            pairs = [
+                (row, Augmentation(flip, augment.center_crop_corner(info.placement.crop_margin)))
+                for row, info in enumerate(self.image_infos)
+                for flip in ((False, True) if self.data_config.random_flip else (False,))
+                if info.placement.bucket == bucket
             ]
-            for start in range(0, len(todo), self.batch_sampler.batch_size):
-                part = todo[start : start + self.batch_sampler.batch_size]
-                self._load_latents([row for row, _ in part], [view for _, view in part])
-                on_progress(done := done + len(part))
+            for start in range(0, len(pairs), size):
+                self._load_latents(batch := pairs[start : start + size])
+                on_progress(done := done + len(batch))
 
-    def _load_latents(self, rows: Sequence[int], augmentations: Sequence[Augmentation]) -> np.ndarray:
+    def _load_latents(self, pairs: Sequence[tuple[int, Augmentation]]) -> np.ndarray:
         assert self.cached_encoder
         cache, encode = self.cached_encoder
+        infos = [self.image_infos[row] for row, _ in pairs]
+        keys = [
+            blake2b_hexdigest(info.digest, json.dumps([info.placement, augmentation]))
+            for info, (_, augmentation) in zip(infos, pairs, strict=True)
+        ]
+        compute = lambda missing: list(encode(self._load_pixels([pairs[k] for k in missing])))
+        return np.stack(cache.get_or_compute(keys, compute))
 
-        def make(missing: Sequence[int]) -> Sequence[np.ndarray]:
-            return list(encode(self._load_pixels([rows[k] for k in missing], [augmentations[k] for k in missing])))
-
-        return np.stack(
-            cache.get_or_compute(
-                [self._cache_key(row, view) for row, view in zip(rows, augmentations, strict=True)], make
-            )
+    def _load_pixels(self, pairs: Sequence[tuple[int, Augmentation]]) -> np.ndarray:
+        placements = [self.image_infos[row].placement for row, _ in pairs]
+        images = (
+            resize_and_crop(self._decode_image(row).rgb, placement, augmentation)
+            for placement, (row, augmentation) in zip(placements, pairs, strict=True)
         )
-
-    def _cache_key(self, row: int, augmentation: Augmentation) -> str:
-        look = self.image_infos[row]
-        return blake2b_hexdigest(look.digest, json.dumps([look.placement, augmentation]))
-
-    def _load_pixels(self, rows: Sequence[int], augmentations: Sequence[Augmentation]) -> np.ndarray:
-        lanczos = Image.Resampling.LANCZOS
-        shown = (
-            self._augment_image(self._decode_image(row).rgb, row, view, lanczos)
-            for row, view in zip(rows, augmentations, strict=True)
-        )
-        return np.stack([np.asarray(picture) for picture in shown])
+        return np.stack([np.asarray(image) for image in images])
 
     def _load_mask(self, row: int, augmentation: Augmentation) -> np.ndarray:
-        """The mean of the mask over each latent [1, h, w], all ones where the picture has none."""
-        sample, (width, height) = self.samples[row], self.image_infos[row].placement.bucket
-        shape = 1, height // self.vae_scale_factor, width // self.vae_scale_factor
+        """The mean of the mask over each latent, float32 [1, h, w]; ones if the image has none."""
+        sample, placement = self.samples[row], self.image_infos[row].placement
         mask = decode_mask(sample.read_mask()) if sample.read_mask else None
         if self.data_config.masks == "alpha":
             mask = self._decode_image(row).alpha
         if mask is None:
-            return np.ones(shape, np.float32)
-        return downsample_mask(
-            np.asarray(self._augment_image(mask, row, augmentation, Image.Resampling.BOX)), self.vae_scale_factor
-        )
-
-    def _augment_image(
-        self, image: Image.Image, row: int, augmentation: Augmentation, resample: Image.Resampling
-    ) -> Image.Image:
-        """A picture resized to cover its bucket, turned round or not, then cropped to it."""
-        (width, height), resized = self.image_infos[row].placement
-        whole = image.resize(resized, resample)
-        if augmentation.flip:
-            whole = whole.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        left, top = augmentation.crop_corner
-        return whole.crop((left, top, left + width, top + height))
+            width, height = placement.bucket
+            return np.ones((1, height // self.vae_scale_factor, width // self.vae_scale_factor), np.float32)
+        cropped = resize_and_crop(mask, placement, augmentation, Image.Resampling.BOX)
+        return downsample_mask(np.asarray(cropped), self.vae_scale_factor)
 
     def _decode_image(self, row: int) -> DecodedImage:
         sample = self.samples[row]
         try:
-            return decode_image(sample.read_bytes())
+            return decode_image(sample.read_image())
         except (OSError, ValueError) as error:
             raise ValueError(f"{sample.key}: {error}") from None
-
-
-def downsample_mask(mask: np.ndarray, vae_scale_factor: int) -> np.ndarray:
-    """A mask, uint8 [H, W], averaged over squares of `vae_scale_factor` pixels: float32 [1, h, w] in [0, 1]."""
-    height, width = mask.shape
-    squares = mask.reshape(1, height // vae_scale_factor, vae_scale_factor, width // vae_scale_factor, vae_scale_factor)
-    return (squares.mean((2, 4)) / 255).astype(np.float32)

@@ -1,4 +1,4 @@
-"""What frozen networks make of pictures and captions, kept on disk under the hash of what it was made of."""
+"""A cache on disk of what frozen networks compute: latents and text embeddings, by the hash of their inputs."""
 
 from __future__ import annotations
 
@@ -12,30 +12,29 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ldm.files import atomic_write
 
-HEADER_BYTES, CRC_BYTES = 128, 4  # bytes: [dtype, shape] as JSON before an array's own, CRC-32 behind
+HEADER_BYTES, CRC_BYTES = 128, 4  # [dtype, shape] as JSON before an array's own bytes, CRC-32 after them
+Compute = Callable[[list[int]], Sequence[np.ndarray]]
 
 
 class LatentCache:
-    """Arrays by key, one file each, in a folder for the network that makes them; several processes may fill it at once.
+    """Arrays by key, one file each, in a folder per network; several processes may fill it at once, without locks.
 
-    An entry is written aside and renamed, so that it is whole or absent; where two processes make the same one, the
-    last stays. There are no locks to be left behind. A torn entry fails its CRC-32, counts as absent and is made again.
+    An entry is written to a temporary file and renamed, so that it is complete or absent; if two processes write the
+    same one, the last stays. A corrupt entry fails its CRC-32 and is computed again.
     """
 
     def __init__(self, folder: Path, namespace: str) -> None:
-        """`hash_network_weights` stands for all that the arrays depend on beside their keys."""
+        """`namespace` identifies all that the arrays depend on beside their keys: see `hash_network_weights`."""
         self.folder = Path(folder) / namespace
 
-    def get_or_compute(
-        self, keys: Sequence[str], compute: Callable[[list[int]], Sequence[np.ndarray]]
-    ) -> list[np.ndarray]:
-        """The arrays of some keys; `make(rows)` makes those of `keys[row]` that are not there yet.
+    def get_or_compute(self, keys: Sequence[str], compute: Compute) -> list[np.ndarray]:
+        """The arrays of some keys; `compute(rows)` returns those of `keys[row]` that are missing.
 
-        What was there is memory-mapped and read-only. An array keeps its dtype and shape.
+        Cached arrays are memory-mapped and read-only. An array keeps its dtype and shape.
         """
         found = {key: array for key in dict.fromkeys(keys) if (array := self._read(key)) is not None}
         if rows := [keys.index(key) for key in dict.fromkeys(keys) if key not in found]:
@@ -67,22 +66,19 @@ class LatentCache:
 
 
 def blake2b_hexdigest(*parts: bytes | str) -> str:
-    """A key of 32 hexadecimal digits: BLAKE2b over the parts, each told apart from the next."""
-    found = hashlib.blake2b(digest_size=16)
+    """BLAKE2b of the parts with their lengths, so that ("ab", "c") and ("a", "bc") differ; 32 hexadecimal digits."""
+    hasher = hashlib.blake2b(digest_size=16)
     for part in parts:
         data = part.encode() if isinstance(part, str) else part
-        found.update(len(data).to_bytes(8, "big"))
-        found.update(data)
-    return found.hexdigest()
+        hasher.update(len(data).to_bytes(8, "big"))
+        hasher.update(data)
+    return hasher.hexdigest()
 
 
 def hash_network_weights(network: nn.Module, *extra: Any) -> str:
-    """A digest of a network's weights, by name, dtype and bytes, and of facts that JSON can hold; wherever it lies."""
+    """A digest of a network's weights (name, dtype and bytes, on any device) and of `extra` JSON values."""
     parts: list[bytes | str] = [json.dumps(extra, sort_keys=True)]
     for name, value in sorted(network.state_dict().items()):
-        parts += [f"{name} {value.dtype} {tuple(value.shape)}", _tensor_bytes(value)]
+        data = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+        parts += [f"{name} {value.dtype} {tuple(value.shape)}", data]
     return blake2b_hexdigest(*parts)
-
-
-def _tensor_bytes(value: Tensor) -> bytes:
-    return value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()

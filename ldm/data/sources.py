@@ -1,106 +1,73 @@
-"""A source: captioned pictures and what is wrong with them, whatever they are kept in."""
+"""Captioned images and what is wrong with them, however they are stored."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from ldm.errors import suggest
+
 BytesReader = Callable[[], bytes]  # reads a file's bytes; it can be pickled, for worker processes
 MaskMode = Literal["none", "file", "alpha"]
+Severity = Literal["error", "warning", "notice"]
 
-READABLE_IMAGE_SUFFIXES = {
-    ".png",
-    ".jpg",
-    ".jpeg",
-    ".jfif",
-    ".webp",
-    ".bmp",
-    ".gif",
-    ".tif",
-    ".tiff",
-    ".avif",
-    ".ppm",
-    ".pgm",
-}
-UNSUPPORTED_IMAGE_SUFFIXES = {
-    ".heic",
-    ".heif",
-    ".svg",
-    ".psd",
-    ".xcf",
-    ".jxl",
-    ".cr2",
-    ".cr3",
-    ".nef",
-    ".arw",
-    ".dng",
-    ".raw",
-    ".exr",
-}
+# fmt: off
+READABLE_IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".ppm",
+                           ".pgm"}
+UNSUPPORTED_IMAGE_SUFFIXES = {".heic", ".heif", ".svg", ".psd", ".xcf", ".jxl", ".cr2", ".cr3", ".nef", ".arw", ".dng",
+                              ".raw", ".exr"}
+# fmt: on
 CAPTION_SUFFIXES = (".txt", ".caption")
 MASK_SUFFIX = ".mask.png"
 SYSTEM_FILES = {"thumbs.db", "desktop.ini", "__macosx"}
-HELD_OUT_PREFIX = "held out: "  # before the keys of pictures that are not learnt from
-NOTICE_KINDS = {"skipped", "animated", "colour profile"}  # kinds of fault that no training needs to refuse
+HELD_OUT_PREFIX = "held out: "  # before the keys of validation images
+SEVERITIES: tuple[Severity, ...] = ("error", "warning", "notice")
+DUPLICATE_KINDS = ("same image", "other caption", "held-out leak")  # of identical files
+SEVERITY_BY_KIND: Mapping[str, Severity] = {  # all other kinds are errors
+    **dict.fromkeys(("file name", "markup", "mojibake", "placeholder caption", "truncated caption"), "warning"),
+    **dict.fromkeys((*DUPLICATE_KINDS, "near duplicate", "one caption", "few images", "no masks"), "warning"),
+    **dict.fromkeys(("small image", "extreme aspect ratio", "blank image", "extreme latents"), "warning"),
+    **dict.fromkeys(("too few steps", "disk space"), "warning"),
+    **dict.fromkeys(("skipped", "animated", "color profile", "color mode", "multiple lines", "small bucket"), "notice"),
+}
 
 
 class DatasetIssue(NamedTuple):
-    """Something wrong with a source: its kind, where it is (a key, or a file and line), and what, in words."""
+    """Something wrong with a dataset: its kind, where it is (a sample's key, or a file and line), and what it is."""
 
     kind: str
     key: str
     what: str
 
     @property
-    def is_fatal(self) -> bool:
-        """Does a training refuse it?"""
-        return self.kind not in NOTICE_KINDS
+    def severity(self) -> Severity:
+        """With an error, training would fail or is certain to go wrong, and is refused."""
+        return SEVERITY_BY_KIND.get(self.kind, "error")
 
 
 @dataclass(frozen=True, slots=True)
 class ImageSample:
-    """One picture with its caption. `key` names it for good: it depends neither on the order nor on the place."""
+    """One image with its caption. `key` identifies it for good: it depends on no order and on no absolute path."""
 
     key: str
     caption: str
-    read_image: BytesReader
+    read_image: BytesReader  # raises OSError
     read_mask: BytesReader | None = None
     repeats: int = 1
 
-    def read_bytes(self) -> bytes:
-        """The picture file's bytes; OSError where they cannot be read."""
-        return self.read_image()
-
 
 class ImageSource(NamedTuple):
-    """What was found, in the order of its keys."""
+    """The samples of a dataset in the order of their keys, and its issues."""
 
     samples: Sequence[ImageSample]
     issues: Sequence[DatasetIssue]
 
 
-class ColumnNames(NamedTuple):
-    """Names of columns; `image` None is `detect_file_name` in a metadata file and `image` in a saved data set."""
-
-    image: str | None = None
-    caption: str = "text"
-    mask: str = "mask"
-
-
-class SourceOptions(NamedTuple):
-    """How a source is read: its columns, where masks come from, and the caption of pictures that have none."""
-
-    columns: ColumnNames = ColumnNames()
-    masks: MaskMode = "none"
-    default_caption: str | None = None
-
-
 @dataclass(frozen=True, slots=True)
 class FileSlice:
-    """The bytes of a file, or of `size` bytes in it from `start_trackers`, as of a member of a tar."""
+    """Reads the bytes of a file, or `size` bytes of it from `offset`, as of a member of a tar."""
 
     path: Path
     offset: int = 0
@@ -115,21 +82,29 @@ class FileSlice:
         return data
 
 
+def raise_on_errors(issues: Iterable[DatasetIssue], hint: str = "") -> None:
+    """ValueError with the first issue of severity "error", if any, and the number of the others."""
+    errors = [issue for issue in issues if issue.severity == "error"]
+    if errors:
+        more = f" (and {len(errors) - 1} more{hint})" if len(errors) > 1 else ""
+        raise ValueError(f"{errors[0].key}: {errors[0].what}{more}")
+
+
 def is_ignored(name: str) -> bool:
-    """Is it a file or folder that no person put there: hidden, thumbnails, a Mac's leavings?"""
+    """Is a file or folder hidden, or made by an operating system?"""
     return name.startswith(".") or name.lower() in SYSTEM_FILES
 
 
 def skipped_file_issue(key: str) -> DatasetIssue:
-    """Why a file that is no picture, caption or mask is left out."""
+    """Why a file that is no image, caption or mask is left out."""
     suffix = Path(key).suffix.lower()
     if suffix in UNSUPPORTED_IMAGE_SUFFIXES:
-        return DatasetIssue("unsupported", key, f"{suffix} pictures cannot be read: convert them to PNG or JPEG")
-    return DatasetIssue("skipped", key, "neither a picture nor a caption")
+        return DatasetIssue("unsupported", key, f"{suffix} images cannot be read: convert them to PNG or JPEG")
+    return DatasetIssue("skipped", key, "neither an image nor a caption")
 
 
 def validate_caption(key: str, text: Any, fallback: str | None, issues: list[DatasetIssue]) -> str | None:
-    """A caption as it is used, None with a fault where there is none; `text` is what was found for it."""
+    """The caption `text`, stripped, or `fallback` if it is None; None with an issue if there is no usable one."""
     if text is None and fallback is not None:
         return fallback
     if text is None:
@@ -144,7 +119,7 @@ def validate_caption(key: str, text: Any, fallback: str | None, issues: list[Dat
 
 
 def decode_utf8(data: bytes, key: str, issues: list[DatasetIssue]) -> str | None:
-    """Text in UTF-8, without its byte-order mark; None with a fault that names the line elsewhere."""
+    """UTF-8 text without its byte order mark; None with an issue that names the line of another encoding."""
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -153,21 +128,18 @@ def decode_utf8(data: bytes, key: str, issues: list[DatasetIssue]) -> str | None
         return None
 
 
-def missing_column(column: str, present: Iterable[str], key: str) -> DatasetIssue:
-    """The fault of a column that is not there, with the nearest that is."""
+def missing_columns(columns: Iterable[str], present: Iterable[str], key: str) -> list[DatasetIssue]:
+    """An issue for each column that is not present, with the nearest that is."""
     names = [name for name in present if isinstance(name, str)]
-    close = get_close_matches(column, names, 1) or get_close_matches(column.lower(), [n.lower() for n in names], 1, 0.3)
-    hint = f"; did you mean {close[0]!r}?" if close else ""
-    return DatasetIssue(
-        "wrong column", key, f"no column {column!r} among {', '.join(map(repr, names)) or 'none'}{hint}"
-    )
+    listed = ", ".join(map(repr, names)) or "none"
+    what = {column: f"no column {column!r} among {listed}{suggest(column, names, 0.3)}" for column in columns}
+    return [DatasetIssue("wrong column", key, text) for column, text in what.items() if column not in names]
 
 
 def deduplicate(samples: Iterable[ImageSample], issues: list[DatasetIssue]) -> list[ImageSample]:
-    """The samples by key, in order; one fault for each key that comes again."""
-    found: dict[str, ImageSample] = {}
+    """The samples sorted by key; an issue for each key that is repeated."""
+    by_key: dict[str, ImageSample] = {}
     for sample in samples:
-        if sample.key in found:
+        if by_key.setdefault(sample.key, sample) is not sample:
             issues.append(DatasetIssue("duplicate", sample.key, "is there twice"))
-        found.setdefault(sample.key, sample)
-    return [found[key] for key in sorted(found)]
+    return [by_key[key] for key in sorted(by_key)]

@@ -1,4 +1,4 @@
-"""Columns of captions: metadata files beside pictures, and data sets of `datasets`, saved to disk or as parquet."""
+"""Tables of captions: metadata files beside images, and images in arrow and parquet files (Hugging Face datasets)."""
 
 from __future__ import annotations
 
@@ -11,17 +11,16 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ldm.config import ImageDataConfig
 from ldm.data.sources import (
     DatasetIssue,
     FileSlice,
     ImageSample,
     ImageSource,
-    SourceOptions,
     decode_utf8,
-    missing_column,
+    missing_columns,
     validate_caption,
 )
-from ldm.installation import install_command
 
 METADATA_FILES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 UNSUPPORTED_METADATA_FILE = "metadata.json"
@@ -35,7 +34,7 @@ class TableRow(NamedTuple):
 
 
 def read_metadata_rows(path: Path, issues: list[DatasetIssue]) -> list[TableRow]:
-    """The rows of a metadata file; what cannot be read is a fault with its line."""
+    """The rows of a metadata file; an issue with its line for each that cannot be read."""
     return list({".jsonl": _read_jsonl, ".csv": _read_csv, ".parquet": _read_parquet}[path.suffix](path, issues))
 
 
@@ -88,57 +87,45 @@ def _read_parquet(path: Path, issues: list[DatasetIssue]) -> Iterator[TableRow]:
 
 
 def import_pyarrow(path: Path) -> Any:
-    """pyarrow; ValueError with the cure where it is not installed."""
+    """pyarrow; ValueError that says how to install it."""
     try:
         import pyarrow
     except ImportError:
-        raise ValueError(f"{path}: needs pyarrow: {install_command('data')}") from None
+        raise ValueError(f"{path}: needs pyarrow: pip install 'ldm[data]'") from None
     return pyarrow
 
 
 def is_saved_dataset(folder: Path) -> bool:
-    """Did `datasets.save_to_disk` write this folder?"""
+    """Was a folder written by `datasets.save_to_disk`?"""
     return (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file()
 
 
 @dataclass(frozen=True, slots=True)
-class ArrowCell:
-    """The picture in one cell of an arrow file, whose column holds {bytes, path} or bytes."""
+class TableCell:
+    """Reads the image in a cell, {bytes, path} or bytes, of an arrow file, or of a row group of a parquet file."""
 
     file: Path
     column: str
-    row: int
+    row: int  # from the start of the row group
+    row_group: int | None = None
 
     def __call__(self) -> bytes:
-        return read_cell_bytes(_open_arrow_table(self.file)[self.column][self.row].as_py(), self)
+        value = _read_column(self.file, self.column, self.row_group)[self.row].as_py()
+        data = value.get("bytes") if isinstance(value, dict) else value
+        if data is None and isinstance(value, dict) and value.get("path"):
+            return FileSlice(Path(value["path"]))()
+        if not isinstance(data, bytes):
+            raise OSError(f"{self.file}: row {self.row} of {self.column!r} holds no image")
+        return data
 
 
-@dataclass(frozen=True, slots=True)
-class ParquetCell:
-    """The picture in one cell of a parquet file: `row` counts from its row group, which is read as a whole."""
-
-    file: Path
-    column: str
-    row: int
-    row_group: int
-
-    def __call__(self) -> bytes:
-        return read_cell_bytes(_read_row_group(self.file, self.row_group, self.column)[self.row].as_py(), self)
-
-
-def read_cell_bytes(value: Any, cell: ArrowCell | ParquetCell) -> bytes:
-    """The picture in a cell's value, {bytes, path} or bytes; OSError where there is none."""
-    data = value.get("bytes") if isinstance(value, dict) else value
-    if data is None and isinstance(value, dict) and value.get("path"):
-        return FileSlice(Path(value["path"]))()
-    if not isinstance(data, bytes):
-        raise OSError(f"{cell.file}: row {cell.row} of {cell.column!r} holds no picture")
-    return data
+def _read_column(file: Path, column: str, row_group: int | None) -> Any:
+    """A column of an arrow file (no row group), memory-mapped, or of a parquet file's row group, read as a whole."""
+    return _open_arrow_table(file)[column] if row_group is None else _read_row_group(file, column, row_group)
 
 
 @lru_cache(maxsize=2)
-def _read_row_group(file: Path, row_group: int, column: str) -> Any:
-    """A column of a parquet file's row group."""
+def _read_row_group(file: Path, column: str, row_group: int) -> Any:
     pa = import_pyarrow(file)
     from pyarrow import parquet
 
@@ -150,85 +137,82 @@ def _read_row_group(file: Path, row_group: int, column: str) -> Any:
 
 @lru_cache(maxsize=16)
 def _open_arrow_table(file: Path) -> Any:
-    """A file of an arrow stream, memory-mapped: its cells are read when they are asked for."""
     pa = import_pyarrow(file)
     return pa.ipc.open_stream(pa.memory_map(str(file))).read_all()
 
 
-def open_saved_dataset(folder: Path, options: SourceOptions) -> ImageSource:
-    """A `datasets` directory; of a dictionary of splits, the one called train. Its keys are row numbers."""
-    faults: list[DatasetIssue] = []
+def open_saved_dataset(folder: Path, data: ImageDataConfig) -> ImageSource:
+    """The samples that `datasets.save_to_disk` wrote, of the split "train" if it has splits; keys are row numbers."""
+    issues: list[DatasetIssue] = []
     pa = import_pyarrow(folder)
     if (folder / "dataset_dict.json").is_file():
         folder = folder / "train"
     try:
         state = json.loads((folder / "state.json").read_bytes())
-        files = [folder / entry["filename"] for entry in state["_data_files"]]
-        tables = [_open_arrow_table(file) for file in files]
+        tables = {file: _open_arrow_table(file) for file in (folder / e["filename"] for e in state["_data_files"])}
     except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
-        return ImageSource((), (DatasetIssue("torn data set", folder.name, f"not a saved data set ({error})"),))
-    image, caption, mask = (options.columns.image or "image", *options.columns[1:])
-    names = tables[0].column_names if tables else []
-    for column in (image, caption) if options.default_caption is None else (image,):
-        if column not in names:
-            return ImageSource((), (missing_column(column, names, folder.name),))
+        return ImageSource((), (DatasetIssue("corrupt dataset", folder.name, f"not a saved dataset ({error})"),))
+    columns = [name for table in [*tables.values()][:1] for name in table.column_names]
+    if wrong := missing_columns(required_columns(data, "image"), columns, folder.name):
+        return ImageSource((), wrong)
     samples: list[ImageSample] = []
-    count = 0
-    for file, table in zip(files, tables, strict=True):
-        texts = table[caption].to_pylist() if caption in names else [None] * len(table)
-        for row, found in enumerate(texts):
-            key = f"row-{count + row:07d}"
-            text = validate_caption(key, found, options.default_caption, faults)
-            shade = ArrowCell(file, mask, row) if options.masks == "file" and _has_value(table, mask, row) else None
-            if text is not None and not _has_value(table, image, row):
-                faults.append(DatasetIssue("missing file", key, "the row has no picture"))
-            elif text is not None:
-                samples.append(ImageSample(key, text, ArrowCell(file, image, row), shade))
-        count += len(table)
-    return ImageSource(samples, faults)
+    first = 0
+    for file, table in tables.items():
+        keys = [f"row-{first + row:07d}" for row in range(len(table))]
+        samples += _iter_samples(file, None, keys, columns, data, issues)
+        first += len(table)
+    return ImageSource(samples, issues)
 
 
-def open_parquet_files(files: Mapping[str, Path], options: SourceOptions) -> ImageSource:
-    """Parquet files whose rows hold pictures, as hubs keep them; a key is the file's name and the row's number."""
-    faults: list[DatasetIssue] = []
-    samples = [sample for name, path in files.items() for sample in _iter_parquet_samples(name, path, options, faults)]
-    return ImageSource(samples, faults)
+def open_parquet_files(files: Mapping[str, Path], data: ImageDataConfig) -> ImageSource:
+    """The samples of parquet files that hold images, as on the hub; a key is the file's name and the row's number."""
+    issues: list[DatasetIssue] = []
+    samples = [sample for name, path in files.items() for sample in _iter_parquet(name, path, data, issues)]
+    return ImageSource(samples, issues)
 
 
-def _iter_parquet_samples(
-    name: str, path: Path, options: SourceOptions, issues: list[DatasetIssue]
-) -> Iterator[ImageSample]:
+def _iter_parquet(name: str, path: Path, data: ImageDataConfig, issues: list[DatasetIssue]) -> Iterator[ImageSample]:
     pa = import_pyarrow(path)
     from pyarrow import parquet
 
-    image, caption, mask = (options.columns.image or "image", *options.columns[1:])
-    row = 0
     try:
         file = parquet.ParquetFile(path)
-        names = file.schema_arrow.names
-        for column in (image, caption) if options.default_caption is None else (image,):
-            if column not in names:
-                return issues.append(missing_column(column, names, name))
-        masked = options.masks == "file" and mask in names
+        columns = file.schema_arrow.names
+        if wrong := missing_columns(required_columns(data, "image"), columns, name):
+            return issues.extend(wrong)
+        first = 0
         for group in range(file.num_row_groups):
             count = file.metadata.row_group(group).num_rows
-            texts = file.read_row_group(group, [caption])[caption].to_pylist() if caption in names else [None] * count
-            for k, found in enumerate(texts):
-                key, row = f"{name}:{row:07d}", row + 1
-                text = validate_caption(key, found, options.default_caption, issues)
-                if text is not None:
-                    shade = (
-                        masked and _read_row_group(path, group, mask)[k].is_valid and ParquetCell(path, mask, k, group)
-                    )
-                    yield ImageSample(key, text, ParquetCell(path, image, k, group), shade or None)
+            keys = [f"{name}:{first + row:07d}" for row in range(count)]
+            yield from _iter_samples(path, group, keys, columns, data, issues)
+            first += count
     except (pa.ArrowException, OSError) as error:
-        issues.append(DatasetIssue("torn data set", name, f"not parquet ({str(error).splitlines()[0]})"))
+        issues.append(DatasetIssue("corrupt dataset", name, f"not parquet ({str(error).splitlines()[0]})"))
 
 
-def _has_value(table: Any, column: str, row: int) -> bool:
-    return column in table.column_names and table[column][row].is_valid
+def _iter_samples(
+    file: Path,
+    row_group: int | None,
+    keys: Sequence[str],
+    columns: Sequence[str],
+    data: ImageDataConfig,
+    issues: list[DatasetIssue],
+) -> Iterator[ImageSample]:
+    """The samples of an arrow file, or of a row group of a parquet file; `keys` are those of its rows."""
+    image, caption, mask = data.image_column or "image", data.caption_column, data.mask_column
+    captions = _read_column(file, caption, row_group).to_pylist() if caption in columns else [None] * len(keys)
+    masks = _read_column(file, mask, row_group) if data.masks == "file" and mask in columns else None
+    images = _read_column(file, image, None) if row_group is None else None  # reading a group would read all images
+    for row, (key, value) in enumerate(zip(keys, captions, strict=True)):
+        text = validate_caption(key, value, data.instance_prompt, issues)
+        if text is not None and images is not None and not images[row].is_valid:
+            issues.append(DatasetIssue("missing file", key, "the row has no image"))
+        elif text is not None:
+            has_mask = masks is not None and masks[row].is_valid
+            read_mask = TableCell(file, mask, row, row_group) if has_mask else None
+            yield ImageSample(key, text, TableCell(file, image, row, row_group), read_mask)
 
 
-def collect_column_names(rows: Sequence[TableRow]) -> set[str]:
-    """All columns that any row has."""
-    return {name for row in rows for name in row.values}
+def required_columns(data: ImageDataConfig, image: str) -> list[str]:
+    """The columns that a table must have: the images', `image` by default, and the captions' if there is no prompt."""
+    return [data.image_column or image, *([data.caption_column] if data.instance_prompt is None else [])]

@@ -1,4 +1,4 @@
-"""Webdataset tars: the members `key.jpg`, `key.txt`, `key.json` are one sample; read where they lie, never unpacked."""
+"""Webdataset tars: the members `key.jpg`, `key.txt`, `key.json` are one sample, read in place, never unpacked."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import tarfile
 from pathlib import Path
 from typing import Any
 
+from ldm.config import ImageDataConfig
 from ldm.data.sources import (
     CAPTION_SUFFIXES,
     MASK_SUFFIX,
@@ -15,49 +16,45 @@ from ldm.data.sources import (
     DatasetIssue,
     FileSlice,
     ImageSample,
-    SourceOptions,
     decode_utf8,
     is_ignored,
-    missing_column,
+    missing_columns,
     skipped_file_issue,
     validate_caption,
 )
 
-MembersBySuffix = dict[str, tuple[str, FileSlice]]  # the members of one key, by what follows it
+MembersBySuffix = dict[str, tuple[str, FileSlice]]  # the members of one key: name and content by suffix
 GZIP_MAGIC = b"\x1f\x8b"
 
 
-def open_tar(path: Path, options: SourceOptions, issues: list[DatasetIssue]) -> list[ImageSample]:
-    """The samples of a tar: what comes before a tear is used, the tear is a fault."""
-    members = _list_members(path, issues)
+def open_tar(path: Path, data: ImageDataConfig, issues: list[DatasetIssue]) -> list[ImageSample]:
+    """The samples of a tar; of a truncated one those before the cut, and an issue."""
     groups: dict[str, MembersBySuffix] = {}
-    for name, file in members:
+    for name, file in _list_members(path, issues):
         base, suffix = base_plus_ext(name)
         if any(map(is_ignored, name.split("/"))):
-            issues.append(DatasetIssue("skipped", name, "hidden, or made by a machine"))
+            issues.append(DatasetIssue("skipped", name, "hidden, or a system file"))
         elif suffix in groups.setdefault(base, {}):
             issues.append(DatasetIssue("duplicate", name, f"is in {path.name} twice"))
         else:
             groups[base][suffix] = name, file
-    samples = [_make_sample(base, group, options, issues) for base, group in groups.items()]
+    samples = [_make_sample(members, data, issues) for members in groups.values()]
     return [sample for sample in samples if sample is not None]
 
 
 def base_plus_ext(name: str) -> tuple[str, str]:
-    """A member's key and the rest, `a.b/0001` and `.mask.png`: a key ends before the first dot of the last name."""
+    """A member's key and suffix, `a.b/0001` and `.mask.png`: a key ends before the first dot of the last component."""
     folder, last = posixpath.split(name)
     stem, dot, suffix = last.partition(".")
     return posixpath.join(folder, stem), (dot + suffix).lower()
 
 
 def _list_members(path: Path, issues: list[DatasetIssue]) -> list[tuple[str, FileSlice]]:
-    """Names of a tar's files and where they lie in it, up to the first tear."""
+    """Names of a tar's files and their slices of it; of a truncated tar those that are complete."""
     found: list[tuple[str, FileSlice]] = []
     with open(path, "rb") as file:
         if file.read(2) == GZIP_MAGIC:
-            issues.append(
-                DatasetIssue("compressed tar", path.name, "members cannot be read where they lie: unpack the .gz")
-            )
+            issues.append(DatasetIssue("compressed tar", path.name, "members cannot be read in place: unpack the .gz"))
             return []
     try:
         with tarfile.open(path, "r:") as tar:
@@ -65,47 +62,45 @@ def _list_members(path: Path, issues: list[DatasetIssue]) -> list[tuple[str, Fil
                 if member.isfile():
                     found.append((posixpath.normpath(member.name), FileSlice(path, member.offset_data, member.size)))
             if tar.offset >= path.stat().st_size:
-                issues.append(DatasetIssue("torn tar", path.name, "ends without the mark of its end"))
-    except tarfile.TarError as error:  # told after the torn member itself, whose sample is left out
-        issues.append(DatasetIssue("torn tar", path.name, str(error)))
+                issues.append(DatasetIssue("truncated tar", path.name, "has no end-of-archive mark"))
+    except tarfile.TarError as error:  # raised after the truncated member itself, whose sample is left out
+        issues.append(DatasetIssue("truncated tar", path.name, str(error)))
         torn = base_plus_ext(found[-1][0])[0] if found else None
         return [member for member in found if base_plus_ext(member[0])[0] != torn]
     return found
 
 
-def _make_sample(
-    base: str, members: MembersBySuffix, options: SourceOptions, issues: list[DatasetIssue]
-) -> ImageSample | None:
-    """The sample of one key, None with a fault where it has no picture or no caption."""
-    pictures, texts = (
+def _make_sample(members: MembersBySuffix, data: ImageDataConfig, issues: list[DatasetIssue]) -> ImageSample | None:
+    """The sample of one key; None with an issue if it has no image or no caption."""
+    images, texts = (
         [members[s] for s in order if s in members] for order in (sorted(READABLE_IMAGE_SUFFIXES), CAPTION_SUFFIXES)
     )
-    for kind, (first, *more) in (("duplicate", pictures), ("two captions", texts)) if pictures and texts else ():
+    for kind, (first, *more) in (("duplicate", images), ("two captions", texts)) if images and texts else ():
         issues += [DatasetIssue(kind, name, f"there is {first[0]} too") for name, _ in more]
-    if not pictures:
+    if not images:
         issues += [_unmatched_member_issue(name) for name, _ in members.values()]
         return None
-    name, file = pictures[0]
-    told = len(issues)
-    found = decode_utf8(texts[0][1](), texts[0][0], issues) if texts else _read_json_caption(members, options, issues)
-    if len(issues) > told:
+    name, file = images[0]
+    num_issues = len(issues)
+    text = decode_utf8(texts[0][1](), texts[0][0], issues) if texts else _read_json_caption(members, data, issues)
+    if len(issues) > num_issues:
         return None
-    text = validate_caption(name, found, options.default_caption, issues)
-    mask = members[MASK_SUFFIX][1] if options.masks == "file" and MASK_SUFFIX in members else None
-    return None if text is None else ImageSample(name, text, file, mask)
+    caption = validate_caption(name, text, data.instance_prompt, issues)
+    mask = members[MASK_SUFFIX][1] if data.masks == "file" and MASK_SUFFIX in members else None
+    return None if caption is None else ImageSample(name, caption, file, mask)
 
 
 def _unmatched_member_issue(name: str) -> DatasetIssue:
-    """Why a member whose key has no picture is left out."""
-    if name.lower().endswith(MASK_SUFFIX):
-        return DatasetIssue("mask without picture", name, "no picture of that key")
-    if base_plus_ext(name)[1] in (*CAPTION_SUFFIXES, ".json"):
-        return DatasetIssue("caption without picture", name, "no picture of that key")
+    suffix = base_plus_ext(name)[1]
+    if suffix.endswith(MASK_SUFFIX):
+        return DatasetIssue("mask without image", name, "no image of that key")
+    if suffix in (*CAPTION_SUFFIXES, ".json"):
+        return DatasetIssue("caption without image", name, "no image of that key")
     return skipped_file_issue(name)
 
 
-def _read_json_caption(members: MembersBySuffix, options: SourceOptions, issues: list[DatasetIssue]) -> Any:
-    """What a `.json` member says under the caption column."""
+def _read_json_caption(members: MembersBySuffix, data: ImageDataConfig, issues: list[DatasetIssue]) -> Any:
+    """The value of the caption column in a sample's `.json` member, if it has one."""
     if ".json" not in members:
         return None
     name, file = members[".json"]
@@ -113,11 +108,11 @@ def _read_json_caption(members: MembersBySuffix, options: SourceOptions, issues:
         values = json.loads(file().decode("utf-8-sig"))
     except UnicodeDecodeError:
         issues.append(DatasetIssue("not UTF-8", name, "not UTF-8"))
+        return None
     except ValueError as error:
         issues.append(DatasetIssue("malformed line", name, f"not JSON ({error})"))
-    else:
-        if isinstance(values, dict) and options.columns.caption in values:
-            return values[options.columns.caption]
-        if options.default_caption is None:
-            issues.append(missing_column(options.columns.caption, values if isinstance(values, dict) else (), name))
-    return None
+        return None
+    values = values if isinstance(values, dict) else {}
+    if data.instance_prompt is None:
+        issues += missing_columns([data.caption_column], values, name)
+    return values.get(data.caption_column)

@@ -12,9 +12,10 @@ from image_files import write
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from ldm.audit import latent_checks
-from ldm.audit.audit import SEVERITIES, audit_dataset, get_severity, quick_audit
+from ldm.audit import image_checks
+from ldm.audit.audit import audit_dataset, quick_audit
 from ldm.config import Recipe
+from ldm.data.sources import SEVERITIES
 from ldm.nn.vae import Posterior
 
 COMMON = {"train_batch_size": 2, "learning_rate": 1e-3, "max_train_steps": 10_000, "mixed_precision": "no"}
@@ -55,7 +56,7 @@ def root(tmp_path):
 
 def test_of_a_sound_data_set_nothing_is_told(tiny, root, monkeypatch):
     assert audit_dataset(recipe_of(tiny, root), encode_all=True).issues == ()
-    monkeypatch.setattr(latent_checks, "encode_images", encode)
+    monkeypatch.setattr(image_checks, "encode_images", encode)
     assert audit_dataset(recipe_of(tiny, root), encode_all=True).issues == ()
 
 
@@ -65,18 +66,18 @@ def planted(root):
 
 
 def test_every_planted_fault_is_told_and_nothing_else(tiny, root, planted, monkeypatch):
-    monkeypatch.setattr(latent_checks, "encode_images", encode)
+    monkeypatch.setattr(image_checks, "encode_images", encode)
     found = [(fault.kind, fault.key) for fault in audit_dataset(recipe_of(tiny, root), encode_all=True).issues]
     assert len({kind for kind, _ in planted}) >= 25
     assert set(found) == set(planted) and len(found) == len(planted)
 
 
 def test_the_quick_part_tells_the_same_but_for_what_pixels_tell(tiny, root, planted):
-    pixels = {"looks the same", "mode", "blank picture", "black mask", "animated", "colour profile"}
-    pixels |= {"extreme latents", "latents not finite"}
+    pixels = {"near duplicate", "color mode", "blank image", "black mask", "animated", "color profile"}
+    pixels |= {"extreme latents", "non-finite latents"}
     found, left = told(quick_audit(recipe_of(tiny, root))), {fault for fault in planted if fault[0] not in pixels}
     assert found <= left
-    assert {kind for kind, _ in left - found} == {"broken picture"}  # a body that no reader of heads looks at
+    assert {kind for kind, _ in left - found} == {"broken image"}  # a body that no reader of heads looks at
 
 
 def test_moving_and_renaming_changes_nothing_but_keys(tiny, root, planted):
@@ -98,7 +99,7 @@ caption_on_two_lines what_machines_leave"""
 
 
 def test_a_fault_that_training_survives_is_a_warning_or_a_notice(tiny, root, monkeypatch):
-    monkeypatch.setattr(latent_checks, "encode_images", encode)
+    monkeypatch.setattr(image_checks, "encode_images", encode)
     mild, slight = (
         {fault for name in names.split() for fault in FAULTS[name](root) if fault[0] != "small bucket"}
         for names in (MILD, SLIGHT)
@@ -111,7 +112,7 @@ def test_a_fault_that_training_survives_is_a_warning_or_a_notice(tiny, root, mon
 
 def test_the_gravest_come_first_and_an_error_is_refused_in_one_line(tiny, root, planted):
     report = quick_audit(recipe_of(tiny, root))
-    ranks = [SEVERITIES.index(get_severity(fault)) for fault in report.issues]
+    ranks = [SEVERITIES.index(fault.severity) for fault in report.issues]
     assert ranks == sorted(ranks) and set(ranks) == {0, 1, 2}
     with pytest.raises(
         ValueError, match=rf"\(and {len(report.with_severity('error')) - 1} more: see ldm check\)$"
@@ -127,7 +128,7 @@ RECIPES = {  # what is wrong with a recipe alone: (kind, key), its data, and oth
     ("too few steps", "max_train_steps"): ({}, {"max_train_steps": 3}),
     ("small bucket", "80x48"): ({}, {"train_batch_size": 3}),
     ("model", "objective"): ({}, {"objective": {"kind": "tune", "pretrained_model_name_or_path": "/nowhere"}}),
-    ("disk", "output_dir"): ({}, {"checkpoints_total_limit": 10**12}),
+    ("disk space", "output_dir"): ({}, {"checkpoints_total_limit": 10**12}),
 }
 
 
@@ -152,7 +153,7 @@ def test_one_caption_for_all_is_told_unless_it_was_asked_for(tiny, tmp_path):
     few = [tmp_path / "p" / f"{k}.{e}" for k in range(3) for e in ("png", "txt")]
     assert len([path.unlink() for path in few]) == 6
     again = recipe_of(tiny, tmp_path, ["p"], {"instance_prompt": "a dog", "masks": "none"})
-    assert told(audit_dataset(again)) == {("few pictures", "a dog")}
+    assert told(audit_dataset(again)) == {("few images", "a dog")}
 
 
 def test_what_is_held_out_is_audited_too_and_must_not_be_learnt_from(tiny, root):
@@ -166,21 +167,21 @@ def test_what_is_held_out_is_audited_too_and_must_not_be_learnt_from(tiny, root)
     again = encoded(smooth(3, 80, 80).resize((72, 72)), "JPEG", quality=80)
     wall = encoded(Image.new("RGB", (64, 64), "teal"))
     planted = {
-        ("held out too", beside(apart, "copy.png", file(2, 48, 96), "something else")),
-        ("held out too", beside(apart, "saved-again.jpg", again, caption(9))),
-        ("same picture", beside(apart, "twice.png", file(301), "a red star")),
-        ("broken picture", beside(apart, "words.png", "once upon a time")),
-        ("blank picture", beside(apart, "wall.png", wall)),
-        ("small picture", beside(apart, "icon.png", file(303, 24, 24))),
+        ("held-out leak", beside(apart, "copy.png", file(2, 48, 96), "something else")),
+        ("held-out leak", beside(apart, "saved-again.jpg", again, caption(9))),
+        ("same image", beside(apart, "twice.png", file(301), "a red star")),
+        ("broken image", beside(apart, "words.png", "once upon a time")),
+        ("blank image", beside(apart, "wall.png", wall)),
+        ("small image", beside(apart, "icon.png", file(303, 24, 24))),
         ("mojibake", beside(apart, "garbled.png", file(304), "a cafÃ©")),
-        ("cut caption", beside(apart, "long.png", file(305), "a red star, " * 12)),
+        ("truncated caption", beside(apart, "long.png", file(305), "a red star, " * 12)),
         ("empty caption", beside(apart, "blank.png", file(306), " ").replace("png", "txt")),
     }
     report = audit_dataset(recipe)
     assert {(fault.kind, fault.key) for fault in report.issues} == {
         (kind, f"held out: beside/{key}") for kind, key in planted
     }
-    assert {fault.kind for fault in report.with_severity("error")} == {"broken picture", "empty caption"}
+    assert {fault.kind for fault in report.with_severity("error")} == {"broken image", "empty caption"}
     assert report.estimates == audit_dataset(recipe_of(tiny, root)).estimates
 
 
@@ -195,7 +196,7 @@ def test_a_word_to_be_learnt_must_be_said(tiny, tmp_path):
         {"masks": "none"},
         objective={**learnt, "placeholder_token": "<blob>", "initializer_token": "star"},
     )
-    assert told(quick_audit(recipe)) == {("no new word", "0.png")}
+    assert told(quick_audit(recipe)) == {("no placeholder token", "0.png")}
 
 
 def test_weights_that_are_not_finite_are_told_of_every_picture(tiny, tmp_path):
@@ -205,4 +206,4 @@ def test_weights_that_are_not_finite_are_told_of_every_picture(tiny, tmp_path):
     save_file({name: a * math.nan for name, a in load_file(path).items()}, path)
     sound(tmp_path / "data")
     found = told(audit_dataset(recipe_of(model, tmp_path / "data", ["beside"]), encode_all=True))
-    assert found == {("latents not finite", f"{k}.png") for k in range(8)}
+    assert found == {("non-finite latents", f"{k}.png") for k in range(8)}

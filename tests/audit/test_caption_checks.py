@@ -20,8 +20,8 @@ WRONG = {
         "a\x00fox",
         "ä½ å¥½".encode("latin-1", "ignore").decode("latin-1"),
     ],
-    "says nothing": ["None", "nan", " ... ", "N/A", "(untitled)", "TODO"],
-    "several lines": ["a fox\nwith a hen"],
+    "placeholder caption": ["None", "nan", " ... ", "N/A", "(untitled)", "TODO"],
+    "multiple lines": ["a fox\nwith a hen"],
 }
 WRONG["mojibake"][-1] = "你好".encode().decode("latin-1")
 

@@ -20,11 +20,8 @@ from ldm.data.sources import ImageSample
 
 
 def told(pictures):
-    samples = [ImageSample(f"{k}", "x", bytes) for k in range(len(pictures))]
-    return {
-        (fault.key, fault.what.split(":")[0])
-        for fault in find_near_duplicates(samples, list(map(fingerprint_image, pictures)))
-    }
+    pairs = [(ImageSample(f"{k}", "x", bytes), fingerprint_image(picture)) for k, picture in enumerate(pictures)]
+    return {(issue.key, issue.what.split(":")[0]) for issue in find_near_duplicates(pairs)}
 
 
 @pytest.mark.parametrize("picture", [smooth(0), smooth(1, 130, 50), Image.fromarray(noise(90, 70))])
@@ -66,7 +63,7 @@ def test_other_pictures_are_not():
 
 def test_the_same_file_is_told_once_each_with_the_first():
     samples = [ImageSample(key, caption, bytes) for key, caption in zip("abcd", "xxyx", strict=True)]
-    assert [(f.kind, f.key) for f in find_identical_files(samples, ["1", "1", "1", "2"])] == [
-        ("same picture", "b"),
+    assert [(f.kind, f.key) for f in find_identical_files(list(zip(samples, "1112", strict=True)))] == [
+        ("same image", "b"),
         ("other caption", "c"),
     ]

@@ -5,7 +5,6 @@ import torch
 from test_audit import recipe_of
 
 from ldm.audit import estimates
-from ldm.audit.model_config import load_model_config
 from ldm.conditioning import Conditioning
 from ldm.nn.unet import UNet
 
@@ -15,7 +14,7 @@ BUCKET = 64, 96
 def tuned(tiny, tmp_path, method="lora", **options):
     objective = {"kind": "tune", "pretrained_model_name_or_path": str(tiny), "method": method, **options}
     recipe = recipe_of(tiny, tmp_path, ["p"], objective=objective, train_batch_size=6, gradient_accumulation_steps=2)
-    return recipe, load_model_config(recipe)
+    return recipe, estimates.load_model_config(recipe)
 
 
 @pytest.mark.parametrize("method", ["full", "lora"])
@@ -68,7 +67,7 @@ def test_memory_is_that_of_the_rows_that_are_on_a_device_at_a_time(tiny, tmp_pat
     found = estimates.estimate_memory(recipe, networks, [(32, 32), BUCKET])
     learns = estimates.count_trainable_parameters(recipe, networks)
     assert found["activations"] == estimates.estimate_activation_bytes(recipe, networks, BUCKET, 3)
-    assert found["gradients"] == found["averages"] == 4 * learns and found["optimizer"] == 8 * learns
+    assert found["gradients"] == found["ema"] == 4 * learns and found["optimizer"] == 8 * learns
     assert found["total"] == sum(value for name, value in found.items() if name != "total")
     others = sum(p.numel() for n in ("vae", "text_encoder") for p in networks.spec.networks[n].parameters())
     assert found["frozen_weights"] == getattr(torch, dtype).itemsize * others

@@ -61,7 +61,7 @@ def test_of_a_sound_folder_nothing_is_said_and_the_status_is_0(ldm_, recipe, tmp
     assert (tmp_path / "runs" / "check.html").is_file() and not (tmp_path / "runs" / "mine").exists()
     found = json.loads(ldm_("check", recipe, "--json", "--latents")[1])
     assert found["findings"] == [] and found["page"] == str(tmp_path / "runs" / "check.html")
-    expected = {"pictures": 8, "visits_per_epoch": 8, "epochs": 25.0, "steps": 100}
+    expected = {"images": 8, "samples_per_epoch": 8, "epochs": 25.0, "steps": 100}
     assert expected.items() <= found["forecast"].items()
     assert found["forecast"]["buckets"] == {"48x80": 2, "64x64": 4, "80x48": 2}
 
@@ -69,12 +69,12 @@ def test_of_a_sound_folder_nothing_is_said_and_the_status_is_0(ldm_, recipe, tmp
 def test_a_warning_is_status_0_and_an_error_status_2_in_one_line(ldm_, recipe, tmp_path):
     beside(tmp_path / "data", "none.png", file(90), "None")
     status, out, err = ldm_("check", recipe)
-    assert status == 0 and err == "" and "warning" in out and "none.png: 'None' says nothing" in " ".join(out.split())
+    assert status == 0 and err == "" and "warning" in out and "none.png: 'None' describes nothing" in " ".join(out.split())
     beside(tmp_path / "data", "torn.png", b"x")
     status, out, err = ldm_("check", recipe, "--json")
     assert status == 2 and err == "error: torn.png: not a picture\n"
     rows = {(row["severity"], row["kind"], row["key"]) for row in json.loads(out)["findings"]}
-    assert rows == {("error", "broken picture", "torn.png"), ("warning", "says nothing", "none.png")}
+    assert rows == {("error", "broken image", "torn.png"), ("warning", "placeholder caption", "none.png")}
 
 
 def test_the_page_shows_each_finding_and_needs_nothing_else(ldm_, recipe, tmp_path):
@@ -90,7 +90,7 @@ def test_the_page_shows_each_finding_and_needs_nothing_else(ldm_, recipe, tmp_pa
     head, data = markup["image"].split(",")
     shown = Image.open(io.BytesIO(base64.b64decode(data)))
     assert head == "data:image/jpeg;base64" and shown.size == (120, 60)
-    (torn,) = (row for row in page.rows if row["kind"] == "broken picture")
+    (torn,) = (row for row in page.rows if row["kind"] == "broken image")
     assert torn["image"] is None and "not a picture" in torn["text"]
     assert sorted(page.boxes) == sorted({row["kind"] for row in page.rows})
     assert all(address.startswith("data:") for address in page.addresses)
@@ -100,7 +100,7 @@ def test_the_page_shows_each_finding_and_needs_nothing_else(ldm_, recipe, tmp_pa
 def test_a_training_hears_of_warnings_and_is_refused_for_errors(recipe, tmp_path, capsys):
     beside(tmp_path / "data", "none.png", file(90), "None")
     preflight(load_recipe(recipe))
-    assert capsys.readouterr() == ("", "warning: none.png: 'None' says nothing\n")
+    assert capsys.readouterr() == ("", "warning: none.png: 'None' describes nothing\n")
     beside(tmp_path / "data", "torn.png", b"x")
     with pytest.raises(ValueError, match=r"^torn\.png: not a picture$"):
         preflight(load_recipe(recipe))

@@ -108,7 +108,7 @@ def test_a_colour_profile_is_followed():
     srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
     assert np.array_equal(pixels(encoded(PIXELS, icc_profile=srgb)), PIXELS)
     broken = decode_image(encoded(PIXELS, icc_profile=b"not a profile"))
-    assert np.array_equal(np.asarray(broken.rgb), PIXELS) and broken.notices[0][0] == "colour profile"
+    assert np.array_equal(np.asarray(broken.rgb), PIXELS) and broken.notices[0][0] == "color profile"
 
 
 def linear_profile():

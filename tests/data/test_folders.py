@@ -10,11 +10,15 @@ import tarfile
 import pytest
 from image_files import encoded, noise, write
 
+from ldm.config import ImageDataConfig
 from ldm.data.folders import open_image_sources
-from ldm.data.sources import ColumnNames, SourceOptions
 
 CAPTIONS = {"a.png": "a red fox", "deep/b.JPG": "two stars, é 雪", "c.webp": "a cat"}
 PICTURES = {name: seed for seed, name in enumerate(CAPTIONS)}
+
+
+def open_images(*paths, **options):
+    return open_image_sources(ImageDataConfig(train_data_dir=paths, **options))
 
 
 def jsonl(rows):
@@ -68,47 +72,44 @@ def in_caption_files(folder):
 @pytest.mark.parametrize("kind", [in_jsonl, in_csv, in_parquet, beside, in_caption_files])
 def test_a_folder_gives_its_captions_however_they_are_kept(tmp_path, kind):
     kind(tmp_path)
-    source = open_image_sources([tmp_path])
+    source = open_images(tmp_path)
     assert {s.key: s.caption for s in source.samples} == CAPTIONS
-    assert [f for f in source.issues if f.is_fatal] == []
+    assert [f for f in source.issues if f.severity == "error"] == []
     assert {f.key for f in source.issues} <= {"Thumbs.db", ".DS_Store", "__MACOSX", "notes.md"}
     for sample in pickle.loads(pickle.dumps(source.samples)):  # as a worker process gets them
-        assert sample.read_bytes() == (tmp_path / sample.key).read_bytes()
+        assert sample.read_image() == (tmp_path / sample.key).read_bytes()
 
 
 def test_keys_depend_neither_on_the_place_nor_on_the_order_of_writing(tmp_path):
     for name, order in (("one", list(CAPTIONS)), ("two/three", list(CAPTIONS)[::-1])):
         write(tmp_path / name, {file: PICTURES[file] for file in order})
-    first, second = (
-        open_image_sources([tmp_path / name], SourceOptions(default_caption="x")).samples
-        for name in ("one", "two/three")
-    )
+    first, second = (open_images(tmp_path / name, instance_prompt="x").samples for name in ("one", "two/three"))
     assert [s.key for s in first] == [s.key for s in second] == sorted(CAPTIONS)
 
 
 def test_a_name_is_the_same_however_its_accents_are_composed(tmp_path):
     """A Mac stores e and an accent apart; a metadata file written elsewhere does not."""
     row = {"file_name": "caf\u00e9.png", "text": "x"}
-    source = open_image_sources([write(tmp_path, {"cafe\u0301.png": 0, "metadata.jsonl": json.dumps(row)})])
+    source = open_images(write(tmp_path, {"cafe\u0301.png": 0, "metadata.jsonl": json.dumps(row)}))
     assert [s.key for s in source.samples] == ["caf\u00e9.png"] and not source.issues
 
 
 def test_another_place_changes_no_key_of_the_first(tmp_path):
     for name in ("one", "two"):
         in_jsonl(tmp_path / name)
-    alone, both = (open_image_sources([tmp_path / n for n in names]).samples for names in (["one"], ["one", "two"]))
+    alone, both = (open_images(*(tmp_path / n for n in names)).samples for names in (["one"], ["one", "two"]))
     assert list(both[:3]) == list(alone) and len({s.key for s in both}) == 6
 
 
 def test_columns_go_by_the_names_given(tmp_path):
     write(tmp_path, {**PICTURES, "metadata.jsonl": jsonl(rows("image", "caption"))})
-    source = open_image_sources([tmp_path], SourceOptions(ColumnNames("image", "caption")))
+    source = open_images(tmp_path, image_column="image", caption_column="caption")
     assert {s.key: s.caption for s in source.samples} == CAPTIONS and not source.issues
 
 
 def test_kohya_folders_say_repeats_and_class_tokens(tmp_path):
     write(tmp_path, {"10_sks dog/a.png": 0, "10_sks dog/b.png": 1, "10_sks dog/b.txt": "my dog", "1_dog/c.png": 2})
-    source = open_image_sources([tmp_path])
+    source = open_images(tmp_path)
     found = {s.key: (s.caption, s.repeats) for s in source.samples}
     assert found == {
         "10_sks dog/a.png": ("sks dog", 10),
@@ -120,7 +121,7 @@ def test_kohya_folders_say_repeats_and_class_tokens(tmp_path):
 
 def test_one_caption_for_all_that_have_none(tmp_path):
     write(tmp_path, {"a.png": 0, "b.png": 1, "b.txt": "other"})
-    found = open_image_sources([tmp_path], SourceOptions(default_caption="a photo of sks dog"))
+    found = open_images(tmp_path, instance_prompt="a photo of sks dog")
     assert [s.caption for s in found.samples] == ["a photo of sks dog", "other"] and not found.issues
 
 
@@ -132,12 +133,12 @@ def test_tars_are_read_as_webdataset_writes_them(tmp_path):
         sink.write({"__key__": "x/001", "png": encoded(noise(4, 4, 1)), "json": {"text": "second", "n": 1}})
     with webdataset.TarWriter(str(tmp_path / "shard-1.tar")) as sink:
         sink.write({"__key__": "v1.5/002", "jpg": encoded(noise(4, 4, 2), "JPEG"), "txt": "third"})
-    source = open_image_sources([tmp_path])
+    source = open_images(tmp_path)
     oracle = webdataset.WebDataset([str(tmp_path / f"shard-{k}.tar") for k in (0, 1)], shardshuffle=False)
     wanted = {f"{s['__key__']}.{e}": s[e] for s in oracle for e in ("png", "jpg") if e in s}
-    assert {s.key: s.read_bytes() for s in source.samples} == wanted and not source.issues
+    assert {s.key: s.read_image() for s in source.samples} == wanted and not source.issues
     assert [s.caption for s in source.samples] == ["third", "first", "second"]
-    assert open_image_sources([tmp_path / "shard-1.tar"]).samples[0].caption == "third"
+    assert open_images(tmp_path / "shard-1.tar").samples[0].caption == "third"
 
 
 @pytest.mark.parametrize("split", [False, True])
@@ -150,14 +151,10 @@ def test_a_data_set_that_was_saved_to_disk(tmp_path, split):
     (datasets.DatasetDict({"train": made}) if split else made).save_to_disk(str(tmp_path / "saved"))
     wanted = [(tmp_path / name).read_bytes() for name in CAPTIONS]
     moved = shutil.move(tmp_path / "saved", tmp_path / "elsewhere")
-    source = open_image_sources([moved])
+    source = open_images(moved)
     assert [s.caption for s in source.samples] == list(CAPTIONS.values()) and not source.issues
-    assert [s.read_bytes() for s in pickle.loads(pickle.dumps(source.samples))] == wanted
-    assert (
-        open_image_sources([moved], SourceOptions(ColumnNames(caption="txt")))
-        .issues[0]
-        .what.endswith("did you mean 'text'?")
-    )
+    assert [s.read_image() for s in pickle.loads(pickle.dumps(source.samples))] == wanted
+    assert open_images(moved, caption_column="txt").issues[0].what.endswith("did you mean 'text'?")
 
 
 def test_masks_lie_beside_or_in_a_column(tmp_path):
@@ -167,9 +164,7 @@ def test_masks_lie_beside_or_in_a_column(tmp_path):
     (tmp_path / "packed.tar").write_bytes(tar({"a.png": 0, "a.mask.png": 5, "a.txt": "x", "b.png": 1, "b.txt": "y"}))
     for name in ("beside", "column", "packed.tar"):
         for masks in ("file", "none"):
-            source = open_image_sources(
-                [tmp_path / name], SourceOptions(ColumnNames(mask="conditioning"), masks, "all")
-            )
+            source = open_images(tmp_path / name, mask_column="conditioning", masks=masks, instance_prompt="all")
             a, b = source.samples
             assert b.read_mask is None and not source.issues
             assert a.read_mask is None if masks == "none" else a.read_mask() == encoded(noise(12, 8, 5))
@@ -190,14 +185,14 @@ def listing(*lines, name="metadata.jsonl", **files):
 PLANTED = {
     "no caption": {**GOOD, "a.png": 1},
     "empty caption": {**GOOD, "a.png": 1, "a.txt": " \n"},
-    "caption without picture": {**GOOD, "a.txt": "x"},
+    "caption without image": {**GOOD, "a.txt": "x"},
     "two captions": {**GOOD, "ok.caption": "fine"},
     "shared caption": {**GOOD, "ok.jpg": 1},
     "not UTF-8": {**GOOD, "a.png": 1, "a.txt": b"caf\xe9"},
     "unsupported": {**GOOD, "a.HEIC": "x"},
-    "mask without picture": {**GOOD, "a.mask.png": 1},
+    "mask without image": {**GOOD, "a.mask.png": 1},
     "repeats": {"2023_summer/a.png": 1},
-    "no pictures": {"readme.md": "x"},
+    "no images": {"readme.md": "x"},
     "metadata.json": {"ok.png": 0, "metadata.json": json.dumps([ROW])},
     "two metadata files": listing(ROW, **{"metadata.csv": "file_name,text\nok.png,fine"}),
     "missing file": listing(ROW, {"file_name": "OK.png", "text": "x"}),
@@ -218,24 +213,24 @@ PLANTED = {
     "not UTF-8 in csv": {"ok.png": 0, "metadata.csv": b"file_name,text\nok.png,caf\xe9"},
     "malformed line: parquet": {"ok.png": 0, "metadata.parquet": "PAR1"},
     "not UTF-8 in jsonl": {"ok.png": 0, "metadata.jsonl": json.dumps(ROW).encode() + b'\n{"text": "caf\xe9"}'},
-    "torn tar": {"a.tar": tar({"a.txt": "x", "a.png": 1, "b.txt": "x", "b.png": 0})[:3700]},
-    "torn tar: no end": {"a.tar": tar({"a.txt": "x", "a.png": 1})[:2048]},
+    "truncated tar": {"a.tar": tar({"a.txt": "x", "a.png": 1, "b.txt": "x", "b.png": 0})[:3700]},
+    "truncated tar: no end": {"a.tar": tar({"a.txt": "x", "a.png": 1})[:2048]},
     "compressed tar": {"a.tar.gz": b"\x1f\x8b\x08\x00"},
     "duplicate in tars": {f"{k}.tar": tar({"a.png": 0, "a.txt": "x"}) for k in (0, 1)},
     "no caption in a tar": {"a.tar": tar({"a.png": 0, "a.txt": "x", "b.png": 1})},
     "two captions in a tar": {"a.tar": tar({"a.png": 0, "a.txt": "x", "a.caption": "y"})},
     "duplicate: two pictures of a key": {"a.tar": tar({"a.png": 0, "a.jpg": 0, "a.txt": "x"})},
-    "caption without picture in a tar": {"a.tar": tar({"a.png": 0, "a.txt": "x", "b.txt": "y"})},
+    "caption without image in a tar": {"a.tar": tar({"a.png": 0, "a.txt": "x", "b.txt": "y"})},
     "wrong column in a tar": {"a.tar": tar({"a.png": 0, "a.json": '{"txt": "x"}'})},
     "malformed line in a tar": {"a.tar": tar({"a.png": 0, "a.json": "{"})},
-    "torn data set": {"state.json": "{}"},
+    "corrupt dataset": {"state.json": "{}"},
 }
 
 
 @pytest.mark.parametrize("planted", PLANTED)
 def test_a_planted_fault_is_told_and_nothing_else(tmp_path, planted):
-    found = open_image_sources([write(tmp_path, PLANTED[planted])])
-    fatal = [fault for fault in found.issues if fault.is_fatal]
+    found = open_images(write(tmp_path, PLANTED[planted]))
+    fatal = [fault for fault in found.issues if fault.severity == "error"]
     assert len(fatal) == 1 and planted.startswith(fatal[0].kind), fatal
     assert "\n" not in fatal[0].what and fatal[0].key and str(tmp_path) not in fatal[0].key
 
@@ -244,15 +239,15 @@ def test_links_that_lead_nowhere_or_back_are_faults(tmp_path):
     write(tmp_path, {**GOOD, "deep/x.png": 1, "deep/x.txt": "y"})
     os.symlink(tmp_path, tmp_path / "deep" / "loop")
     os.symlink(tmp_path / "gone.png", tmp_path / "link.png")
-    source = open_image_sources([tmp_path])
+    source = open_images(tmp_path)
     assert {(f.kind, f.key) for f in source.issues} == {("symlink loop", "deep/loop"), ("missing file", "link.png")}
     assert [s.key for s in source.samples] == ["deep/x.png", "ok.png"]
-    assert open_image_sources([tmp_path / "gone"]).issues[0].kind == "missing folder"
+    assert open_images(tmp_path / "gone").issues[0].kind == "missing folder"
 
 
 def test_a_fault_names_its_line_and_the_cure(tmp_path):
     write(tmp_path, listing(ROW, "", {"filename": "OK.PNG", "text": "x"}, {"file_name": "OK.PNG", "text": "x"}))
-    said = {(f.key, f.what) for f in open_image_sources([tmp_path]).issues}
+    said = {(f.key, f.what) for f in open_images(tmp_path).issues}
     assert said == {
         ("metadata.jsonl:3", "the row has no file_name"),
         ("metadata.jsonl:4", "no file OK.PNG; there is ok.png"),

@@ -10,13 +10,13 @@ from PIL import Image
 from scipy.stats import chisquare
 
 from ldm.config import ImageDataConfig
+from ldm.data.augment import downsample_mask
+from ldm.data.folders import open_image_sources
 from ldm.data.image_dataset import (
     CachedEncoder,
     ImageDataset,
     buckets_from_config,
     collect_image_infos,
-    downsample_mask,
-    source_from_config,
 )
 from ldm.data.latent_cache import LatentCache
 
@@ -48,9 +48,9 @@ def by_visit(found, steps):
     rows = {}
     for k in steps:
         batch = found[k]
-        for row, (key, visit) in enumerate(zip(batch["keys"], batch["visits"], strict=True)):
+        for row, (key, visit) in enumerate(zip(batch["keys"], batch["indices"], strict=True)):
             rows[key, visit.times_seen] = [
-                np.asarray(batch[name][row]).tolist() for name in batch if name not in ("visits", "keys")
+                np.asarray(batch[name][row]).tolist() for name in batch if name not in ("indices", "keys")
             ]
     return rows
 
@@ -61,7 +61,7 @@ def test_a_row_is_its_file_resized_to_cover_mirrored_then_cropped(folder):
     for k in range(40):
         batch = found[k]
         assert len({pixels.shape for pixels in batch["pixels"]}) == 1
-        for row, visit in enumerate(batch["visits"]):
+        for row, visit in enumerate(batch["indices"]):
             number = int(batch["keys"][row][0])
             (width, height), resized = found.image_infos[visit.row].placement
             whole = Image.fromarray(noise(*SIZES[number], number))
@@ -86,7 +86,7 @@ def test_a_visit_shows_the_same_in_any_batch_and_process_and_alone(folder):
     assert len(shared) > 25 and all(one[key] == other[key] for key in shared)
     assert one != by_visit(dataset(folder, 1, seed=1, **options), range(60))
     batch = large[3]
-    for row, visit in enumerate(batch["visits"]):
+    for row, visit in enumerate(batch["indices"]):
         alone = large.load_batch([visit])
         assert all(np.array_equal(alone[name][0], batch[name][row]) for name in batch)
 
@@ -205,7 +205,7 @@ def test_a_picture_that_breaks_later_is_named(folder):
 def test_a_survey_tells_every_fault(folder):
     write(folder, {"8.png": b"x", "8.txt": "x", "9.png": b"", "9.txt": "x"})
     recipe = data(folder)
-    found = collect_image_infos(source_from_config(recipe).samples, buckets_from_config(recipe))
+    found = collect_image_infos(open_image_sources(recipe).samples, buckets_from_config(recipe))
     assert [look.key for look in found if hasattr(look, "kind")] == ["8.png", "9.png"] and len(found) == 9
 
 

@@ -11,8 +11,8 @@ import pytest
 import yaml
 from folders import go, job_in
 
+from ldm.config import ImageDataConfig
 from ldm.data.folders import open_image_sources
-from ldm.data.sources import ColumnNames, SourceOptions
 from ldm.jobs import exports
 from ldm.pipeline.request import Request
 
@@ -87,10 +87,10 @@ def test_datasets_opens_the_folder_with_its_pictures(job, lines, export, tmp_pat
 
 @pytest.mark.parametrize("kind", exports.EXPORT_FORMATS)
 def test_our_own_trainer_reads_it(job, lines, export, kind):
-    source = open_image_sources([export(job, kind)])
+    source = open_image_sources(ImageDataConfig(train_data_dir=export(job, kind)))
     assert not source.issues
     wanted = {(job / line["file"]).read_bytes(): line["request"]["prompt"].strip() for line in lines}
-    assert {sample.read_bytes(): sample.caption for sample in source.samples} == wanted
+    assert {sample.read_image(): sample.caption for sample in source.samples} == wanted
     assert len({sample.key for sample in source.samples}) == len(lines)
 
 
@@ -232,16 +232,14 @@ def test_a_folder_of_parquet_files_from_elsewhere(tmp_path):
     rows = [{"photo": b"one", "alt": " first ", "mask": b"m"}, {"photo": b"two", "alt": None, "mask": None}]
     rows.append({"photo": None, "alt": "third", "mask": None})
     parquet.write_table(pa.Table.from_pylist(rows), tmp_path / "train.parquet", row_group_size=2)
-    options = SourceOptions(ColumnNames("photo", "alt"), "file")
-    first, third = (source := open_image_sources([tmp_path], options)).samples
-    assert (first.caption, first.read_bytes(), first.read_mask()) == ("first", b"one", b"m") and third.read_mask is None
+    columns = {"image_column": "photo", "caption_column": "alt", "masks": "file"}
+    config = ImageDataConfig(train_data_dir=tmp_path, **columns)
+    first, third = (source := open_image_sources(config)).samples
+    assert (first.caption, first.read_image(), first.read_mask()) == ("first", b"one", b"m") and third.read_mask is None
     assert [(fault.kind, fault.key) for fault in source.issues] == [("no caption", "train.parquet:0000001")]
-    with pytest.raises(OSError, match=r"train\.parquet: row 0 of 'photo' holds no picture"):
-        third.read_bytes()
-    assert (
-        open_image_sources([tmp_path], SourceOptions(ColumnNames("photo", "alx")))
-        .issues[0]
-        .what.endswith("did you mean 'alt'?")
-    )
+    with pytest.raises(OSError, match=r"train\.parquet: row 0 of 'photo' holds no image"):
+        third.read_image()
+    misspelled = open_image_sources(config.model_copy(update={"caption_column": "alx"}))
+    assert misspelled.issues[0].what.endswith("did you mean 'alt'?")
     (tmp_path / "train.parquet").write_bytes((tmp_path / "train.parquet").read_bytes()[:-9])
-    assert [fault.kind for fault in open_image_sources([tmp_path], options).issues] == ["torn data set"]
+    assert [fault.kind for fault in open_image_sources(config).issues] == ["corrupt dataset"]

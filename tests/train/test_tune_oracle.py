@@ -182,7 +182,7 @@ def shown(task, visits):
     for visit in visits:
         data, view = task.dataset, task.dataset.choose_augmentation(visit)
         (width, height), resized = data.image_infos[visit.row].placement
-        picture = Image.open(io.BytesIO(data.samples[visit.row].read_bytes()))
+        picture = Image.open(io.BytesIO(data.samples[visit.row].read_image()))
         whole = picture.resize(resized, Image.Resampling.LANCZOS)
         if view.flip:
             whole = whole.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
