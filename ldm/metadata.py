@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 
 from ldm.files import atomic_write
@@ -160,3 +161,67 @@ def read_png_texts(path: Path) -> dict[str, str]:
             return dict(getattr(picture, "text", {}))
     except Exception as error:  # Pillow's readers raise what they like
         raise ValueError(f"{path}: {getattr(error, 'strerror', None) or 'not a picture'}") from None
+
+
+# EXIF 2.32: the tags of the Exif IFD, of UserComment and of ImageDescription.
+EXIF_IFD, EXIF_USER_COMMENT, EXIF_IMAGE_DESCRIPTION = 0x8769, 0x9286, 0x010E
+USER_COMMENT_UNICODE = b"UNICODE\0"  # a UserComment in UTF-16, big-endian, as the web UI writes it
+
+
+class ImageFormat(NamedTuple):
+    """A file format of generated images: its suffix, and options of Pillow's encoder."""
+
+    suffix: str
+    options: dict[str, Any]
+
+
+IMAGE_FORMATS = {
+    "png": ImageFormat("png", {}),
+    "webp": ImageFormat("webp", {"lossless": True}),
+    "jpeg": ImageFormat("jpg", {"quality": 95, "subsampling": 0}),
+}
+
+
+def save_image(image: Image.Image, path: Path, texts: Mapping[str, str], image_format: str) -> None:
+    """Publish an image in one of `IMAGE_FORMATS` with texts, in a PNG as `save_png` writes them, else in its EXIF.
+
+    ValueError where a JPEG's texts are longer than the 64 KiB that its EXIF may have.
+    """
+    if image_format == "png":
+        return save_png(image, path, texts)
+    with atomic_write(path) as draft:
+        image.save(draft, image_format, exif=build_exif(texts), **IMAGE_FORMATS[image_format].options)
+
+
+def build_exif(texts: Mapping[str, str]) -> Image.Exif:
+    """`parameters` as the UserComment that the web UI writes; `ldm`, which is ASCII, as the image's description."""
+    exif = Image.Exif()
+    exif[EXIF_IMAGE_DESCRIPTION] = texts["ldm"]
+    comment = texts["parameters"].encode("utf-16-be", "surrogatepass")
+    exif.get_ifd(EXIF_IFD)[EXIF_USER_COMMENT] = USER_COMMENT_UNICODE + comment
+    return exif
+
+
+def read_image_and_metadata(path: Path) -> tuple[Image.Image, dict[str, str]]:
+    """The image (RGB) and the texts of a file in any of `IMAGE_FORMATS`; ValueError where it cannot be decoded."""
+    try:
+        with Image.open(path) as image:
+            image.load()
+            texts, exif = dict(getattr(image, "text", {})), image.getexif()
+            comment = exif.get_ifd(EXIF_IFD).get(EXIF_USER_COMMENT, b"")
+            if isinstance(comment, bytes) and comment.startswith(USER_COMMENT_UNICODE):
+                texts["parameters"] = comment[len(USER_COMMENT_UNICODE) :].decode("utf-16-be", "replace")
+                texts["ldm"] = str(exif.get(EXIF_IMAGE_DESCRIPTION, ""))
+            return image.convert("RGB"), texts
+    except UnidentifiedImageError:
+        raise ValueError(f"{path}: not an image") from None
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{path}: {getattr(error, 'strerror', None) or 'a truncated or damaged image'}") from None
+
+
+def recompress_jpeg(image: Image.Image) -> Image.Image:
+    """An image after JPEG compression as `save_image` does it."""
+    buffer = io.BytesIO()
+    image.save(buffer, "jpeg", **IMAGE_FORMATS["jpeg"].options)
+    with Image.open(buffer) as decoded:
+        return decoded.convert("RGB")

@@ -139,7 +139,7 @@ def batch(
     from ldm.jobs import contact_sheets, gallery
     from ldm.jobs.engines import ENGINES, assign_devices
     from ldm.jobs.manifest import FOLDER_LEASE
-    from ldm.jobs.outputs import IMAGE_FORMATS
+    from ldm.metadata import IMAGE_FORMATS
     from ldm.jobs.source import open_prompt_source
     from ldm.jobs.worker import Job
 
@@ -209,7 +209,7 @@ def run_job(
         with leases.exclusive(FOLDER_LEASE):
             driver.write_job_file(job, pipe, source, cli_args)
             names = driver.write_item_list(job, pipe)
-        lost = compact_manifest(job.folder, leases, verify_hashes, names.__contains__)
+        lost = compact_manifest(job.folder, leases, verify_hashes, retry=names)
         watch = driver.Monitor(job, leases, names, timeout)
         if lost:
             print(f"{lost} finished pictures are missing or changed: drawn again", file=sys.stderr)

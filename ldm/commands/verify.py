@@ -77,7 +77,7 @@ def restore_model_options(model: ModelOptions, record: Mapping[str, Any], file: 
 
 def find_image_files(path: Path) -> list[Path]:
     """The picture file at a path, or all below a folder but hidden ones, a gallery's thumbnails and contact sheets."""
-    from ldm.jobs.outputs import IMAGE_FORMATS
+    from ldm.metadata import IMAGE_FORMATS
 
     if not path.exists():
         raise ValueError(f"{path}: No such file or directory")

@@ -1,1 +1,1 @@
-"""Jobs: files of prompts to folders of pictures, exactly once."""
+"""Batch jobs: prompt files to folders of images, each generated exactly once by any number of workers."""

@@ -1,4 +1,4 @@
-"""Engines: where a job's workers run. What they do is the same under all of them."""
+"""Engines: where a job's workers run, which are the same in all: a thread, local processes, or Ray actors."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ from typing import Any, Protocol
 import torch
 
 from ldm.installation import install_command
-from ldm.jobs.worker import Job, describe_error, run_worker
+from ldm.jobs.worker import Job, describe_error, try_run_worker
 
-MAX_RESTARTS = 3  # of each worker, where its process died without a word
+MAX_RESTARTS = 3  # of each worker whose process died without an error message
 
 
 class Engine(Protocol):
-    """Runs workers. `reasons` are why some ended too early, beyond help; one that died is begun again."""
+    """Runs workers. `errors` are those of workers that ended early; a worker whose process died is restarted."""
 
     errors: list[str]
 
     def poll(self) -> int:
-        """How many workers are at work; looks after them."""
+        """The number of running workers, after restarting those that died."""
 
     def stop(self) -> None:
-        """Ask all to finish what they are drawing."""
+        """Ask all workers to finish the images that they have begun."""
 
     def kill(self) -> None:
-        """End all at once; where that cannot be, nothing happens, and the caller's own end will do it."""
+        """End all workers at once; where that is impossible it does nothing, and they end with this process."""
 
 
 class InlineEngine:
@@ -52,14 +52,12 @@ class InlineEngine:
         pass
 
     def _run(self, job: Job, device: str | None) -> None:
-        try:
-            run_worker(job, self._stop, device)
-        except Exception as error:
-            self.errors.append(describe_error(error))
+        if (error := try_run_worker(job, self._stop, device)) is not None:
+            self.errors.append(error)
 
 
 class LocalEngine:
-    """A process for each device, on this machine; they end with the one that began them."""
+    """A process for each device, on this machine; they end with the one that started them."""
 
     def __init__(self, job: Job, devices: Sequence[str | None]) -> None:
         self.errors: list[str] = []
@@ -85,52 +83,46 @@ class LocalEngine:
             process.join()
 
     def _start(self, device: str | None) -> tuple[Any, Connection, str | None]:
-        context = multiprocessing.get_context("spawn")  # a forked CUDA does not work
-        ours, theirs = context.Pipe(duplex=False)
-        process = context.Process(
-            target=run_worker_process, args=(self._job, device, self._threads, theirs), daemon=True
-        )
+        context = multiprocessing.get_context("spawn")  # CUDA does not work in a forked process
+        receiver, sender = context.Pipe(duplex=False)
+        args = self._job, device, self._threads, sender
+        process = context.Process(target=run_worker_process, args=args, daemon=True)
         process.start()
-        theirs.close()
-        return process, ours, device
+        sender.close()
+        return process, receiver, device
 
     def _restart_if_dead(self, process: Any, connection: Connection, device: str | None) -> tuple | None:
-        """The worker if it is at work, another in its place if it died, None where it has ended."""
+        """The worker if it runs, a new one if it died, None if it has ended."""
         if process.is_alive():
             return process, connection, device
         with contextlib.suppress(EOFError, OSError):
-            if (last := connection.recv()) is not None:
-                self.errors.append(last)
+            if (error := connection.recv()) is not None:
+                self.errors.append(error)
             return None
         if self._stopping:
             return None
         if self._restarts_left == 0:
-            self.errors.append(
-                f"workers died {MAX_RESTARTS} times each, the last by {describe_exit_code(process.exitcode)}"
-            )
+            cause = describe_exit_code(process.exitcode)
+            self.errors.append(f"workers died {MAX_RESTARTS} times each, the last by {cause}")
             return None
         self._restarts_left -= 1
         return self._start(device)
 
 
 def run_worker_process(job: Job, device: str | None, threads: int, connection: Connection) -> None:
-    """The life of a worker's process: its last word is None, or why it ended too early."""
+    """Run a worker in this process; at the end it sends None, or the error that ended it early."""
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
     threading.Thread(target=stop_when_orphaned, args=(stop,), daemon=True).start()
     torch.set_num_threads(threads)
-    last = None
-    try:
-        run_worker(job, stop, device)
-    except Exception as error:
-        last = describe_error(error)
-    with contextlib.suppress(OSError):  # nobody may be there to hear it
-        connection.send(last)
+    error = try_run_worker(job, stop, device)
+    with contextlib.suppress(OSError):  # the receiver may have ended
+        connection.send(error)
 
 
 def stop_when_orphaned(stop: threading.Event) -> None:
-    """Ask the worker to stop once the process that began it is gone."""
+    """Set `stop` once the parent process has ended."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         wait([parent.sentinel])
@@ -138,16 +130,15 @@ def stop_when_orphaned(stop: threading.Event) -> None:
 
 
 def describe_exit_code(code: int | None) -> str:
-    """How a process ended."""
     return signal.Signals(-code).name if code is not None and code < 0 else f"exit status {code}"
 
 
 class RayEngine:
-    """A Ray Core actor for each device, wherever the cluster has room: Ray places them and begins the dead again.
+    """A Ray Core actor for each device, wherever the cluster has room; Ray restarts those that die.
 
-    It joins the cluster that RAY_ADDRESS names, or that runs here, or begins one. A task is tried as long as its actor
-    lives, which is begun again `MAX_RESTARTS` times. The job's folder, its source and its model must have the same paths on
-    all machines.
+    It joins the cluster of RAY_ADDRESS, or one that runs on this machine, or starts one. A task is retried while its
+    actor lives, which is restarted up to `MAX_RESTARTS` times. The job's folder, its source and its model must have the
+    same paths on all machines.
     """
 
     def __init__(self, job: Job, devices: Sequence[str | None]) -> None:
@@ -155,10 +146,9 @@ class RayEngine:
         self.errors: list[str] = []
         if not ray.is_initialized():
             ray.init(log_to_driver=False, include_dashboard=False)
-        place = {"num_gpus": 1} if any(d is not None for d in devices) else {"num_cpus": 1}
-        actor = ray.remote(RayWorker).options(
-            **place, max_concurrency=2, max_restarts=MAX_RESTARTS, max_task_retries=-1, scheduling_strategy="SPREAD"
-        )
+        resources = {"num_gpus": 1} if any(d is not None for d in devices) else {"num_cpus": 1}
+        retries: dict[str, Any] = {"max_restarts": MAX_RESTARTS, "max_task_retries": -1}
+        actor = ray.remote(RayWorker).options(**resources, **retries, max_concurrency=2, scheduling_strategy="SPREAD")
         self._actors = [actor.remote() for _ in devices]
         self._tasks = [a.run.remote(job, d and "cuda") for a, d in zip(self._actors, devices, strict=True)]
 
@@ -167,10 +157,10 @@ class RayEngine:
             ended, self._tasks = self._ray.wait(self._tasks, num_returns=len(self._tasks), timeout=0)
             for task in ended:
                 try:
-                    said = self._ray.get(task)
-                except self._ray.exceptions.RayError as error:
-                    said = f"ray: {describe_error(error)}"
-                self.errors += [said] if said is not None else []
+                    error = self._ray.get(task)
+                except self._ray.exceptions.RayError as ray_error:
+                    error = f"ray: {describe_error(ray_error)}"
+                self.errors += [error] if error is not None else []
         return len(self._tasks)
 
     def stop(self) -> None:
@@ -183,25 +173,20 @@ class RayEngine:
 
 
 class RayWorker:
-    """A worker in a process of Ray's."""
+    """The actor of a worker; `run` returns None, or the error that ended it early."""
 
     def __init__(self) -> None:
         self._stop = threading.Event()
 
     def run(self, job: Job, device: str | None) -> str | None:
-        """None, or why it ended too early."""
-        try:
-            run_worker(job, self._stop, device)
-        except Exception as error:
-            return describe_error(error)
-        return None
+        return try_run_worker(job, self._stop, device)
 
     def stop(self) -> None:
         self._stop.set()
 
 
 def import_ray() -> Any:
-    """ray; ValueError with the cure where it is not installed."""
+    """The module ray; ValueError with the command that installs it where it is missing."""
     try:
         import ray
     except ImportError:
@@ -217,14 +202,13 @@ ENGINES: dict[str, Callable[[Job, Sequence[str | None]], Engine]] = {
 
 
 def assign_devices(engine: str, workers: int | None, device: str) -> list[str | None]:
-    """A device for each worker: all of CUDA's where the model may be on any, and else the model's own, None.
+    """A device for each worker: the CUDA devices in turn where `device` allows any, else None, the model's own.
 
-    ValueError where the engine has no such number of workers.
+    ValueError where the engine cannot have that number of workers.
     """
-    found = torch.cuda.device_count() if device in ("auto", "cuda") else 0
+    gpus = torch.cuda.device_count() if device in ("auto", "cuda") else 0
     if engine == "inline":
         if workers not in (None, 1):
-            raise ValueError(f"--workers {workers}: the engine inline has one; choose local or ray")
+            raise ValueError(f"--workers {workers}: engine inline has one worker; choose local or ray")
         return [None]
-    count = workers or found or 1
-    return [f"cuda:{k % found}" if found else None for k in range(count)]
+    return [f"cuda:{k % gpus}" if gpus else None for k in range(workers or gpus or 1)]

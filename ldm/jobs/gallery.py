@@ -1,4 +1,4 @@
-"""A job's pictures on one page that opens from disk."""
+"""A gallery of a job's images: one HTML page that opens from disk."""
 
 from __future__ import annotations
 
@@ -7,22 +7,22 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from PIL import Image
+
 from ldm.files import atomic_write
-from ldm.jobs import contact_sheets
-from ldm.jobs.manifest import iter_manifest_rows as rows_of
-from ldm.jobs.manifest import list_manifest_files
-from ldm.jobs.outputs import read_image_and_metadata
-from ldm.metadata import parse_generation_parameters
+from ldm.jobs.manifest import read_finished_rows
+from ldm.metadata import parse_generation_parameters, read_image_and_metadata
 from ldm.pipeline.request import REQUEST_FIELDS, Request
 
 GALLERY_TEMPLATE = Path(__file__).with_name("gallery.html")
 GALLERY_PAGE, GALLERY_DATA, THUMBNAIL_FOLDER = "index.html", "index.data", "thumbs"
-ROWS_PER_CHUNK = 5000  # rows in a file of the page's data: parsed in less than a frame
-THUMBNAIL_SIZE = 256  # pixels: the longest side of a thumbnail
-JS_INTEGER_LIMIT = 2**53  # integers beyond it are not JavaScript's numbers
+ROWS_PER_CHUNK = 5000  # of a data file: parsed in less than a frame
+THUMBNAIL_SIZE = 256  # pixels, of the longer side
+JS_INTEGER_LIMIT = 2**53  # JavaScript's numbers are exact below it
 
 RECORD_FIELDS = tuple(Request("").to_record())
 FIELD_LABELS = {name: spec.option for name, spec in REQUEST_FIELDS.items() if spec.option != name}
@@ -34,7 +34,7 @@ GENERATE_OPTIONS = {  # of `ldm generate`; images are named beside the command, 
 
 
 class GalleryTable(NamedTuple):
-    """Pictures as columns: what all share is told once, what differs a row each."""
+    """The images' values: those that all have in common, and columns and rows of those that differ."""
 
     common: dict[str, Any]
     columns: list[str]
@@ -42,20 +42,20 @@ class GalleryTable(NamedTuple):
 
 
 def write_gallery(folder: Path) -> Path:
-    """Write the page of a job's finished pictures, `index.html`; returns its path.
+    """Write the page of a job's finished images, `index.html`; returns its path.
 
-    Beside it are `thumbs/` and `index.data/`; these and `images/` are all that it needs: no server and no network.
+    Beside it are `thumbs/` and `index.data/`; with `images/` these are all that it needs: no server and no network.
     Written again, it makes only the thumbnails that are missing. ValueError where the folder holds no manifest.
     """
     folder = Path(folder)
     done, failed = read_finished_records(folder)
     make_thumbnails(folder, done)
-    table = build_gallery_table([build_gallery_entry(folder, line) for line in done])
+    table = build_gallery_table([build_gallery_entry(folder, record) for record in done])
     chunks = write_row_chunks(folder / GALLERY_DATA, table.rows)
-    title, model, words = read_job_info(folder)
+    title, model, cli_args = read_job_info(folder)
     header = {
         "title": title,
-        "words": words,
+        "words": cli_args,
         "summary": " · ".join([model, *summarize_settings(table.common)]),
         "count": len(done),
         "failed": failed,
@@ -68,7 +68,7 @@ def write_gallery(folder: Path) -> Path:
         "options": GENERATE_OPTIONS,
         "chunks": [f"{GALLERY_DATA}/{name}" for name in chunks],
     }
-    data = json.dumps(header).replace("<", "\\u003c")  # no text of a prompt ends the script
+    data = json.dumps(header).replace("<", "\\u003c")  # else a prompt could end the script
     with atomic_write(folder / GALLERY_PAGE) as draft:
         draft.write_text(GALLERY_TEMPLATE.read_text("utf-8").replace("HEADER", data), "utf-8")
     for old in set((folder / GALLERY_DATA).glob("*.js")) - {folder / GALLERY_DATA / name for name in chunks}:
@@ -77,46 +77,29 @@ def write_gallery(folder: Path) -> Path:
 
 
 def read_finished_records(folder: Path) -> tuple[list[dict[str, Any]], int]:
-    """The lines of a job's finished pictures, in the order of its source, and how many items failed.
-
-    A finished picture outlives a failure; of two the later line counts. ValueError where there is no manifest.
-    """
-    paths = [path for path in list_manifest_files(folder) if path.exists()] if folder.is_dir() else []
-    if not paths:
-        raise ValueError(f"{folder}: no manifest.jsonl, so not a job's folder")
-    done, failed = dict[str, dict[str, Any]](), set[str]()
-    for path in paths:
-        with path.open("rb") as file:
-            for record, *_ in rows_of(file):
-                if record["status"] == "done":
-                    done[record["id"]] = record
-                else:
-                    failed.add(record["id"])
-    lines = sorted(done.values(), key=lambda line: (line["line"], line["request"]["seed"], line["id"]))
-    return lines, len(failed - done.keys())
+    """The manifest records of `read_finished_rows`, and the number of failed items."""
+    with ExitStack() as stack:
+        return read_finished_rows(folder, lambda record, span: record, stack)
 
 
 def list_gallery_fields() -> list[str]:
-    """What pictures are told apart by: a request's fields, its two sides as one."""
+    """The fields that tell images apart: those of a request, with height and width as `size`."""
     return [*(name for name in RECORD_FIELDS if name not in ("height", "width")), "size"]
 
 
-def build_gallery_entry(folder: Path, line: Mapping[str, Any]) -> dict[str, Any]:
-    """A picture's values by column, as JSON that JavaScript reads exactly."""
-    request = line["request"]
-    told = {name: line.get(name) for name in ("id", "file", "line", "seconds")}
-    size = {"size": f"{request['width']} × {request['height']}"}
-    exact = {name: str(v) if isinstance(v, int) and abs(v) >= JS_INTEGER_LIMIT else v for name, v in request.items()}
-    return {
-        **told,
-        **exact,
-        **size,
-        **({"layer": read_clip_skip(folder / line["file"])} if request.get("clip_skip") else {}),
-    }
+def build_gallery_entry(folder: Path, record: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of an image by column, as JSON that JavaScript reads exactly."""
+    request = record["request"]
+    entry = {name: record.get(name) for name in ("id", "file", "line", "seconds")}
+    entry |= {k: str(v) if isinstance(v, int) and abs(v) >= JS_INTEGER_LIMIT else v for k, v in request.items()}
+    entry["size"] = f"{request['width']} × {request['height']}"
+    if request.get("clip_skip"):
+        entry["layer"] = read_clip_skip(folder / record["file"])
+    return entry
 
 
 def read_clip_skip(file: Path) -> str | None:
-    """`--clip-skip` of a picture: `Request` counts from a layer of the model's own, the option from the last."""
+    """The `--clip-skip` of an image: `Request` counts from the layer that the model uses, the option from the last."""
     try:
         return parse_generation_parameters(read_image_and_metadata(file)[1]["parameters"]).get("Clip skip")
     except (ValueError, KeyError):
@@ -124,7 +107,7 @@ def read_clip_skip(file: Path) -> str | None:
 
 
 def build_gallery_table(entries: Sequence[Mapping[str, Any]]) -> GalleryTable:
-    """Entries as a table; `id` and `file` are always columns."""
+    """Entries as common values and columns; `id` and `file` are always columns."""
     names = list(dict.fromkeys(name for entry in entries for name in entry))
     first = entries[0] if entries else {}
     shared = {n for n in names if n not in ("id", "file") and all(e.get(n) == first.get(n) for e in entries)}
@@ -134,7 +117,7 @@ def build_gallery_table(entries: Sequence[Mapping[str, Any]]) -> GalleryTable:
 
 
 def read_job_info(folder: Path) -> tuple[str, str, list[str]]:
-    """A job's title, the name of its model, and the words that each of its commands has."""
+    """A job's title, the name of its model, and the arguments with which `ldm generate` loads the same model."""
     try:
         job = json.loads((folder / "job.json").read_bytes())
     except (OSError, ValueError):
@@ -145,19 +128,16 @@ def read_job_info(folder: Path) -> tuple[str, str, list[str]]:
 
 
 def summarize_settings(common: Mapping[str, Any]) -> list[str]:
-    """What pictures have in common, in a few words."""
-    told = {name: common.get(name) for name in ("sampler", "spacing", *FIELD_LABELS, "size")}
-    return [
-        f"{FIELD_LABELS[name]} {value}" if name in FIELD_LABELS else str(value)
-        for name, value in told.items()
-        if value not in (None, "")
-    ]
+    """The main settings that all images have in common."""
+    values = {name: common.get(name) for name in ("sampler", "spacing", *FIELD_LABELS, "size")}
+    labelled = ((FIELD_LABELS.get(name), value) for name, value in values.items() if value not in (None, ""))
+    return [f"{label} {value}" if label else str(value) for label, value in labelled]
 
 
 def write_row_chunks(folder: Path, rows: Sequence[Sequence[Any]]) -> list[str]:
-    """Write rows as scripts, which a page may read from disk where it may not read JSON; returns the files' names.
+    """Write rows as scripts, which a page may load from disk where it may not load JSON; returns the files' names.
 
-    A file is named by what is in it: one that is there stays, and an old page keeps its own until the new one is there.
+    A file is named by its content, so that an existing one is kept, and an old page keeps its own until it is replaced.
     """
     names = []
     for k in range(0, len(rows), ROWS_PER_CHUNK):
@@ -170,23 +150,32 @@ def write_row_chunks(folder: Path, rows: Sequence[Sequence[Any]]) -> list[str]:
     return names
 
 
-def thumbnail_path(folder: Path, line: Mapping[str, Any]) -> Path:
-    """Where a picture's thumbnail is."""
-    return folder / THUMBNAIL_FOLDER / line["id"][:2] / f"{line['id']}.webp"
+def thumbnail_path(folder: Path, record: Mapping[str, Any]) -> Path:
+    return folder / THUMBNAIL_FOLDER / record["id"][:2] / f"{record['id']}.webp"
 
 
-def make_thumbnails(folder: Path, lines: Sequence[Mapping[str, Any]]) -> None:
-    """Make the thumbnails that are missing; a picture that cannot be read gets none, and the page says so.
+def load_thumbnail(file: Path, max_side: int) -> Image.Image | None:
+    """An image as RGB with no side longer than `max_side`; None where it cannot be decoded."""
+    try:
+        with Image.open(file) as image:
+            image.thumbnail((max_side, max_side), reducing_gap=2)
+            return image.convert("RGB")
+    except (OSError, SyntaxError, Image.DecompressionBombError):
+        return None
 
-    One WebP file a picture: measured against sheets of many by `scripts/bench_gallery.py`.
+
+def make_thumbnails(folder: Path, records: Sequence[Mapping[str, Any]]) -> None:
+    """Make the thumbnails that are missing; an image that cannot be decoded gets none, and the page says so.
+
+    One WebP file per image: `scripts/bench_gallery.py` compares this with sheets of many.
     """
 
-    def make(line: Mapping[str, Any]) -> None:
-        small = contact_sheets.load_thumbnail(folder / line["file"], THUMBNAIL_SIZE)
-        if small is not None:
-            with atomic_write(thumbnail_path(folder, line)) as draft:
-                small.save(draft, "WEBP", quality=82, method=2)
+    def make(record: Mapping[str, Any]) -> None:
+        thumbnail = load_thumbnail(folder / record["file"], THUMBNAIL_SIZE)
+        if thumbnail is not None:
+            with atomic_write(thumbnail_path(folder, record)) as draft:
+                thumbnail.save(draft, "WEBP", quality=82, method=2)
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:  # Pillow works outside Python's lock
-        for _ in pool.map(make, [line for line in lines if not thumbnail_path(folder, line).is_file()]):
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # Pillow releases the interpreter lock
+        for _ in pool.map(make, [record for record in records if not thumbnail_path(folder, record).is_file()]):
             pass

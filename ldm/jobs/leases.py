@@ -1,4 +1,4 @@
-"""Leases: which worker draws what, as files in a folder that machines may share."""
+"""Leases: which worker generates what, as files in a folder that machines may share."""
 
 from __future__ import annotations
 
@@ -18,26 +18,27 @@ from typing import Any
 
 from ldm.files import remove_path
 
-LEASE_TIMEOUT = 60.0  # seconds without a sign of life
-HEARTBEAT_INTERVAL = 1.0  # seconds between two signs of life, at most
-HEARTBEAT_BYTES = 256  # bytes of a sign of life, all of which are written at once
+LEASE_TIMEOUT = 60.0  # seconds without a heartbeat
+HEARTBEAT_INTERVAL = 1.0  # seconds, at most
+HEARTBEAT_BYTES = 256  # written at once
 BOOT_ID_PATH = Path("/proc/sys/kernel/random/boot_id")
 OWNER_PATTERN = re.compile(r"[\w.-]+\n")
 
 
 class Leases:
-    """What one worker holds, and who else lives.
+    """The leases that one worker holds, and which other workers are alive.
 
-    A lease is a file NAME.0 with its worker's name in it, made by O_EXCL, so that one worker gets it. That of a dead
-    worker is followed by NAME.1, made alike: of those who find the owner dead one gets it, which removing it or
-    renaming over it could not promise; only then is the older one removed. The highest number counts. What was done
-    before a lease was got, whoever has it must look for.
+    A lease is a file NAME.0 that holds its worker's name, created with O_EXCL, so that one worker gets it. The lease of
+    a dead worker is followed by NAME.1, created likewise: of those who find the owner dead one gets it, which removing
+    the file or renaming over it could not guarantee; only then is the older one removed. The highest number counts.
+    Whoever gets a lease must check whether the work was done before.
 
     A worker keeps WORKER.beat open under flock and rewrites it every second. On the same machine (boot id) the kernel
-    tells whether it lives: the lock ends with the process. From another machine it lives until its file's time of
-    change has stood still for `expiry` seconds of the observer's monotonic clock, while the observer looked; clocks of
-    two machines are never compared, and may jump. The limit: a worker of another machine that sleeps for longer is
-    taken for dead, and `is_image_intact` tells it so when it wakes; at worst a picture is drawn twice and the later file stays.
+    tells whether it is alive: the lock ends with the process. From another machine it is alive until the modification
+    time of its file has not changed for `timeout` seconds of the observer's monotonic clock, while the observer looked;
+    clocks of two machines are never compared, and may jump. The limit: a worker of another machine that sleeps for
+    longer is taken for dead, and `holds` tells it so when it wakes; at worst an image is generated twice and the later
+    file stays.
     """
 
     def __init__(
@@ -50,22 +51,20 @@ class Leases:
         self.folder, self.timeout, self.clock = folder, timeout, clock
         self.boot_id = boot_id or (BOOT_ID_PATH.read_text().strip() if BOOT_ID_PATH.exists() else uuid.uuid4().hex)
         self.worker = f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
-        self.status: dict[str, Any] = {}  # what others shall know
+        self.status: dict[str, Any] = {}  # published with each heartbeat
         self._lease_paths: dict[str, Path] = {}
-        self._observed_mtimes: dict[
-            Path, tuple[int, float]
-        ] = {}  # a file's time of change, and when it was first seen so
+        self._observed_mtimes: dict[Path, tuple[int, float]] = {}  # and the time when it was first seen
         self._stop_event = threading.Event()
         folder.mkdir(parents=True, exist_ok=True)
         self._heartbeat_fd = self._create_heartbeat()
-        self._thread = threading.Thread(target=self._run_heartbeat, daemon=True, name="beat")
+        self._thread = threading.Thread(target=self._run_heartbeat, daemon=True, name="heartbeat")
         self._thread.start()
 
     def __enter__(self) -> Leases:
         return self
 
     def __exit__(self, *error: object) -> None:
-        """Return all that is held, and leave."""
+        """Release all leases, and end the heartbeat."""
         self._stop_event.set()
         self._thread.join()
         for name in list(self._lease_paths):
@@ -74,48 +73,48 @@ class Leases:
         os.close(self._heartbeat_fd)
 
     def acquire(self, name: str) -> bool:
-        """Try to get a lease: False where a living worker has it, be it this one."""
+        """Try to get a lease; False where a living worker, which may be this one, holds it."""
         while True:
             older = self._lease_files(name)
             if older and self._has_live_owner(older[-1]):
                 return False
             path = self.folder / f"{name}.{parse_lease_generation(older[-1]) + 1 if older else 0}"
             try:
-                handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+                fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
             except FileExistsError:
-                continue  # another was faster
+                continue  # another worker was faster
             try:
-                os.write(handle, f"{self.worker}\n".encode())
+                os.write(fd, f"{self.worker}\n".encode())
             except OSError:
                 remove_path(path)
                 raise
             finally:
-                os.close(handle)
+                os.close(fd)
             if self._lease_files(name)[-1] == path:
                 break
-            remove_path(path)  # this worker looked before another began, and came after that had tidied up
+            remove_path(path)  # since this worker looked, others created a later file and removed the older ones
         self._lease_paths[name] = path
         for path in older:
             remove_path(path)
         return True
 
     def release(self, name: str) -> None:
-        """Return a lease."""
+        """Give up a lease."""
         path = self._lease_paths.pop(name, None)
         if path is not None and self._read_owner(path) == self.worker:
             remove_path(path)
 
     def holds(self, name: str) -> bool:
-        """Is a lease that was got still this worker's? Not if it slept and was taken for dead."""
+        """Whether a lease is still this worker's: not if it slept and was taken for dead."""
         return name in self._lease_paths and self._lease_files(name)[-1:] == [self._lease_paths[name]]
 
     def is_free(self, name: str) -> bool:
-        """Does no living worker hold a lease?"""
+        """Whether no living worker holds a lease."""
         return not any(map(self._has_live_owner, self._lease_files(name)))
 
     @contextmanager
     def exclusive(self, name: str) -> Iterator[None]:
-        """Hold a lease for a while, once nobody else does."""
+        """Hold a lease for a block, after waiting for it."""
         while not self.acquire(name):
             time.sleep(0.05)
         try:
@@ -124,7 +123,7 @@ class Leases:
             self.release(name)
 
     def is_alive(self, worker: str) -> bool:
-        """Does a worker live? The rule is the class's."""
+        """Whether a worker is alive, by the rule in the class's docstring."""
         if worker == self.worker:
             return True
         path = self._heartbeat_path(worker)
@@ -142,25 +141,23 @@ class Leases:
             return self._changed_recently(path)
 
     def worker_statuses(self) -> list[dict[str, Any]]:
-        """What every living worker lets others know."""
-        beats = {path.stem: path for path in self.folder.glob("*.beat")}
-        return [parse_heartbeat(read_file_head(path)) for worker, path in beats.items() if self.is_alive(worker)]
+        """The published status of every living worker."""
+        paths = self.folder.glob("*.beat")
+        return [parse_heartbeat(read_file_head(path)) for path in paths if self.is_alive(path.stem)]
 
     def remove_stale(self, done: Container[str]) -> None:
-        """Remove the beats of the dead, and the leases of what is done."""
+        """Remove the heartbeats of dead workers, and the leases of what is done."""
         for path in list(self.folder.iterdir()):
             if path.stem in done or (path.suffix == ".beat" and not self.is_alive(path.stem)):
                 remove_path(path)
 
     def _lease_files(self, name: str) -> list[Path]:
         """The files of a lease, the one that counts last."""
-        names = [entry for entry in os.listdir(self.folder) if entry.startswith(f"{name}.")]
-        return sorted(
-            (self.folder / entry for entry in names if entry[len(name) + 1 :].isdecimal()), key=parse_lease_generation
-        )
+        paths = (self.folder / entry for entry in os.listdir(self.folder) if entry.startswith(f"{name}."))
+        return sorted((p for p in paths if p.name[len(name) + 1 :].isdecimal()), key=parse_lease_generation)
 
     def _has_live_owner(self, path: Path) -> bool:
-        """Does the owner of a lease live? Where it names none it is as young as it was first seen."""
+        """Whether the owner of a lease is alive; a file without an owner counts while it is younger than `timeout`."""
         owner = self._read_owner(path)
         return self._changed_recently(path) if owner is None else self.is_alive(owner)
 
@@ -169,26 +166,26 @@ class Leases:
         return text[:-1] if OWNER_PATTERN.fullmatch(text) else None
 
     def _changed_recently(self, path: Path) -> bool:
-        """Did a file change within the last `expiry` seconds in which it was looked at?"""
+        """Whether a file has changed within the last `timeout` seconds, as far as it was observed."""
         try:
-            changed = path.stat().st_mtime_ns
+            mtime = path.stat().st_mtime_ns
         except OSError:
             return False
         now = self.clock()
-        if self._observed_mtimes.get(path, (None, 0.0))[0] != changed:
-            self._observed_mtimes[path] = changed, now
+        if self._observed_mtimes.get(path, (None, 0.0))[0] != mtime:
+            self._observed_mtimes[path] = mtime, now
         return now - self._observed_mtimes[path][1] < self.timeout
 
     def _heartbeat_path(self, worker: str) -> Path:
         return self.folder / f"{worker}.beat"
 
     def _create_heartbeat(self) -> int:
-        """Begin to live: the lock comes before the boot id, without which nobody asks for the lock."""
-        handle = os.open(self._heartbeat_path(self.worker), os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
-        with contextlib.suppress(OSError):  # a file system without locks: others see it change
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        self._write_heartbeat(handle)
-        return handle
+        """Open and lock the heartbeat file; the boot id comes last, because without it nobody tries the lock."""
+        fd = os.open(self._heartbeat_path(self.worker), os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
+        with contextlib.suppress(OSError):  # a file system without locks: others see the file change
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        self._write_heartbeat(fd)
+        return fd
 
     def _write_heartbeat(self, fd: int) -> None:
         text = json.dumps({"boot": self.boot_id, **self.status}).encode()
@@ -196,22 +193,21 @@ class Leases:
 
     def _run_heartbeat(self) -> None:
         while not self._stop_event.wait(min(HEARTBEAT_INTERVAL, self.timeout / 4)):
-            with contextlib.suppress(OSError):  # nothing is lost: at worst others take this worker for dead
+            with contextlib.suppress(OSError):  # at worst others take this worker for dead
                 self._write_heartbeat(self._heartbeat_fd)
 
 
 def parse_lease_generation(path: Path) -> int:
-    """Which of a lease's files it is."""
     return int(path.suffix[1:])
 
 
 def parse_heartbeat(data: bytes) -> dict[str, Any]:
-    """What a beat says; nothing where it is garbage."""
+    """The JSON object of a heartbeat; empty where it is malformed."""
     try:
-        found = json.loads(data)
+        status = json.loads(data)
     except (ValueError, RecursionError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return status if isinstance(status, dict) else {}
 
 
 def read_file_head(path: Path) -> bytes:

@@ -1,87 +1,111 @@
-"""Kinds of files of prompts: each is read as rows, one at a time, and a row knows its line."""
+"""Readers of prompt files: each yields the rows of a text, JSON lines, CSV, parquet or YAML file, one at a time."""
 
 from __future__ import annotations
 
+import codecs
 import csv
-import json
 import math
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import partial
-from itertools import product
+from itertools import count, product
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 import yaml
 
 from ldm.data.tables import import_pyarrow
-from ldm.jobs.lines import ParseError, RawLine, read_lines
+from ldm.errors import parse_json
 from ldm.jobs.schema import FieldValues, map_keys_to_fields, parse_field, parse_prompt_line, parse_record
 from ldm.metadata import resolve_a1111_sampler
 
-MAX_YAML_BYTES = 2**22  # bytes: it is read whole
-MAX_IMAGES_PER_RECORD = 10**8  # of one record, and combinations of one product
+MAX_LINE_BYTES = 2**20
+MAX_YAML_BYTES = 2**22  # a YAML file is read as a whole
+MAX_IMAGES_PER_RECORD = 10**8  # also the most combinations of a YAML file
+UTF16_BOMS = codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE
 YAML_NULL_TAG = "tag:yaml.org,2002:null"
-PARQUET_BATCH_ROWS = 256  # rows of a parquet file that are held at a time
+PARQUET_BATCH_ROWS = 256  # rows of a parquet file in memory
+
+
+class ParseError(ValueError):
+    """What is wrong with a file from `line` on; line 0 is the file as a whole."""
+
+    def __init__(self, line: int, message: str) -> None:
+        super().__init__(message)
+        self.line = line
+
+
+class RawLine(NamedTuple):
+    """The bytes of a line with its end, and its number, from 1."""
+
+    number: int
+    data: bytes
+
+    def decode(self) -> str:
+        """The line's text; ParseError where it is not UTF-8 or holds a NUL."""
+        try:
+            text = self.data.decode()
+        except UnicodeDecodeError as error:
+            raise ParseError(self.number, f"byte {error.start + 1} is not UTF-8") from None
+        if "\0" in text:
+            raise ParseError(self.number, f"character {text.index(chr(0)) + 1} is a NUL")
+        return text
 
 
 class PromptRow(NamedTuple):
-    """A record's line, and how to read its values; that raises ValueError for what is wrong with them."""
+    """The line at which a record begins, and its values or what is wrong with them."""
 
     line: int
-    parse: Callable[[], FieldValues]
+    values: FieldValues | ValueError
 
 
 PromptReader = Callable[[BinaryIO], Iterator[PromptRow]]
 
 
+def parse_row(line: int, parse: Callable[..., FieldValues], *args: Any) -> PromptRow:
+    """A row of `parse(*args)`, or of the ValueError that it raises."""
+    try:
+        return PromptRow(line, parse(*args))
+    except ValueError as error:
+        return PromptRow(line, error)
+
+
+def read_lines(file: BinaryIO) -> Iterator[RawLine]:
+    """Lines of a UTF-8 file of any size, less its byte-order mark; ParseError for one over `MAX_LINE_BYTES`."""
+    for number in count(1):
+        data = file.readline(MAX_LINE_BYTES + 1)
+        if number == 1:
+            if data.startswith(UTF16_BOMS):
+                raise ParseError(1, "is UTF-16: save it as UTF-8")
+            data = data.removeprefix(codecs.BOM_UTF8)
+        if len(data) > MAX_LINE_BYTES:
+            raise ParseError(number, f"longer than {MAX_LINE_BYTES} bytes")
+        if data:
+            yield RawLine(number, data)
+        elif number > 1:
+            return
+
+
 def read_text_rows(file: BinaryIO) -> Iterator[PromptRow]:
-    """A prompt a line, with options as `ldm.jobs.schema.parse_prompt_line` says; # begins a comment."""
-    for line in iter_nonblank_lines(file):
-        if not line.data.lstrip().startswith(b"#"):
-            yield PromptRow(line.number, partial(lambda line: parse_record(parse_prompt_line(line.decode())), line))
+    """A prompt per line, with options as `parse_prompt_line` reads them; # begins a comment line."""
+    for line in read_lines(file):
+        if line.data.strip() and not line.data.lstrip().startswith(b"#"):
+            yield parse_row(line.number, lambda line: parse_record(parse_prompt_line(line.decode())), line)
 
 
 def read_jsonl_rows(file: BinaryIO) -> Iterator[PromptRow]:
-    """A JSON object a line."""
-    for line in iter_nonblank_lines(file):
-        yield PromptRow(line.number, partial(parse_json_line, line))
-
-
-def iter_nonblank_lines(file: BinaryIO) -> Iterator[RawLine]:
-    return (line for line in read_lines(file) if line.data.strip())
+    """A JSON object per line."""
+    return (parse_row(line.number, parse_json_line, line) for line in read_lines(file) if line.data.strip())
 
 
 def parse_json_line(line: RawLine) -> FieldValues:
-    """The values in a line; ValueError where it is no JSON object, or a key is given twice."""
-    try:
-        record = JSON_DECODER.decode(line.decode())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"not JSON: {error.msg}, at character {error.pos + 1}") from None
-    except RecursionError:
-        raise ValueError("not JSON: nested too deeply") from None
+    """The values of a JSON object; ValueError where the line is none."""
+    record = parse_json(line.decode())
     if not isinstance(record, dict):
         raise ValueError("not a JSON object")
     return parse_record(record)
 
 
-def reject_duplicate_keys(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        raise ValueError(f"{Counter(key for key, _ in pairs).most_common(1)[0][0]} is given twice")
-    return found
-
-
-def parse_json_int(digits: str) -> int | float:
-    """A whole number; one that no field can hold is read as a float, which takes no time."""
-    return int(digits) if len(digits) < 40 else float(digits)
-
-
-JSON_DECODER = json.JSONDecoder(object_pairs_hook=reject_duplicate_keys, parse_int=parse_json_int)
-
-
 def read_csv_rows(file: BinaryIO) -> Iterator[PromptRow]:
-    """CSV under a row of the fields' names; an empty cell goes unsaid."""
+    """CSV below a header of field names; an empty cell leaves the field at its default."""
     reader = csv.reader((line.decode() for line in read_lines(file)), strict=True)
     header: list[str] = []
     while True:
@@ -93,31 +117,30 @@ def read_csv_rows(file: BinaryIO) -> Iterator[PromptRow]:
         except csv.Error as error:
             raise ParseError(line, f"not CSV: {error}") from None
         if row and header:
-            yield PromptRow(line, partial(parse_csv_row, header, row))
+            yield parse_row(line, parse_csv_row, header, row)
         elif row:
-            header = check_header(line, [cell.strip() for cell in row])
+            header = [cell.strip() for cell in row]
+            check_header(line, header)
 
 
 def parse_csv_row(header: Sequence[str], row: Sequence[str]) -> FieldValues:
-    """The values of cells under their names."""
     if len(row) != len(header):
         raise ValueError(f"{len(row)} cells under {len(header)} columns")
     return parse_record({name: cell.strip() or None for name, cell in zip(header, row, strict=True)})
 
 
-def check_header(line: int, names: list[str]) -> list[str]:
-    """Columns' names as they are; Fault for one that is no field, and where none is the prompt."""
+def check_header(line: int, names: Sequence[str]) -> None:
+    """ParseError where a column is no field, or none is the prompt."""
     try:
-        found = map_keys_to_fields(names)
+        fields = map_keys_to_fields(names)
     except ValueError as error:
         raise ParseError(line, str(error)) from None
-    if "prompt" not in found:
+    if "prompt" not in fields:
         raise ParseError(line, f"no column 'prompt' among {', '.join(map(repr, names))}")
-    return names
 
 
 def read_parquet_rows(file: BinaryIO) -> Iterator[PromptRow]:
-    """Parquet, some rows at a time; a row's number stands for its line."""
+    """Parquet, `PARQUET_BATCH_ROWS` at a time; a row's number stands for its line."""
     pa = import_pyarrow(Path(file.name))
     from pyarrow import parquet
 
@@ -128,53 +151,44 @@ def read_parquet_rows(file: BinaryIO) -> Iterator[PromptRow]:
         for batch in table.iter_batches(PARQUET_BATCH_ROWS, use_threads=False):
             for record in batch.to_pylist():
                 row += 1
-                yield PromptRow(row, partial(parse_record, record))
+                yield parse_row(row, parse_record, record)
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise ParseError(row + 1 if row else 0, f"not parquet: {str(error).splitlines()[0]}") from None
 
 
 def read_yaml_rows(file: BinaryIO) -> Iterator[PromptRow]:
-    """YAML: every combination of the fields' values, each a value or a list of them, a scalar being read as in text.
+    """YAML: every combination of the fields' values, each a scalar or a list, where scalars are read as text.
 
-    The fields are combined in the order of the file, the last varying fastest, but for seeds, which vary faster still.
-    A combination has its prompt's line.
+    Fields vary in the order of the file, the last one fastest, except that seeds vary faster still. The line of a
+    combination is that of its prompt.
     """
     axes: dict[str, list[tuple[int, Any]]] = {}
-    faults: list[ParseError] = []
+    errors: list[ParseError] = []
     for name, key, node in iter_yaml_fields(compose_yaml_mapping(file)):
         axes[name] = []
         for item in node.value if isinstance(node, yaml.SequenceNode) else [node]:
             line = item.start_mark.line + 1
             try:
                 value = read_yaml_value(item)
-                unsaid = value is None and name != "prompt"
-                axes[name].append((line, None if unsaid else parse_field(name, key, value)))
+                is_default = value is None and name != "prompt"
+                axes[name].append((line, None if is_default else parse_field(name, key, value)))
             except ValueError as error:
-                faults.append(ParseError(line, str(error)))
-    if faults:
-        yield from map(make_error_row, faults)
+                errors.append(ParseError(line, str(error)))
+    if errors:
+        yield from (PromptRow(error.line, error) for error in errors)
         return
     if "seed" in axes:
-        axes["seed"] = [(0, tuple(run for _, runs in axes["seed"] for run in runs or ()) or None)]
+        axes["seed"] = [(0, tuple(seeds for _, ranges in axes["seed"] for seeds in ranges or ()) or None)]
     if (n := math.prod(map(len, axes.values()))) > MAX_IMAGES_PER_RECORD:
-        raise ParseError(0, f"{n} combinations, at most {MAX_IMAGES_PER_RECORD} are drawn")
-    for chosen in product(*axes.values()):
-        found = dict(zip(axes, chosen, strict=True))
-        settings = {name: value for name, (_, value) in found.items() if value is not None}
-        yield PromptRow(found["prompt"][0], partial(resolve_a1111_sampler, settings))
-
-
-def make_error_row(error: ParseError) -> PromptRow:
-    """A row that cannot be read."""
-
-    def read() -> FieldValues:
-        raise error
-
-    return PromptRow(error.line, read)
+        raise ParseError(0, f"{n} combinations: must be at most {MAX_IMAGES_PER_RECORD}")
+    for combination in product(*axes.values()):
+        cells = dict(zip(axes, combination, strict=True))
+        values = {name: value for name, (_, value) in cells.items() if value is not None}
+        yield PromptRow(cells["prompt"][0], resolve_a1111_sampler(values))
 
 
 def compose_yaml_mapping(file: BinaryIO) -> yaml.MappingNode:
-    """The mapping that a YAML file is."""
+    """The root node of a YAML file; ParseError where it is no mapping."""
     try:
         node = yaml.compose("".join(decode_bounded_lines(read_lines(file))), Loader=yaml.SafeLoader)
     except yaml.MarkedYAMLError as error:
@@ -192,12 +206,12 @@ def decode_bounded_lines(file: Iterable[RawLine]) -> Iterator[str]:
     for line in file:
         size += len(line.data)
         if size > MAX_YAML_BYTES:
-            raise ParseError(line.number, f"more than {MAX_YAML_BYTES} bytes; longer lists belong into .txt or .jsonl")
+            raise ParseError(line.number, f"more than {MAX_YAML_BYTES} bytes: use .txt or .jsonl for longer lists")
         yield line.decode()
 
 
 def iter_yaml_fields(node: yaml.MappingNode) -> Iterator[tuple[str, str, yaml.Node]]:
-    """(field, key, value) of a mapping; Fault for an unknown key, for two of one field, and for no prompt."""
+    """(field, key, value) of a mapping; ParseError for an unknown key, two keys of one field, or no prompt."""
     keys: list[str] = []
     for key, value in node.value:
         keys.append(key.value if isinstance(key, yaml.ScalarNode) else "...")
@@ -211,11 +225,11 @@ def iter_yaml_fields(node: yaml.MappingNode) -> Iterator[tuple[str, str, yaml.No
 
 
 def read_yaml_value(node: yaml.Node) -> str | list[Any] | None:
-    """A scalar as text, None where it is null; a list as one of these."""
+    """A scalar as text, or None for null; a list of scalars as a list of these."""
     if isinstance(node, yaml.SequenceNode) and all(isinstance(item, yaml.ScalarNode) for item in node.value):
         return [read_yaml_value(item) for item in node.value]
     if not isinstance(node, yaml.ScalarNode):
-        raise ValueError("nested too deeply: a value or a list of values is needed")
+        raise ValueError("nested too deeply: must be a value or a list of values")
     return None if node.tag == YAML_NULL_TAG else node.value
 
 

@@ -1,4 +1,4 @@
-"""Verification: is a picture what its own metadata say? Drawn again and compared, or which hash differs."""
+"""Verification: an image is generated again from its own metadata and compared, or the hashes that differ are named."""
 
 from __future__ import annotations
 
@@ -14,27 +14,27 @@ from PIL import Image
 
 from ldm import __version__
 from ldm.image_io import image_digest
-from ldm.jobs.outputs import read_image_and_metadata, roundtrip_jpeg
+from ldm.metadata import read_image_and_metadata, recompress_jpeg
 from ldm.pipeline.pipeline import Pipeline
 from ldm.pipeline.request import Request
 
 PIXEL_TOLERANCE = 1  # of 255: kernels round by the shape of a batch
-JPEG_PIXEL_TOLERANCE = 8  # whose steps make more of such a difference
-SHORT_HASH_LENGTH = 10  # digits of a hash
+JPEG_PIXEL_TOLERANCE = 8  # of 255: quantization enlarges such a difference
+SHORT_HASH_LENGTH = 10  # digits
 
 
 class VerifyResult(NamedTuple):
-    """Of one file: does it regenerate, why not, and by how much of 255 and in what share of pixels it differs."""
+    """Whether a file regenerates, a message, the largest difference of pixels, of 255, and the share that differ."""
 
     file: Path
     equal: bool
-    said: str
+    said: str  # these names are keys of `ldm verify --json`
     worst: int | None = None
     share: float | None = None
 
 
 class RecordedImage(NamedTuple):
-    """What a file says of itself, and its picture."""
+    """An image file and the record in its metadata."""
 
     file: Path
     image: Image.Image
@@ -43,66 +43,66 @@ class RecordedImage(NamedTuple):
 
 
 def read_recorded_image(file: Path) -> RecordedImage:
-    """ValueError where the file is no picture, or holds no metadata of ours."""
-    picture, texts = read_image_and_metadata(file)
+    """An image file of ours; ValueError where it is no image, or has no metadata of ours."""
+    image, texts = read_image_and_metadata(file)
     try:
         record = json.loads(texts["ldm"])
-        wanted = (("weights", dict), ("request", dict), ("adapters", list), ("embeddings", dict))
-        whole = all(isinstance(record.get(name), kind) for name, kind in wanted)
+        types = {"weights": dict, "request": dict, "adapters": list, "embeddings": dict}
+        is_complete = all(isinstance(record.get(name), kind) for name, kind in types.items())
     except (KeyError, ValueError, AttributeError, RecursionError):
-        whole = False
-    if not whole:
+        is_complete = False
+    if not is_complete:
         raise ValueError(f"{file}: no settings of ldm in it")
-    return RecordedImage(file, picture, record, file.suffix.lower() in (".jpg", ".jpeg"))
+    return RecordedImage(file, image, record, file.suffix.lower() in (".jpg", ".jpeg"))
 
 
 def verify_images(
     files: Iterable[Path], pipe: Pipeline, image: Image.Image | None = None, mask: Image.Image | None = None
 ) -> Iterator[VerifyResult]:
-    """A verdict on each file, as they are found. `image` and `mask` are what the pictures began from."""
-    known: deque[VerifyResult] = deque()
-    drawn: dict[int, RecordedImage] = {}
+    """A result for each file, as images are finished; `image` and `mask` are the inputs of img2img and inpainting."""
+    failed: deque[VerifyResult] = deque()
+    originals: dict[int, RecordedImage] = {}
     index = count()
 
-    def requests() -> Iterator[Request]:
+    def iter_requests() -> Iterator[Request]:
         for file in files:
             try:
-                claim = read_recorded_image(file)
-                request = rebuild_request(claim, pipe, {"image": image, "mask": mask})
+                original = read_recorded_image(file)
+                request = rebuild_request(original, pipe, {"image": image, "mask": mask})
             except ValueError as error:
-                known.append(VerifyResult(file, False, str(error).removeprefix(f"{file}: ")))
+                failed.append(VerifyResult(file, False, str(error).removeprefix(f"{file}: ")))
             else:
-                drawn[next(index)] = claim
+                originals[next(index)] = original
                 yield request
 
-    for k, picture in pipe.batch_scheduler.run(requests(), lambda share: None):
-        while known:
-            yield known.popleft()
-        yield compare_pixels(drawn.pop(k), picture)
-    yield from known
+    for k, generated in pipe.batch_scheduler.run(iter_requests(), lambda progress_delta: None):
+        while failed:
+            yield failed.popleft()
+        yield compare_pixels(originals.pop(k), generated)
+    yield from failed
 
 
 def rebuild_request(original: RecordedImage, pipe: Pipeline, input_images: Mapping[str, Image.Image | None]) -> Request:
-    """The request that a file says it is of; ValueError where the model differs, or a picture that it began from."""
-    if others := find_model_mismatches(original.record, pipe):
-        raise ValueError("; ".join(others) + describe_version(original))
+    """The request in a file's record; ValueError where the model or an input image is another one."""
+    if mismatches := find_model_mismatches(original.record, pipe):
+        raise ValueError("; ".join(mismatches) + describe_version(original))
     values = dict(original.record["request"])
-    for name, picture in input_images.items():
-        if (wanted := values.get(name)) is None:
+    for name, image in input_images.items():
+        if (digest := values.get(name)) is None:
             continue
-        if picture is None:
-            raise ValueError(f"began from a picture: give it by --{name}")
-        if image_digest(picture) != wanted:
-            raise ValueError(f"--{name}: another picture than the one it began from")
-        values[name] = picture
+        if image is None:
+            raise ValueError(f"made from an input image: give it by --{name}")
+        if image_digest(image) != digest:
+            raise ValueError(f"--{name}: not the image that it was made from")
+        values[name] = image
     try:
         return pipe.resolve(Request(**values))
     except (ValueError, TypeError, AttributeError) as error:
-        raise ValueError(f"its settings cannot be drawn ({error}){describe_version(original)}") from None
+        raise ValueError(f"its settings are invalid ({error}){describe_version(original)}") from None
 
 
 def find_model_mismatches(record: Mapping[str, Any], pipe: Pipeline) -> list[str]:
-    """Which hashes of a file's metadata are not the model's, in words."""
+    """A message for each hash in a file's record that is not the model's."""
     ours = collect_model_hashes(json.loads(pipe.metadata(pipe.resolve(Request("")), "")["ldm"]))
     theirs = collect_model_hashes(record)
     return [
@@ -113,14 +113,14 @@ def find_model_mismatches(record: Mapping[str, Any], pipe: Pipeline) -> list[str
 
 
 def collect_model_hashes(record: Mapping[str, Any]) -> dict[str, Any]:
-    """All that metadata say of a model, by names for the eye."""
+    """The hashes of weights, adapters (with their weight) and embeddings, by names for messages."""
     adapters = {f"adapter {a.get('name')}": [a.get("sha256"), a.get("weight")] for a in record["adapters"]}
-    words = {f"embedding {word}": digits for word, digits in record["embeddings"].items()}
-    return {**record["weights"], **adapters, **words}
+    embeddings = {f"embedding {token}": digits for token, digits in record["embeddings"].items()}
+    return {**record["weights"], **adapters, **embeddings}
 
 
 def shorten_hash(value: Any) -> str:
-    """A hash, or a hash and a weight, as they are shown."""
+    """A hash, or a list of a hash and a weight, for a message."""
     if value is None:
         return "none"
     digits, *weight = value if isinstance(value, list) else [value]
@@ -128,22 +128,21 @@ def shorten_hash(value: Any) -> str:
 
 
 def compare_pixels(original: RecordedImage, image: Image.Image) -> VerifyResult:
-    """Pixels against pixels, RGB; of a JPEG, as one of the drawn picture shows them."""
+    """Compare RGB pixels; where the file is a JPEG, the generated image is compressed in the same way before."""
     if image.size != original.image.size:
-        drawn, found = ("x".join(map(str, size)) for size in (image.size, original.image.size))
-        return VerifyResult(
-            original.file, False, f"is of {found} pixels, and is drawn with {drawn}{describe_version(original)}"
-        )
-    image, near = (roundtrip_jpeg(image), JPEG_PIXEL_TOLERANCE) if original.is_jpeg else (image, PIXEL_TOLERANCE)
+        found, generated = ("x".join(map(str, size)) for size in (original.image.size, image.size))
+        message = f"has {found} pixels, but is generated with {generated}{describe_version(original)}"
+        return VerifyResult(original.file, False, message)
+    image, tolerance = (recompress_jpeg(image), JPEG_PIXEL_TOLERANCE) if original.is_jpeg else (image, PIXEL_TOLERANCE)
     gaps = np.abs(np.asarray(image.convert("RGB"), np.int16) - np.asarray(original.image, np.int16)).max(-1)
     worst, share = int(gaps.max()), float((gaps > 0).mean())
-    said = f"pixels differ by {worst} of 255 at most, {share:.1%} of them at all" if worst else "equal"
-    return VerifyResult(
-        original.file, worst <= near, said + (describe_version(original) if worst > near else ""), worst, share
-    )
+    message = f"pixels differ by {worst} of 255 at most, {share:.1%} of them at all" if worst else "equal"
+    if worst > tolerance:
+        message += describe_version(original)
+    return VerifyResult(original.file, worst <= tolerance, message, worst, share)
 
 
 def describe_version(original: RecordedImage) -> str:
-    """A word on the version that drew a picture, where it is another."""
+    """The version that generated a file, in brackets, where it is another one; else nothing."""
     theirs = original.record.get("version")
-    return "" if theirs == __version__ else f" (drawn by version {theirs}; this is {__version__})"
+    return "" if theirs == __version__ else f" (generated by version {theirs}; this is {__version__})"

@@ -1,45 +1,62 @@
-"""A worker: leases items ahead, draws them by one scheduler, and writes each picture while the next are drawn."""
+"""A worker of a job: it leases items ahead, generates them with one scheduler, and writes each image meanwhile."""
 
 from __future__ import annotations
 
 import hashlib
+import json
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
 
+from ldm.errors import error_text
 from ldm.files import file_sha256
-from ldm.jobs.items import JobItem, compute_item_id, fingerprint_model
+from ldm.image_io import image_digest
 from ldm.jobs.leases import LEASE_TIMEOUT, Leases
 from ldm.jobs.manifest import Manifest, append_manifest_record
-from ldm.jobs.outputs import IMAGE_FORMATS
 from ldm.jobs.source import PromptEntry
+from ldm.metadata import IMAGE_FORMATS, save_image
 from ldm.pipeline.pipeline import Pipeline
 from ldm.pipeline.request import Request
 from ldm.pipeline.scheduler import BatchScheduler
 
-CPU_BATCH_SIZE = 8  # pictures drawn at a time where no memory can be measured
-MAX_BATCH_SIZE = 64  # pictures drawn at a time: beyond it a device gains nothing
+ITEM_ID_DIGITS = 24  # hex: two of 10^9 items share an id with a probability of 10^-11
+FLOAT_FIELDS = {field.name for field in fields(Request) if str(field.type).startswith("float")}
+CPU_BATCH_SIZE = 8  # images, where free memory cannot be measured
+MAX_BATCH_SIZE = 64  # images: beyond it a device gains nothing
 MEMORY_FRACTION = 0.8  # of the free memory
-STRICT_ROWS = 16  # of each call of the network in strict mode: CPU_BATCH guided pictures
-MAX_CONSECUTIVE_FAILURES = 10  # items that may fail one after another before it is the worker that is at fault
-QUEUE_POLL_INTERVAL = 0.1  # seconds between two looks at what other workers hold
-MAX_DEFERRED_ITEMS = 1024  # items of others that are remembered before one looks which are done
+STRICT_ROWS = 16  # of each network evaluation in strict mode: CPU_BATCH_SIZE images with guidance
+MAX_CONSECUTIVE_FAILURES = 10  # of items, before the worker itself is taken to be at fault
+QUEUE_POLL_INTERVAL = 0.1  # seconds
+MAX_DEFERRED_ITEMS = 1024  # leased by other workers, before one looks which of them are done
+
+
+@dataclass(frozen=True)
+class JobItem:
+    """A resolved request, its id, and the first line of the source that asks for it."""
+
+    id: str
+    request: Request
+    line: int
+
+    def image_path(self, suffix: str) -> str:
+        """The image's path in the job's folder."""
+        return f"images/{self.id[:2]}/{self.id}.{suffix}"
 
 
 @dataclass(frozen=True)
 class Job:
     """What every worker of a job has to know; it can be pickled, for other processes and machines.
 
-    `open` loads the model on a device, None its own choice; `model` is what pictures call it. `batch_size` None is by
-    free memory. `shard` (i, n) are the items whose id is i modulo n. `expiry` seconds after its last sign of life a
-    worker of another machine is taken for dead.
+    `load_pipeline` loads the model on a device, None for its own choice; `model_name` goes into the images' metadata.
+    `batch_size` None is by free memory. `shard` (i, n) selects the items whose id is i modulo n. A worker of another
+    machine is taken for dead `lease_timeout` seconds after its last heartbeat.
     """
 
     folder: Path
@@ -53,64 +70,91 @@ class Job:
     lease_timeout: float = LEASE_TIMEOUT
 
     def iter_items(self, pipe: Pipeline) -> Iterator[JobItem]:
-        """The items of this shard, one for each entry: an item that is asked for twice comes twice."""
+        """The items of this shard, one for each entry: equal requests give the same item again."""
         model = fingerprint_model(pipe)
+        i, n = self.shard
         for entry in self.entries:
             request = pipe.resolve(entry.request)
-            item = JobItem(compute_item_id(request, model), request, entry.line)
-            if self.in_shard(item.id):
-                yield item
-
-    def in_shard(self, item_id: str) -> bool:
-        """Is an item of this shard?"""
-        i, n = self.shard
-        return int(item_id, 16) % n == i
+            item_id = compute_item_id(request, model)
+            if int(item_id, 16) % n == i:
+                yield JobItem(item_id, request, entry.line)
 
     def open_leases(self) -> Leases:
-        """A new worker's."""
+        """The leases of a new worker."""
         return Leases(self.folder / "leases", self.lease_timeout)
 
 
-def run_worker(job: Job, stop: threading.Event, device: str | None = None) -> None:
-    """Draw what is left of a job until nothing is, or until `stop`: then what is being drawn is finished.
+def fingerprint_model(pipe: Pipeline) -> dict[str, Any]:
+    """The hashes of a model's components, of its adapters with their weights, and of its embeddings by token."""
+    adapters = [[adapter.sha256, weight] for adapter, weight in pipe.adapters.loaded.values() if weight]
+    return {
+        "weights": dict(pipe.model.weight_hashes),
+        "adapters": sorted(adapters, key=canonical_json),
+        "embeddings": dict(pipe.embedding_hashes),
+    }
 
-    Raises what no other item could avoid: OSError where a picture cannot be written, and what `MAX_CONSECUTIVE_FAILURES` items in a
-    row failed by. All else is the item's own failure, and is recorded.
+
+def canonical_json(values: Any) -> str:
+    """JSON that is one text for equal values: keys sorted, no spaces, ASCII, floats by repr; ValueError for NaN."""
+    return json.dumps(values, sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+
+def compute_item_id(request: Request, model: Mapping[str, Any]) -> str:
+    """The first 24 hex digits of SHA-256 over the canonical JSON of a resolved request and its `fingerprint_model`.
+
+    Fields that are real numbers count as floats, so that 3 and 3.0 are one.
+    """
+
+    def to_float(value: float | None) -> float | None:
+        return None if value is None else float(value)
+
+    record = {name: to_float(v) if name in FLOAT_FIELDS else v for name, v in request.to_record().items()}
+    record["guidance_interval"] = [to_float(v) for v in request.guidance_interval or ()]
+    return hashlib.sha256(canonical_json({"request": record, "model": model}).encode()).hexdigest()[:ITEM_ID_DIGITS]
+
+
+def run_worker(job: Job, stop: threading.Event, device: str | None = None) -> None:
+    """Generate what is left of a job, or until `stop` is set: then finish the images that were begun.
+
+    Raises what no other item could avoid: OSError where an image cannot be written, and the last error of
+    `MAX_CONSECUTIVE_FAILURES` items that failed in a row. Any other error is recorded as the item's own failure.
     """
     with job.open_leases() as leases:
         pipe = job.load_pipeline(device)
         leases.status = {"steps": 0, "batch_size": 0}
         scheduler = build_worker_scheduler(job, pipe)
         with (
-            Prefetcher(job, pipe, leases, stop, max_ready=scheduler.batch_size) as feed,
+            Prefetcher(job, pipe, leases, stop, max_ready=scheduler.batch_size) as prefetcher,
             ImageWriter(job, pipe, leases) as writer,
         ):
-            Worker(scheduler, leases, feed, writer, stop).run()
+            Worker(scheduler, leases, prefetcher, writer, stop).run()
 
 
+def try_run_worker(job: Job, stop: threading.Event, device: str | None = None) -> str | None:
+    """`run_worker`; returns the error that ended it early, in one line, or None."""
+    try:
+        run_worker(job, stop, device)
+    except Exception as error:
+        return describe_error(error)
+    return None
+
+
+@dataclass
 class Worker:
-    """The items that are being drawn, by the scheduler's indexes."""
+    """Passes leased items to the scheduler and its images to the writer."""
 
-    def __init__(
-        self,
-        scheduler: BatchScheduler,
-        leases: Leases,
-        prefetcher: Prefetcher,
-        writer: ImageWriter,
-        stop: threading.Event,
-    ) -> None:
-        self.scheduler, self.leases, self.prefetcher, self.writer, self.stop = (
-            scheduler,
-            leases,
-            prefetcher,
-            writer,
-            stop,
-        )
-        self.running: dict[int, tuple[JobItem, float]] = {}  # with the time when it began
-        self.consecutive_failures = 0  # one after another
+    scheduler: BatchScheduler
+    leases: Leases
+    prefetcher: Prefetcher
+    writer: ImageWriter
+    stop: threading.Event
+
+    def __post_init__(self) -> None:
+        self.running: dict[int, tuple[JobItem, float]] = {}  # the scheduler's index: item and start time
+        self.consecutive_failures = 0
 
     def run(self) -> None:
-        """Draw all that is fed. Where drawing fails, what was being drawn is drawn again, each alone."""
+        """Generate all items. After an error those that were running are generated again, each alone."""
         while True:
             try:
                 return self._generate(self._iter_requests())
@@ -123,13 +167,13 @@ class Worker:
                     self._generate_alone(item)
 
     def _generate(self, requests: Iterator[Request | None]) -> None:
-        for index, picture in self.scheduler.run(requests, self._on_progress):
+        for index, image in self.scheduler.run(requests, self._on_progress):
             item, start = self.running.pop(index)
             self.consecutive_failures = 0
-            self.writer.put(item, picture, time.monotonic() - start)
+            self.writer.put(item, image, time.monotonic() - start)
 
     def _iter_requests(self) -> Iterator[Request | None]:
-        """Requests as there is room for them: None where none is leased yet and others are being drawn."""
+        """Requests as there is room for them; None while nothing is leased and others are running."""
         self.running.clear()
         index = 0
         while not self._should_stop():
@@ -144,14 +188,9 @@ class Worker:
                 yield None
 
     def _generate_alone(self, item: JobItem) -> None:
-        self.running.clear()
-
-        def one() -> Iterator[Request]:
-            self.running[0] = item, time.monotonic()
-            yield item.request
-
+        self.running = {0: (item, time.monotonic())}
         try:
-            self._generate(one())
+            self._generate(iter([item.request]))
         except Exception as error:
             self.consecutive_failures += 1
             self.writer.put_failure(item, describe_error(error))
@@ -167,32 +206,27 @@ class Worker:
 
 
 class Prefetcher:
-    """Items to draw, leased and with their texts encoded by a thread, ahead of their turn."""
+    """Leases items and encodes their prompts in a thread, ahead of their turn."""
 
     def __init__(self, job: Job, pipe: Pipeline, leases: Leases, stop: threading.Event, max_ready: int) -> None:
         self.job, self.pipe, self.leases, self.stop = job, pipe, leases, stop
         self.manifest = Manifest(job.folder)
         self.error: BaseException | None = None
+        self.exhausted = False  # nothing is left, and nothing to come
         self._queue: queue.Queue[JobItem | None] = queue.Queue(max_ready)
         self._closed = threading.Event()
-        self._exhausted = False
-        self._thread = threading.Thread(target=self._run, daemon=True, name="feed")
+        self._thread = threading.Thread(target=self._run, daemon=True, name="prefetcher")
 
     def __enter__(self) -> Prefetcher:
         self._thread.start()
         return self
 
     def __exit__(self, *error: object) -> None:
-        """Raises what the thread failed by."""
+        """Raises the error that ended the thread."""
         self._closed.set()
         self._thread.join()
         if self.error is not None and error[0] is None:
             raise self.error
-
-    @property
-    def exhausted(self) -> bool:
-        """Is there nothing left, and nothing to come?"""
-        return self._exhausted
 
     def get(self, block: bool) -> JobItem | None:
         """The next item; None where there is none yet, or no more."""
@@ -200,7 +234,7 @@ class Prefetcher:
             item = self._queue.get(timeout=QUEUE_POLL_INTERVAL) if block else self._queue.get_nowait()
         except queue.Empty:
             return None
-        self._exhausted = item is None
+        self.exhausted = item is None
         return item
 
     def _run(self) -> None:
@@ -219,7 +253,7 @@ class Prefetcher:
                 continue
 
     def _iter_leased_items(self) -> Iterator[JobItem]:
-        """What nobody has finished and nobody else is at, and then what others leave undone."""
+        """Items that are not finished and not leased by others, then those that others leave unfinished."""
         deferred: dict[str, JobItem] = {}
         self.manifest.refresh()
         for item in self.job.iter_items(self.pipe):
@@ -241,7 +275,7 @@ class Prefetcher:
             time.sleep(QUEUE_POLL_INTERVAL)
 
     def _try_lease(self, item: JobItem) -> bool:
-        """Lease an item that is not settled, and prepare it. What was finished before it was leased shows then."""
+        """Lease an unfinished item and encode its prompt. Another may have finished it just before it was leased."""
         if self.manifest.is_finished(item.id) or not self.leases.acquire(item.id):
             return False
         self.manifest.refresh()
@@ -252,7 +286,7 @@ class Prefetcher:
         return True
 
     def _drop_finished(self, items: dict[str, JobItem]) -> dict[str, JobItem]:
-        """Those of others' items that are not settled by now, and none of this worker's own."""
+        """Less those that are finished by now, and those that this worker has leased."""
         self.manifest.refresh()
         return {k: v for k, v in items.items() if not self.manifest.is_finished(k) and not self.leases.holds(k)}
 
@@ -261,31 +295,31 @@ class Prefetcher:
 
 
 class ImageWriter:
-    """Writes pictures in a thread: file, then line, then the lease is returned. Few may wait for it."""
+    """Writes images in a thread: the file, then its manifest line, then the lease is released. The queue is short."""
 
     def __init__(self, job: Job, pipe: Pipeline, leases: Leases) -> None:
         self.job, self.pipe, self.leases = job, pipe, leases
         self.error: BaseException | None = None
         self._tasks: queue.Queue[Callable[[], None] | None] = queue.Queue(CPU_BATCH_SIZE)
-        self._thread = threading.Thread(target=self._run, daemon=True, name="writer")
+        self._thread = threading.Thread(target=self._run, daemon=True, name="image writer")
 
     def __enter__(self) -> ImageWriter:
         self._thread.start()
         return self
 
     def __exit__(self, *error: object) -> None:
-        """Returns once all is written; raises what could not be."""
+        """Returns once all is written; raises the first error."""
         self._tasks.put(None)
         self._thread.join()
         if self.error is not None:
             raise self.error
 
     def put(self, item: JobItem, image: Image.Image, seconds: float) -> None:
-        """Write a picture, which took so long."""
+        """Write an image that took `seconds`."""
         self._tasks.put(lambda: self._write_image(item, image, seconds))
 
     def put_failure(self, item: JobItem, message: str) -> None:
-        """Record that an item cannot be drawn."""
+        """Record that an item failed."""
         self._tasks.put(lambda: self._append_result(item, {"status": "failed", "reason": message}))
 
     def _run(self) -> None:
@@ -293,22 +327,20 @@ class ImageWriter:
             try:
                 if self.error is None:
                     task()
-            except BaseException as error:  # from here on nothing is written, but all that is put is taken
+            except BaseException as error:  # from here on tasks are taken, so that nobody waits, but not done
                 self.error = error
 
     def _write_image(self, item: JobItem, image: Image.Image, seconds: float) -> None:
         if not self.leases.holds(item.id):
-            return  # this worker slept: another draws it
-        output = IMAGE_FORMATS[self.job.image_format]
-        file = item.image_path(output.suffix)
+            return  # this worker slept, and another one has the item
+        file = item.image_path(IMAGE_FORMATS[self.job.image_format].suffix)
         path = self.job.folder / file
         try:
-            output.save(image, path, self.pipe.metadata(item.request, self.job.model_name))
+            save_image(image, path, self.pipe.metadata(item.request, self.job.model_name), self.job.image_format)
         except (ValueError, SyntaxError) as error:
             return self._append_result(item, {"status": "failed", "reason": describe_error(error)})
-        pixels = hashlib.sha256(image.convert("RGB").tobytes()).hexdigest()
-        record = {"status": "done", "file": file, "sha256": file_sha256(path), "pixels": pixels}
-        self._append_result(item, {**record, "seconds": round(seconds, 3)})
+        hashes = {"sha256": file_sha256(path), "pixels": image_digest(image)["sha256"]}
+        self._append_result(item, {"status": "done", "file": file, **hashes, "seconds": round(seconds, 3)})
 
     def _append_result(self, item: JobItem, result: dict[str, Any]) -> None:
         about = {"line": item.line, "request": item.request.to_record(), "worker": self.leases.worker}
@@ -317,13 +349,13 @@ class ImageWriter:
 
 
 def build_worker_scheduler(job: Job, pipe: Pipeline) -> BatchScheduler:
-    """The scheduler of a worker, as many pictures at a time as fit."""
+    """A scheduler with the job's batch size, or the one that fits into memory."""
     size = job.batch_size or measure_batch_size(job, pipe)
     return BatchScheduler(pipe.model, pipe.prompt_encoder, size, STRICT_ROWS if job.strict else None)
 
 
 def measure_batch_size(job: Job, pipe: Pipeline) -> int:
-    """How many pictures like the job's first are drawn at a time: by the memory of one and of two, where it is CUDA's.
+    """How many images like the job's first fit into CUDA memory, by the peaks of batches of one and of two.
 
     On a CPU, and in strict mode, it is `CPU_BATCH_SIZE`.
     """
@@ -331,24 +363,23 @@ def measure_batch_size(job: Job, pipe: Pipeline) -> int:
     if job.strict or first is None or pipe.device.type != "cuda":
         return CPU_BATCH_SIZE
 
-    def peak(count: int) -> int:
+    def peak_bytes(count: int) -> int:
         torch.cuda.reset_peak_memory_stats(pipe.device)
         scheduler = BatchScheduler(pipe.model, pipe.prompt_encoder, count)
-        list(scheduler.run([first.request] * count, lambda share: None))
+        list(scheduler.run([first.request] * count, lambda progress_delta: None))
         return torch.cuda.max_memory_allocated(pipe.device)
 
-    one, two = peak(1), peak(2)
+    one, two = peak_bytes(1), peak_bytes(2)
     torch.cuda.empty_cache()
     return fit_batch_size(torch.cuda.mem_get_info(pipe.device)[0], one, two)
 
 
 def fit_batch_size(free_bytes: int, peak_one: int, peak_two: int) -> int:
-    """Pictures for which `MEMORY_FRACTION` of `next_image_number` bytes is enough, by the peaks of one and of two: each adds two - one."""
+    """The number of images for which `MEMORY_FRACTION` of `free_bytes` suffices; each takes peak_two - peak_one."""
     return max(1, min(MAX_BATCH_SIZE, int(MEMORY_FRACTION * free_bytes / max(1, peak_two - peak_one))))
 
 
 def describe_error(error: BaseException) -> str:
-    """An error as one line; of a file, its name and what is wrong with it."""
-    if isinstance(error, OSError) and error.strerror and error.filename:
-        return f"{error.filename2 or error.filename}: {error.strerror}"
-    return " ".join(str(error).split())[:500] or type(error).__name__
+    """`error_text`, after the name of the file where the error has one."""
+    name = isinstance(error, OSError) and error.strerror and (error.filename2 or error.filename)
+    return f"{name}: {error_text(error)}" if name else error_text(error)

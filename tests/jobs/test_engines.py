@@ -40,7 +40,7 @@ def test_workers_have_devices(monkeypatch):
     assert assign_devices("local", 2, "cpu") == [None, None] and assign_devices("inline", None, "auto") == [None]
     monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
     assert assign_devices("ray", None, "auto") == [None] and assign_devices("local", 4, "auto") == [None] * 4
-    with pytest.raises(ValueError, match="--workers 2: the engine inline has one"):
+    with pytest.raises(ValueError, match="--workers 2: engine inline has one worker"):
         assign_devices("inline", 2, "auto")
 
 

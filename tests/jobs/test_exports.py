@@ -130,8 +130,8 @@ def test_a_row_group_is_of_modest_size(job, lines, export, monkeypatch):
 
     sizes = [(job / line["file"]).stat().st_size for line in lines]
     for rows, size, wanted in ((2, 2**30, [2, 2, 1]), (100, sum(sizes[:3]), [3, 2])):
-        monkeypatch.setattr(exports, "GROUP_ROWS", rows)
-        monkeypatch.setattr(exports, "GROUP_BYTES", size)
+        monkeypatch.setattr(exports, "ROW_GROUP_IMAGES", rows)
+        monkeypatch.setattr(exports, "ROW_GROUP_BYTES", size)
         meta = parquet.ParquetFile(export(job, "parquet", f"by-{rows}", 5) / "000000.parquet").metadata
         assert [meta.row_group(k).num_rows for k in range(meta.num_row_groups)] == wanted
 
@@ -166,21 +166,21 @@ def test_a_picture_that_is_not_as_it_was_finished_is_named_and_nothing_is_writte
 @pytest.mark.parametrize(
     "change, words, said",
     [
-        (lambda f: (f / "manifest.jsonl").unlink(), [], "no finished picture in it, or not a job's folder"),
-        (lambda f: (f / "manifest.jsonl").write_text(""), [], "no finished picture in it"),
-        (lambda f: shutil.rmtree(f), [], "no finished picture in it"),
+        (lambda f: (f / "manifest.jsonl").unlink(), [], "no manifest.jsonl, so not a job's folder"),
+        (lambda f: (f / "manifest.jsonl").write_text(""), [], "no finished images in it"),
+        (lambda f: shutil.rmtree(f), [], "no manifest.jsonl"),
         (lambda f: (f / "job.json").unlink(), [], "job.json: No such file"),
-        (lambda f: (f / "job.json").write_text("{}"), [], "job.json: says no model"),
+        (lambda f: (f / "job.json").write_text("{}"), [], "job.json: names no model"),
         (
             lambda f: (f / "manifest.jsonl").write_text(
                 '{"id": "a", "line": 1, "status": "done", "file": "b", "sha256": "c"}\n'
             ),
             [],
-            "its line of a says no request",
+            "the line of a has no request",
         ),
         (lambda f: None, ["--to", "zip"], "--to 'zip': choose from webdataset, parquet"),
         (lambda f: None, ["--shard-size", 0], "--shard-size 0"),
-        (lambda f: None, ["--out", "JOB/images"], "is there already"),
+        (lambda f: None, ["--out", "JOB/images"], "exists already"),
         (lambda f: None, ["--out", "JOB/job.json"], "Not a directory"),
     ],
 )
@@ -221,7 +221,7 @@ def test_memory_does_not_grow_with_the_shards(job, lines, tmp_path):
         exports.export_job(folder, tmp_path / kind, kind, 300, lambda n, of: None)
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
-        assert peak < 2.5 * exports.GROUP_BYTES, kind
+        assert peak < 2.5 * exports.ROW_GROUP_BYTES, kind
         shutil.rmtree(tmp_path / kind)
 
 

@@ -240,7 +240,7 @@ def test_a_folder_that_cannot_be_written_is_named(folder, pipe, capsys):
     "change, said",
     [
         (lambda text: "{", "job.json: not JSON"),
-        (lambda text: "{}", "job.json: says no weights"),
+        (lambda text: "{}", "job.json: has no weights"),
         (lambda text: text.replace('"unet": "', '"unet": "0'), "another job: its weights are not these"),
         (lambda text: text.replace('"output": "png"', '"output": "webp"'), "another job: its output is not this"),
         (lambda text: text.replace("float32", "bfloat16"), "another job: its dtype is not this"),

@@ -174,9 +174,9 @@ def test_every_field_of_a_request_is_an_option_of_generate_or_stated_to_have_non
     generate = get_command(cli.app).commands["generate"]
     options = {option for parameter in generate.params for option in parameter.opts}
     assert set(gallery.GENERATE_OPTIONS.values()) <= options and set(gallery.GENERATE_OPTIONS) <= set(
-        gallery.REQUEST_FIELDS
+        gallery.RECORD_FIELDS
     )
-    untold = set(gallery.REQUEST_FIELDS) - set(gallery.GENERATE_OPTIONS)
+    untold = set(gallery.RECORD_FIELDS) - set(gallery.GENERATE_OPTIONS)
     pictures = {"image", "mask"}  # of which a manifest has the fingerprint
     sdxl = {"original_size", "crops_coords_top_left", "target_size"}
     assert untold == {"prompt", "clip_skip", *pictures, *sdxl}

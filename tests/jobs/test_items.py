@@ -6,7 +6,7 @@ from dataclasses import fields, replace
 import pytest
 from PIL import Image
 
-from ldm.jobs.items import canonical_json, compute_item_id, fingerprint_model
+from ldm.jobs.worker import canonical_json, compute_item_id, fingerprint_model
 from ldm.pipeline.request import Request
 
 MODEL = {"weights": {"unet": "0" * 64}, "adapters": [], "embeddings": {}}

@@ -81,12 +81,12 @@ def test_what_the_dead_wrote_is_joined_by_line_and_what_the_living_write_is_left
         append_manifest_record(tmp_path, "dead-2", line("a", number=1))
         append_manifest_record(tmp_path, "dead-2", line("d", "failed", 4))
         append_manifest_record(tmp_path, living.worker, line("c", number=3))
-        assert compact_manifest(tmp_path, leases, should_retry=lambda name: False) == 0
+        assert compact_manifest(tmp_path, leases, retry=()) == 0
         names = sorted(path.name for path in tmp_path.glob("manifest*"))
         assert names == [f"manifest-{living.worker}.jsonl", "manifest.jsonl"]
         ids = [json.loads(text)["id"] for text in (tmp_path / "manifest.jsonl").read_text().splitlines()]
         assert ids == ["a", "b", "d"]
-        compact_manifest(tmp_path, leases, should_retry=lambda name: True)
+        compact_manifest(tmp_path, leases, retry="d")
         assert read(tmp_path).failed == {} and read(tmp_path).done == {"a", "b", "c"}
 
 

@@ -328,12 +328,12 @@ def test_pictures_lie_beside_the_file_wherever_that_is(tmp_path, pipe):
 
 def test_each_fault_is_told_with_its_line_and_what_is_beyond_five_is_counted(tmp_path, pipe):
     good = {"prompt": "a"}
-    faults = [{"prompt": "a", "guidance": float("nan")}, {"prompt": "b", "width": 30}, {"prompt": "(a:1000)"}]
+    faults = [{"prompt": "a", "guidance": float("inf")}, {"prompt": "b", "width": 30}, {"prompt": "(a:1000)"}]
     path = write(tmp_path / "p.jsonl", jsonl([good, *faults, good]))
     with pytest.raises(ValueError) as error:
         open_prompt_source(path, PLAIN).validate(pipe.resolve)
     first, second, third = str(error.value).split("; ")
-    assert first == f"{path}:2: guidance nan: must be from 0 to 1000"
+    assert first == f"{path}:2: guidance inf: must be from 0 to 1000"
     assert second.startswith(f"{path}:3: width 30: must be a multiple of 4") and third.startswith(
         f"{path}:4: prompt weight"
     )

@@ -279,7 +279,7 @@ def test_texts_are_encoded_once_for_each_distinct_prompt(pipe, tmp_path, monkeyp
 
 @pytest.mark.parametrize("output, suffix", [("png", "png"), ("webp", "webp"), ("jpeg", "jpg")])
 def test_every_kind_of_file_keeps_its_texts(pipe, tmp_path, output, suffix):
-    from ldm.jobs.outputs import read_image_and_metadata
+    from ldm.metadata import read_image_and_metadata
 
     requests = [Request("a cat, é 雪", seed=1, num_inference_steps=1)]
     assert go(job_in(tmp_path / "job", pipe, requests=requests, image_format=output), pipe) == 0
