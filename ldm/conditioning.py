@@ -1,4 +1,4 @@
-"""Conditioning: what a network is conditioned on, one row per picture."""
+"""Conditioning: what a network is conditioned on, one row per image."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ KVCache = tuple[tuple[Tensor, Tensor], ...]
 
 @dataclass(frozen=True)
 class Conditioning:
-    """Text as a network sees it: `context` [B, T, C], and, once projected, each cross-attention's keys and values.
+    """The inputs of a network beside x and the timestep.
 
-    `keys_values` holds one (k, v) pair [B, T, inner] for every cross-attention in the order in which the network meets
-    them; it depends on the text alone, so one projection serves all steps of all pictures with that text. `added`
-    [B, D] is what a network of SDXL's kind adds to its timestep: the whole text as one vector, and the sizes.
-    `num_concat_channels` [B, K, h, w] is what a network that inpaints is shown beside x: the mask, and the latents of what is
-    known.
+    `context` [B, T, C] are the text encoders' hidden states. `kv_cache` holds the keys and values [B, T, inner] of
+    every cross-attention, in the order of the network's layers: they depend on the text alone, so one projection serves
+    all steps of all images with that text. `vector` [B, D] is SDXL's pooled text and size embedding, added to the
+    timestep's. `concat` [B, K, h, w] are an inpainting network's input channels beside x: the mask, and the latents of
+    the known image.
     """
 
     context: Tensor
@@ -48,29 +48,29 @@ class Conditioning:
 
     @staticmethod
     def cat(parts: Sequence[Conditioning]) -> Conditioning:
-        """Rows of several conditionings, in order; texts of one length.
+        """Rows of several conditionings, in order, of one text length.
 
-        ValueError where only some have `added`, or `num_concat_channels`.
+        ValueError where only some have `vector`, or `concat`.
         """
         if len(parts) == 1:
             return parts[0]
         return Conditioning(
             torch.cat([p.context for p in parts]),
             _cat_kv_caches(parts, 0),
-            _cat_optional([p.vector for p in parts], "an added vector"),
-            _cat_optional([p.concat for p in parts], "channels"),
+            _cat_optional([p.vector for p in parts], "vector"),
+            _cat_optional([p.concat for p in parts], "concat"),
         )
 
     @staticmethod
     def cat_context(parts: Sequence[Conditioning]) -> Conditioning:
-        """Texts one behind another along T, row by row; what else the first one has is the whole's, as in A1111."""
+        """Contexts concatenated along T, row by row; everything else is the first part's, as in A1111."""
         if len(parts) == 1:
             return parts[0]
         return replace(parts[0], context=torch.cat([p.context for p in parts], 1), kv_cache=_cat_kv_caches(parts, 1))
 
 
 def _cat_kv_caches(parts: Sequence[Conditioning], dim: int) -> KVCache | None:
-    """All parts' keys and values joined; None where one has none, for the network projects the whole then."""
+    """All parts' keys and values concatenated; None where one has none: the network then projects the whole."""
     if any(p.kv_cache is None for p in parts):
         return None
     layers = zip(*(p.kv_cache or () for p in parts), strict=True)
@@ -78,8 +78,8 @@ def _cat_kv_caches(parts: Sequence[Conditioning], dim: int) -> KVCache | None:
 
 
 def _cat_optional(tensors: Sequence[Tensor | None], name: str) -> Tensor | None:
-    """Rows joined, of all parts or of none."""
-    given = [t for t in tensors if t is not None]
-    if len(given) not in (0, len(tensors)):
-        raise ValueError(f"conditioning: {len(given)} of {len(tensors)} parts have {name}")
-    return torch.cat(given) if given else None
+    """Rows concatenated, of all parts or of none."""
+    present = [t for t in tensors if t is not None]
+    if len(present) not in (0, len(tensors)):
+        raise ValueError(f"conditioning: {len(present)} of {len(tensors)} parts have {name}")
+    return torch.cat(present) if present else None

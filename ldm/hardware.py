@@ -1,4 +1,4 @@
-"""The machine at hand: its device, and the number format that pays there."""
+"""Devices, and the dtypes that are fast on them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-# accelerate's names of what a network works in
+# by accelerate's names
 MIXED_PRECISION_DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 BF16_CPU_FEATURES = ("amx_bf16", "avx512_bf16", "avx10_2", "bf16")  # as torch names them; the last is ARM's
 
@@ -19,7 +19,7 @@ def best_device() -> torch.device:
 
 
 def preferred_dtype(device: torch.device) -> torch.dtype:
-    """What networks work in where full precision is not asked: bfloat16 where the hardware multiplies it, else float32.
+    """The dtype of networks in reduced precision: bfloat16 where the hardware multiplies it, else float32.
 
     A CPU without such units takes 85 times as long for a product in bfloat16 as for one in float32 (AMD Zen 3, torch
     2.13, 1024 x 1024), one with AMX a fifth to a tenth.
@@ -31,23 +31,23 @@ def _supports_bf16(device: torch.device) -> bool:
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     if device.type == "cpu":
-        found: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # early torch does not tell
-        return any(found.get(name) for name in BF16_CPU_FEATURES)
+        features: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # not in early versions of torch
+        return any(features.get(name) for name in BF16_CPU_FEATURES)
     return False
 
 
 def autocast(device: torch.device) -> torch.autocast:
-    """A context in which matrix products and convolutions run in `working(device)`."""
+    """A context in which matrix products and convolutions run in `preferred_dtype(device)`."""
     return torch.autocast(device.type, torch.bfloat16, enabled=preferred_dtype(device) == torch.bfloat16)
 
 
 def resolve_frozen_dtype(name: str, device: torch.device) -> torch.dtype:
-    """What weights that do not learn are kept in, by a recipe's name: a dtype's, or auto."""
+    """The dtype of frozen weights by its name in a recipe: a dtype, or auto."""
     return preferred_dtype(device) if name == "auto" else getattr(torch, name)
 
 
 def resolve_mixed_precision(name: str, device: torch.device) -> str:
-    """accelerate's name of a recipe's precision: itself, or for auto that of `working(device)`."""
+    """accelerate's name of a recipe's precision; auto is that of `preferred_dtype(device)`."""
     names = {dtype: name for name, dtype in MIXED_PRECISION_DTYPES.items()}
     return names[preferred_dtype(device)] if name == "auto" else name
 

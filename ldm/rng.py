@@ -1,4 +1,4 @@
-"""Noise: one seed per image, so that a picture depends on its own seed and on nothing else."""
+"""Noise: one generator per image, so that an image depends on its own seed and on nothing else."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ MAX_BROWNIAN_TREE_DEPTH = 44
 def derive_seed(*parts: int | str) -> int:
     """A seed of 63 bits, BLAKE2b over the parts: the same in every process, machine and version.
 
-    What is drawn for a sample is keyed by (seed, sample, visit, purpose), so that it depends on no batch or process.
+    Random numbers of a sample are keyed by (seed, sample, visit, purpose), so that they depend on no batch or process.
     """
     return int.from_bytes(hashlib.blake2b(json.dumps(parts).encode(), digest_size=8).digest(), "big") >> 1
 
@@ -29,10 +29,11 @@ def derive_uniform(*parts: int | str) -> float:
 
 
 class Noise:
-    """N(0, I) for a batch of pictures; row i comes from seed i alone, whatever the batch.
+    """N(0, I) for a batch of images; row i comes from seed i alone, whatever the batch.
 
-    `noise(like)` draws afresh; `noise.between(like, sigma, to_sigma)` reads one fixed Brownian path per picture. Drawn
-    in float32 on the CPU, then moved to the device and dtype of the argument [B, ...], which has one row per seed.
+    `noise(like)` is new noise; `noise.between(like, sigma, to_sigma)` reads one fixed Brownian path per image.
+    Generated in float32 on the CPU, then moved to the device and dtype of the argument [B, ...], which has one row per
+    seed.
     """
 
     def __init__(self, seeds: Sequence[int]) -> None:
@@ -40,16 +41,16 @@ class Noise:
         self.brownian_paths = [BrownianPath(seed) for seed in seeds]
 
     def __call__(self, like: Tensor) -> Tensor:
-        """Fresh noise. Row i of the first draw is diffusers' latent of seed i.
+        """New noise. Row i of the first call is diffusers' initial latent of seed i.
 
         That is `torch.randn([1, C, h, w], generator=torch.Generator().manual_seed(seed))`.
         """
         self._check_batch_size(like)
-        drawn = [torch.randn(like.shape[1:], generator=g) for g in self.generators]
-        return torch.stack(drawn).to(like, non_blocking=True)
+        rows = [torch.randn(like.shape[1:], generator=g) for g in self.generators]
+        return torch.stack(rows).to(like, non_blocking=True)
 
     def between(self, like: Tensor, sigma: float, to_sigma: float) -> Tensor:
-        """The unit-variance increment of the pictures' Brownian paths from noise scale sigma to to_sigma.
+        """The unit-variance increment of the images' Brownian paths from noise scale sigma to to_sigma.
 
         A finer grid refines the same path. 1 >= sigma > to_sigma > 0.
         """
@@ -80,7 +81,9 @@ class BrownianPath:
         """B at the noise scale sigma in (0, 1], float32."""
         key = sigma, shape
         if key not in self._cache:
-            if len(self._cache) > 1:  # a sampler asks for the ends of its step: the first is the last one's second
+            if (
+                len(self._cache) > 1
+            ):  # a sampler reads both ends of each step: the first is the last one of the step before
                 self._cache.pop(next(iter(self._cache)))
             self._cache[key] = torch.from_numpy(self._bridge(sigma**2, tuple(shape)) / np.float32(sigma**2))
         return self._cache[key]

@@ -1,7 +1,7 @@
-"""Inverse problems without retraining: a denoiser that knows a measurement, as a wrapper of a denoiser.
+"""Inverse problems without retraining: a denoiser conditioned on a measurement, which wraps a denoiser.
 
-y = A(x_0) + noise_std n, n ~ N(0, I). An operator A is any differentiable function of pictures or latents, row by row;
-its adjoint is autograd's. `posterior(denoise, lambda z: operator(decode(vae, z)), y, noise_std)` works on latents.
+y = A(x_0) + noise_std n, n ~ N(0, I). An operator A is any differentiable function of images or latents, row by row;
+its adjoint is autograd's. `tmpd(denoise, lambda z: operator(decode_latents(vae, z)), y, noise_std)` works on latents.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ldm.diffusion.denoiser import Denoise, NoiseLevels, as_level_list
-from ldm.diffusion.sde import append_dims
+from ldm.diffusion.denoiser import Denoise
+from ldm.diffusion.sde import NoiseLevels, append_dims, as_level_list
 
-Operator = Callable[[Tensor], Tensor]  # A: [B, ...] -> [B, ...], each row by itself
+Operator = Callable[[Tensor], Tensor]  # A: [B, ...] -> [B, ...], row by row
 LUMA_WEIGHTS = (0.299, 0.587, 0.114)  # of R, G, B: ITU-R BT.601
 
 
@@ -34,9 +34,8 @@ def tmpd(
 
     Boys et al. 2023 (TMPD, arXiv 2310.06721), with `iterations` of conjugate gradients in place of its diagonal; exact
     for Gaussian data and a linear A once they are as many as the measurement's numbers. Each costs a backward pass
-    through the network. `measurement` [B, ...] or [1, ...] is in A's units. Below `from_log_snr` the answer stays
-    `denoise`'s: there C would be the error of the network's Jacobian over alpha. Raises ValueError unless
-    noise_std > 0.
+    through the network. `measurement` [B, ...] or [1, ...] is in A's units. Below `min_log_snr` the output is
+    `denoise`'s: there C would be the error of the network's Jacobian over alpha. ValueError unless noise_std > 0.
     """
     if not noise_std > 0:
         raise ValueError(f"noise_std {noise_std}: must be above 0")
@@ -67,21 +66,20 @@ def tmpd(
 def linearize_operator(operator: Operator, m: Tensor, measurement: Tensor) -> tuple[Tensor, Operator, Operator]:
     """measurement - A(m), and A's tangent at m: w -> J w and u -> J^T u. J w is the derivative by u of <J^T u, w>."""
     with sdpa_kernel(SDPBackend.MATH):  # the attention kernel that can be differentiated twice
-        seen = operator(m)
-    u = torch.zeros_like(seen, requires_grad=True)
-    (pulled,) = torch.autograd.grad(seen, m, u, create_graph=True)
+        output = operator(m)
+    u = torch.zeros_like(output, requires_grad=True)
+    (pulled,) = torch.autograd.grad(output, m, u, create_graph=True)
     return (
-        (measurement - seen).detach(),
+        (measurement - output).detach(),
         lambda w: torch.autograd.grad(pulled, u, w, retain_graph=True)[0],
-        lambda u: torch.autograd.grad(seen, m, u, retain_graph=True)[0],
+        lambda u: torch.autograd.grad(output, m, u, retain_graph=True)[0],
     )
 
 
 def conjugate_gradients(matvec: Operator, b: Tensor, iterations: int) -> Tensor:
-    """u [B, ...] with apply(u) = b, each row by itself (Hestenes & Stiefel 1952), from u = 0.
+    """u [B, ...] with matvec(u) = b, row by row (Hestenes & Stiefel 1952), from u = 0.
 
-    A row whose search meets a direction that `apply_layer` does not stretch, as a network's Jacobian allows, or that has
-    arrived, stays where it is.
+    A row stops at a direction of no positive curvature, which a network's Jacobian allows, and when it has converged.
     """
 
     def dot(a: Tensor, c: Tensor) -> Tensor:
@@ -100,21 +98,21 @@ def conjugate_gradients(matvec: Operator, b: Tensor, iterations: int) -> Tensor:
 
 
 def mask_operator(mask: Tensor) -> Operator:
-    """What is seen where mask [..., H, W] is 1; 0 elsewhere."""
-    return lambda pictures: pictures * mask.to(pictures)
+    """The image where mask [..., H, W] is 1; 0 elsewhere."""
+    return lambda images: images * mask.to(images)
 
 
 def downsample_operator(factor: int) -> Operator:
     """Means of factor x factor boxes: [B, C, H, W] to [B, C, H / factor, W / factor]."""
-    return lambda pictures: F.avg_pool2d(pictures, factor)
+    return lambda images: F.avg_pool2d(images, factor)
 
 
 def grayscale_operator() -> Operator:
     """Luma, [B, 3, H, W] to [B, 1, H, W]."""
-    return lambda pictures: (pictures * pictures.new_tensor(LUMA_WEIGHTS).view(3, 1, 1)).sum(1, keepdim=True)
+    return lambda images: (images * images.new_tensor(LUMA_WEIGHTS).view(3, 1, 1)).sum(1, keepdim=True)
 
 
-OPERATORS: dict[str, Callable[..., Operator]] = {  # by what undoing them is called
+OPERATORS: dict[str, Callable[..., Operator]] = {  # by the name of the inverse problem
     "inpaint": mask_operator,
     "super_resolution": downsample_operator,
     "colourise": grayscale_operator,

@@ -1,7 +1,7 @@
-"""Likelihood: how probable a picture is under the model, exactly by the flow and from below by the ELBO.
+"""Likelihood: the log-probability of an image under the model, exactly by the flow and from below by the ELBO.
 
-The model draws x ~ N(0, I) at the first noise level, whatever its SNR, as `samplers.sample` does, and follows its
-flow or its reverse SDE to the data. All densities are of the x that the denoiser knows (latents), in nats.
+The model starts from x ~ N(0, I) at the first noise level, whatever its SNR, as `samplers.sample` does, and follows its
+flow or its reverse SDE to the data. All densities are of the denoiser's x (latents), in nats.
 """
 
 from __future__ import annotations
@@ -9,36 +9,26 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
-import numpy as np
 import torch
-from scipy.integrate import solve_ivp
 from torch import Tensor
 
 from ldm.diffusion.denoiser import CountNFE, Denoise
-from ldm.diffusion.sde import CLEAN_LEVEL, VPSDE, NoiseLevel
+from ldm.diffusion.ode import Drift, integrate_adaptive, integrate_rk4, velocity
+from ldm.diffusion.sde import CLEAN_LEVEL, VPSDE, NoiseLevels, alpha_sigma, clamp_levels
 from ldm.diffusion.timesteps import TimeGrid
 
-WhiteNoise = Callable[
-    [Tensor], Tensor
-]  # like Noise: N(0, I) of the shape of its argument, row i from image i's own seed
-TraceEstimator = Callable[
-    [Tensor, Tensor], Tensor
-]  # (f(x) with its graph, x) [B, ...] -> k estimates of tr df/dx, [B, k]
+WhiteNoise = Callable[[Tensor], Tensor]  # like Noise: N(0, I) of the argument's shape, row i from image i's own seed
 LogProb = Callable[[Tensor], Tensor]  # x [B, ...] -> nats [B], float64
-DriftAndDivergence = Callable[
-    [Tensor, NoiseLevel], tuple[Tensor, Tensor]
-]  # (x, level) -> dx/dphi [B, ...], its divergence [B, k]
 
 
 @dataclass(frozen=True)
 class LikelihoodEstimate:
-    """Nats of each image, drawn k times independently: their mean estimates, their spread tells how well.
+    """Nats of each image from k independent samples: their mean, and its standard error.
 
-    `draws` [B, k] float64; `dim` numbers an image has; `evaluations` of the denoiser. An exact result has one draw.
-    The difference of two estimates that share their noise is taken draw by draw, so that what is common cancels.
+    `samples` [B, k] float64; `dim` numbers an image has; `nfe` denoiser evaluations. An exact result has one sample.
+    The difference of two estimates that share their noise is taken sample by sample, so that what is common cancels.
     """
 
     samples: Tensor
@@ -51,16 +41,16 @@ class LikelihoodEstimate:
 
     @property
     def standard_error(self) -> Tensor:
-        """Of `nats` [B]; NaN where one draw cannot tell."""
+        """Of `nats` [B]; NaN for one sample."""
         return self.samples.std(1) / math.sqrt(self.samples.shape[1])
 
     @property
     def bits_per_dim(self) -> Tensor:
-        """-nats / (dim log 2): a code's length, for which less is better."""
+        """-nats / (dim log 2): a code length, lower is better."""
         return -self.nats / (self.dim * math.log(2))
 
     def to_records(self) -> list[dict[str, Any]]:
-        """One for each image, as JSON values."""
+        """One record of JSON values for each image."""
         errors, bit = self.standard_error, self.dim * math.log(2)
         columns = {
             "nats": self.nats,
@@ -75,15 +65,25 @@ class LikelihoodEstimate:
         return LikelihoodEstimate(self.samples - other.samples, self.dim, self.nfe + other.nfe)
 
 
-def exact_trace(y: Tensor, x: Tensor) -> Tensor:
-    """tr dy/dx by one gradient for each dimension: for small ones."""
+class TraceEstimator(NamedTuple):
+    """`estimate(f(x) with its graph, x)` [B, ...] gives k independent estimates of tr df/dx, [B, k]."""
+
+    estimate: Callable[[Tensor, Tensor], Tensor]
+    num_estimates: int
+
+
+def _exact_trace(y: Tensor, x: Tensor) -> Tensor:
+    """tr dy/dx by one gradient for each dimension: for few dimensions."""
     columns = y.flatten(1).unbind(1)
     diagonal = [_vjp(c, x, torch.ones_like(c)).flatten(1)[:, i] for i, c in enumerate(columns)]
     return torch.stack(diagonal, 1).double().sum(1, keepdim=True)
 
 
+exact_trace = TraceEstimator(_exact_trace, 1)
+
+
 def rademacher_probe(z: Tensor) -> Tensor:
-    """+-1 with the signs of z ~ N(0, I): of all probes those with the least variance (Hutchinson 1990)."""
+    """+-1 with the signs of z ~ N(0, I), the probes of least variance (Hutchinson 1990)."""
     return torch.ones_like(z).copysign(z)
 
 
@@ -95,27 +95,27 @@ def hutchinson_trace(
 ) -> TraceEstimator:
     """tr J = E[e^T J e], e with mean 0 and covariance I, k times over (Hutchinson 1990; Song et al. 2021, eq. 40).
 
-    Probes are drawn afresh at each level, so that their errors cancel along the flow; adaptive steps, which need
-    a smooth integrand, take `frozen(noise)`.
+    Each evaluation samples new probes, so that their errors cancel along the flow; adaptive steps need a smooth
+    integrand: `freeze_noise(noise)`.
     """
 
     def trace(y: Tensor, x: Tensor) -> Tensor:
         probes = probe(noise(x.new_empty(len(x), num_probes, *x.shape[1:]))).unbind(1)
         return torch.stack([(e * _vjp(y, x, e)).flatten(1).double().sum(1) for e in probes], 1)
 
-    return trace
+    return TraceEstimator(trace, num_probes)
 
 
 def freeze_noise(noise: WhiteNoise) -> WhiteNoise:
-    """The first draw, again and again."""
-    drawn: list[Tensor] = []
+    """Noise that repeats its first sample."""
+    first: list[Tensor] = []
 
-    def again(like: Tensor) -> Tensor:
-        if not drawn:
-            drawn.append(noise(like))
-        return drawn[0]
+    def repeat(like: Tensor) -> Tensor:
+        if not first:
+            first.append(noise(like))
+        return first[0]
 
-    return again
+    return repeat
 
 
 def _vjp(y: Tensor, x: Tensor, vector: Tensor) -> Tensor:
@@ -136,26 +136,12 @@ def log_likelihood(
 ) -> LikelihoodEstimate:
     """log p(x) = log prior(x_1) + int_0^phi_1 div v dphi: Song et al. 2021, eq. 39, in the angle phi.
 
-    With alpha = cos phi and sigma = sin phi the probability flow is dx/dphi = v = (alpha x - E[x_0 | x]) / sigma,
-    bounded even at zero SNR. Classic Runge-Kutta steps, order 4, from the picture x [B, ...] up to grid[0];
-    four evaluations each. `prior` is N(0, I), what sampling starts from; data diffused to a positive SNR are
-    distributed a little otherwise.
+    Classic Runge-Kutta steps, order 4, from the image x [B, ...] up to grid[0]; four evaluations each. `prior` is
+    N(0, I), from which sampling starts; the law of data diffused to a positive SNR differs a little.
     """
-    counted = CountNFE(denoise)
-    slope = _drift_and_divergence(counted, grid.sde, trace)
-    levels = grid[::-1]
-    angles = [p.angle for p in levels]
-    middles = grid.sde.levels_at_angles([(a + b) / 2 for a, b in pairwise(angles)])
-    y, gained = x, torch.zeros(len(x), 1, dtype=torch.float64, device=x.device)
-    for (now, to), (start, end), middle in zip(pairwise(levels), pairwise(angles), middles, strict=True):
-        h = end - start
-        v1, d1 = slope(y, now)
-        v2, d2 = slope(y + h / 2 * v1, middle)
-        v3, d3 = slope(y + h / 2 * v2, middle)
-        v4, d4 = slope(y + h * v3, to)
-        y = y + h / 6 * (v1 + 2 * (v2 + v3) + v4)
-        gained = gained + h / 6 * (d1 + 2 * (d2 + d3) + d4)
-    return LikelihoodEstimate(prior(y)[:, None] + gained, x[0].numel(), counted.nfe)
+    counter = CountNFE(denoise)
+    drift, state = _augmented_flow(counter, x, grid.sde, trace)
+    return _estimate(x, integrate_rk4(drift, state, grid.sde, grid[::-1]), prior, counter)
 
 
 def log_likelihood_adaptive(
@@ -166,55 +152,44 @@ def log_likelihood_adaptive(
     prior: LogProb = standard_normal_log_prob,
     tolerance: float = 1e-4,
 ) -> LikelihoodEstimate:
-    """`log_likelihood` by Dormand & Prince's adaptive steps (scipy's RK45), each to a tolerance, relative and absolute.
+    """`log_likelihood` of x [B, ...] by `integrate_adaptive`, to a tolerance, relative and absolute."""
+    counter = CountNFE(denoise)
+    drift, state = _augmented_flow(counter, x, sde, trace)
+    end = integrate_adaptive(drift, state, sde, CLEAN_LEVEL, sde.level(1.0), tolerance, tolerance)
+    return _estimate(x, end, prior, counter)
 
-    One image at a time, x [1, ...], for its steps are its own. ValueError for more, and where no step is small enough.
+
+def _augmented_flow(denoise: Denoise, x: Tensor, sde: VPSDE, trace: TraceEstimator) -> tuple[Drift, Tensor]:
+    """The flow of (x, int div v) as rows [B, dim + k], and its state at the image; float64.
+
+    Below the lowest level that the network knows, t = 1 / num_train_timesteps, v is that level's times sigma /
+    sigma_lowest: there v = -sigma/alpha (x + grad log p) nearly, which is 0 at the data, so that the image needs no
+    noise to begin.
     """
-    if len(x) != 1:
-        raise ValueError(f"{len(x)} images: adaptive steps take one at a time")
-    counted = CountNFE(denoise)
-    slope, dim, last = _drift_and_divergence(counted, sde, trace), x.numel(), sde.level(1.0).angle
+    lowest, dim = sde.level_at_timestep(0), x[0].numel()
 
-    def derivative(angle: float, state: np.ndarray) -> np.ndarray:
-        (level,) = sde.levels_at_angles([angle])
-        return _flatten_state(*slope(torch.from_numpy(state[:dim]).to(x).view_as(x), level))
-
-    _, nothing = slope(x, CLEAN_LEVEL)  # 0 for each probe
-    end = solve_ivp(derivative, (0, last), _flatten_state(x, nothing), t_eval=[last], rtol=tolerance, atol=tolerance)
-    if not end.success:
-        raise ValueError(f"tolerance {tolerance:g}: no step of the flow is small enough ({end.message})")
-    y, gained = (torch.from_numpy(part.T).to(x.device) for part in (end.y[:dim], end.y[dim:]))
-    return LikelihoodEstimate(prior(y.view_as(x))[:, None] + gained, dim, counted.nfe)
-
-
-def _flatten_state(x: Tensor, divergence: Tensor) -> np.ndarray:
-    return torch.cat([x.flatten().double(), divergence.flatten()]).cpu().numpy()
-
-
-def _drift_and_divergence(denoise: Denoise, sde: VPSDE, trace: TraceEstimator) -> DriftAndDivergence:
-    """v and its divergence. Below the level where t = 1/steps, the lowest that the network knows, v falls with sigma.
-
-    There v = -sigma/alpha (x + grad log p) nearly, which is 0 at the data: the picture needs no noise to begin.
-    """
-    lowest = sde.level_at_timestep(0)
-
-    def slope(x: Tensor, level: NoiseLevel) -> tuple[Tensor, Tensor]:
-        asked = lowest if level.t < lowest.t else level
-        share = level.sigma / asked.sigma
+    def drift(state: Tensor, levels: NoiseLevels) -> Tensor:
+        known = clamp_levels(levels, lowest)
         with torch.inference_mode(False):  # this also turns gradients on
-            x = x.detach().clone().requires_grad_()
-            v = (asked.alpha * x - denoise(x, asked)) / asked.sigma
-            divergence = trace(v, x)
-        return share * v.detach(), share * divergence
+            y = state[:, :dim].detach().clone().view(x.shape).to(x.dtype).requires_grad_()
+            v = velocity(y, denoise(y, known), known)
+            divergence = trace.estimate(v, y)
+        share = alpha_sigma(levels, state)[1] / alpha_sigma(known, state)[1]
+        return share * torch.cat([v.detach().flatten(1).double(), divergence], 1)
 
-    return slope
+    return drift, torch.cat([x.flatten(1).double(), x.new_zeros(len(x), trace.num_estimates).double()], 1)
+
+
+def _estimate(x: Tensor, state: Tensor, prior: LogProb, counter: CountNFE) -> LikelihoodEstimate:
+    dim = x[0].numel()
+    return LikelihoodEstimate(prior(state[:, :dim].view(x.shape))[:, None] + state[:, dim:], dim, counter.nfe)
 
 
 @dataclass(frozen=True)
 class Elbo:
-    """The bound and what it consists of, nats of each image: -(prior + sum of diffusion + reconstruction).
+    """The bound and its terms, nats of each image: -(prior + sum of diffusion + reconstruction).
 
-    `diffusion` [B, n] belongs to the n steps between `log_snr` [n + 1]; `prior`, `sigma_vae_log_prob` [B].
+    `diffusion` [B, n] belongs to the n steps between `log_snr` [n + 1]; `prior`, `reconstruction` [B].
     """
 
     bound: LikelihoodEstimate
@@ -224,7 +199,7 @@ class Elbo:
     reconstruction: Tensor
 
     def to_records(self) -> list[dict[str, Any]]:
-        """The terms of each image, as JSON values."""
+        """The terms of each image, as JSON values, one record each."""
         edges = self.log_snr.tolist()
         return [
             {"prior": prior, "log_snr": edges, "diffusion": diffusion, "reconstruction": reconstruction}
@@ -234,9 +209,7 @@ class Elbo:
         ]
 
 
-ElboTimeSampler = Callable[
-    [TimeGrid, Tensor], tuple[Tensor, Tensor]
-]  # (grid, u [B, n] in [0, 1]) -> t, weight of |x0 - x0'|^2
+ElboTimeSampler = Callable[[TimeGrid, Tensor], tuple[Tensor, Tensor]]  # (grid, u [B, n]) -> t, weight of |x0 - x0'|^2
 
 
 def discrete_elbo_times(grid: TimeGrid, u: Tensor) -> tuple[Tensor, Tensor]:
@@ -246,9 +219,9 @@ def discrete_elbo_times(grid: TimeGrid, u: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def continuous_elbo_times(grid: TimeGrid, u: Tensor) -> tuple[Tensor, Tensor]:
-    """Infinitely many steps, 1/2 int SNR |x0 - x0'|^2 dlog-SNR: Kingma et al. 2021, eq. 15.
+    """The limit of infinitely many steps, 1/2 int SNR |x0 - x0'|^2 dlog-SNR: Kingma et al. 2021, eq. 15.
 
-    Times are uniform in log-SNR within each of the grid's steps: where they differ, they are strata alone.
+    Times are uniform in log-SNR within each of the grid's steps, which are strata.
     """
     log_snr = grid.sde.log_snr(torch.tensor([p.t for p in grid[:-1]], dtype=torch.float64))
     if not log_snr.isfinite().all():
@@ -269,7 +242,7 @@ def estimate_elbo(
     """log p(x) >= -KL(q(x_1 | x) | N(0, I)) - sum w E|x - E[x_0 | x_t]|^2 + E log p(x | x_lowest).
 
     Kingma et al. 2021, eqs. 11 to 15. The last step to x is N(E[x_0 | x_lowest], (sigma/alpha)^2 I) at the grid's
-    lowest level, the continuous decoder of Ho et al. 2020 (section 3.3). x [B, ...]; every draw takes its own noise
+    lowest level, the continuous decoder of Ho et al. 2020 (section 3.3). x [B, ...]; every sample takes its own noise
     for each of the len(grid) - 1 levels. ValueError for a grid of one step.
     """
     if len(grid) < 3:
@@ -277,14 +250,14 @@ def estimate_elbo(
     dim, (first, lowest) = x[0].numel(), (grid[0], grid[-2])
     prior = (first.alpha * x.flatten(1).double()).square().sum(1) - dim * (first.alpha**2 + 2 * math.log(first.sigma))
     constant = dim / 2 * math.log(2 * math.pi * (lowest.sigma / lowest.alpha) ** 2)
-    counted = CountNFE(denoise)
+    counter = CountNFE(denoise)
     terms = torch.stack(
-        [_elbo_terms(counted, x, grid, noise, time_sampler) for _ in range(num_samples)]
-    )  # [draws, B, n + 1]
+        [_elbo_terms(counter, x, grid, noise, time_sampler) for _ in range(num_samples)]
+    )  # [S, B, n + 1]
     total = -(prior / 2 + constant + terms.sum(2)).T
     log_snr = grid.sde.log_snr(torch.tensor([p.t for p in grid[:-1]], dtype=torch.float64))
     mean = terms.mean(0)
-    bound = LikelihoodEstimate(total, dim, counted.nfe)
+    bound = LikelihoodEstimate(total, dim, counter.nfe)
     return Elbo(bound, log_snr, prior / 2, mean[:, :-1], constant + mean[:, -1])
 
 

@@ -1,4 +1,4 @@
-"""Measurements of a picture under a model: how probable it is, and the noise that it comes from."""
+"""Measurements of an image under a model: its log-likelihood, and the noise it is generated from."""
 
 from __future__ import annotations
 
@@ -46,10 +46,10 @@ def measure_likelihood(
     probes: int = 4,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """log p(z | prompt), log p(z) and their difference, z ~ q(z | picture): JSON values, nats and bits per dimension.
+    """log p(z | prompt), log p(z) and their difference, z ~ q(z | image): JSON values, nats and bits per dimension.
 
-    `method` is ode, elbo or both. The prompt and no prompt see the same latent, probes and noise. The autoencoder's
-    part stands apart, under "vae". `tmpd` is `pipe.encode([picture])`.
+    `method` is ode, elbo or both. The prompt and the empty prompt share the latent, probes and noise. The
+    autoencoder's part is separate, under "vae". `posterior` is `pipe.encode_images([image])`.
     """
     texts = {"log p(z)": ""} if prompt is None else {"log p(z | prompt)": prompt, "log p(z)": ""}
     record: dict[str, Any] = {"latent": list(posterior.mean.shape[1:])}
@@ -70,7 +70,7 @@ def measure_likelihood(
 def ode_log_likelihood(
     pipe: Pipeline, posterior: Posterior, prompt: str, steps: int, tolerance: float | None, probes: int, seed: int
 ) -> LikelihoodEstimate:
-    """log p(z | text) by the probability-flow ODE, in fixed steps or to a tolerance."""
+    """log p(z | text) by the probability-flow ODE, with fixed steps or to a tolerance."""
     sde, denoise, noise = pipe.model.sde, prompt_denoiser(pipe, prompt, posterior.mean), Noise([seed])
     z = posterior.sample(noise(posterior.mean))
     if tolerance is None:
@@ -79,7 +79,7 @@ def ode_log_likelihood(
 
 
 def prompt_denoiser(pipe: Pipeline, prompt: str, z: Tensor, guidance: float = 1.0) -> Denoise:
-    """The denoiser of latents like z [1, C, h, w], given a text."""
+    """The denoiser of latents like z [1, C, h, w], conditioned on a prompt."""
     height, width = (n * vae_scale_factor(pipe.model.vae) for n in z.shape[-2:])
     return pipe.cfg_denoiser([prompt], [""], guidance, size=(height, width))
 
@@ -92,27 +92,26 @@ def prompt_elbo(pipe: Pipeline, posterior: Posterior, prompt: str, steps: int, n
 
 
 def vae_likelihood(pipe: Pipeline, image: Image.Image, posterior: Posterior, seed: int) -> dict[str, dict[str, float]]:
-    """The autoencoder's part: the entropy of q(z | picture), and log p(picture | z), of pixels in [-1, 1]."""
+    """The autoencoder's part: the entropy of q(z | image), and log p(image | z), of pixels in [-1, 1]."""
     x = from_uint8(np.array(image)[None]).to(posterior.mean.device)
-    drawn = decode_latents(pipe.model.vae, posterior.sample(Noise([seed])(posterior.mean)))
-    nats = LikelihoodEstimate(sigma_vae_log_prob(x, drawn)[:, None], x.numel(), 1)
-    error = (x - drawn).double().square().mean().sqrt().item()
+    decoded = decode_latents(pipe.model.vae, posterior.sample(Noise([seed])(posterior.mean)))
+    nats = LikelihoodEstimate(sigma_vae_log_prob(x, decoded)[:, None], x.numel(), 1)
+    error = (x - decoded).double().square().mean().sqrt().item()
     pixels = {"nats": nats.nats.item(), "bits_per_dim": nats.bits_per_dim.item(), "sigma": error}
     return {"log p(picture | z)": pixels, "entropy of q(z | picture)": {"nats": gaussian_entropy(posterior.std).item()}}
 
 
 def compare_estimates(estimates: dict[str, LikelihoodEstimate]) -> dict[str, dict[str, float]]:
     """Records by name and, of two estimates with common noise, their difference."""
-    named = dict(estimates)
     if len(estimates) == 2:
         first, second = estimates.values()
-        named["difference"] = first - second
-    return {name: estimate.to_records()[0] for name, estimate in named.items()}
+        estimates = {**estimates, "difference": first - second}
+    return {name: estimate.to_records()[0] for name, estimate in estimates.items()}
 
 
 @dataclass(frozen=True)
 class InversionResult:
-    """What a picture's inversion ends in, the picture that comes back from there, and how far it is off."""
+    """The state that an inversion ends in, the image decoded from it, and metrics of the round trip."""
 
     state: tuple[Tensor, ...]
     image: Image.Image
@@ -130,14 +129,13 @@ def invert_image(
     guidance: float,
     **options: float,
 ) -> InversionResult:
-    """A picture's latent z to its noise and back by a row of `INVERSION_SCHEMES`; errors are of z, and in levels of 255."""
-    chosen = choose(INVERSION_SCHEMES, scheme, "scheme")
-    grid = log_snr(pipe.model.sde, steps)
+    """An image's latent z to its noise and back by an `INVERSION_SCHEMES` row; errors are of z, and in levels of 255."""
+    chosen, grid = choose(INVERSION_SCHEMES, scheme, "scheme"), log_snr(pipe.model.sde, steps)
     denoise = CountNFE(prompt_denoiser(pipe, prompt, z, guidance))
     trip = measure_round_trip(chosen, denoise, z, grid, **options)
     through_vae, back = to_pil(decode_latents(pipe.model.vae, torch.cat([z, trip.x0.to(z)])))
     noise = trip.state[0]
-    figures = {
+    metrics = {
         "latent_max_error": trip.max_error.item(),
         "latent_rms_error": trip.rms_error.item(),
         "noise_mean": noise.mean().item(),
@@ -146,11 +144,11 @@ def invert_image(
         "picture_rms_error": rms_pixel_error(image, back),
         "picture_rms_error_of_vae": rms_pixel_error(image, through_vae),
     }
-    return InversionResult(trip.state, back, figures)
+    return InversionResult(trip.state, back, metrics)
 
 
 def save_inversion_state(state: Sequence[Tensor], path: Path, settings: Mapping[str, object]) -> None:
-    """Publish what an inversion ends in, float64: the noise, and what else its way back needs."""
+    """Write the state of an inversion, float64 safetensors: the noise, and what else decoding needs."""
     names = ("noise", "below")
     with atomic_write(path) as draft:
         tensors = {name: part.contiguous().cpu() for name, part in zip(names, state, strict=False)}
@@ -158,5 +156,5 @@ def save_inversion_state(state: Sequence[Tensor], path: Path, settings: Mapping[
 
 
 def rms_pixel_error(a: Image.Image, b: Image.Image) -> float:
-    """The root mean square difference of two pictures of one size, in levels of 255."""
+    """The root mean square difference of two images of one size, in levels of 255."""
     return float(np.sqrt(np.mean((np.asarray(a, np.float64) - np.asarray(b, np.float64)) ** 2)))

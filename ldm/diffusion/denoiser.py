@@ -1,8 +1,8 @@
-"""Denoiser: network + SDE + prediction -> E[x_0 | x], the one question that samplers ask."""
+"""Denoiser: network + SDE + prediction -> E[x_0 | x], the one function that samplers evaluate."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -10,21 +10,15 @@ from torch import Tensor
 
 from ldm.conditioning import Conditioning
 from ldm.diffusion.prediction import Prediction
-from ldm.diffusion.sde import VPSDE, NoiseLevel, append_dims
+from ldm.diffusion.sde import VPSDE, NoiseLevels, alpha_sigma, append_dims, as_level_list
 
-NoiseLevels = NoiseLevel | Sequence[NoiseLevel]  # one for all rows, or one per row
 Denoise = Callable[[Tensor, NoiseLevels], Tensor]  # (x, levels) -> E[x_0 | x], float32
 Network = Callable[[Tensor, Tensor, Conditioning], Tensor]  # (x, timesteps [B] float32, cond) -> output
 
 
-def as_level_list(levels: NoiseLevels) -> Sequence[NoiseLevel]:
-    """Levels as a list: of one point for all rows, or of one per row."""
-    return [levels] if isinstance(levels, NoiseLevel) else levels
-
-
 @dataclass
 class CountNFE:
-    """A denoiser that counts its `evaluations`."""
+    """A denoiser that counts its evaluations."""
 
     denoise: Denoise
     nfe: int = 0
@@ -44,7 +38,7 @@ class Denoiser:
     dtype: torch.dtype = torch.float32
 
     def __call__(self, x: Tensor, levels: NoiseLevels, cond: Conditioning) -> Tensor:
-        """E[x_0 | x] [B, ...], float32. Raises ValueError where the output leaves it open: eps, SNR 0."""
+        """E[x_0 | x] [B, ...], float32. ValueError where the output does not determine it: eps at SNR 0."""
         t, alpha, sigma = torch.tensor(as_level_list(levels), dtype=torch.float64).unbind(1)
         if not self.prediction.jacobian(alpha, sigma).isfinite().all():
             raise ValueError("a network of eps or score cannot start at zero SNR: choose spacing karras or log_snr")
@@ -58,6 +52,6 @@ class Denoiser:
 
     def score(self, x: Tensor, levels: NoiseLevels, cond: Conditioning) -> Tensor:
         """grad log p_t(x) = (alpha E[x_0 | x] - x) / sigma^2: Tweedie's formula (Efron 2011, eq. 1.4)."""
-        _, alpha, sigma = torch.tensor(as_level_list(levels), dtype=torch.float64).unbind(1)
         x0 = self(x, levels, cond)
-        return (append_dims(alpha, x0) * x0 - x) / append_dims(sigma, x0) ** 2
+        alpha, sigma = alpha_sigma(levels, x0)
+        return (alpha * x0 - x) / sigma**2

@@ -1,4 +1,4 @@
-"""Guidance: a denoiser that wraps denoisers."""
+"""Guidance and inpainting: denoisers that wrap denoisers."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from ldm.conditioning import Conditioning
-from ldm.diffusion.denoiser import Denoise, Denoiser, NoiseLevels, as_level_list
+from ldm.diffusion.denoiser import Denoise, Denoiser
 from ldm.diffusion.prediction import Prediction
-from ldm.diffusion.sde import NoiseLevel, append_dims
+from ldm.diffusion.sde import NoiseLevels, alpha_sigma, append_dims, as_level_list
 
 FULL_INTERVAL = (0.0, math.inf)  # the interval that leaves no noise level out
 
@@ -27,12 +27,12 @@ def classifier_free_guidance(
 ) -> Denoise:
     """Classifier-free guidance: x0 = u + scale (c - u), without and with text (Ho & Salimans 2022, eq. 6).
 
-    Guiding x0 is guiding eps, v or the score by the same scale: each is affine in x0 with coefficients of
-    (x, t) alone, and the weights scale and 1 - scale sum to 1. `rescale` is `rescale_cfg`'s share; `interval` (low, high)
-    guides only while low < sigma/alpha <= high (Kynkaanniemi et al. 2024). Each is one value or one per
-    row ([B], [B], [B, 2]), on the host. A row with scale 1 or outside its interval is conditional only: nothing
-    unconditional is evaluated for it. All else shares one call of the network. ValueError for a share outside
-    [0, 1] and an interval that is not 0 <= low < high.
+    Guiding x0 is guiding eps, v or the score by the same scale: each is affine in x0 with coefficients of (x, t) alone,
+    and the weights scale and 1 - scale sum to 1. `rescale` is that of `rescale_cfg`; `interval` (low, high) guides only
+    while low < sigma/alpha <= high (Kynkaanniemi et al. 2024). Each is one value or one per row ([B], [B], [B, 2]), on
+    the host. A row with scale 1 or outside its interval is conditional only: its unconditional output is not evaluated.
+    Everything else shares one call of the network. ValueError for a rescale outside [0, 1] and an interval that is not
+    0 <= low < high.
     """
     scales, shares = (torch.as_tensor(value, dtype=torch.float32).expand(len(cond)) for value in (scale, rescale))
     bounds = torch.as_tensor(interval, dtype=torch.float64).expand(len(cond), 2).tolist()
@@ -48,16 +48,16 @@ def classifier_free_guidance(
     def denoise(x: Tensor, levels: NoiseLevels) -> Tensor:
         level = as_level_list(levels)
         of_row = level if len(level) > 1 else [level[0]] * len(x)
-        rows = [i for i in eligible if bounds[i][0] < _noise_to_signal(of_row[i]) <= bounds[i][1]]
+        rows = [i for i in eligible if bounds[i][0] < of_row[i].sigma_over_alpha <= bounds[i][1]]
         if not rows:
             return denoiser(x, levels, cond)
         extra, both = joined(tuple(rows))
-        asked = [of_row[i] for i in rows]
-        doubled = level if len(level) == 1 else [*level, *asked]
+        extra_levels = [of_row[i] for i in rows]
+        doubled = level if len(level) == 1 else [*level, *extra_levels]
         c, u = denoiser(torch.cat([x, x[extra]]), doubled, both).split([len(x), len(rows)])
         guided = u + append_dims(scales[rows], u) * (c[extra] - u)
         if shares[rows].any():
-            guided = rescale_cfg(guided, c[extra], x[extra], asked, denoiser.prediction, shares[rows])
+            guided = rescale_cfg(guided, c[extra], x[extra], extra_levels, denoiser.prediction, shares[rows])
         return c.index_copy(0, extra, guided)
 
     return denoise
@@ -68,12 +68,11 @@ def rescale_cfg(
 ) -> Tensor:
     """Guided output o scaled towards the deviation of the conditional c: share std(c)/std(o) o + (1 - share) o.
 
-    Lin et al. 2024 (arXiv 2305.08891), eqs. 15 and 16, on the network's own output, each image's deviation its own.
+    Lin et al. 2024 (arXiv 2305.08891), eqs. 15 and 16, on the network's own output, for each image separately.
     The output is (x0 - base) / jacobian, base the x0 of output 0, so that scaling it is scaling x0 - base. Guided x0,
     conditional x0 and x [B, ...]; share [B] on the host.
     """
-    _, alpha, sigma = torch.tensor(as_level_list(levels), dtype=torch.float64).unbind(1)
-    base = prediction.to_x0(torch.zeros_like(x0), x.to(x0), append_dims(alpha, x0), append_dims(sigma, x0))
+    base = prediction.to_x0(torch.zeros_like(x0), x.to(x0), *alpha_sigma(levels, x0))
     ratio = (x0_cond - base).flatten(1).std(1) / (x0 - base).flatten(1).std(1)
     factor = torch.lerp(torch.ones_like(ratio), ratio, append_dims(rescale, ratio))
     return torch.lerp(base, x0, factor.reshape(-1, *[1] * (x0.ndim - 1)))  # factor 1 leaves x0 bit for bit
@@ -82,8 +81,8 @@ def rescale_cfg(
 def autoguidance(good: Denoise, bad: Denoise, scale: float | Tensor) -> Denoise:
     """Autoguidance by a worse model of the same data: x0 = bad + scale (good - bad) (Karras et al. 2024, eq. 3).
 
-    `scale` is one number or one per row [B], on the host; where it is 1 the answer is the good model's, bit for bit,
-    and where all of it is, the bad one is never asked.
+    `scale` is one number or one per row [B], on the host; where it is 1 the output is the good model's, bit for bit;
+    where it is 1 for all rows, the bad model is not evaluated.
     """
     scales = torch.as_tensor(scale, dtype=torch.float32).reshape(-1)
     if (scales == 1).all():
@@ -105,15 +104,11 @@ def _check_guidance(rescales: Sequence[float], intervals: Sequence[Sequence[floa
             raise ValueError(f"guidance interval ({low:g}, {high:g}): 0 <= low < high is needed, in sigma/alpha")
 
 
-def _noise_to_signal(level: NoiseLevel) -> float:
-    """sigma / alpha, infinite at zero SNR."""
-    return level.sigma / level.alpha if level.alpha > 0 else math.inf
-
-
 def inpaint(denoise: Denoise, known: Tensor, keep_mask: Tensor) -> Denoise:
-    """x_0 replaced by `is_prompt_option` where mask is 1: inpainting of latents (Song et al. 2021, appendix I.2, on x_0).
+    """x_0 replaced by `known` where the mask is 1: inpainting of latents (Song et al. 2021, appendix I.2, on x_0).
 
     From x = alpha known + sigma z a deterministic solver, x' = sigma'/sigma x + (alpha' - alpha sigma'/sigma) known,
-    keeps x' = alpha' known + sigma' z: what diffusers puts in x' after each step. A stochastic one renews a share of z.
+    keeps x' = alpha' known + sigma' z: what diffusers puts in x' after each step. A stochastic solver renews a share of
+    z.
     """
     return lambda x, levels: torch.lerp(denoise(x, levels), known.to(x.device), keep_mask.to(x.device))

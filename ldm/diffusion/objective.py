@@ -2,8 +2,8 @@
 
     int_0^1 lambda(t) E |score' - score|^2 dt = int_0^1 w(t) E |x0' - x0|^2 dt,      w = lambda alpha^2 / sigma^4
 
-(Song et al. 2021, eq. 7). A weighting is told once, on x0, and means the same whatever the network predicts; only
-`uniform_weighting` is of the network's own target.
+(Song et al. 2021, eq. 7). A weighting is defined on x0, and means the same whatever the network predicts; only
+`uniform_weighting` is defined on the network's own target.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ def snr_weighting(weight: Callable[[Tensor], Tensor]) -> Weighting:
 def likelihood_weighting(prediction: Prediction, sde: VPSDE, t: Tensor) -> Tensor:
     """lambda = beta(t), on x0 -dSNR/dt = SNR beta / sigma^2: maximum likelihood (Song et al. 2021b, theorem 1).
 
-    Half the loss, times the numbers of an image, is the continuous ELBO's (Kingma et al. 2021, eq. 15). The rate on
-    eps has a pole at either end: ask for times that keep away from it. ValueError at zero SNR, where it is infinite.
+    Half the loss, times the dimensions of an image, is the continuous ELBO's (Kingma et al. 2021, eq. 15). The rate on
+    eps has a pole at either end: choose time samplers that avoid them. ValueError at zero SNR, where it is infinite.
     """
     weight = WEIGHTINGS["snr"](prediction, sde, t) * sde.beta(t) / sde.marginal(t)[1] ** 2
     if not weight.isfinite().all():
@@ -73,9 +73,7 @@ def edm_weighting(sigma_data: float) -> Weighting:
 
 WEIGHTINGS: dict[str, Weighting] = {
     "uniform": uniform_weighting,
-    "snr": snr_weighting(
-        lambda snr: snr
-    ),  # lambda = sigma^2, uniform on eps, whatever is predicted: Ho et al. 2020, eq. 14
+    "snr": snr_weighting(lambda snr: snr),  # lambda = sigma^2: uniform on eps (Ho et al. 2020, eq. 14)
     "likelihood": likelihood_weighting,
     "min_snr": min_snr_weighting(5),
     "soft_min_snr": soft_min_snr_weighting(4),
@@ -98,8 +96,8 @@ def diffusion_loss(
     """w(t) mean |output(x_t, t) - target|^2 of each image (Ho et al. 2020, eq. 14, generalised).
 
     x0 and noise [B, ...]; t [B] in (0, 1], on the host. Returns [B], float32; the caller takes the mean.
-    `perturbation` is noise that x_t has beyond the target's: x_t = alpha x_0 + sigma (noise + perturbation) (Ning et
-    al. 2023, eq. 9). `mask` [B, 1, h, w] weighs each place's squares.
+    `input_perturbation` is noise that x_t has beyond the target's: x_t = alpha x_0 + sigma (noise + perturbation) (Ning
+    et al. 2023, eq. 9). `loss_mask` [B, 1, h, w] weights the squared errors.
     """
     alpha, sigma = denoiser.sde.marginal(t)
     target = denoiser.prediction.target(x0, noise, append_dims(alpha, x0), append_dims(sigma, x0))
@@ -110,7 +108,7 @@ def diffusion_loss(
 
 
 def with_unit_weights(sample_times: Callable[[VPSDE, Tensor], Tensor]) -> TimeSampler:
-    """Times that weigh 1 each: how often they are drawn is part of the objective."""
+    """A time sampler whose times all have weight 1: their density is part of the objective."""
     return lambda sde, u: (sample_times(sde, u), torch.ones_like(u, dtype=torch.float64))
 
 
@@ -144,7 +142,8 @@ def truncated_times(sde: VPSDE, u: Tensor) -> tuple[Tensor, Tensor]:
 def importance_sampled_times(sde: VPSDE, u: Tensor) -> tuple[Tensor, Tensor]:
     """Uniform in log-SNR: p(t) = (beta / sigma^2) / D, D the range of log-SNR (Song et al. 2021b).
 
-    The weight 1 / p(t) keeps the expectation of `truncated_times`; with the likelihood weighting it is D on eps, always.
+    The weight 1 / p(t) keeps the expectation of `truncated_times`; with the likelihood weighting it is D on eps,
+    always.
     """
     start, end = log_snr_range(sde)
     t = sde.time_at_log_snr(torch.lerp(start, end, u.double()))
@@ -164,10 +163,10 @@ TIME_SAMPLERS: dict[str, TimeSampler] = {
 def loss_mean_and_variance(
     time_sampler: TimeSampler, weighting: Weighting, sde: VPSDE, error: Callable[[Tensor], Tensor], n: int = 1 << 16
 ) -> tuple[float, float]:
-    """Mean and variance of one draw of the loss over its time alone, exactly: the midpoint rule in u.
+    """Mean and variance of one sample of the loss over its time alone, exactly: the midpoint rule in u.
 
     `error(t)` is the mean of |eps' - eps|^2 at t.
     """
-    t, share = time_sampler(sde, (torch.arange(n, dtype=torch.float64) + 0.5) / n)
-    drawn = share * weighting(PREDICTIONS["eps"], sde, t) * error(t)
-    return drawn.mean().item(), drawn.var(correction=0).item()
+    t, weight = time_sampler(sde, (torch.arange(n, dtype=torch.float64) + 0.5) / n)
+    losses = weight * weighting(PREDICTIONS["eps"], sde, t) * error(t)
+    return losses.mean().item(), losses.var(correction=0).item()

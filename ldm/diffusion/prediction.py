@@ -1,4 +1,4 @@
-"""Predictions: what a network's output means. Told once, for sampling and for training."""
+"""Predictions: what a network's output means, for sampling and for training."""
 
 from __future__ import annotations
 
@@ -59,14 +59,14 @@ PREDICTIONS: dict[str, Prediction] = {
 
 
 def convert_prediction(output: Tensor, x: Tensor, alpha: Tensor, sigma: Tensor, source: str, target: str) -> Tensor:
-    """What a network that predicts `to` would output for the x0 that this `base_model_path` output means.
+    """The output of prediction `target` for the x0 that an output of prediction `source` means.
 
-    output and x [B, ...]; alpha and sigma [B] or [1], on the host. ValueError where either says nothing of the other.
+    output and x [B, ...]; alpha and sigma [B] or [1], on the host. ValueError where one does not determine the other.
     """
     have, want = choose(PREDICTIONS, source, "prediction"), choose(PREDICTIONS, target, "prediction")
     if not have.jacobian(alpha, sigma).isfinite().all():
         raise ValueError(f"prediction {source!r} says nothing about x0 at zero SNR (alpha = 0)")
     if not want.jacobian(alpha, sigma).all():
-        raise ValueError(f"prediction {target!r} does not follow from x0 in a clean picture (sigma = 0)")
+        raise ValueError(f"prediction {target!r} does not follow from x0 in a clean image (sigma = 0)")
     alpha, sigma = append_dims(alpha, x), append_dims(sigma, x)
     return want.to_output(have.to_x0(output, x, alpha, sigma), x, alpha, sigma)

@@ -1,14 +1,13 @@
-"""Samplers: coroutines that ask `x0 = yield x, point` and answer with the picture.
+"""Samplers: coroutines that evaluate the denoiser by `x0 = yield x, level` and return the sample.
 
 The deterministic ones move x to the next noise level as the probability-flow ODE does for a fixed x0,
 
     x' = sigma'/sigma x + alpha' (1 - rho) x0,      rho = (sigma'/alpha') / (sigma/alpha) = exp(-h),
 
-where h is half the gain of log-SNR, and differ in the estimate of x0 that they put there. Exact would be the mean of
-x0 over the step: at s = log(alpha/sigma) past its start with the weight e^s, or e^(2 s) on the way of the reverse SDE
-(Lu et al. 2022 (DPM-Solver++), proposition 4.1 and, for SDEs, section 5). rho is 0, and all formulas are finite, both
-from zero SNR (alpha = 0) and into the clean picture (sigma' = 0); such steps take x0 as it is. Coefficients are host
-floats, and x keeps its dtype.
+where h is half the gain of log-SNR, and differ in their estimate of x0. Exact is the mean of x0 over the step: at s =
+log(alpha/sigma) past its start with the weight e^s, or e^(2 s) for the reverse SDE (Lu et al. 2022 (DPM-Solver++),
+proposition 4.1 and, for SDEs, section 5). Both from zero SNR (alpha = 0) and to the clean image (sigma' = 0) rho is 0
+and all formulas are finite; such steps take x0 as it is. Coefficients are host floats, and x keeps its dtype.
 """
 
 from __future__ import annotations
@@ -24,54 +23,47 @@ import torch
 from torch import Tensor
 
 from ldm.diffusion.denoiser import Denoise
-from ldm.diffusion.ode import DOPRI5_ERROR_WEIGHTS, DOPRI5_MATRIX, DOPRI5_NODES
+from ldm.diffusion.ode import DOPRI5_NODES, dopri5_step, drive, velocity, weighted_sum
 from ldm.diffusion.sde import NoiseLevel
 from ldm.diffusion.timesteps import TimeGrid
 from ldm.rng import Noise
 
-SamplerCoroutine = Generator[
-    tuple[Tensor, NoiseLevel], Tensor, Tensor
-]  # yields (x, point), is sent E[x_0 | x], returns x
+# yields (x, level), is sent E[x_0 | x], returns x
+SamplerCoroutine = Generator[tuple[Tensor, NoiseLevel], Tensor, Tensor]
 Sampler = Callable[[Tensor, TimeGrid, Noise], SamplerCoroutine]
-History = list[tuple[NoiseLevel, Tensor]]  # where x0 was asked, and what it was; the newest first
+History = list[tuple[NoiseLevel, Tensor]]  # (level, denoiser output), the newest first
 
 
 def sample(sampler: Sampler, denoise: Denoise, x: Tensor, grid: TimeGrid, noise: Noise) -> Tensor:
-    """Drive one group of pictures x [B, ...] through a grid; ValueError for an answer that is not finite.
+    """Run a sampler on a batch x [B, ...] through a grid; ValueError for a denoiser output that is not finite.
 
-    For text-to-image x is N(0, I) whatever the first point. (diffusers' Euler and Heun scale it by their
+    For text-to-image x is N(0, I) whatever the first level. (diffusers' Euler and Heun scale it by their
     first sigma with linspace and trailing spacing: by .9977 for Stable Diffusion.)
     """
-    steps = check_finite(sampler)(x, grid, noise)
-    try:
-        question = next(steps)
-        while True:
-            question = steps.send(denoise(*question))
-    except StopIteration as end:
-        return end.value
+    return drive(check_finite(sampler)(x, grid, noise), denoise)
 
 
 def check_finite(sampler: Sampler) -> Sampler:
-    """The same sampler, ending in a ValueError that names the first question whose answer was not finite.
+    """The same sampler, with a ValueError that names the first denoiser output that is not finite.
 
-    Every answer leaves one flag on its device; the host reads them together, once, when the last step is done.
+    Each output leaves one flag on its device; the host reads all flags at once, after the last step.
     """
 
     def steps(x: Tensor, grid: TimeGrid, noise: Noise) -> SamplerCoroutine:
-        asked, finite = [], []
+        levels, finite = [], []
         inner = sampler(x, grid, noise)
         try:
-            x, point = next(inner)
+            x, level = next(inner)
             while True:
-                x0 = yield x, point
-                asked.append(point)
+                x0 = yield x, level
+                levels.append(level)
                 finite.append(x0.flatten(1).isfinite().all(1))
-                x, point = inner.send(x0)
+                x, level = inner.send(x0)
         except StopIteration as end:
             x = end.value
         if finite and not (good := torch.stack(finite)).all():
             k, row = (~good).nonzero()[0].tolist()
-            where = f"row {row}: the denoiser's answer {k + 1} of {len(asked)}, at t = {asked[k].t:.4g},"
+            where = f"row {row}: the denoiser's output {k + 1} of {len(levels)}, at t = {levels[k].t:.4g},"
             raise ValueError(f"{where} is not finite")
         return x
 
@@ -94,7 +86,7 @@ def _ode_step(x: Tensor, x0: Tensor, level: NoiseLevel, next_level: NoiseLevel) 
 def _ddim_step(
     x: Tensor, x0: Tensor, level: NoiseLevel, next_level: NoiseLevel, noise: Noise, eta: float = 1.0
 ) -> Tensor:
-    """DDIM's step: the flow's, with a share of the noise in x replaced by fresh noise."""
+    """DDIM's step: `_ode_step` with the share eta of the noise in x replaced by fresh noise."""
     fresh = eta * math.sqrt(1 - _rho(level, next_level) ** 2)
     kept = math.sqrt(1 - fresh**2) * next_level.sigma / level.sigma
     x = kept * x + (next_level.alpha - kept * level.alpha) * x0
@@ -113,7 +105,7 @@ GAUSS_NODES, GAUSS_WEIGHTS = np.polynomial.legendre.leggauss(24)  # exact to rou
 def _multistep_weights(nodes: Sequence[float], end: float, rate: float) -> list[float]:
     """w with sum_j w_j p(nodes_j) = the mean of p over [0, end] under e^(rate s), for polynomials p through the nodes.
 
-    The means of Lagrange's basis by Gauss's quadrature: closed forms in e^-h lose every digit for small steps.
+    The means of Lagrange's basis by Gauss-Legendre quadrature: closed forms in e^-h lose every digit for small steps.
     """
     s = end * (GAUSS_NODES + 1) / 2
     density = GAUSS_WEIGHTS * np.exp(rate * (s - end))
@@ -121,21 +113,16 @@ def _multistep_weights(nodes: Sequence[float], end: float, rate: float) -> list[
     return [float((density * b).sum() / density.sum()) for b in basis]
 
 
-def _weighted_sum(weights: Sequence[float], tensors: Sequence[Tensor]) -> Tensor:
-    total = weights[0] * tensors[0]
-    for weight, tensor in zip(weights[1:], tensors[1:], strict=True):
-        total = total + weight * tensor
-    return total
-
-
 def _mean_of_interpolant(history: History, level: NoiseLevel, next_level: NoiseLevel, rate: float = 1.0) -> Tensor:
-    """The mean over the step from now to `to` of the polynomial in log(alpha/sigma) through all answers."""
-    weights = _multistep_weights([_h(level, point) for point, _ in history], _h(level, next_level), rate)
-    return _weighted_sum(weights, [x0 for _, x0 in history])
+    """The mean over the step of the polynomial in log(alpha/sigma) through the whole history."""
+    weights = _multistep_weights([_h(level, past) for past, _ in history], _h(level, next_level), rate)
+    return weighted_sum(weights, [x0 for _, x0 in history])
 
 
 def _extrapolate_x0(history: History, level: NoiseLevel, next_level: NoiseLevel, rate: float = 1.0) -> Tensor:
-    """The mean of x0 over the step to come: of one answer itself, of two the line's middle, of more `_mean_of_interpolant`."""
+    """The mean of x0 over the next step: by the last one, the middle of the line through two, or
+    `_mean_of_interpolant`.
+    """
     x0 = history[0][1]
     if len(history) == 1:
         return x0
@@ -180,7 +167,7 @@ def euler_maruyama(x: Tensor, grid: TimeGrid, noise: Noise) -> SamplerCoroutine:
     """Euler and Maruyama's step of the reverse SDE in its own clock: x' = x + tau (x/2 + score) + sqrt(tau) z.
 
     Song et al. 2021, eq. 6 and appendix D; tau = int beta dt = 2 log(alpha'/alpha). From zero SNR, where tau is
-    infinite, and into the clean picture the step is DDPM's.
+    infinite, and to the clean image the step is DDPM's.
     """
     for now, to in pairwise(grid):
         x0 = yield x, now
@@ -202,7 +189,7 @@ def euler(x: Tensor, grid: TimeGrid, noise: Noise) -> SamplerCoroutine:
 
 
 def heun(x: Tensor, grid: TimeGrid, noise: Noise) -> SamplerCoroutine:
-    """Heun's step in x/alpha, sigma/alpha (Karras et al. 2022, algorithm 1); two questions a step.
+    """Heun's step in x/alpha, sigma/alpha (Karras et al. 2022, algorithm 1); two evaluations a step.
 
     The mean of both ends' slopes is Euler's step with x0 + (x0_ahead - x0) / (2 rho) for x0. From infinite
     sigma/alpha or into zero (rho = 0) one of the slopes is missing: Euler.
@@ -231,24 +218,22 @@ def lms(x: Tensor, grid: TimeGrid, noise: Noise) -> SamplerCoroutine:
         e = (x - now.alpha * x0) / now.sigma
         x = to.alpha * x0 + to.sigma * e
         if now.alpha > 0:
-            u, change = now.sigma / now.alpha, to.sigma / to.alpha - now.sigma / now.alpha
+            u, change = now.sigma_over_alpha, to.sigma_over_alpha - now.sigma_over_alpha
             past = [(u, e), *past[:3]]
-            mean = _weighted_sum(
-                _multistep_weights([v - u for v, _ in past], change, 0.0), [slope for _, slope in past]
-            )
+            weights = _multistep_weights([v - u for v, _ in past], change, 0.0)
+            mean = weighted_sum(weights, [slope for _, slope in past])
             x = x + to.alpha * change * (mean - e)
     return x
 
 
 def dpmpp_2s(x: Tensor, grid: TimeGrid, noise: Noise) -> SamplerCoroutine:
-    """x0 asked at the middle of the step in log-SNR, where x0 of its start leads; two questions a step.
+    """x0 at the middle of the step in log-SNR, reached with x0 of its start; two evaluations a step.
 
-    Lu et al. 2022 (DPM-Solver++), algorithm 1 with r = 1/2. From zero SNR and into the clean picture: DDIM.
+    Lu et al. 2022 (DPM-Solver++), algorithm 1 with r = 1/2. From zero SNR and to the clean image: DDIM.
     """
     finite = [(now, to) for now, to in pairwise(grid) if _h(now, to) < math.inf]
-    middles = dict(
-        zip(finite, grid.sde.levels_between([now for now, _ in finite], [to for _, to in finite]), strict=True)
-    )
+    starts, ends = [now for now, _ in finite], [to for _, to in finite]
+    middles = dict(zip(finite, grid.sde.levels_between(starts, ends), strict=True))
     for now, to in pairwise(grid):
         x0 = yield x, now
         if (now, to) in middles:
@@ -258,20 +243,29 @@ def dpmpp_2s(x: Tensor, grid: TimeGrid, noise: Noise) -> SamplerCoroutine:
     return x
 
 
-def dpmpp_2m(x: Tensor, grid: TimeGrid, noise: Noise, eta: float = 0.0) -> SamplerCoroutine:
-    """x0 extrapolated to the middle of the step in log-SNR: x0 + h / (2 h_before) (x0 - x0_before).
-
-    Lu et al. 2022 (DPM-Solver++), algorithm 2. The first step, the one after zero SNR (h_before infinite)
-    and the last (h infinite) take x0 as it is. eta is DDIM's share of fresh noise.
+def _multistep(
+    x: Tensor, grid: TimeGrid, noise: Noise, order: int, eta: float = 0.0, rate: float = 1.0
+) -> SamplerCoroutine:
+    """DDIM's step with x0 extrapolated from the last `order` outputs; steps from zero SNR and to the end take it as it
+    is.
     """
-    answers: History = []
+    history: History = []
     for now, to in pairwise(grid):
         x0 = yield x, now
         if _h(now, to) < math.inf:
-            answers = [(now, x0), *answers[:1]]
-            x0 = _extrapolate_x0(answers, now, to)
+            history = [(now, x0), *history[: order - 1]]
+            x0 = _extrapolate_x0(history, now, to, rate)
         x = _ddim_step(x, x0, now, to, noise, eta)
     return x
+
+
+def dpmpp_2m(x: Tensor, grid: TimeGrid, noise: Noise) -> SamplerCoroutine:
+    """x0 extrapolated to the middle of the step in log-SNR: x0 + h / (2 h_before) (x0 - x0_before).
+
+    Lu et al. 2022 (DPM-Solver++), algorithm 2. The first step, the one after zero SNR (h_before infinite)
+    and the last (h infinite) take x0 as it is.
+    """
+    return _multistep(x, grid, noise, 2)
 
 
 def dpmpp_2m_sde(x: Tensor, grid: TimeGrid, noise: Noise) -> SamplerCoroutine:
@@ -280,7 +274,7 @@ def dpmpp_2m_sde(x: Tensor, grid: TimeGrid, noise: Noise) -> SamplerCoroutine:
     x' = sigma'/sigma e^-h x + alpha' (1 - e^(-2 h)) m + sigma' sqrt(1 - e^(-2 h)) z,
     m = x0 + h / (2 h_before) (x0 - x0_before)
     """
-    return dpmpp_2m(x, grid, noise, eta=1.0)
+    return _multistep(x, grid, noise, 2, eta=1.0)
 
 
 def dpmpp_3m(x: Tensor, grid: TimeGrid, noise: Noise) -> SamplerCoroutine:
@@ -289,13 +283,13 @@ def dpmpp_3m(x: Tensor, grid: TimeGrid, noise: Noise) -> SamplerCoroutine:
     Lu et al. 2022 (DPM-Solver++), 3M of the authors' code. That (and diffusers') halves the parabola's second
     derivative, which leaves order 2; this is the exact mean. The first step is DPM-Solver++(2S)'s.
     """
-    answers: History = []
+    history: History = []
     for now, to in pairwise(grid):
         x0 = yield x, now
         if _h(now, to) < math.inf:
-            answers = [(now, x0), *answers[:2]]
-            if len(answers) > 1:
-                x0 = _extrapolate_x0(answers, now, to)
+            history = [(now, x0), *history[:2]]
+            if len(history) > 1:
+                x0 = _extrapolate_x0(history, now, to)
             else:
                 (middle,) = grid.sde.levels_between([now], [to])
                 x0 = yield _ode_step(x, x0, now, middle), middle
@@ -308,50 +302,42 @@ def dpmpp_3m_sde(x: Tensor, grid: TimeGrid, noise: Noise) -> SamplerCoroutine:
 
     k-diffusion's `sample_dpmpp_3m_sde` with eta = 1, but with the parabola's whole second derivative.
     """
-    answers: History = []
-    for now, to in pairwise(grid):
-        x0 = yield x, now
-        if _h(now, to) < math.inf:
-            answers = [(now, x0), *answers[:2]]
-            x0 = _extrapolate_x0(answers, now, to, rate=2.0)
-        x = _ddim_step(x, x0, now, to, noise)
-    return x
+    return _multistep(x, grid, noise, 3, eta=1.0, rate=2.0)
 
 
 def unipc(x: Tensor, grid: TimeGrid, noise: Noise, order: int = 2) -> SamplerCoroutine:
-    """Predict with the last `convergence_order` x0, and correct the step once x0 at its end is known; one question a step.
+    """Predict with the last `order` x0, and correct the step once x0 at its end is known; one evaluation a step.
 
-    Zhao et al. 2023 (UniPC), algorithms 1 and 2 told for x0, with B(h) = e^h - 1: both are means over the step of the
-    polynomial through the answers, of which the corrector has one more; of two answers the line's middle. The corrector
-    lifts the order of 2 to 3; that of 3 stays 3, for the first step is a trapezoid's, with an error of third order.
+    Zhao et al. 2023 (UniPC), algorithms 1 and 2 for x0, with B(h) = e^h - 1: both take the mean over the step of the
+    polynomial through the outputs, of which the corrector has one more; the middle of the line through two. The
+    corrector lifts the order 2 to 3; 3 stays 3, because the first step is a trapezoid's, with an error of third order.
     """
-    answers: History = []
+    history: History = []
     start = x
     for now, to in pairwise(grid):
         x0 = yield x, now
-        if answers:
-            before, x0_before = answers[0]
-            mean = (
-                _mean_of_interpolant([(now, x0), *answers], before, now) if len(answers) > 1 else (x0 + x0_before) / 2
-            )
+        if history:
+            before, x0_before = history[0]
+            many = len(history) > 1
+            mean = _mean_of_interpolant([(now, x0), *history], before, now) if many else (x0 + x0_before) / 2
             x = _ode_step(start, mean, before, now)
         start = x
         if _h(now, to) < math.inf:
-            answers = [(now, x0), *answers[: order - 1]]
-            x0 = _extrapolate_x0(answers, now, to)
+            history = [(now, x0), *history[: order - 1]]
+            x0 = _extrapolate_x0(history, now, to)
         x = _ode_step(x, x0, now, to)
     return x
 
 
 def predictor_corrector(x: Tensor, grid: TimeGrid, noise: Noise, r: float = 0.16) -> SamplerCoroutine:
-    """A Langevin step at each level but the first, then the discretised reverse diffusion; two questions a step.
+    """A Langevin step at each level but the first, then the discretised reverse diffusion; two evaluations a step.
 
         x  <-  x + eps score + sqrt(2 eps) z,      eps = 2 (r |z| / |score|)^2        |.| of each image
         x' = (2 - sqrt(1 - b)) x + b score + sqrt(b) z,      1 - b = (alpha / alpha')^2
 
     Song et al. 2021, algorithms 3 and 5. Their factor 1 - b in eps, nearly 1 on their grid, is left out. The order is
-    the predictor's; the corrector keeps each level's law up to r^2. The rule wants images of many numbers: where
-    |score| can come near 0 it has no bound. From zero SNR and into the clean picture the second step is DDPM's.
+    the predictor's; the corrector keeps each level's law up to r^2. The rule is for images of many dimensions: where
+    |score| comes near 0 it is unbounded. From zero SNR and to the clean image the second step is DDPM's.
     """
     for k, (now, to) in enumerate(pairwise(grid)):
         x0 = yield x, now
@@ -377,8 +363,8 @@ def _image_norm(x: Tensor) -> Tensor:
 def langevin(x: Tensor, grid: TimeGrid, noise: Noise, eps: float = 0.3, steps_per_level: int = 3) -> SamplerCoroutine:
     """Annealed Langevin dynamics: at each level after the first x <- x + eps sigma^2 score + sqrt(2 eps) sigma z.
 
-    Song & Ermon 2019, algorithm 1, `repeat` times a level; sigma^2 is the variance that x has left where x0 is known,
-    so eps is the share of it that one step renews. Ends in the answer at the last level.
+    Song & Ermon 2019, algorithm 1, `steps_per_level` times a level; sigma^2 is the variance of x given x0, so eps is
+    the share of it that one step renews. Returns the denoiser's output at the last level.
     """
     for now, to in pairwise(grid):
         if to.sigma == 0:
@@ -390,49 +376,41 @@ def langevin(x: Tensor, grid: TimeGrid, noise: Noise, eps: float = 0.3, steps_pe
 
 
 def rk45(x: Tensor, grid: TimeGrid, noise: Noise, atol: float = 1e-4, rtol: float = 1e-4) -> SamplerCoroutine:
-    """The probability flow by Dormand & Prince's 5(4) pair with steps of its own, from grid[0] to the last noisy level.
+    """The probability flow by Dormand & Prince's 5(4) pair with adaptive steps, from grid[0] to the last noisy level.
 
-        dx/dphi = v = (alpha x - x0) / sigma,      alpha = cos phi, sigma = sin phi
-
-    is finite at zero SNR (v: Salimans & Ho 2022, appendix D). The local error of every image stays below
+    It is integrated in the angle phi, as `ldm.diffusion.ode` says. The local error of every image stays below
     atol + rtol |x|, as a root mean square; so images of one group share their steps, and each step waits for the device
-    once, to read its error. The grid's first step is the first one tried. Into the clean picture: DDIM's last step.
-    Raises ValueError where no step is small enough.
+    once, to read its error. The grid's first step is the first one tried. The step to the clean image is DDIM's. Raises
+    ValueError where no step is small enough.
     """
-    noisy = [point for point in grid if point.sigma > 0]
+    noisy = [level for level in grid if level.sigma > 0]
     if len(noisy) > 1:
-        now, (phi, following, *_, end) = noisy[0], (p.angle for p in [*noisy[:2], noisy[-1]])
+        now, (phi, following, *_, end) = noisy[0], (level.angle for level in [*noisy[:2], noisy[-1]])
         h = following - phi
-        v = _velocity(x, (yield x, now), now)
+        v = velocity(x, (yield x, now), now)
         while phi - end > 1e-12:
             h = max(h, end - phi)
-            slopes, y = [v], x
-            for a, point in zip(
-                DOPRI5_MATRIX, grid.sde.levels_at_angles([phi + node * h for node in DOPRI5_NODES]), strict=True
-            ):
-                y = x + h * _weighted_sum(a, slopes)
-                slopes.append(_velocity(y, (yield y, point), point))
-            error = h * _weighted_sum(DOPRI5_ERROR_WEIGHTS, slopes) / (atol + rtol * torch.maximum(x.abs(), y.abs()))
+            levels = grid.sde.levels_at_angles([phi + node * h for node in DOPRI5_NODES])
+            y, v_end, error = yield from dopri5_step(x, v, h, levels, velocity)
+            error = error / (atol + rtol * torch.maximum(x.abs(), y.abs()))
             worst = error.flatten(1).square().mean(1).max().sqrt().item()
             if not worst < math.inf or abs(h) < 1e-9:
-                raise ValueError(f"rk45: no step from t = {point.t:.4g} keeps within atol {atol:g} and rtol {rtol:g}")
+                raise ValueError(
+                    f"rk45: no step from t = {levels[-1].t:.4g} keeps within atol {atol:g} and rtol {rtol:g}"
+                )
             if worst <= 1:
-                x, v, phi = y, slopes[-1], phi + h
+                x, v, phi = y, v_end, phi + h
             h *= min(5.0, max(0.2, 0.9 * max(worst, 1e-8) ** -0.2))
     if noisy and len(noisy) < len(grid):
         x = yield x, noisy[-1]
     return x
 
 
-def _velocity(x: Tensor, x0: Tensor, level: NoiseLevel) -> Tensor:
-    return (level.alpha * x - x0) / level.sigma
-
-
 class SamplerSpec(NamedTuple):
     """A sampler, its order of convergence (in law if stochastic), and its source.
 
     Order 0 is none: Langevin steps follow no SDE, and leave an error that more levels and repeats reduce. An `adaptive`
-    one chooses its steps by its whole group: a picture is its own only in a group of one.
+    sampler chooses its steps by the whole batch: an image is independent of others only in a batch of one.
     """
 
     function: Sampler

@@ -29,11 +29,22 @@ class NoiseLevel(NamedTuple):
 
     @property
     def angle(self) -> float:
-        """phi with alpha = cos phi and sigma = sin phi: 0 is the clean picture, pi/2 zero SNR."""
+        """phi with alpha = cos phi and sigma = sin phi: 0 is the clean image, pi/2 zero SNR."""
         return math.atan2(self.sigma, self.alpha)
 
+    @property
+    def sigma_over_alpha(self) -> float:
+        """sigma / alpha, infinite at zero SNR: k-diffusion's and EDM's sigma."""
+        return self.sigma / self.alpha if self.alpha > 0 else math.inf
 
+
+NoiseLevels = NoiseLevel | Sequence[NoiseLevel]  # one for all rows, or one per row
 CLEAN_LEVEL = NoiseLevel(0.0, 1.0, 0.0)
+
+
+def as_level_list(levels: NoiseLevels) -> Sequence[NoiseLevel]:
+    """Levels as a list: one for all rows, or one per row."""
+    return [levels] if isinstance(levels, NoiseLevel) else levels
 
 
 def append_dims(values: Tensor | Sequence[float], like: Tensor) -> Tensor:
@@ -42,11 +53,25 @@ def append_dims(values: Tensor | Sequence[float], like: Tensor) -> Tensor:
     return column.reshape(-1, *[1] * (like.ndim - 1)).to(like.device, non_blocking=True)
 
 
+def clamp_levels(levels: NoiseLevels, lowest: NoiseLevel) -> NoiseLevels:
+    """Levels, none of less noise than the lowest."""
+    if isinstance(levels, NoiseLevel):
+        return max(levels, lowest)  # of time, which comes first
+    return [max(level, lowest) for level in levels]
+
+
+def alpha_sigma(levels: NoiseLevels, like: Tensor) -> tuple[Tensor, Tensor]:
+    """alpha and sigma of levels, shaped and cast to multiply `like` [B, ...]."""
+    _, alpha, sigma = torch.tensor(as_level_list(levels), dtype=torch.float64).unbind(1)
+    return append_dims(alpha, like), append_dims(sigma, like)
+
+
 @dataclass(frozen=True)
 class VPSDE:
     """The SDE of a schedule: `log_alpha` maps float64 times to log alpha (-inf at t = 1: zero terminal SNR).
 
-    `steps` is what a network's timesteps are counted in: the 0-based index k is the time (k + 1) / steps.
+    Networks know times as 0-based indices of a table of `num_train_timesteps`: index k is t = (k + 1) /
+    num_train_timesteps.
     """
 
     log_alpha: Callable[[Tensor], Tensor]
@@ -63,11 +88,11 @@ class VPSDE:
         return NoiseLevel(t, alpha.item(), sigma.item())
 
     def level_at_timestep(self, k: float) -> NoiseLevel:
-        """The level of a table's index k; fractions lie between."""
+        """The level of the table's index k, which may be fractional."""
         return self.level((k + 1) / self.num_train_timesteps)
 
     def timestep(self, t: Time) -> Time:
-        """What a network is told about time t: the (fractional) table index, whatever the schedule."""
+        """The network's timestep of time t: the (fractional) table index, whatever the schedule."""
         return self.num_train_timesteps * t - 1
 
     def log_snr(self, t: Tensor) -> Tensor:
@@ -76,7 +101,7 @@ class VPSDE:
         return 2 * log_alpha - torch.expm1(2 * log_alpha).abs().log()
 
     def time_at_log_snr(self, log_snr: Tensor) -> Tensor:
-        """The inverse of `log_snr`, by bisection; values out of reach give the nearer end."""
+        """The inverse of `log_snr`, by bisection; values out of range give the nearer end."""
         target = log_snr.double()
         low, high = torch.zeros_like(target), torch.ones_like(target)
         for _ in range(60):
@@ -88,7 +113,7 @@ class VPSDE:
     def levels_between(
         self, starts: Sequence[NoiseLevel], ends: Sequence[NoiseLevel], fraction: float = 0.5
     ) -> list[NoiseLevel]:
-        """For each pair the level whose log-SNR lies `get_component_weight` of the way from start to end."""
+        """For each pair the level whose log-SNR lies that fraction of the way from start to end."""
         ends_t = torch.tensor([[p.t for p in starts], [p.t for p in ends]], dtype=torch.float64)
         start, end = self.log_snr(ends_t)
         return [self.level(t) for t in self.time_at_log_snr(torch.lerp(start, end, fraction)).tolist()]

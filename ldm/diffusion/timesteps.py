@@ -1,4 +1,6 @@
-"""Time grids: at which noise levels a sampler asks the network; each is one function that lists times."""
+"""Time grids (timestep spacings): the noise levels at which a sampler evaluates the network; each is one function of
+times.
+"""
 
 from __future__ import annotations
 
@@ -18,23 +20,23 @@ MIN_LOG_SNR = -10.0
 
 
 class TimeGrid(tuple[NoiseLevel, ...]):
-    """Noise levels of one SDE in descending noise; the last is CLEAN."""
+    """Noise levels of one SDE in descending noise; the last is `CLEAN_LEVEL`."""
 
     sde: VPSDE
 
-    def __new__(cls, sde: VPSDE, points: Iterable[NoiseLevel]) -> TimeGrid:
-        self = super().__new__(cls, points)
+    def __new__(cls, sde: VPSDE, levels: Iterable[NoiseLevel]) -> TimeGrid:
+        self = super().__new__(cls, levels)
         self.sde = sde
         return self
 
 
-Spacing = Callable[..., TimeGrid]  # (sde, n) -> n + 1 points, n questions to the network
+Spacing = Callable[..., TimeGrid]  # (sde, n) -> n + 1 levels, for n steps
 
 
 def make_spacing(times: Callable[..., Tensor]) -> Spacing:
-    """Make a grid that ends in CLEAN of `times(sde, n)`: t [n], falling within (0, 1].
+    """A spacing from `times(sde, n)`: t [n], falling within (0, 1]; its grids end in `CLEAN_LEVEL`.
 
-    The grid raises ValueError for n < 1, and for more steps than its times can tell apart.
+    ValueError for n < 1, and for more steps than the times can tell apart.
     """
 
     @functools.wraps(times)
@@ -43,9 +45,8 @@ def make_spacing(times: Callable[..., Tensor]) -> Spacing:
             raise ValueError(f"{n} steps: at least 1 is needed")
         t = times(sde, n, **options)
         if not (t[0] <= 1 and t[-1] > 0 and (t.diff() < 0).all()):
-            raise ValueError(
-                f"{n} steps: {times.__name__!r} spacing does not have that many of {sde.num_train_timesteps}"
-            )
+            total = sde.num_train_timesteps
+            raise ValueError(f"{n} steps: {times.__name__!r} spacing does not have that many of {total}")
         return TimeGrid(sde, (*map(sde.level, t.tolist()), CLEAN_LEVEL))
 
     return grid
@@ -60,20 +61,16 @@ def linspace(sde: VPSDE, n: int) -> Tensor:
 @make_spacing
 def leading(sde: VPSDE, n: int, offset: int = 1) -> Tensor:
     """Every (steps // n)-th index from `offset` on (Song et al. 2021 (DDIM), appendix D.2)."""
-    return (
-        torch.arange(n, dtype=torch.float64).flip(0) * (sde.num_train_timesteps // n) + offset + 1
-    ) / sde.num_train_timesteps
+    total = sde.num_train_timesteps
+    return (torch.arange(n, dtype=torch.float64).flip(0) * (total // n) + offset + 1) / total
 
 
 @make_spacing
 def trailing(sde: VPSDE, n: int) -> Tensor:
     """Indices steps (1 - i/n) - 1, rounded: the last one first (Lin et al. 2024, table 2)."""
-    stride = (
-        sde.num_train_timesteps - sde.num_train_timesteps / n
-    ) - sde.num_train_timesteps  # numpy.arange's: halves round as in diffusers
-    return (
-        torch.tensor([round(sde.num_train_timesteps + i * stride) for i in range(n)]).double() / sde.num_train_timesteps
-    )
+    total = sde.num_train_timesteps
+    stride = (total - total / n) - total  # numpy.arange's: halves round as in diffusers
+    return torch.tensor([round(total + i * stride) for i in range(n)]).double() / total
 
 
 @make_spacing
@@ -87,7 +84,7 @@ def karras(sde: VPSDE, n: int) -> Tensor:
 def log_snr(sde: VPSDE, n: int) -> Tensor:
     """log-SNR equally spaced, t = 1 to 1/steps: Lu et al. 2022 (DPM-Solver).
 
-    log-SNR = -2 log(sigma/alpha): this is also k-diffusion's `exponential_ema_rate`, sigma/alpha in geometric progression.
+    log-SNR = -2 log(sigma/alpha): this is also k-diffusion's `exponential`, sigma/alpha in geometric progression.
     """
     start, end = log_snr_range(sde).tolist()
     return sde.time_at_log_snr(torch.linspace(start, end, n, dtype=torch.float64))
@@ -105,17 +102,17 @@ def beta(sde: VPSDE, n: int) -> Tensor:
 
 @make_spacing
 def uniform(sde: VPSDE, n: int) -> Tensor:
-    """t = 1 - i/n: equal steps of time down to the clean picture, as the chain takes them (Ho et al. 2020)."""
+    """t = 1 - i/n: equal steps of time down to the clean image, as in the chain (Ho et al. 2020)."""
     return 1 - torch.arange(n, dtype=torch.float64) / n
 
 
 def log_snr_range(sde: VPSDE) -> Tensor:
-    """log-SNR [2] at t = 1, or `MIN_LOG_SNR`, and at 1/steps, the lowest level that a network knows."""
+    """log-SNR [2] at t = 1, or `MIN_LOG_SNR`, and at 1/steps, the lowest level that networks learn."""
     return sde.log_snr(torch.tensor([1, 1 / sde.num_train_timesteps], dtype=torch.float64)).clamp(min=MIN_LOG_SNR)
 
 
 def truncate_grid(grid: TimeGrid, strength: float) -> TimeGrid:
-    """The last int(strength n) of n steps, for image-to-image (Meng et al. 2022); 0 leaves CLEAN alone."""
+    """The last int(strength n) of n steps, for image-to-image (Meng et al. 2022); 0 leaves `CLEAN_LEVEL` alone."""
     if not 0 <= strength <= 1:
         raise ValueError(f"strength {strength}: between 0 and 1 is needed")
     steps = len(grid) - 1

@@ -26,7 +26,9 @@ from ldm.nn.prompts import (
 )
 
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
-MERGES_FILE = Path(__file__).with_name("clip_merges.txt.gz")  # CLIP's own: the first 48,894 of bpe_simple_vocab_16e6.txt
+MERGES_FILE = Path(__file__).with_name(
+    "clip_merges.txt.gz"
+)  # CLIP's own: the first 48,894 of bpe_simple_vocab_16e6.txt
 MAX_PROMPT_CHUNKS = 64  # of one prompt
 MIN_RELATIVE_MEAN = 1e-2  # of the mean absolute value: less is rounding
 

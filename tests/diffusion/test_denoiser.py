@@ -4,11 +4,11 @@ from itertools import product
 
 import pytest
 import torch
-from gaussian import GAUSSIAN, NOTHING
 
 from ldm.diffusion.denoiser import Denoiser
 from ldm.diffusion.prediction import PREDICTIONS, convert_prediction
 from ldm.diffusion.sde import VPSDE
+from tests.diffusion.gaussian import GAUSSIAN, NOTHING
 
 SDE = VPSDE.linear()
 every_prediction = pytest.mark.parametrize("prediction", PREDICTIONS.values(), ids=PREDICTIONS.keys())

@@ -6,13 +6,13 @@ from dataclasses import dataclass, field
 import pytest
 import torch
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
-from gaussian import GAUSSIAN, NOTHING
 
 from ldm.conditioning import Conditioning
 from ldm.diffusion.denoiser import CountNFE, Denoiser
 from ldm.diffusion.guidance import autoguidance, classifier_free_guidance
 from ldm.diffusion.prediction import PREDICTIONS
 from ldm.diffusion.sde import VPSDE
+from tests.diffusion.gaussian import GAUSSIAN, NOTHING
 from tests.diffusion.oracle import Gaussian
 
 SDE = VPSDE.linear()

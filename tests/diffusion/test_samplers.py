@@ -5,7 +5,8 @@ from functools import cache, partial
 
 import pytest
 import torch
-from gaussian import GAUSSIAN, GAUSSIAN_MIXTURE, MU, NOTHING, S
+
+from tests.diffusion.gaussian import GAUSSIAN, GAUSSIAN_MIXTURE, MU, NOTHING, S
 
 # isort: split
 from diffusers import (

@@ -7,12 +7,12 @@ import pytest
 import scipy.stats
 import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler
-from gaussian import GAUSSIAN
 
 from ldm.diffusion.samplers import SAMPLERS, sample
 from ldm.diffusion.sde import CLEAN_LEVEL, VPSDE, scaled_linear_alphas_cumprod
 from ldm.diffusion.timesteps import MIN_LOG_SNR, SPACINGS, truncate_grid
 from ldm.errors import choose
+from tests.diffusion.gaussian import GAUSSIAN
 
 SD = VPSDE.tabulated(scaled_linear_alphas_cumprod(0.00085, 0.012, 1000))
 BETAS = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")

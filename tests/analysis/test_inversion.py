@@ -5,7 +5,6 @@ from functools import partial
 
 import pytest
 import torch
-from gaussian import GAUSSIAN
 
 from ldm.analysis.inversion import (
     FIXED_POINT_STEP,
@@ -22,6 +21,7 @@ from ldm.diffusion.guidance import classifier_free_guidance
 from ldm.diffusion.prediction import PREDICTIONS
 from ldm.diffusion.sde import CLEAN_LEVEL, VPSDE, scaled_linear_alphas_cumprod
 from ldm.diffusion.timesteps import SPACINGS, TimeGrid
+from tests.diffusion.gaussian import GAUSSIAN
 
 SD = VPSDE.tabulated(scaled_linear_alphas_cumprod(0.00085, 0.012, 1000))
 SDES = {"table": SD, "linear": VPSDE.linear(), "cosine": VPSDE.cosine()}

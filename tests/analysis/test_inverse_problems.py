@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from gaussian import GAUSSIAN, MU, Gaussian, S
 
 from ldm.analysis.inverse_problems import LUMA_WEIGHTS, OPERATORS, conjugate_gradients, tmpd
 from ldm.diffusion.guidance import classifier_free_guidance, inpaint
 from ldm.diffusion.samplers import SAMPLERS, sample
 from ldm.diffusion.sde import VPSDE
 from ldm.diffusion.timesteps import SPACINGS
+from tests.diffusion.gaussian import GAUSSIAN, MU, Gaussian, S
 
 SDE = VPSDE.linear()
 A = torch.tensor([[0.8, -1.3]], dtype=torch.float64)
