@@ -41,9 +41,9 @@ def test_the_added_vector_and_the_channels_are_of_all_rows_or_of_none():
     rows = projected(2, added=True)
     joined = Conditioning.cat([rows, Conditioning(rows.context, vector=rows.vector)])
     assert joined.kv_cache is None and torch.equal(joined.vector[2:], rows.vector)
-    with pytest.raises(ValueError, match="1 of 2 parts have an added vector"):
+    with pytest.raises(ValueError, match="1 of 2 parts have vector"):
         Conditioning.cat([rows, projected(1)])
-    with pytest.raises(ValueError, match="1 of 2 parts have channels"):
+    with pytest.raises(ValueError, match="1 of 2 parts have concat"):
         Conditioning.cat([projected(1), projected(2, channels=True)])
 
 
