@@ -8,8 +8,6 @@ from collections.abc import Iterator, Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
-from torch.nn.grad import conv2d_input
 
 from ldm.nn.attention import AttentionFn, sdpa
 
@@ -71,40 +69,6 @@ class TimestepEmbedding(nn.Module):
         return self.linear_2(F.silu(self.linear_1(x)))
 
 
-class SmallConv2dFunction(torch.autograd.Function):
-    """A 3x3 convolution whose weight gradient is one matrix product, dw = g^T windows(x).
-
-    oneDNN's own takes four times as long on pictures of 4x4 (bfloat16, AMX): a tenth of a small U-Net's step.
-    """
-
-    @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        return F.conv2d(x, weight, bias, padding=1)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, g: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        x, weight = ctx.saved_tensors
-        rows = to_tokens(g).flatten(0, 1)  # [B H W, out]
-        padded = F.pad(x.permute(0, 2, 3, 1), (0, 0, 1, 1, 1, 1))
-        windows = padded.unfold(1, 3, 1).unfold(2, 3, 1).permute(0, 1, 2, 4, 5, 3).flatten(3).flatten(0, 2)
-        dw = (rows.t() @ windows).unflatten(1, (3, 3, -1)).permute(0, 3, 1, 2)
-        return conv2d_input(x.shape, weight, g, padding=1), dw, rows.sum(0)
-
-
-class Conv2d(nn.Conv2d):
-    """nn.Conv2d, constructor and all (peft makes adapters of the same class); on a CPU it trains by `SmallConv2dFunction`."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        small = self.training and x.device.type == "cpu" and x.shape[-2] * x.shape[-1] <= 16
-        same = (self.kernel_size, self.stride, self.padding) == ((3, 3), (1, 1), (1, 1))
-        if not (small and same) or self.bias is None:
-            return super().forward(x)
-        dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
-        return SmallConv2dFunction.apply(x.to(dtype), self.weight.to(dtype), self.bias.to(dtype))
-
-
 class ResnetBlock(nn.Module):
     """shortcut(x) + conv(silu(norm(h))), h = conv(silu(norm(x))) + proj(emb); emb [B, E] has had its silu.
 
@@ -116,10 +80,10 @@ class ResnetBlock(nn.Module):
         super().__init__()
         self.scale_shift = scale_shift
         self.norm1 = nn.GroupNorm(groups, dim, eps)
-        self.conv1 = Conv2d(dim, out, 3, padding=1)
+        self.conv1 = nn.Conv2d(dim, out, 3, padding=1)
         self.time_emb_proj = nn.Linear(emb, 2 * out if scale_shift else out)
         self.norm2 = nn.GroupNorm(groups, out, eps)
-        self.conv2 = Conv2d(out, out, 3, padding=1)
+        self.conv2 = nn.Conv2d(out, out, 3, padding=1)
         self.conv_shortcut = nn.Conv2d(dim, out, 1) if dim != out else nn.Identity()
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
@@ -149,7 +113,7 @@ class Upsample(nn.Module):
 
     def __init__(self, dim: int) -> None:
         super().__init__()
-        self.conv = Conv2d(dim, dim, 3, padding=1)
+        self.conv = nn.Conv2d(dim, dim, 3, padding=1)
 
     def forward(self, x: Tensor, size: Sequence[int]) -> Tensor:
         return self.conv(F.interpolate(x, size=tuple(size), mode="nearest"))

@@ -20,7 +20,6 @@ from ldm.conditioning import Conditioning
 from ldm.nn.attention import get_attention_backend
 from ldm.nn.blocks import (
     Attention,
-    Conv2d,
     Downsample,
     GaussianFourierProjection,
     KVPair,
@@ -240,7 +239,7 @@ class UNet(nn.Module):
         self.config = config
         widths, layers = config.block_out_channels, config.per_level("layers_per_block")
         emb = TIME_EMBEDDING_TYPES[config.time_embedding_type] * widths[0]
-        self.conv_in = Conv2d(config.in_channels, widths[0], 3, padding=1)
+        self.conv_in = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
         self.time_proj = (
             GaussianFourierProjection(emb, config.flip_sin_to_cos)
             if config.time_embedding_type == "fourier"
@@ -274,7 +273,7 @@ class UNet(nn.Module):
             dim = widths[i]
 
         self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, dim, config.norm_eps)
-        self.conv_out = Conv2d(dim, config.out_channels, 3, padding=1)
+        self.conv_out = nn.Conv2d(dim, config.out_channels, 3, padding=1)
         self.attention = attention
         self.gradient_checkpointing = False  # keep no layer's activations for the backward pass, compute them again
 
