@@ -1,7 +1,7 @@
-"""Multi-head attention by several back ends: softmax(q k^T / sqrt(D)) v for each of H heads of width D.
+"""Multi-head attention by several backends: softmax(q k^T / sqrt(D)) v for each of H heads of width D.
 
 Vaswani et al. 2017 (arXiv:1706.03762), eq. 1. The heads lie side by side in a token, q [B, N, H D], k and v
-[B, T, H D] -> [B, N, H D], so that a channels_last picture is its tokens without a copy.
+[B, T, H D] -> [B, N, H D], so that a channels_last feature map is its tokens without a copy.
 """
 
 from __future__ import annotations
@@ -13,8 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-AttentionFn = Callable[[Tensor, Tensor, Tensor, int], Tensor]
+from ldm.errors import choose
 from ldm.installation import install_command
+
+AttentionFn = Callable[[Tensor, Tensor, Tensor, int], Tensor]
 
 
 def split_heads(x: Tensor, heads: int) -> Tensor:
@@ -29,7 +31,7 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
 
 
 def math(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
-    """Two batched products around a softmax: on a CPU the fastest to train, up to some 64 tokens."""
+    """Two batched products around a softmax: the fastest in training on a CPU, up to about 64 tokens."""
     if q.dtype == torch.float16:  # the logits of SD 2.1 exceed its range
         return math(q.float(), k.float(), v.float(), heads).half()
     q, k, v = (split_heads(a, heads).transpose(1, 2) for a in (q, k, v))  # [B, H, N, D]
@@ -48,7 +50,7 @@ ATTENTION: dict[str, AttentionFn] = {"sdpa": sdpa, "math": math, "xformers": xfo
 
 
 def check_attention_backends() -> dict[str, str | None]:
-    """Every back end by name: None where it can be used here, else the reason why not."""
+    """Every backend by name: None if it can run on this machine, else the reason why not."""
     reasons: dict[str, str | None] = dict.fromkeys(ATTENTION)
     if importlib.util.find_spec("xformers") is None:
         reasons["xformers"] = f"xformers is not installed ({install_command('xformers')})"
@@ -58,10 +60,8 @@ def check_attention_backends() -> dict[str, str | None]:
 
 
 def get_attention_backend(name: str) -> AttentionFn:
-    """The back end of that name; ValueError where it is unknown or cannot be used here."""
-    reasons = check_attention_backends()
-    if name not in reasons:
-        raise ValueError(f"attention {name!r}: choose from {', '.join(ATTENTION)}")
-    if reasons[name]:
-        raise ValueError(f"attention {name!r}: {reasons[name]}")
-    return ATTENTION[name]
+    """ATTENTION[name]; ValueError for an unknown name and for a backend that cannot run on this machine."""
+    attention_fn = choose(ATTENTION, name, "attention")
+    if reason := check_attention_backends()[name]:
+        raise ValueError(f"attention {name!r}: {reason}")
+    return attention_fn

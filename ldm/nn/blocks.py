@@ -1,4 +1,4 @@
-"""What a conditional U-Net is made of; attributes are named as in diffusers, so that its state dicts load."""
+"""Building blocks of the conditional U-Net; attributes are named as in diffusers, so that its state dicts load."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ KVPair = tuple[Tensor, Tensor]
 
 
 class SinusoidalEmbedding(nn.Module):
-    """Timesteps as waves: t -> (cos w_i t, sin w_i t), w_i = 10000^(-i / (n - shift)), i < n = width / 2.
+    """Sinusoidal timestep embedding: t -> (cos w_i t, sin w_i t), w_i = 10000^(-i / (n - shift)), i < n = width / 2.
 
     Vaswani et al. 2017, sec. 3.5; Ho et al. 2020, app. B. t [B] -> [B, width], float32.
     """
@@ -27,16 +27,15 @@ class SinusoidalEmbedding(nn.Module):
     def forward(self, t: Tensor) -> Tensor:
         n = self.width // 2
         i = torch.arange(n, dtype=torch.float32, device=t.device)
-        return sincos(
-            t.float()[:, None] * torch.exp(-math.log(10_000) * i / (n - self.freq_shift)), self.flip_sin_to_cos
-        )
+        frequencies = torch.exp(-math.log(10_000) * i / (n - self.freq_shift))
+        return sincos(t.float()[:, None] * frequencies, self.flip_sin_to_cos)
 
 
 class GaussianFourierProjection(nn.Module):
-    """Timesteps as random Fourier features: t -> (cos 2 pi w_i t, sin 2 pi w_i t), Gaussian w_i.
+    """Random Fourier features of timesteps: t -> (cos 2 pi w_i t, sin 2 pi w_i t), Gaussian w_i.
 
     Tancik et al. 2020 (arXiv:2006.10739), sec. 3; Song et al. 2021 (arXiv:2011.13456), app. G.
-    t [B] -> [B, width], float32; w is never trained.
+    t [B] -> [B, width], float32; w is not trained.
     """
 
     def __init__(self, width: int, flip_sin_to_cos: bool = True) -> None:
@@ -70,13 +69,13 @@ class TimestepEmbedding(nn.Module):
 
 
 class ResnetBlock(nn.Module):
-    """shortcut(x) + conv(silu(norm(h))), h = conv(silu(norm(x))) + proj(emb); emb [B, E] has had its silu.
+    """shortcut(x) + conv(silu(norm(h))), h = conv(silu(norm(x))) + proj(emb); emb [B, E] is already past its silu.
 
     Ho et al. 2020 (arXiv:2006.11239), app. B. With `scale_shift` norm(h) becomes norm(h) (1 + a) + b, (a, b) =
     proj(emb), and h is the convolution alone: Dhariwal & Nichol 2021 (arXiv:2105.05233), sec. 3.1.
     """
 
-    def __init__(self, dim: int, out: int, emb: int, *, groups: int, eps: float, scale_shift: bool = False) -> None:
+    def __init__(self, dim: int, out: int, emb: int, groups: int, eps: float, scale_shift: bool = False) -> None:
         super().__init__()
         self.scale_shift = scale_shift
         self.norm1 = nn.GroupNorm(groups, dim, eps)
@@ -98,7 +97,7 @@ class ResnetBlock(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Half the size, rounded up, by a strided convolution."""
+    """Halve height and width, rounding up, by a strided convolution."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -109,7 +108,7 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Nearest neighbours to a given size, then a convolution."""
+    """Nearest-neighbour interpolation to a given size, then a convolution."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -183,30 +182,24 @@ class TransformerBlock(nn.Module):
 class SpatialTransformer(nn.Module):
     """x + transformer(norm(x)) over the pixels of [B, C, H, W]: Rombach et al. 2022 (arXiv:2112.10752), app. E.2.1.
 
-    The maps in and out are 1x1 convolutions (SD 1) or `linear` on tokens (SD 2): one function, two weight shapes.
+    The projections in and out are 1x1 convolutions (SD 1) or, where `linear`, linear maps of tokens (SD 2).
     """
 
-    def __init__(
-        self, dim: int, context: int, heads: int, depth: int, *, groups: int, use_linear_projection: bool
-    ) -> None:
+    def __init__(self, dim: int, context: int, heads: int, depth: int, groups: int, linear: bool) -> None:
         super().__init__()
-        self.use_linear_projection = use_linear_projection
+        self.linear = linear
         self.norm = nn.GroupNorm(groups, dim, eps=1e-6)
-        self.proj_in: nn.Module = nn.Linear(dim, dim) if use_linear_projection else nn.Conv2d(dim, dim, 1)
+        self.proj_in: nn.Module = nn.Linear(dim, dim) if linear else nn.Conv2d(dim, dim, 1)
         self.transformer_blocks = nn.ModuleList(TransformerBlock(dim, context, heads) for _ in range(depth))
-        self.proj_out: nn.Module = nn.Linear(dim, dim) if use_linear_projection else nn.Conv2d(dim, dim, 1)
+        self.proj_out: nn.Module = nn.Linear(dim, dim) if linear else nn.Conv2d(dim, dim, 1)
 
     def forward(self, x: Tensor, kv_pairs: Iterator[KVPair]) -> Tensor:
         size = x.shape[-2:]
         h = self.norm(x)
-        h = self.proj_in(to_tokens(h)) if self.use_linear_projection else to_tokens(self.proj_in(h))
+        h = self.proj_in(to_tokens(h)) if self.linear else to_tokens(self.proj_in(h))
         for block in self.transformer_blocks:
             h = block(h, next(kv_pairs))
-        h = (
-            to_feature_map(self.proj_out(h), size)
-            if self.use_linear_projection
-            else self.proj_out(to_feature_map(h, size))
-        )
+        h = to_feature_map(self.proj_out(h), size) if self.linear else self.proj_out(to_feature_map(h, size))
         return x + h
 
 

@@ -33,16 +33,12 @@ from ldm.nn.blocks import (
 
 UNET_CLASS_NAME = "UNet2DConditionModel"
 
-DOWN_BLOCKS = {"CrossAttnDownBlock2D": True, "DownBlock2D": False}  # has it transformers?
+DOWN_BLOCKS = {"CrossAttnDownBlock2D": True, "DownBlock2D": False}  # whether each residual block has a transformer
 UP_BLOCKS = {"CrossAttnUpBlock2D": True, "UpBlock2D": False}
-MID_BLOCKS = {
-    "UNetMidBlock2DCrossAttn": (2, 1),
-    "UNetMidBlock2D": (1, 0),
-    None: (0, 0),
-}  # resnets, transformers
+MID_BLOCKS = {"UNetMidBlock2DCrossAttn": (2, 1), "UNetMidBlock2D": (1, 0), None: (0, 0)}  # resnets, transformers
 RESNET_TIME_SCALE_SHIFTS = {"default": False, "scale_shift": True}
 TIME_EMBEDDING_TYPES = {"positional": 4, "fourier": 2}  # width of the embedding over block_out_channels[0]
-ADDITION_EMBED_TYPES = {None: False, "text_time": True}  # does the timestep embedding take Conditioning.added?
+ADDITION_EMBED_TYPES = {None: False, "text_time": True}  # whether the U-Net takes Conditioning.vector
 UNET_FIELD_CHOICES: dict[str, Mapping[Any, Any]] = {
     "addition_embed_type": ADDITION_EMBED_TYPES,
     "down_block_types": DOWN_BLOCKS,
@@ -58,8 +54,7 @@ PER_LEVEL_FIELDS = (
     "attention_head_dim",
     "transformer_layers_per_block",
 )
-
-# diffusers' fields that are not implemented, with the only value that is understood.
+# diffusers' fields that are not implemented, with the only value that is accepted
 UNSUPPORTED_UNET_FIELDS: dict[str, Any] = {
     "act_fn": "silu",
     "addition_embed_type_num_heads": 64,
@@ -91,12 +86,11 @@ UNSUPPORTED_UNET_FIELDS: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class UNetConfig:
-    """The shape of a U-Net in diffusers' words (config.json), one entry per resolution, the finest first.
+    """The fields of diffusers' config.json of a U-Net; a tuple holds a value per resolution, the finest first.
 
     `attention_head_dim` is a misnomer that every published file keeps: it is the NUMBER of heads, each of width
-    channels / heads. `upcast_attention` asks for float32 logits where float16 overflows, which every back end has
-    anyway; it is kept for other readers of the file. What may differ between resolutions is one value, or one for
-    each. ValueError names a field that cannot be.
+    channels / heads. `upcast_attention` asks for float32 logits where float16 overflows, which every backend computes
+    anyway; it is kept for other readers of the file. ValueError names an invalid field.
     """
 
     sample_size: int | tuple[int, ...] | None = None
@@ -134,7 +128,7 @@ class UNetConfig:
                 if choice not in table:
                     raise ValueError(f"U-Net {name} {choice!r}: choose from {', '.join(map(str, table))}")
         for name in PER_LEVEL_FIELDS:
-            self.per_level(name)
+            self.per_level(name)  # checks their number
         for name in ("addition_time_embed_dim", "projection_class_embeddings_input_dim"):
             if ADDITION_EMBED_TYPES[self.addition_embed_type] and not getattr(self, name):
                 raise ValueError(f"U-Net {name} {getattr(self, name)!r}: {self.addition_embed_type} needs a width")
@@ -144,7 +138,7 @@ class UNetConfig:
                     raise ValueError(f"U-Net block_out_channels {width}: not a multiple of {name} {divisor}")
 
     def per_level(self, name: str) -> tuple[Any, ...]:
-        """The field of that name, once for each resolution."""
+        """The value of a field for each resolution."""
         value, levels = getattr(self, name), len(self.block_out_channels)
         values = value if isinstance(value, tuple) else (value,) * levels
         if len(values) != levels:
@@ -153,21 +147,19 @@ class UNetConfig:
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> UNetConfig:
-        """The content of a diffusers config.json; ValueError names the first field that would go unheeded."""
+        """A diffusers config.json; ValueError names the first field that is unknown or not implemented."""
         ours = {field.name for field in fields(cls)}
         for name, value in config.items():
             if name == "_class_name" and value != UNET_CLASS_NAME:
                 raise ValueError(f"U-Net config: _class_name is {value!r}, not {UNET_CLASS_NAME!r}")
-            if name in UNSUPPORTED_UNET_FIELDS and value != UNSUPPORTED_UNET_FIELDS[name]:
-                raise ValueError(
-                    f"U-Net config: {name} = {value!r} is not supported, only {UNSUPPORTED_UNET_FIELDS[name]!r}"
-                )
+            if value != (supported := UNSUPPORTED_UNET_FIELDS.get(name, value)):
+                raise ValueError(f"U-Net config: {name} = {value!r} is not supported, only {supported!r}")
             if not (name in ours or name in UNSUPPORTED_UNET_FIELDS or name.startswith("_")):
                 raise ValueError(f"U-Net config: unknown field {name} = {value!r}")
         return cls(**{name: value for name, value in config.items() if name in ours})
 
     def to_dict(self) -> dict[str, Any]:
-        """What diffusers' `UNet2DConditionModel.from_config` reads; JSON types only."""
+        """The fields as JSON values, for diffusers' `UNet2DConditionModel.from_config`."""
         values = {name: list(v) if isinstance(v, tuple) else v for name, v in asdict(self).items()}
         return {"_class_name": UNET_CLASS_NAME, **values}
 
@@ -176,28 +168,32 @@ UNetLayer = tuple[nn.Module, nn.Module | None]  # a residual block and its trans
 
 
 class UNetBlock(nn.Module):
-    """One resolution: residual blocks, each followed by a transformer while there are any, then a change of size."""
+    """One resolution: a residual block per input width, `num_attentions` transformers among them, then resampling."""
 
     def __init__(
         self,
-        resnets: Iterable[nn.Module],
-        attentions: Iterable[nn.Module],
-        downsamplers: Iterable[nn.Module] = (),
-        upsamplers: Iterable[nn.Module] = (),
+        config: UNetConfig,
+        level: int,
+        inputs: list[int],
+        num_attentions: int,
+        down: bool = False,
+        up: bool = False,
     ) -> None:
         super().__init__()
-        self.resnets = nn.ModuleList(resnets)
-        self.attentions = nn.ModuleList(attentions)
-        self.downsamplers = nn.ModuleList(downsamplers)
-        self.upsamplers = nn.ModuleList(upsamplers)
+        width, groups, eps = config.block_out_channels[level], config.norm_num_groups, config.norm_eps
+        emb = TIME_EMBEDDING_TYPES[config.time_embedding_type] * config.block_out_channels[0]
+        shift = RESNET_TIME_SCALE_SHIFTS[config.resnet_time_scale_shift]
+        heads = config.per_level("attention_head_dim")[level]
+        depth = config.per_level("transformer_layers_per_block")[level]
+        transformer = width, config.cross_attention_dim, heads, depth, groups, config.use_linear_projection
+        # initialized first: the initial weights of a seed depend on the order
+        downsamplers, upsamplers = [Downsample(width)] if down else [], [Upsample(width)] if up else []
+        self.resnets = nn.ModuleList(ResnetBlock(dim, width, emb, groups, eps, shift) for dim in inputs)
+        self.attentions = nn.ModuleList(SpatialTransformer(*transformer) for _ in range(num_attentions))
+        self.downsamplers, self.upsamplers = nn.ModuleList(downsamplers), nn.ModuleList(upsamplers)
 
     def layers(self) -> Iterator[UNetLayer]:
         return zip_longest(self.resnets, self.attentions)
-
-
-def num_transformer_blocks(layer: UNetLayer) -> int:
-    """How many pairs of keys and values a layer takes."""
-    return len(cast(SpatialTransformer, layer[1]).transformer_blocks) if layer[1] else 0
 
 
 def apply_layer(layer: UNetLayer, x: Tensor, emb: Tensor, kv_pairs: Sequence[KVPair]) -> Tensor:
@@ -206,32 +202,12 @@ def apply_layer(layer: UNetLayer, x: Tensor, emb: Tensor, kv_pairs: Sequence[KVP
     return x if transformer is None else transformer(x, iter(kv_pairs))
 
 
-def build_block(
-    config: UNetConfig, level: int, in_channels: list[int], num_attentions: int, **resample: Any
-) -> UNetBlock:
-    """A stage with a residual block for each of the input widths and as many transformers as said."""
-    width, groups, eps = config.block_out_channels[level], config.norm_num_groups, config.norm_eps
-    emb = TIME_EMBEDDING_TYPES[config.time_embedding_type] * config.block_out_channels[0]
-    shift = RESNET_TIME_SCALE_SHIFTS[config.resnet_time_scale_shift]
-    heads = config.per_level("attention_head_dim")[level]
-    depth = config.per_level("transformer_layers_per_block")[level]
-    text, linear = config.cross_attention_dim, config.use_linear_projection
-    return UNetBlock(
-        [ResnetBlock(dim, width, emb, groups=groups, eps=eps, scale_shift=shift) for dim in in_channels],
-        [
-            SpatialTransformer(width, text, heads, depth, groups=groups, use_linear_projection=linear)
-            for _ in range(num_attentions)
-        ],
-        **resample,
-    )
-
-
 class UNet(nn.Module):
-    """The network of a `Denoiser`: (x [B, C, H, W], t [B], text) -> [B, C', H, W] in the dtype of its weights.
+    """The network of a `Denoiser`: (x [B, C, H, W], t [B], cond) -> [B, C', H, W] in the dtype of its weights.
 
-    H and W are free, odd sizes included; t counts 0 to 999 and may be fractional. `text.channels` follow x's own, in a
-    network for inpainting. `attention` names a row of `ATTENTION`; ValueError where that back end cannot be used here,
-    and where the network takes other channels, or another `text.added`, than it is given.
+    H and W are free, odd sizes included; t is from 0 to 999 and may be fractional. `cond.concat`, in a network for
+    inpainting, follows the channels of x. `attention` names a row of `ATTENTION`. ValueError for a backend that cannot
+    run here, and for channels or a `cond.vector` that do not fit the configuration.
     """
 
     def __init__(self, config: UNetConfig, attention: str = "sdpa") -> None:
@@ -248,96 +224,92 @@ class UNet(nn.Module):
         self.time_embedding = TimestepEmbedding(self.time_proj.width, emb)
         self.add_time_proj = self.add_embedding = None
         if ADDITION_EMBED_TYPES[config.addition_embed_type]:
-            self.add_time_proj = SinusoidalEmbedding(
-                config.addition_time_embed_dim or 0, config.flip_sin_to_cos, config.freq_shift
-            )
+            width = config.addition_time_embed_dim or 0
+            self.add_time_proj = SinusoidalEmbedding(width, config.flip_sin_to_cos, config.freq_shift)
             self.add_embedding = TimestepEmbedding(config.projection_class_embeddings_input_dim or 0, emb)
 
         dim, skips = widths[0], [widths[0]]
         self.down_blocks = nn.ModuleList()
         for i, kind in enumerate(config.down_block_types):
             inputs = [dim] + [widths[i]] * (layers[i] - 1)
-            half = [Downsample(widths[i])] if i < len(widths) - 1 else []
-            self.down_blocks.append(build_block(config, i, inputs, layers[i] * DOWN_BLOCKS[kind], downsamplers=half))
-            skips += [widths[i]] * (layers[i] + len(half))
+            down = i < len(widths) - 1
+            self.down_blocks.append(UNetBlock(config, i, inputs, layers[i] * DOWN_BLOCKS[kind], down=down))
+            skips += [widths[i]] * (layers[i] + down)
             dim = widths[i]
 
         resnets, attentions = MID_BLOCKS[config.mid_block_type]
-        self.mid_block = build_block(config, len(widths) - 1, [dim] * resnets, attentions)
+        self.mid_block = UNetBlock(config, len(widths) - 1, [dim] * resnets, attentions)
 
         self.up_blocks = nn.ModuleList()
         for i, kind in zip(reversed(range(len(widths))), config.up_block_types, strict=True):
             inputs = [n + skips.pop() for n in [dim] + [widths[i]] * layers[i]]
-            twice = [Upsample(widths[i])] if i > 0 else []
-            self.up_blocks.append(build_block(config, i, inputs, len(inputs) * UP_BLOCKS[kind], upsamplers=twice))
+            self.up_blocks.append(UNetBlock(config, i, inputs, len(inputs) * UP_BLOCKS[kind], up=i > 0))
             dim = widths[i]
 
         self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, dim, config.norm_eps)
         self.conv_out = nn.Conv2d(dim, config.out_channels, 3, padding=1)
         self.attention = attention
-        self.gradient_checkpointing = False  # keep no layer's activations for the backward pass, compute them again
+        self.gradient_checkpointing = False  # recompute activations in the backward pass
 
     @property
     def attention(self) -> str:
-        """The attention back end by name; may be set at any time."""
+        """The attention backend by name; may be set at any time."""
         return self._attention
 
     @attention.setter
     def attention(self, name: str) -> None:
-        attend = get_attention_backend(name)
+        attention_fn = get_attention_backend(name)
         self._attention = name
         for module in self.modules():
             if isinstance(module, Attention):
-                module.attention_fn = attend
+                module.attention_fn = attention_fn
 
     @property
     def dtype(self) -> torch.dtype:
         return self.conv_in.weight.dtype
 
     def compute_kv_cache(self, cond: Conditioning) -> Conditioning:
-        """The same text with every cross-attention's keys and values, so that no step computes them again."""
+        """The conditioning with the keys and values of every cross-attention, which no step then computes again."""
         if cond.kv_cache is not None:
             return cond
-        context = cond.context.to(self.dtype)
-        crosses = [block.attn2 for block in self.modules() if isinstance(block, TransformerBlock)]
-        return replace(cond, kv_cache=tuple(cross.project_kv(context) for cross in crosses))
+        context, blocks = cond.context.to(self.dtype), (m for m in self.modules() if isinstance(m, TransformerBlock))
+        return replace(cond, kv_cache=tuple(block.attn2.project_kv(context) for block in blocks))
 
     def make_vector(self, pooled: Tensor, time_ids: Tensor) -> Tensor:
-        """`Conditioning.vector` [B, P + n width]: the text's pooled vector [B, P] and the waves of its time ids [B, n].
+        """`Conditioning.vector` [B, P + n width], float32: pooled text [B, P] and the embedded time ids [B, n].
 
-        SDXL's ids are the original height and width, the crop's top and left, the height and width to draw, in pixels
-        (Podell et al. 2023, arXiv:2307.01952, sec. 2.2). float32. ValueError where the U-Net takes none, or as many.
+        SDXL's ids are the original height and width, the crop's top and left, the target height and width, in pixels
+        (Podell et al. 2023, arXiv:2307.01952, sec. 2.2). ValueError if the U-Net takes none, or another number of them.
         """
         if self.add_time_proj is None:
             raise ValueError("this U-Net takes no pooled text and time ids")
-        waves = self.add_time_proj(time_ids.flatten()).view(len(time_ids), -1)
-        added = torch.cat([pooled.float(), waves], dim=-1)
-        if added.shape[-1] != self.config.projection_class_embeddings_input_dim:
-            raise ValueError(
-                f"pooled text of {pooled.shape[-1]} and {time_ids.shape[-1]} time ids: {added.shape[-1]} numbers, "
-                f"and this U-Net takes {self.config.projection_class_embeddings_input_dim}"
-            )
-        return added
+        time_embeds = self.add_time_proj(time_ids.flatten()).view(len(time_ids), -1)
+        vector = torch.cat([pooled.float(), time_embeds], dim=-1)
+        if (width := vector.shape[-1]) != (expected := self.config.projection_class_embeddings_input_dim):
+            inputs = f"pooled text of {pooled.shape[-1]} and {time_ids.shape[-1]} time ids"
+            raise ValueError(f"{inputs}: {width} numbers, and this U-Net takes {expected}")
+        return vector
 
     def embed_timestep(self, t: Tensor, cond: Conditioning) -> Tensor:
-        """What every residual block is told, [B, E]: the timestep, and `cond.added` where the U-Net takes it."""
+        """The embedding [B, E] of the timestep, plus that of `cond.vector` if the U-Net takes it."""
         emb = self.time_embedding(self.time_proj(t).to(self.dtype))
         if (self.add_embedding is None) != (cond.vector is None):
             takes = "takes no" if self.add_embedding is None else "needs"
-            raise ValueError(f"this U-Net {takes} pooled text and time ids (Conditioning.added)")
+            raise ValueError(f"this U-Net {takes} pooled text and time ids (Conditioning.vector)")
         return emb if self.add_embedding is None else emb + self.add_embedding(cast(Tensor, cond.vector).to(self.dtype))
 
     def prepare_input(self, x: Tensor, cond: Conditioning) -> Tensor:
-        """What the first convolution reads: x [B, C, H, W], then the conditioning's channels."""
+        """The input of the first convolution: x [B, C, H, W], then the channels of `cond.concat`."""
         x = x.to(self.dtype)
         if cond.concat is not None:
             x = torch.cat([x, cond.concat.to(self.dtype)], dim=1)
         if x.shape[1] != self.config.in_channels:
-            raise ValueError(f"this U-Net takes {self.config.in_channels} channels, and {x.shape[1]} are given")
+            raise ValueError(f"this U-Net takes {self.config.in_channels} channels, got {x.shape[1]}")
         return 2 * x - 1 if self.config.center_input_sample else x
 
     def _apply_layer(self, layer: UNetLayer, x: Tensor, emb: Tensor, kv_pairs: Iterator[KVPair]) -> Tensor:
-        own = list(islice(kv_pairs, num_transformer_blocks(layer)))
+        transformer = cast(SpatialTransformer | None, layer[1])
+        own = list(islice(kv_pairs, len(transformer.transformer_blocks) if transformer else 0))
         if self.gradient_checkpointing and torch.is_grad_enabled():
             return checkpoint(apply_layer, layer, x, emb, own, use_reentrant=False)
         return apply_layer(layer, x, emb, own)

@@ -262,7 +262,7 @@ def test_what_cannot_be_edited_is_refused_before_anything_is_drawn(pipe, change,
 def test_a_model_that_inpaints_asks_for_an_image(nine, pipe):
     with pytest.raises(ValueError, match="this model inpaints, so an image is needed"):
         nine.stream([Request("a cat")])
-    with pytest.raises(ValueError, match="takes 9 channels, and 4 are given"):
+    with pytest.raises(ValueError, match="takes 9 channels, got 4"):
         nine.cfg_denoiser(["a cat"], [""])(torch.zeros(1, 4, 8, 8), nine.model.sde.level(0.5))
     eight = UNet(dataclasses.replace(pipe.model.unet.config, in_channels=8))
     with pytest.raises(ValueError, match="U-Net of 8 channels: only 4 and 9 are known"):
