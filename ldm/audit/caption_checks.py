@@ -11,7 +11,7 @@ from pathlib import PurePosixPath
 from ldm.data.folders import split_key
 from ldm.data.sources import READABLE_IMAGE_SUFFIXES, DatasetIssue, ImageSample
 from ldm.nn.prompts import PlaceholderTokens, split_on_tokens
-from ldm.nn.text_encoders import CLIPTokenizer, tokenize
+from ldm.nn.text_encoders import CLIPTokenizer, tokenize_with_placeholders
 
 HTML_TAGS = "a|b|i|u|p|br|div|em|strong|span|font|img|li|ul|ol|h[1-6]|table|tr|td|script|style"
 MARKUP_PATTERN = re.compile(rf"</?(?:{HTML_TAGS})\b[^<>]*>|&(?:[a-z]{{2,8}}|#\d{{1,6}});|https?://", re.IGNORECASE)
@@ -53,8 +53,7 @@ def check_tokenization(
 
 def count_tokens(caption: str, tokenizer: CLIPTokenizer, placeholder_tokens: PlaceholderTokens) -> int:
     """A caption's tokens, with those of start and end. ValueError for characters that the vocabulary lacks."""
-    parts = split_on_tokens(caption, placeholder_tokens)
-    return 2 + sum(len(tokenize(tokenizer, part) if isinstance(part, str) else part) for part in parts)
+    return 2 + len(tokenize_with_placeholders(tokenizer, caption, placeholder_tokens))
 
 
 def detect_file_name(caption: str, stem: str) -> str | None:

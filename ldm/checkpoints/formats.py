@@ -20,7 +20,7 @@ from ldm.diffusion.prediction import Prediction
 from ldm.diffusion.sde import VPSDE
 from ldm.installation import find_picto, missing_picto
 from ldm.nn import vae
-from ldm.nn.text_encoders import CLIPTextModel, TextEncoder, tokenize_prompt
+from ldm.nn.text_encoders import CLIPTextModel, TextEncoder, join_text_embeddings, tokenize_prompt
 from ldm.nn.unet import UNet
 from ldm.rng import Noise
 
@@ -189,16 +189,14 @@ def build_checkpoint(model: ModelSpec, device: torch.device, dtype: torch.dtype)
 
 @torch.no_grad()
 def probe_unet(unet: UNet, text_encoders: Sequence[TextEncoder], sde: VPSDE) -> detect.ProbeResult:
-    """The U-Net's answer to a noisy nothing without a prompt, which tells what it predicts."""
+    """The U-Net's output for a noisy zero latent and the empty prompt, which reveals what it predicts."""
     side, pixels, device = PROBE_LATENT_SIZE, 8 * PROBE_LATENT_SIZE, unet.conv_in.weight.device
-    states, pooled = zip(
-        *(tower.encode(tokenize_prompt(tower.tokenizer, "")[0]) for tower in text_encoders), strict=True
-    )
+    context, pooled = join_text_embeddings(e.encode(tokenize_prompt(e.tokenizer, "")[0]) for e in text_encoders)
     ids = torch.tensor([[pixels, pixels, 0, 0, pixels, pixels]], device=device)
-    added = unet.make_vector(pooled[-1], ids) if unet.add_embedding is not None else None
-    extra = unet.config.in_channels - unet.config.out_channels  # all is to be drawn, nothing is known
+    vector = None if unet.add_embedding is None or pooled is None else unet.make_vector(pooled, ids)
+    extra = unet.config.in_channels - unet.config.out_channels  # inpainting: all is masked
     channels = torch.cat([torch.ones(1, 1, side, side), torch.zeros(1, extra - 1, side, side)], 1) if extra else None
-    cond = Conditioning(torch.cat(states, -1), vector=added, concat=None if channels is None else channels.to(device))
+    cond = Conditioning(context, vector=vector, concat=None if channels is None else channels.to(device))
     return detect.probe_network(unet, sde, cond, (1, unet.config.out_channels, side, side), Noise([0]))
 
 

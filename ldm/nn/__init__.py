@@ -1,8 +1,7 @@
-"""Import torchvision where its operators were built for another torch (a CUDA wheel beside a CPU torch).
+"""Networks. Importing this package also mends a torchvision that was built for another torch.
 
-torchvision is only open_clip's and transformers' optional companion, but a mismatched one takes both down with
-"operator torchvision::nms does not exist". Imported before either, this module tries the import; on exactly that error
-it drops the half-imported modules, defines the two missing schemas and imports again. A healthy install is left alone.
+Such a torchvision (a CUDA wheel beside a CPU torch) makes the import of open_clip and transformers fail with "operator
+torchvision::nms does not exist". On exactly that error the two missing operators are defined before importing it again.
 """
 
 from __future__ import annotations
@@ -12,14 +11,14 @@ import sys
 
 import torch
 
-_LIBRARIES: list[torch.library.Library] = []  # a Library's definitions live as long as the object
+_LIBRARIES: list[torch.library.Library] = []  # keeps the definitions alive
 
 
 def patch_torchvision() -> None:
     try:
         importlib.import_module("torchvision")
     except ImportError:
-        return  # not installed: nobody needs it
+        return  # optional
     except RuntimeError as error:
         if "operator torchvision::nms does not exist" not in str(error):
             raise

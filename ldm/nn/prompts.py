@@ -1,4 +1,4 @@
-"""Prompts: weights in the syntax of AUTOMATIC1111's web UI, and texts of any length, cut into chunks."""
+"""Prompt weighting in the syntax of AUTOMATIC1111's web UI, and splitting of long prompts into chunks."""
 
 from __future__ import annotations
 
@@ -18,10 +18,8 @@ ATTENTION_PATTERN = re.compile(
     """,
     re.VERBOSE,
 )
-UNSUPPORTED_PATTERN = (
-    re.compile(  # of the web UI's syntax: networks, prompts that change on the way, and several at once
-        r"<(?:lora|lyco|hypernet):[^<>]*>|\[[^\[\]]*:\s*(?:\d+(?:\.\d*)?|\.\d+)\s*\]|\[[^\[\]|]*\|[^\[\]]*\]|\bAND\b"
-    )
+UNSUPPORTED_PATTERN = re.compile(  # syntax of the web UI for extra networks, prompt editing, alternation, composition
+    r"<(?:lora|lyco|hypernet):[^<>]*>|\[[^\[\]]*:\s*(?:\d+(?:\.\d*)?|\.\d+)\s*\]|\[[^\[\]|]*\|[^\[\]]*\]|\bAND\b"
 )
 BREAK_PATTERN = re.compile(r"\bBREAK\b")
 WORD_EDGE = r"(?:(?<!\w)|(?!\w))"  # not between two letters of a word
@@ -29,20 +27,20 @@ BRACKET_WEIGHTS = {"(": 1.1, "[": 1 / 1.1}
 OPENING_BRACKETS = {")": "(", "]": "["}
 MAX_BRACKET_NESTING = 32
 MAX_TOKEN_WEIGHT = 100.0
-COMMA_PADDING_BACKTRACK = 20  # tokens: a shorter phrase after a comma is not torn
+COMMA_PADDING_BACKTRACK = 20  # tokens: a shorter phrase after a comma is moved whole to the next chunk
 
-PlaceholderTokens = Mapping[str, Sequence[int]]  # what is added to a vocabulary, and the ids that each word stands for
+PlaceholderTokens = Mapping[str, Sequence[int]]  # tokens added to a vocabulary, and the ids that each stands for
 
 
 class PromptSpan(NamedTuple):
-    """A stretch of text and its weight."""
+    """A part of a prompt and its weight."""
 
     text: str
     weight: float
 
 
 class WeightedToken(NamedTuple):
-    """A token's id and its weight; `p_dot_p` where it belongs to the same added word as the one before it."""
+    """A token's id and weight; `continues_placeholder`: it belongs to the same placeholder token as the one before."""
 
     id: int
     weight: float
@@ -50,40 +48,39 @@ class WeightedToken(NamedTuple):
 
 
 def parse_prompt_attention(prompt: str) -> tuple[tuple[PromptSpan, ...], ...]:
-    r"""The sections of a prompt, which BREAK (a word of its own) divides, each in stretches of one weight.
+    r"""The sections of a prompt, separated by the word BREAK, each as spans of one weight.
 
     (word) is 1.1, [word] 1/1.1, (word:1.3) 1.3; nested weights multiply; \( \) \[ \] \\ are text, as are a bracket that
-    closes nothing and a backslash before any other character. A bracket never closed reaches to the prompt's end. This
-    is the web UI's grammar, but for two slips of its own: BREAK within brackets divides too, and a number that is none,
-    as in (word:1.2.3), is text. ValueError for brackets nested deeper than 32 or weights beyond 100.
+    closes nothing and a backslash before any other character. A bracket never closed extends to the prompt's end. This
+    is the web UI's grammar, except that BREAK within brackets separates too, and that a malformed number, as in
+    (word:1.2.3), is text. ValueError for brackets nested deeper than 32 or weights beyond 100.
     """
     texts: list[str] = []
     weights: list[float] = []
     breaks: list[int] = []
-    opened: dict[str, list[int]] = {bracket: [] for bracket in BRACKET_WEIGHTS}
+    open_brackets: dict[str, list[int]] = {bracket: [] for bracket in BRACKET_WEIGHTS}
 
     def close(bracket: str, factor: float) -> None:
-        start = opened[bracket].pop()
+        start = open_brackets[bracket].pop()
         weights[start:] = [weight * factor for weight in weights[start:]]
 
     for match in ATTENTION_PATTERN.finditer(prompt):
-        word, number = match[0], match[1]
-        if word in opened:
-            if len(opened[word]) == MAX_BRACKET_NESTING:
-                raise ValueError(
-                    rf"prompt: {word} nested more than {MAX_BRACKET_NESTING} deep; \{word} is a bracket as text"
-                )
-            opened[word].append(len(texts))
-        elif number and opened["("]:
+        lexeme, number = match[0], match[1]
+        if lexeme in open_brackets:
+            if len(open_brackets[lexeme]) == MAX_BRACKET_NESTING:
+                limit = f"{lexeme} nested more than {MAX_BRACKET_NESTING} deep"
+                raise ValueError(rf"prompt: {limit}; \{lexeme} is a bracket as text")
+            open_brackets[lexeme].append(len(texts))
+        elif number and open_brackets["("]:
             close("(", float(number))
-        elif word in OPENING_BRACKETS and opened[OPENING_BRACKETS[word]]:
-            close(OPENING_BRACKETS[word], BRACKET_WEIGHTS[OPENING_BRACKETS[word]])
+        elif (bracket := OPENING_BRACKETS.get(lexeme, "")) and open_brackets[bracket]:
+            close(bracket, BRACKET_WEIGHTS[bracket])
         else:
-            for k, text in enumerate(BREAK_PATTERN.split(word)):
+            for k, text in enumerate(BREAK_PATTERN.split(lexeme)):
                 breaks += [len(texts)] if k else []
                 texts.append(text[1:] if len(text) == 2 and text[0] == "\\" else text)
                 weights.append(1.0)
-    for bracket, starts in opened.items():
+    for bracket, starts in open_brackets.items():
         while starts:
             close(bracket, BRACKET_WEIGHTS[bracket])
     for weight in weights:
@@ -94,53 +91,49 @@ def parse_prompt_attention(prompt: str) -> tuple[tuple[PromptSpan, ...], ...]:
 
 
 def unsupported_syntax(prompt: str) -> list[str]:
-    """What in a prompt is the web UI's syntax and mere text to `parse_prompt_attention`: <lora:...>, [a:b:0.5], [a|b], AND."""
+    """The web UI's syntax in a prompt that `parse_prompt_attention` takes as text: <lora:x>, [a:b:0.5], [a|b], AND."""
     return UNSUPPORTED_PATTERN.findall(prompt)
 
 
 def _merge_spans(texts: Sequence[str], weights: Sequence[float]) -> Iterator[PromptSpan]:
-    """Neighbours of one weight as one part, so that words are tokenised whole; empty parts are dropped."""
+    """Merge neighbours of one weight, so that words are tokenized whole; drop empty spans."""
     for weight, run in groupby(zip(texts, weights, strict=True), lambda item: item[1]):
         if text := "".join(text for text, _ in run):
             yield PromptSpan(text, weight)
 
 
 def split_on_tokens(text: str, placeholder_tokens: PlaceholderTokens) -> Iterator[str | Sequence[int]]:
-    """A text in stretches without added words, and between them the ids of each word, in their order.
+    """The parts of a text around placeholder tokens and, in their order, the ids of each placeholder token.
 
-    Case does not matter, as to the tokenizer; a word within a longer one is none.
+    Case does not matter, as it does not to the tokenizer; a match within a longer word does not count.
     """
-    start, ordered = 0, tuple(sorted(placeholder_tokens, key=len, reverse=True))
-    for match in _placeholder_pattern(ordered).finditer(text) if placeholder_tokens else ():
+    start, tokens = 0, tuple(sorted(placeholder_tokens, key=len, reverse=True))
+    for match in _placeholder_pattern(tokens).finditer(text) if placeholder_tokens else ():
         yield text[start : match.start()]
-        yield placeholder_tokens[ordered[(match.lastindex or 0) - 1]]
+        yield placeholder_tokens[tokens[(match.lastindex or 0) - 1]]
         start = match.end()
     yield text[start:]
 
 
 @lru_cache(maxsize=8)
-def _placeholder_pattern(words: Sequence[str]) -> re.Pattern[str]:
-    """Finds any of the words, the first that fits; the number of the group is its place, from 1 on."""
-    return re.compile("|".join(f"({WORD_EDGE}{re.escape(word)}{WORD_EDGE})" for word in words), re.IGNORECASE)
+def _placeholder_pattern(tokens: Sequence[str]) -> re.Pattern[str]:
+    """Matches any of the tokens, the first that fits; the group's number is its index, from 1."""
+    return re.compile("|".join(f"({WORD_EDGE}{re.escape(token)}{WORD_EDGE})" for token in tokens), re.IGNORECASE)
 
 
 def split_into_chunks(tokens: Sequence[WeightedToken], chunk_size: int, comma_id: int) -> list[Sequence[WeightedToken]]:
-    """Pieces of at most `size` tokens, at least one, possibly empty.
+    """Chunks of at most `chunk_size` tokens; at least one, possibly empty.
 
-    Where a cut would tear the phrase behind a comma among the piece's last 20 tokens, it is made behind that comma, as
-    the web UI does; where it would tear an added word, before that word.
+    A chunk ends after the last comma among its last 20 tokens, if there is one, as in the web UI; it ends before a
+    placeholder token that it cannot hold whole.
     """
-    pieces, start = [], 0
+    chunks, start = [], 0
     while len(tokens) - start > chunk_size:
         end = start + chunk_size
         if tokens[end].id != comma_id:
-            commas = (
-                k + 1
-                for k in range(end - 1, max(start, end - COMMA_PADDING_BACKTRACK - 1), -1)
-                if tokens[k].id == comma_id
-            )
-            end = next(commas, end)
+            earliest = max(start, end - COMMA_PADDING_BACKTRACK - 1)
+            end = next((k + 1 for k in range(end - 1, earliest, -1) if tokens[k].id == comma_id), end)
         end = next((k for k in range(end, start, -1) if not tokens[k].continues_placeholder), end)
-        pieces.append(tokens[start:end])
+        chunks.append(tokens[start:end])
         start = end
-    return [*pieces, tokens[start:]]
+    return [*chunks, tokens[start:]]

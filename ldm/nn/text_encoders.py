@@ -1,11 +1,11 @@
-"""Text: CLIP's tokenizers and text towers, from transformers, as the U-Nets of Stable Diffusion read them."""
+"""CLIP's tokenizers and text encoders, from transformers, as Stable Diffusion uses them."""
 
 from __future__ import annotations
 
 import gzip
 import json
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -18,7 +18,6 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from ldm.nn.prompts import (
     PlaceholderTokens,
-    PromptSpan,
     WeightedToken,
     parse_prompt_attention,
     split_into_chunks,
@@ -29,12 +28,15 @@ BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 MERGES_FILE = Path(__file__).with_name(
     "clip_merges.txt.gz"
 )  # CLIP's own: the first 48,894 of bpe_simple_vocab_16e6.txt
-MAX_PROMPT_CHUNKS = 64  # of one prompt
-MIN_RELATIVE_MEAN = 1e-2  # of the mean absolute value: less is rounding
+MAX_PROMPT_CHUNKS = 64
+MIN_RELATIVE_MEAN = 1e-2  # of the mean absolute value; a smaller mean is rounding error
+NO_PLACEHOLDERS: PlaceholderTokens = MappingProxyType({})
+
+TextEmbedding = tuple[Tensor, Tensor | None]  # states [B, T, C] and, with a projection, the pooled vector [B, P]
 
 
 class PromptChunk(NamedTuple):
-    """What a text tower reads at a time: BOS, tokens and EOS, and the weight of each."""
+    """One input of a text encoder: BOS, tokens and EOS, and their weights."""
 
     ids: tuple[int, ...]
     weights: tuple[float, ...]
@@ -42,11 +44,11 @@ class PromptChunk(NamedTuple):
 
 @dataclass(frozen=True)
 class TextEncoder:
-    """A text encoder as a U-Net reads it.
+    """A CLIP text encoder, and which of its outputs the U-Net takes.
 
-    The U-Net attends to the output of layer `read_clip_skip`, counted from the end, after the final norm where `final_norm`;
-    `projected`, it also takes the pooled vector, and `model` is a CLIPTextModelWithProjection. `should_drop_caption` counts the
-    last layers that the model was trained with and that were left out, as nothing reads them (one in SD 2).
+    The U-Net attends to the hidden state of layer `layer_idx`, counted from the end, after the final norm if
+    `final_norm`. `with_projection`, it also takes the pooled vector, and `model` is a CLIPTextModelWithProjection.
+    `num_dropped_layers` counts the last layers of the original model that the file leaves out as unused (1 in SD 2).
     """
 
     model: PreTrainedModel
@@ -61,44 +63,42 @@ class TextEncoder:
         """The CLIPTextModel itself."""
         return self.model.text_model if self.with_projection else self.model
 
-    def encode_ids(self, ids: Tensor, clip_skip: int = 0) -> tuple[Tensor, Tensor | None]:
-        """What the U-Net takes from token ids [B, T]: states [B, T, C], and, where `projected`, the pooled vectors.
+    def encode_ids(self, ids: Tensor, clip_skip: int = 0) -> TextEmbedding:
+        """States [B, T, C] and pooled vectors [B, P] of token ids [B, T].
 
-        `skip` is diffusers' clip_skip: the states are those of layer `layer - skip`, counted from the end. The pooled
-        vector [B, P] is the last layer's state of the first EOS after the final norm, projected; no layer is skipped
-        for it. ValueError for a layer that is not there.
+        `clip_skip` is diffusers': the states are those of layer `layer_idx - clip_skip`, counted from the end. The
+        pooled vector is the projected state of the first EOS after the last layer and the final norm, whatever the clip
+        skip. ValueError for a layer that does not exist.
         """
         self.check_clip_skip(clip_skip)
         ids = ids.to(self.model.device)
-        read = self.text_model(
-            ids, output_hidden_states=True
-        )  # the last hidden state of these is before the final norm
-        z = read.hidden_states[self.layer_idx - clip_skip]
+        output = self.text_model(ids, output_hidden_states=True)
+        z = output.hidden_states[self.layer_idx - clip_skip]  # of which the last is before the final norm
         z = self.text_model.final_layer_norm(z) if self.final_norm else z
         if not self.with_projection:
             return z, None
         # by its id: EOS is not the greatest one where embeddings were added, and old configurations say 2
         eos = (ids == self.tokenizer.eos_token_id).int().argmax(-1)
-        return z, self.model.text_projection(read.last_hidden_state[torch.arange(len(ids), device=eos.device), eos])
+        return z, self.model.text_projection(output.last_hidden_state[torch.arange(len(ids), device=eos.device), eos])
 
-    def encode(self, chunk: PromptChunk, clip_skip: int = 0) -> tuple[Tensor, Tensor | None]:
-        """The states [1, T, C] of a chunk and its padding, weighted, and the pooled vector [1, P], as it is.
+    def encode(self, chunk: PromptChunk, clip_skip: int = 0) -> TextEmbedding:
+        """The weighted states [1, T, C] of a chunk and its padding, and the pooled vector [1, P], unweighted.
 
-        Weights keep the mean after a final norm; without one a few channels outweigh all others, and the states are
-        only multiplied ("No norm" in the web UI, its advice for SDXL).
+        After a final norm weighting restores the mean; without one a few channels outweigh all others, and the states
+        are only multiplied ("No norm" in the web UI, recommended there for SDXL).
         """
         ids, weights = self.pad_chunk(chunk)
         states, pooled = self.encode_ids(ids, clip_skip)
         return (apply_emphasis if self.final_norm else apply_emphasis_no_norm)(states, weights), pooled
 
     def pad_chunk(self, chunk: PromptChunk) -> tuple[Tensor, Tensor]:
-        """The ids and weights [1, T] of a chunk, with this tower's padding."""
-        room = self.tokenizer.model_max_length - len(chunk.ids)
-        ids = torch.tensor([[*chunk.ids, *room * [self.tokenizer.pad_token_id]]])
-        return ids, torch.tensor([[*chunk.weights, *room * [1.0]]])
+        """The ids and weights [1, T] of a chunk, padded with this encoder's own token."""
+        padding = self.tokenizer.model_max_length - len(chunk.ids)
+        ids = torch.tensor([[*chunk.ids, *padding * [self.tokenizer.pad_token_id]]])
+        return ids, torch.tensor([[*chunk.weights, *padding * [1.0]]])
 
     def set_placeholder_embeddings(self, vectors: Sequence[Tensor]) -> None:
-        """Let these [n, C] be all that follows the model's own token vectors; none of them is the model as it was."""
+        """Make these [n, C] the rows that follow the model's own vocabulary; an empty list restores the model."""
         table = self.text_model.embeddings.token_embedding
         own = table.weight[: self.model.config.vocab_size]
         rows = torch.cat([own, *(a.to(own) for a in vectors)]).detach()
@@ -106,7 +106,7 @@ class TextEncoder:
         table.num_embeddings = len(rows)
 
     def check_clip_skip(self, clip_skip: int) -> None:
-        """ValueError for a clip skip, in diffusers' numbering, to a layer that is not there."""
+        """ValueError if a clip skip, in diffusers' numbering, leads to a layer that does not exist."""
         layers = self.model.config.num_hidden_layers
         if not 1 <= clip_skip - self.layer_idx <= layers:
             raise ValueError(
@@ -115,93 +115,93 @@ class TextEncoder:
 
 
 def convert_clip_skip(clip_skip: int, text_encoder: TextEncoder) -> int:
-    """diffusers' clip_skip (0 is the model's own layer, 1 the one before it) from the web UI's and kohya's.
+    """Convert the clip skip of the web UI and kohya to diffusers' (0 is the model's own layer, 1 the one before it).
 
-    Those count from the last layer: 1 is the last, 2 the one before it, which is what SD 2 and SDXL read by themselves.
-    ValueError for a layer that is not there; the last of SD 2 is not.
+    The former counts from the last layer: 1 is the last, 2 the one before it, which SD 2 and SDXL use by default.
+    ValueError for a layer that does not exist; the last of SD 2 is not in its files.
     """
-    first, last = (
-        1 + text_encoder.num_dropped_layers,
-        text_encoder.model.config.num_hidden_layers + text_encoder.num_dropped_layers,
-    )
-    if not first <= clip_skip <= last:
-        raise ValueError(f"clip skip {clip_skip}: this model has the layers {first} to {last}, counted from the end")
-    return clip_skip - text_encoder.num_dropped_layers + text_encoder.layer_idx
+    dropped, layers = text_encoder.num_dropped_layers, text_encoder.model.config.num_hidden_layers
+    if not 1 <= clip_skip - dropped <= layers:
+        layer_range = f"{1 + dropped} to {layers + dropped}, counted from the end"
+        raise ValueError(f"clip skip {clip_skip}: this model has the layers {layer_range}")
+    return clip_skip - dropped + text_encoder.layer_idx
+
+
+def join_text_embeddings(embeddings: Iterable[TextEmbedding]) -> TextEmbedding:
+    """The outputs of several text encoders side by side: [B, T, C1 + C2 + ...], and the pooled vectors that exist."""
+    states, pooled = zip(*embeddings, strict=True)
+    vectors = [vector for vector in pooled if vector is not None]
+    return torch.cat(states, dim=-1), torch.cat(vectors, dim=-1) if vectors else None
 
 
 def tokenize_captions(tokenizer: CLIPTokenizer, captions: Sequence[str], padding: str = "max_length") -> Tensor:
-    """Token ids [B, T], cut to the tokenizer's own length and padded to it (or to the "longest" of these)."""
-    return tokenizer(
-        list(captions),
-        padding=padding,
-        truncation=True,
-        max_length=tokenizer.model_max_length,
-        return_tensors="pt",
-    ).input_ids
+    """Token ids [B, T], truncated to the tokenizer's maximum length and padded to it (or to the "longest" of these)."""
+    length = tokenizer.model_max_length
+    return tokenizer(list(captions), padding=padding, truncation=True, max_length=length, return_tensors="pt").input_ids
 
 
 def warn_about_truncation(tokenizer: CLIPTokenizer, captions: Sequence[str]) -> None:
-    """A warning that tells how many of the prompts `tokenize_captions` would cut, and the first of them."""
-    room = tokenizer.model_max_length
-    long = [p for p in captions if len(tokenizer(p, truncation=False, verbose=False).input_ids) > room]
+    """Warn of the number of captions that `tokenize_captions` would truncate, and quote the first of them."""
+    length = tokenizer.model_max_length
+    long = [p for p in captions if len(tokenizer(p, truncation=False, verbose=False).input_ids) > length]
     if long:
         first = f"the first is {long[0][:80]!r}"
-        warnings.warn(f"{len(long)} of {len(captions)} captions are cut to {room} tokens; {first}", stacklevel=2)
+        warnings.warn(f"{len(long)} of {len(captions)} captions are cut to {length} tokens; {first}", stacklevel=2)
 
 
 def tokenize_prompt(
-    tokenizer: CLIPTokenizer, prompt: str, placeholder_tokens: PlaceholderTokens = MappingProxyType({})
+    tokenizer: CLIPTokenizer, prompt: str, placeholder_tokens: PlaceholderTokens = NO_PLACEHOLDERS
 ) -> tuple[PromptChunk, ...]:
-    """A prompt of any length, with weights as `parse` reads them, in chunks of the tokenizer's own length.
+    """Tokenize a prompt of any length, weighted by `parse_prompt_attention`, into chunks of the tokenizer's length.
 
-    A section begins a chunk, and a long one is divided by `cut`. `words` are added to the vocabulary, with the ids that
-    each stands for. ValueError for a character that the vocabulary cannot spell and for more than 64 chunks.
+    A section begins a chunk, and a long one is divided by `split_into_chunks`. `placeholder_tokens` maps added tokens
+    to the ids that each stands for. ValueError for a character outside the vocabulary and for more than 64 chunks.
     """
     try:
         prompt.encode()
     except UnicodeEncodeError:
         raise ValueError("prompt: not valid UTF-8") from None
     sections = [
-        [token for part in section for token in _tokenize_span(tokenizer, part, placeholder_tokens)]
-        for section in parse_prompt_attention(prompt)
+        [token for s in spans for token in tokenize_with_placeholders(tokenizer, s.text, placeholder_tokens, s.weight)]
+        for spans in parse_prompt_attention(prompt)
     ]
     if len(sections) > 1 and not sections[-1]:
         sections.pop()  # nothing follows the last BREAK
     size, comma = tokenizer.model_max_length - 2, tokenizer.convert_tokens_to_ids(",</w>")
-    pieces = [piece for section in sections for piece in split_into_chunks(section, size, comma)]
-    if len(pieces) > MAX_PROMPT_CHUNKS:
-        raise ValueError(
-            f"prompt {prompt[:40]!r}...: {len(pieces)} chunks of {size} tokens, at most {MAX_PROMPT_CHUNKS}"
-        )
-    return tuple(_add_special_tokens(tokenizer, piece) for piece in pieces)
+    chunks = [chunk for section in sections for chunk in split_into_chunks(section, size, comma)]
+    if (count := len(chunks)) > MAX_PROMPT_CHUNKS:
+        raise ValueError(f"prompt {prompt[:40]!r}...: {count} chunks of {size} tokens, at most {MAX_PROMPT_CHUNKS}")
+    return tuple(add_special_tokens(tokenizer, chunk) for chunk in chunks)
 
 
-def _tokenize_span(
-    tokenizer: CLIPTokenizer, span: PromptSpan, placeholder_tokens: PlaceholderTokens
-) -> Iterator[WeightedToken]:
-    for stretch in split_on_tokens(span.text, placeholder_tokens):
-        if isinstance(stretch, str):
-            yield from (WeightedToken(k, span.weight) for k in tokenize(tokenizer, stretch))
-        else:
-            yield from (WeightedToken(k, span.weight, continues_placeholder=n > 0) for n, k in enumerate(stretch))
+def tokenize_with_placeholders(
+    tokenizer: CLIPTokenizer, text: str, placeholder_tokens: PlaceholderTokens, weight: float = 1.0
+) -> list[WeightedToken]:
+    """The tokens of a text without BOS and EOS, each placeholder token replaced by its ids; errors as `tokenize`."""
+    tokens: list[WeightedToken] = []
+    for part in split_on_tokens(text, placeholder_tokens):
+        ids, added = (tokenize(tokenizer, part), False) if isinstance(part, str) else (part, True)
+        tokens += (WeightedToken(k, weight, continues_placeholder=added and n > 0) for n, k in enumerate(ids))
+    return tokens
 
 
 def tokenize(tokenizer: CLIPTokenizer, text: str) -> list[int]:
-    """The ids of a text without BOS and EOS; ValueError for a character that the vocabulary lacks."""
-    read = tokenizer(text, add_special_tokens=False, truncation=False, verbose=False, return_offsets_mapping=True)
-    for k, (start, end) in zip(read.input_ids, read.offset_mapping, strict=True):
+    """The ids of a text without BOS and EOS; ValueError for a character outside the vocabulary."""
+    output = tokenizer(text, add_special_tokens=False, truncation=False, verbose=False, return_offsets_mapping=True)
+    for k, (start, end) in zip(output.input_ids, output.offset_mapping, strict=True):
         if k == tokenizer.unk_token_id and text[start:end] != tokenizer.unk_token:
             raise ValueError(f"prompt: {text[start:end]!r} cannot be spelled in the model's vocabulary")
-    return read.input_ids
+    return output.input_ids
 
 
-def _add_special_tokens(tokenizer: CLIPTokenizer, piece: Sequence[WeightedToken]) -> PromptChunk:
-    ids = tokenizer.bos_token_id, *(token.id for token in piece), tokenizer.eos_token_id
-    return PromptChunk(ids, (1.0, *(token.weight for token in piece), 1.0))
+def add_special_tokens(tokenizer: CLIPTokenizer, tokens: Sequence[WeightedToken]) -> PromptChunk:
+    """A chunk of tokens between BOS and EOS."""
+    ids = tokenizer.bos_token_id, *(token.id for token in tokens), tokenizer.eos_token_id
+    return PromptChunk(ids, (1.0, *(token.weight for token in tokens), 1.0))
 
 
 def apply_emphasis_no_norm(states: Tensor, weights: Tensor) -> Tensor:
-    """States [B, T, C] times the weights [B, T] of their tokens, which lie on the host; weights of 1 are no change."""
+    """States [B, T, C] times the weights [B, T] of their tokens, on the host; the states themselves if all are 1."""
     if (weights == 1).all():
         return states
     return (states.float() * weights.to(states.device, torch.float32)[..., None]).to(states)
@@ -210,28 +210,28 @@ def apply_emphasis_no_norm(states: Tensor, weights: Tensor) -> Tensor:
 def apply_emphasis(states: Tensor, weights: Tensor) -> Tensor:
     """States z [B, T, C] times the weights w [B, T] of their tokens, each row's mean restored: w z mean(z) / mean(w z).
 
-    The "original" emphasis of AUTOMATIC1111's web UI, which takes the means over a whole batch; here they are each
-    row's own. Where a row has no mean to restore (a final norm without bias leaves none), it is w z. Weights of 1 give
-    z back, bit for bit. `weights` lie on the host.
+    The "original" emphasis of AUTOMATIC1111's web UI, with the means of each row instead of the whole batch. A row
+    whose mean is zero (after a final norm without bias) is w z. Weights of 1 give z back, bit for bit. `weights` are
+    on the host.
     """
     if (weights == 1).all():
         return states
     z = states.float()
     wz = apply_emphasis_no_norm(z, weights)
-    mean, after, size = (a.mean((-2, -1), keepdim=True) for a in (z, wz, wz.abs()))
-    return (wz * torch.where(after.abs() > MIN_RELATIVE_MEAN * size, mean / after, 1.0)).to(states)
+    mean, weighted_mean, scale = (a.mean((-2, -1), keepdim=True) for a in (z, wz, wz.abs()))
+    ratio = torch.where(weighted_mean.abs() > MIN_RELATIVE_MEAN * scale, mean / weighted_mean, 1.0)
+    return (wz * ratio).to(states)
 
 
 def build_text_encoder(
     config: Mapping[str, Any], with_projection: bool = False
 ) -> CLIPTextModel | CLIPTextModelWithProjection:
-    """A text tower with random weights, from the fields of a `text_encoder/config.json`."""
-    kind = CLIPTextModelWithProjection if with_projection else CLIPTextModel
-    return kind(CLIPTextConfig(**config))
+    """A text encoder with random weights, from the fields of a `text_encoder/config.json`."""
+    return (CLIPTextModelWithProjection if with_projection else CLIPTextModel)(CLIPTextConfig(**config))
 
 
 def build_clip_tokenizer(pad_token_id: int) -> CLIPTokenizer:
-    """The tokenizer of all of Stable Diffusion's towers, 49,408 tokens, padding to 77 with the token of that id.
+    """The tokenizer of all text encoders of Stable Diffusion: 49,408 tokens, padding to 77 with the token of that id.
 
     The vocabulary is CLIP's own (Radford et al. 2021); texts are read as OpenAI's and open_clip's tokenizers read them,
     except that HTML entities and broken Unicode are not repaired. ValueError for an unknown token id.
@@ -245,20 +245,19 @@ def build_clip_tokenizer(pad_token_id: int) -> CLIPTokenizer:
 
 
 def build_clip_vocab(merges: Iterable[tuple[str, str]]) -> dict[str, int]:
-    """CLIP's ids: 256 bytes, the same ending a word, the merges, BOS and EOS."""
+    """CLIP's token ids: the 256 bytes, the bytes that end a word, the merges, BOS and EOS."""
     alphabet = sorted(ByteLevel.alphabet())
-    words = [*alphabet, *(byte + "</w>" for byte in alphabet), *(a + b for a, b in merges), BOS, EOS]
-    return {word: k for k, word in enumerate(words)}
+    tokens = [*alphabet, *(byte + "</w>" for byte in alphabet), *(a + b for a, b in merges), BOS, EOS]
+    return {token: k for k, token in enumerate(tokens)}
 
 
 def _set_pad_token(tokenizer: CLIPTokenizer, token: str) -> CLIPTokenizer:
-    """The tokenizer with that token as its padding."""
-    tokenizer.pad_token = token  # not on making it: transformers would cut each "!" out of texts, which ends a word
+    tokenizer.pad_token = token  # passed to the constructor, transformers would cut each "!" out of texts
     return tokenizer
 
 
 def save_clip_tokenizer(tokenizer: CLIPTokenizer, folder: Path) -> None:
-    """CLIP's classic files, vocab.json and merges.txt, which every version of transformers reads."""
+    """Write vocab.json and merges.txt, which every version of transformers reads."""
     folder.mkdir(parents=True, exist_ok=True)
     model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
     vocab = dict(sorted(model["vocab"].items(), key=lambda item: item[1]))
@@ -277,13 +276,13 @@ def save_clip_tokenizer(tokenizer: CLIPTokenizer, folder: Path) -> None:
 
 
 def load_clip_tokenizer(folder: Path) -> CLIPTokenizer:
-    """A tokenizer from its folder, never from a hub; what pads is a token like any other where a text has it."""
-    read = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
-    if read.pad_token == read.eos_token:
-        return read
-    model = json.loads(read.backend_tokenizer.to_str())["model"]
+    """A tokenizer from a local folder; its padding token is tokenized like any other where it occurs in a text."""
+    loaded = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+    if loaded.pad_token == loaded.eos_token:
+        return loaded
+    model = json.loads(loaded.backend_tokenizer.to_str())["model"]
     merges = [(a, b) for a, b in model["merges"]]
-    plain = CLIPTokenizer(vocab=model["vocab"], merges=merges, model_max_length=read.model_max_length)
-    added = sorted(read.get_added_vocab().items(), key=lambda item: item[1])
-    plain.add_tokens([token for token, _ in added if token not in model["vocab"]])
-    return _set_pad_token(plain, read.pad_token)
+    tokenizer = CLIPTokenizer(vocab=model["vocab"], merges=merges, model_max_length=loaded.model_max_length)
+    added = sorted(loaded.get_added_vocab().items(), key=lambda item: item[1])
+    tokenizer.add_tokens([token for token, _ in added if token not in model["vocab"]])
+    return _set_pad_token(tokenizer, loaded.pad_token)

@@ -1,4 +1,4 @@
-"""The autoencoder, diffusers' AutoencoderKL: pictures [B, 3, H, W] in [-1, 1] and scaled latents [B, C, h, w]."""
+"""The VAE, diffusers' AutoencoderKL: images [B, 3, H, W] in [-1, 1] to scaled latents [B, C, h, w] and back."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ def build_vae(config: Mapping[str, Any]) -> AutoencoderKL:
 
 
 def init_weights(vae: AutoencoderKL) -> None:
-    """Initial weights for training: a linear map that keeps variance, from pixels to latents and back.
+    """Initialize for training: linear maps from pixels to latents and back that keep the variance.
 
     Residual branches start at zero (Goyal et al. 2017, section 5.1), and the convolutions between them are orthogonal
-    (Saxe et al. 2014). With torch's defaults each of the latter shrinks the signal, and the branches bury it.
+    (Saxe et al. 2014). With torch's defaults each convolution shrinks the signal below the output of the branches.
     """
     for name, parameter in vae.named_parameters():
         if name.endswith(("conv2.weight", "to_out.0.weight", "bias")):  # the ends of branches
@@ -45,30 +45,36 @@ def get_vae_config(vae: AutoencoderKL) -> dict[str, Any]:
 
 
 def vae_scale_factor(vae: AutoencoderKL) -> int:
-    """Pixels a side for each latent: 8 for Stable Diffusion."""
+    """Pixels per latent along each side: 8 for Stable Diffusion."""
     return 2 ** (len(vae.config["block_out_channels"]) - 1)
 
 
+def latent_shape(vae: AutoencoderKL, height: int, width: int) -> tuple[int, int, int]:
+    """[C, h, w] of the latents of an image of that size in pixels."""
+    f = vae_scale_factor(vae)
+    return vae.config["latent_channels"], height // f, width // f
+
+
 def encode_unscaled(vae: AutoencoderKL, images: Tensor) -> Posterior:
-    """The unscaled posterior; log-variance is clipped to [-30, 20] as Stable Diffusion's is."""
+    """The unscaled posterior of images; its log-variance is clipped to [-30, 20], as in Stable Diffusion."""
     hidden = vae.encoder(images)
     mean, log_var = (vae.quant_conv(hidden) if vae.quant_conv is not None else hidden).chunk(2, dim=1)
     return Posterior(mean, torch.exp(0.5 * log_var.clamp(-30, 20)))
 
 
 def decode_unscaled(vae: AutoencoderKL, z: Tensor) -> Tensor:
-    """Pictures from unscaled latents."""
+    """Images from unscaled latents."""
     return vae.decoder(vae.post_quant_conv(z) if vae.post_quant_conv is not None else z)
 
 
 def encode_images(vae: AutoencoderKL, images: Tensor) -> Posterior:
-    """q(z | x) of scaled latents, float32: variance about 1, as the U-Net sees them."""
+    """q(z | x) of scaled latents, float32: of variance about 1, as the U-Net takes them."""
     scale = vae.config["scaling_factor"]
     mean, std = encode_unscaled(vae, images.to(vae.dtype, memory_format=torch.channels_last))
     return Posterior(mean.float() * scale, std.float() * scale)
 
 
 def decode_latents(vae: AutoencoderKL, latents: Tensor) -> Tensor:
-    """Pictures [B, 3, H, W], about [-1, 1], float32, from scaled latents."""
+    """Images [B, 3, H, W], about [-1, 1], float32, from scaled latents."""
     z = (latents / vae.config["scaling_factor"]).to(vae.dtype, memory_format=torch.channels_last)
     return decode_unscaled(vae, z).float()

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from ldm.checkpoints.formats import Checkpoint
 from ldm.conditioning import Conditioning
 from ldm.data.latent_cache import LatentCache, blake2b_hexdigest
-from ldm.nn.prompts import PlaceholderTokens, split_on_tokens
-from ldm.nn.text_encoders import PromptChunk, TextEncoder, tokenize
+from ldm.nn.prompts import PlaceholderTokens
+from ldm.nn.text_encoders import TextEncoder, add_special_tokens, join_text_embeddings, tokenize_with_placeholders
 
 CAPTION_CACHE_SIZE = 4096  # of which the embeddings stay at hand
 
@@ -101,28 +101,16 @@ def tokenize_caption(
     ValueError for a character that the vocabulary lacks.
     """
     first = text_encoders[0].tokenizer
-    stretches = (
-        tokenize(first, s) if isinstance(s, str) else list(s) for s in split_on_tokens(caption, placeholder_tokens)
-    )
-    inner = list(chain.from_iterable(stretches))[: first.model_max_length - 2]
-    framed = first.bos_token_id, *inner, first.eos_token_id
-    chunk = PromptChunk(framed, (1.0,) * len(framed))
+    tokens = tokenize_with_placeholders(first, caption, placeholder_tokens)[: first.model_max_length - 2]
+    chunk = add_special_tokens(first, tokens)
     return tuple(tuple(tower.pad_chunk(chunk)[0][0].tolist()) for tower in text_encoders)
 
 
 def encode_captions(model: Checkpoint, captions: TokenizedCaptions) -> Conditioning:
     """The conditioning of captions, by the text encoders as they are now."""
-    contexts, pooled = zip(
-        *(
-            tower.encode_ids(torch.tensor([row[k] for row in captions.token_ids]))
-            for k, tower in enumerate(model.text_encoders)
-        ),
-        strict=True,
-    )
-    vectors = [vector for vector in pooled if vector is not None]
-    return make_caption_conditioning(
-        model, torch.cat(contexts, -1), torch.cat(vectors, -1) if vectors else None, captions
-    )
+    ids = (torch.tensor([row[k] for row in captions.token_ids]) for k in range(len(model.text_encoders)))
+    embeddings = (encoder.encode_ids(rows) for encoder, rows in zip(model.text_encoders, ids, strict=True))
+    return make_caption_conditioning(model, *join_text_embeddings(embeddings), captions)
 
 
 def make_caption_conditioning(
@@ -161,12 +149,11 @@ class CachedTextEncoder:
 
     @torch.no_grad()
     def _encode(self, ids: CaptionTokenIds) -> np.ndarray:
-        parts = [
-            tower.encode_ids(torch.tensor([row])) for tower, row in zip(self.model.text_encoders, ids, strict=True)
-        ]
-        whole = torch.cat([states for states, _ in parts], -1).flatten()
-        vectors = [pooled.flatten() for _, pooled in parts if pooled is not None]
-        return torch.cat([whole, *vectors]).float().cpu().numpy()
+        embeddings = (
+            encoder.encode_ids(torch.tensor([row])) for encoder, row in zip(self.model.text_encoders, ids, strict=True)
+        )
+        states, pooled = join_text_embeddings(embeddings)
+        return torch.cat([a.flatten() for a in (states, pooled) if a is not None]).float().cpu().numpy()
 
 
 def text_encoder_settings(model: Checkpoint) -> Mapping[str, object]:
