@@ -187,6 +187,14 @@ def build_checkpoint(model: ModelSpec, device: torch.device, dtype: torch.dtype)
     )
 
 
+def probe_checkpoint(path: Path, options: LoadOptions = LoadOptions()) -> detect.ProbeResult:
+    """The probe of a checkpoint's U-Net, which is loaded for it in bfloat16 on a CPU."""
+    if path.is_file():  # a prediction is given so that loading does not probe; which one, the U-Net does not depend on
+        options = LoadOptions(family=options.family, prediction="eps", zero_snr=False, ema=options.ema)
+    model = load_checkpoint(path, CPU_DEVICE, torch.bfloat16, options)
+    return probe_unet(model.unet, model.text_encoders, model.sde)
+
+
 @torch.no_grad()
 def probe_unet(unet: UNet, text_encoders: Sequence[TextEncoder], sde: VPSDE) -> detect.ProbeResult:
     """The U-Net's output for a noisy zero latent and the empty prompt, which reveals what it predicts."""

@@ -215,3 +215,8 @@ class ModelSpec:
     resolve_config: Callable[[UNetProbe], ResolvedConfig]
     generation_defaults: Mapping[str, Any]
     force_zeros_for_empty_prompt: bool
+
+    @property
+    def weight_files(self) -> list[WeightFile]:
+        """All files, those of one network after those of another."""
+        return [file for group in self.shard_groups for file in group]

@@ -1,4 +1,4 @@
-"""Which family a directory is of: a single file has no configuration, so it can stand for a family's alone."""
+"""Finds the family of a directory: a single file has no configurations, so it can stand only for a known family."""
 
 from __future__ import annotations
 
@@ -15,97 +15,84 @@ from ldm.checkpoints.families import FAMILIES, ModelFamily
 from ldm.checkpoints.layouts import MODEL_INDEX_NAME, TOKENIZER_FOLDERS
 from ldm.checkpoints.networks import ModelSpec, build_meta_network
 from ldm.checkpoints.schedule import PREDICTION_TYPES, compute_alphas_cumprod
-from ldm.errors import choose
+from ldm.errors import choose, list_some
 from ldm.nn import text_encoders
 from ldm.nn.unet import UNetConfig
 
-IGNORED_CONFIG_FIELDS = {"sample_size", "upcast_attention", "force_upcast"}  # no other numbers come of these
-TOKEN_ID_FIELDS = {"bos_token_id", "eos_token_id", "pad_token_id"}  # the tokenizer's; old files have others
-PROJECTION_FIELDS = {"projection_dim"}  # of a vector that is not made
+IGNORED_CONFIG_FIELDS = {  # fields that change no result; token ids are the tokenizer's, and old files have others
+    "unet": {"sample_size", "upcast_attention"},
+    "vae": {"sample_size", "force_upcast"},
+    "text_encoder": {"bos_token_id", "eos_token_id", "pad_token_id", "projection_dim"},  # it has no projection
+    "text_encoder_2": {"bos_token_id", "eos_token_id", "pad_token_id"},
+}
 NOT_IN_SINGLE_FILE = "a single file has no place for it"
 
 
 def match_family(
     model: ModelSpec, scheduler: Mapping[str, Any], prediction: str, src: Path, requested: str | None
 ) -> str:
-    """The family whose configurations are the directory's; of two the one that predicts so.
+    """The family that a directory equals, all or the requested one considered; of two the one with its prediction.
 
-    ValueError names what is unlike, as a single file could not say it.
+    ValueError names the differences from the nearest family.
     """
-    choose(FAMILIES, requested, "family") if requested else None
-    found = {}
-    for name, family in FAMILIES.items() if requested is None else [(requested, FAMILIES[requested])]:
-        found[name] = find_differences(model, scheduler, family)
-    if alike := [name for name, faults in found.items() if not faults]:
-        usual = (n for n in alike if PREDICTION_TYPES[FAMILIES[n].scheduler["prediction_type"]] == prediction)
-        return next(usual, alike[0])
-    name = min(
-        found,
-        key=lambda name: (model.text_encoder_factories.keys() != FAMILIES[name].text_encoders.keys(), len(found[name])),
+    families = FAMILIES if requested is None else {requested: choose(FAMILIES, requested, "family")}
+    differences = {name: find_differences(model, scheduler, family) for name, family in families.items()}
+    if equal := [name for name, found in differences.items() if not found]:
+        same = (n for n in equal if PREDICTION_TYPES[FAMILIES[n].scheduler["prediction_type"]] == prediction)
+        return next(same, equal[0])
+    components = model.text_encoder_factories.keys()
+    name = min(families, key=lambda n: (components != FAMILIES[n].text_encoders.keys(), len(differences[n])))
+    raise ValueError(
+        f"{src}: of no family that a single file could stand for; unlike {name}: {list_some(differences[name])}"
     )
-    faults = ", ".join(found[name][:3])
-    raise ValueError(f"{src}: of no family that a single file could stand for; unlike {name}: {faults}")
 
 
 def find_differences(model: ModelSpec, scheduler: Mapping[str, Any], family: ModelFamily) -> list[str]:
-    """Where a directory differs from a family: fields of configurations, tokenizers, the noise schedule."""
+    """Where a directory differs from a family: configuration fields, noise schedule, tokenizers."""
     if model.text_encoder_factories.keys() != family.text_encoders.keys():
         return [f"text encoders {' and '.join(model.text_encoder_factories)}"]
-    faults = []
-    for folder, config in family.configs.items():
-        ours, theirs = (
-            comparable_config(folder, model.networks[folder].config),
-            comparable_config(folder, _with_class_defaults(folder, config)),
-        )
-        faults += [f"{folder} has {n} = {ours.get(n)}" for n in ours | theirs if ours.get(n) != theirs.get(n)]
-    alphas, usual = (
-        compute_alphas_cumprod({**scheduler, "rescale_betas_zero_snr": False}),
-        compute_alphas_cumprod(family.scheduler),
-    )
-    if alphas.shape != usual.shape or not torch.allclose(alphas, usual, rtol=1e-6):
-        faults.append("another noise schedule")
-    for name, tower in family.text_encoders.items():
-        own, known = (
-            model.text_encoder_factories[name](None).tokenizer,
-            text_encoders.build_clip_tokenizer(tower.pad_token_id),
-        )
-        if own.get_vocab() != known.get_vocab() or own.pad_token_id != known.pad_token_id:
-            faults.append(f"another vocabulary or padding in {TOKENIZER_FOLDERS[name]}")
-    return faults
+    differences = []
+    for name, config in family.configs.items():
+        own = _comparable_config(name, model.networks[name].config)
+        full = UNetConfig.from_dict(config) if name == "unet" else build_meta_network(name, config).config
+        expected = _comparable_config(name, full)  # with the defaults of its class
+        differences += [f"{name} has {f} = {own.get(f)}" for f in own | expected if own.get(f) != expected.get(f)]
+    alphas = compute_alphas_cumprod({**scheduler, "rescale_betas_zero_snr": False})
+    expected_alphas = compute_alphas_cumprod(family.scheduler)
+    if alphas.shape != expected_alphas.shape or not torch.allclose(alphas, expected_alphas, rtol=1e-6):
+        differences.append("another noise schedule")
+    for name, spec in family.text_encoders.items():
+        tokenizer = model.text_encoder_factories[name](None).tokenizer
+        usual = text_encoders.build_clip_tokenizer(spec.pad_token_id)
+        if tokenizer.get_vocab() != usual.get_vocab() or tokenizer.pad_token_id != usual.pad_token_id:
+            differences.append(f"another vocabulary or padding in {TOKENIZER_FOLDERS[name]}")
+    return differences
 
 
-def comparable_config(component: str, config: Any) -> dict[str, Any]:
-    """The fields of a network's configuration that its numbers depend on, lists for tuples."""
+def _comparable_config(component: str, config: Any) -> dict[str, Any]:
+    """The fields of a network's configuration that its results depend on, with lists for tuples."""
     if component == "unet":
-        found = asdict(config)
+        values = asdict(config)
     elif component == "vae":
-        found = {name: value for name, value in config.items() if name in VAE_CONFIG_SCHEMA.supported.split()}
+        values = {name: config[name] for name in VAE_CONFIG_SCHEMA.supported.split() if name in config}
     else:
-        moot = TOKEN_ID_FIELDS if component == "text_encoder_2" else TOKEN_ID_FIELDS | PROJECTION_FIELDS
-        found = {
-            name: getattr(config, name, None)
-            for name in sorted({*TEXT_ENCODER_CONFIG_SCHEMA.supported.split(), "hidden_act"} - moot)
-        }
-    return json.loads(json.dumps({name: value for name, value in found.items() if name not in IGNORED_CONFIG_FIELDS}))
-
-
-def _with_class_defaults(component: str, config: Mapping[str, Any]) -> Any:
-    """A family's configuration with the defaults of its class."""
-    return UNetConfig.from_dict(config) if component == "unet" else build_meta_network(component, config).config
+        names = [*TEXT_ENCODER_CONFIG_SCHEMA.supported.split(), "hidden_act"]
+        values = {name: getattr(config, name, None) for name in names}
+    ignored = IGNORED_CONFIG_FIELDS[component]
+    return json.loads(json.dumps({name: value for name, value in values.items() if name not in ignored}))
 
 
 def list_omissions(model: ModelSpec, family: ModelFamily, src: Path) -> dict[str, str]:
-    """What of a directory does not go into a single file, and what such a file usually has and a directory lacks."""
-    known = {MODEL_INDEX_NAME, "scheduler", *model.networks, *TOKENIZER_FOLDERS.values()}
-    found = {path.name: NOT_IN_SINGLE_FILE for path in sorted(src.iterdir()) if path.name not in known}
-    for source in (source for group in model.shard_groups for source in group):
-        for name in source.file.tensor_infos.keys() - source.key_mappings.keys():
-            found[f"{source.file.path.parent.name}/{name}"] = "the numbers 0 to 76"
-    for tower in family.text_encoders.values():
-        if tower.num_dropped_layers:
-            found[f"{tower.prefix}transformer.resblocks.{tower.config['num_hidden_layers']}.*"] = (
-                "a directory does not have it, nothing reads it; it is not made up"
-            )
+    """What a single file cannot hold of a directory, or usually has and the directory lacks, with the reasons."""
+    read = {MODEL_INDEX_NAME, "scheduler", *model.networks, *TOKENIZER_FOLDERS.values()}
+    omissions = {path.name: NOT_IN_SINGLE_FILE for path in sorted(src.iterdir()) if path.name not in read}
+    for file, key_mappings in model.weight_files:
+        for name in file.tensor_infos.keys() - key_mappings.keys():
+            omissions[f"{file.path.parent.name}/{name}"] = "the numbers 0 to 76"
+    for spec in family.text_encoders.values():
+        if spec.num_dropped_layers:
+            name = f"{spec.prefix}transformer.resblocks.{spec.config['num_hidden_layers']}.*"
+            omissions[name] = "not in a directory, and read by nothing"
     if model.force_zeros_for_empty_prompt != family.force_zeros_for_empty_prompt:
-        found["force_zeros_for_empty_prompt"] = NOT_IN_SINGLE_FILE
-    return found
+        omissions["force_zeros_for_empty_prompt"] = NOT_IN_SINGLE_FILE
+    return omissions

@@ -1,11 +1,11 @@
-"""What a file or folder of weights is, with the evidence, and what each of its tensors is for.
+"""`ldm inspect`: what a file or folder of weights is, with the evidence, and what each of its tensors is for.
 
-Headers alone are read, but for the hash and for the one question to the U-Net.
+Only headers are read, but for the hash and for probing the U-Net.
 """
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -29,46 +29,32 @@ from ldm.checkpoints.tensors import SafetensorsFile, TensorInfo, open_safetensor
 from ldm.diffusion.prediction import PREDICTIONS
 from ldm.files import file_sha256, read_json
 
-PROBE_DEVICE = torch.device("cpu")
-SDE_CONFIG_FIELDS = (  # fields of a scheduler's configuration that make its SDE
-    "beta_schedule",
-    "beta_start",
-    "beta_end",
-    "num_train_timesteps",
-    "trained_betas",
-)
+SDE_CONFIG_FIELDS = "beta_schedule", "beta_start", "beta_end", "num_train_timesteps", "trained_betas"
 
 
 def inspect_model(source: str | Path, probe: bool = True, options: LoadOptions = LoadOptions()) -> dict[str, Any]:
-    """What a model on this machine or the hub is, as values of JSON; `format_report` has them for people.
+    """A JSON report of a model here or on the hub; `format_report` makes text of it.
 
-    `probe_network` asks the U-Net what it predicts, which loads the model; without it, a file that does not say it has
-    `prediction` None. What is no model is described by its kind. ValueError, in one line that names the file, for what
-    cannot be read, and for a single file that contradicts itself.
+    `probe` runs the U-Net once to tell what it predicts, which loads the model; without it `prediction` is None if
+    the file does not state it. Other files than models are described by their kind. ValueError, in one line that names
+    the file, for what cannot be read, and for a single file that contradicts itself.
     """
     path = formats.locate_weights(source, options)
-    found = _inspect_folder(path, options) if path.is_dir() else _inspect_file(path)
-    if probe and "prediction" in found:
-        _probe_prediction(path, found, options)
-    return {"source": str(source), **found}
+    report = _inspect_folder(path, options) if path.is_dir() else _inspect_file(path)
+    if probe and "prediction" in report:
+        _probe_prediction(path, report, options)
+    return {"source": str(source), **report}
 
 
 def format_report(report: Mapping[str, Any]) -> str:
-    """A report in lines."""
-    return "\n".join(
-        escape_unprintable(f"{name:14} {line}".rstrip())
-        for name, value in report.items()
-        for name, line in _format_value(name, value)
-    )
-
-
-def escape_unprintable(line: str) -> str:
-    """A line without control characters and halves of characters, which names of tensors may hold."""
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in line)
+    """A report as text without control characters or lone surrogates, which names of tensors may hold."""
+    pairs = ((name, line) for key, value in report.items() for name, line in _format_value(key, value))
+    lines = (f"{name:14} {line}".rstrip() for name, line in pairs)
+    return "\n".join("".join(c if c.isprintable() else repr(c)[1:-1] for c in line) for line in lines)
 
 
 def _format_value(name: str, value: Any) -> Iterable[tuple[str, str]]:
-    """A value of a report as names and lines, the name said once."""
+    """A value of a report as names and lines, with the name before the first line only."""
     lines: list[str]
     match value:
         case {"tensors": _}:
@@ -88,126 +74,106 @@ def _format_value(name: str, value: Any) -> Iterable[tuple[str, str]]:
     return ((name if k == 0 else "", line) for k, line in enumerate(lines))
 
 
-def _format_tensor_summary(part: Mapping[str, Any]) -> str:
-    """Tensors in a line."""
-    kinds = ", ".join(f"{count} {dtype}" for dtype, count in part["dtypes"].items())
-    return f"{part['tensors']} tensors, {part['parameters']:,} parameters, {part['bytes'] / 1e6:,.1f} MB ({kinds})"
+def _format_tensor_summary(summary: Mapping[str, Any]) -> str:
+    dtypes = ", ".join(f"{count} {dtype}" for dtype, count in summary["dtypes"].items())
+    counts = f"{summary['tensors']} tensors, {summary['parameters']:,} parameters"
+    return f"{counts}, {summary['bytes'] / 1e6:,.1f} MB ({dtypes})"
 
 
 def summarize_tensors(infos: Iterable[TensorInfo]) -> dict[str, Any]:
-    """How much tensors are."""
-    some = list(infos)
+    """The number of tensors, of their values and of their bytes, and the number of tensors by dtype."""
+    infos = list(infos)
     return {
-        "tensors": len(some),
-        "parameters": sum(torch.Size(slot.shape).numel() for slot in some),
-        "bytes": sum(slot.end - slot.start for slot in some),
-        "dtypes": dict(Counter(str(slot.dtype).removeprefix("torch.") for slot in some)),
+        "tensors": len(infos),
+        "parameters": sum(torch.Size(info.shape).numel() for info in infos),
+        "bytes": sum(info.end - info.start for info in infos),
+        "dtypes": dict(Counter(str(info.dtype).removeprefix("torch.") for info in infos)),
     }
 
 
 def _inspect_file(path: Path) -> dict[str, Any]:
-    """A file by its header."""
     file = open_safetensors(path)
     tensors = file.meta_tensors()
-    hashed = {"sha256": file_sha256(path)}
-    if other := detect.unsupported_reason(tensors):
-        return {
-            "format": "safetensors",
-            "kind": other,
-            **_inspect_adapter(file),
-            "content": summarize_tensors(file.tensor_infos.values()),
-            **hashed,
-        }
+    sha256 = file_sha256(path)
+    if kind := detect.unsupported_reason(tensors):
+        content = summarize_tensors(file.tensor_infos.values())
+        return {"format": "safetensors", "kind": kind, **_inspect_adapter(file), "content": content, "sha256": sha256}
     try:
-        fitting = detect.detect_families(tensors)
-        prediction, said = detect.detect_prediction(tensors, file.metadata)
-        zero, why = detect.detect_zero_snr(tensors, file.metadata, fitting[0])
-        name = detect.select_family(fitting, prediction)
+        families = detect.detect_families(tensors)
+        prediction, evidence = detect.detect_prediction(tensors, file.metadata)
+        zero_snr, zero_snr_evidence = detect.detect_zero_snr(tensors, file.metadata, families[0])
+        name = detect.select_family(families, prediction)
         uses = _classify_keys(file, FAMILIES[name])
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
-    config = family_scheduler_config(FAMILIES[name], prediction or detect.family_prediction(name), zero)
+    config = family_scheduler_config(FAMILIES[name], prediction or detect.family_prediction(name), zero_snr)
     return {
         "format": "single file",
-        "family": name if prediction or len(fitting) == 1 else " or ".join(fitting),
+        "family": name if prediction or len(families) == 1 else " or ".join(families),
         "prediction": prediction,
-        "zero_snr": zero,
-        "evidence": [detect.describe_family_evidence(tensors, fitting), *said, why],
-        **_schedule_and_defaults(config, **FAMILIES[name].generation_defaults),
+        "zero_snr": zero_snr,
+        "evidence": [detect.describe_family_evidence(tensors, families), *evidence, zero_snr_evidence],
+        **_schedule_and_defaults(config, FAMILIES[name].generation_defaults),
         **uses,
         "ema": any(name.startswith(keys.EMA_PREFIX) for name in tensors),
-        **hashed,
+        "sha256": sha256,
     }
 
 
 def _classify_keys(file: SafetensorsFile, family: ModelFamily) -> dict[str, Any]:
-    """What the tensors of a single file are for: those of each network, the superfluous, the unknown, the missing."""
-    wanted = {entry.original_key: entry for entry in keys.build_key_mappings(family)}
+    """What the tensors of a single file are for: those of each network, the ignored, the unknown, the missing."""
+    expected = {mapping.original_key: mapping for mapping in keys.build_key_mappings(family)}
     reasons = {name: reason for name in file.tensor_infos if (reason := keys.ignored_reason(name, family))}
-    names = keys.resolve_key_aliases(
-        (name for name in file.tensor_infos if name not in reasons), keys.SINGLE_FILE_KEY_ALIASES
-    )
-    folders: dict[str, list[TensorInfo]] = {}
-    for name, entry in wanted.items():
+    needed = (name for name in file.tensor_infos if name not in reasons)
+    names = keys.resolve_key_aliases(needed, keys.SINGLE_FILE_KEY_ALIASES)
+    components: dict[str, list[TensorInfo]] = defaultdict(list)
+    for name, mapping in expected.items():
         if name in names:
-            folders.setdefault(entry.component, []).append(file.tensor_infos[names[name]])
-    return {
-        "components": {folder: summarize_tensors(slots) for folder, slots in folders.items()},
-        "ignored": dict(Counter(reasons.values())),
-        "unknown": [given for name, given in names.items() if name not in wanted],
-        "missing": sorted({e.component for e in wanted.values()} - folders.keys())
-        + [name for name, entry in wanted.items() if entry.component in folders and name not in names],
-        "faults": _find_faults(file, family),
-    }
-
-
-def _find_faults(file: SafetensorsFile, family: ModelFamily) -> list[str]:
-    """Why a single file is not a whole model of its family, in a line."""
+            components[mapping.component].append(file.tensor_infos[names[name]])
+    faults = []
     try:
         keys.map_single_file_keys(file.meta_tensors(), family)
     except ValueError as error:
-        return [str(error)]
-    return []
+        faults.append(str(error))
+    return {
+        "components": {component: summarize_tensors(infos) for component, infos in components.items()},
+        "ignored": dict(Counter(reasons.values())),
+        "unknown": [key for name, key in names.items() if name not in expected],
+        "missing": sorted({mapping.component for mapping in expected.values()} - components.keys())
+        + [name for name, mapping in expected.items() if mapping.component in components and name not in names],
+        "faults": faults,
+    }
 
 
 def _inspect_folder(path: Path, options: LoadOptions) -> dict[str, Any]:
-    """A folder by its configurations and headers; its tensors are compared with its networks, strictly."""
-    if not (path / MODEL_INDEX_NAME).exists() and (part := _inspect_component_folder(path)):
-        return part
+    """A folder by its configurations and headers; ValueError unless its tensors are exactly those of its networks."""
+    if not (path / MODEL_INDEX_NAME).exists() and (report := _inspect_component_folder(path)):
+        return report
     index, model = read_model_index(path), read_directory(path, options)
     config = read_json(path / "scheduler" / "scheduler_config.json") | {"_class_name": index["scheduler"][1]}
     prediction = PREDICTION_TYPES[config.get("prediction_type", "epsilon")]
-    zero = bool(config.get("rescale_betas_zero_snr"))
-    groups = dict(zip(model.networks, model.shard_groups, strict=True))
-    left = [
-        n
-        for group in model.shard_groups
-        for source in group
-        for n in source.file.tensor_infos
-        if n not in source.key_mappings
-    ]
-    said = {name: config.get(name, "nothing, its default") for name in ("prediction_type", "rescale_betas_zero_snr")}
+    stated = {name: config.get(name, "nothing, its default") for name in ("prediction_type", "rescale_betas_zero_snr")}
+    files = {str(file.path.relative_to(path)): file for file, _ in model.weight_files}
+    num_ignored = sum(name not in mappings for file, mappings in model.weight_files for name in file.tensor_infos)
     return {
         "format": f"folder of {index['_class_name']} ({MODEL_INDEX_NAME})",
         "family": find_family_by_unet(model.networks["unet"].config, PREDICTIONS[prediction]),
         "prediction": prediction,
-        "zero_snr": zero,
-        "evidence": [f"scheduler_config.json: {name} = {value}" for name, value in said.items()],
-        **_schedule_and_defaults(config, **model.generation_defaults),
+        "zero_snr": bool(config.get("rescale_betas_zero_snr")),
+        "evidence": [f"scheduler_config.json: {name} = {value}" for name, value in stated.items()],
+        **_schedule_and_defaults(config, model.generation_defaults),
         "classes": {name: value[1] for name, value in index.items() if isinstance(value, list) and value[1]},
         "components": {
-            name: summarize_tensors(slot for source in group for slot in source.file.tensor_infos.values())
-            for name, group in groups.items()
+            name: summarize_tensors(info for file, _ in group for info in file.tensor_infos.values())
+            for name, group in zip(model.networks, model.shard_groups, strict=True)
         },
-        "files": [str(source.file.path.relative_to(path)) for group in model.shard_groups for source in group],
-        "ignored": {"position ids, the numbers 0 to 76": len(left)} if left else {},
+        "files": [*files],
+        "ignored": {"position ids, the numbers 0 to 76": num_ignored} if num_ignored else {},
         "unknown": [],
         "missing": [],
         "faults": [],
         "ema": False,
-        "sha256": {
-            str(s.file.path.relative_to(path)): file_sha256(s.file.path) for group in model.shard_groups for s in group
-        },
+        "sha256": {name: file_sha256(file.path) for name, file in files.items()},
     }
 
 
@@ -216,59 +182,59 @@ def _inspect_component_folder(path: Path) -> dict[str, Any] | None:
     config = read_json(path / "config.json") if (path / "config.json").is_file() else {}
     if "latent_channels" in config and config.get("_class_name", "AutoencoderKL") == "AutoencoderKL":
         files = [source.file for source in read_component(path, "vae")[1]]
-        kind: dict[str, Any] = {"format": "folder of AutoencoderKL", "kind": detect.VAE_DESCRIPTION}
+        report: dict[str, Any] = {"format": "folder of AutoencoderKL", "kind": detect.VAE_DESCRIPTION}
     elif lora_loading.list_adapter_files(path):
         files = [open_safetensors(file) for file in lora_loading.find_adapter_files(path)]
-        kind = {"format": "folder of an adapter", "kind": detect.LORA_DESCRIPTION, **_inspect_adapter(files[0])}
+        report = {"format": "folder of an adapter", "kind": detect.LORA_DESCRIPTION, **_inspect_adapter(files[0])}
     else:
         return None
-    content = summarize_tensors(slot for file in files for slot in file.tensor_infos.values())
-    return {**kind, "content": content, "sha256": {str(f.path.relative_to(path)): file_sha256(f.path) for f in files}}
+    content = summarize_tensors(info for file in files for info in file.tensor_infos.values())
+    hashes = {str(file.path.relative_to(path)): file_sha256(file.path) for file in files}
+    return {**report, "content": content, "sha256": hashes}
 
 
-def _schedule_and_defaults(config: Mapping[str, Any], **defaults: Any) -> dict[str, Any]:
-    """The schedule of a scheduler's configuration, and how its makers draw."""
-    own = parse_scheduler_config(config)
+def _schedule_and_defaults(config: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """The noise schedule of a scheduler's configuration, and the default settings of generation."""
+    settings = parse_scheduler_config(config)
     return {
         "schedule": {name: config[name] for name in SDE_CONFIG_FIELDS if config.get(name) is not None},
-        "defaults": {"sampler": own.sampler, "spacing": own.spacing, **defaults},
+        "defaults": {"sampler": settings.sampler, "spacing": settings.spacing, **defaults},
     }
 
 
 def _inspect_adapter(file: SafetensorsFile) -> dict[str, Any]:
-    """The dialect, kinds, ranks and targets of an adapter's file; nothing of another."""
-    places = parse_lora_keys(file.tensor_infos)
-    if not places:
+    """The format, kinds, ranks and targets of an adapter's file; nothing for another file."""
+    parsed = parse_lora_keys(file.tensor_infos)
+    if not parsed:
         return {}
-    ranks = Counter(file.tensor_infos[name].shape[0] for name, at in places.items() if at.delta_field in DOWN_FIELDS)
+    downs = (file.tensor_infos[name] for name, key in parsed.items() if key.delta_field in DOWN_FIELDS)
+    ranks = Counter(info.shape[0] for info in downs)
     try:
         family = lora_loading.detect_adapter_family(file.path)
     except ValueError:
         family = None
-    modules = {(at.component or "unet", at.module) for at in places.values()}
+    modules = {(key.component or "unet", key.module) for key in parsed.values()}
     return {
-        "dialect": detect_lora_format(places),
+        "dialect": detect_lora_format(parsed),
         "family": family,
-        "kinds": sorted({at.delta_field[0].__name__ for at in places.values() if at.delta_field[0]}),
+        "kinds": sorted({kind.__name__ for key in parsed.values() if (kind := key.delta_field[0])}),
         "rank": [f"{rank} ({count} modules)" for rank, count in sorted(ranks.items())],
-        "targets": dict(Counter(folder for folder, _ in sorted(modules))),
-        "unknown": [name for name in file.tensor_infos if name not in places],
+        "targets": dict(Counter(component for component, _ in sorted(modules))),
+        "unknown": [name for name in file.tensor_infos if name not in parsed],
     }
 
 
-def _probe_prediction(path: Path, found: dict[str, Any], options: LoadOptions) -> None:
-    """Ask the U-Net; write into the report what it predicts where nothing said so, and the evidence."""
+def _probe_prediction(path: Path, report: dict[str, Any], options: LoadOptions) -> None:
+    """Probe the U-Net; add the evidence to the report, and what it predicts if nothing stated it."""
+    stated = report["prediction"]
     try:
-        # a prediction is given, so that `load_checkpoint` does not probe
-        known = options if path.is_dir() else LoadOptions(prediction="eps", zero_snr=False)
-        model = formats.load_checkpoint(path, PROBE_DEVICE, torch.bfloat16, known)
-        kind, line = detect.classify_probe(formats.probe_unet(model.unet, model.text_encoders, model.sde))
+        prediction, evidence = detect.classify_probe(formats.probe_checkpoint(path, options))
     except ValueError as error:
-        why = str(error).removesuffix(detect.PREDICTION_OPTION_HINT) if found["prediction"] else str(error)
-        found["evidence"].append(f"prediction not measured: {why}")
+        reason = str(error).removesuffix(detect.PREDICTION_OPTION_HINT) if stated else str(error)
+        report["evidence"].append(f"prediction not measured: {reason}")
         return
-    against = found["prediction"] not in (None, kind)
-    found["evidence"].append(f"{line}{', against what is said' if against else ''}")
-    found["prediction"] = found["prediction"] or kind
-    if found["family"] and " or " in found["family"]:
-        found["family"] = detect.select_family(found["family"].split(" or "), kind)
+    contradicted = stated not in (None, prediction)
+    report["evidence"].append(f"{evidence}{', contrary to the configuration' if contradicted else ''}")
+    report["prediction"] = stated or prediction
+    if report["family"] and " or " in report["family"]:
+        report["family"] = detect.select_family(report["family"].split(" or "), prediction)

@@ -20,9 +20,9 @@ from ldm.checkpoints.families import LoadOptions
 from ldm.checkpoints.formats import PICTO_PATH, Checkpoint, locate_weights
 from ldm.checkpoints.hub import LORA_WEIGHT_NAME_SAFE, TEXT_INVERSION_NAME_SAFE
 from ldm.checkpoints.networks import TEXT_ENCODERS
+from ldm.checkpoints.saving import save_as_directory
 from ldm.checkpoints.tensors import DIFFUSERS_WEIGHTS_NAME, TRANSFORMERS_WEIGHTS_NAME, save_module
 from ldm.config import FinetuneObjective
-from ldm.convert.convert import convert_checkpoint
 from ldm.files import read_json
 from ldm.nn.text_encoders import TextEncoder, tokenize
 from ldm.pipeline.pipeline import Pipeline
@@ -72,7 +72,7 @@ def _prepare_full(model: Checkpoint, objective: FinetuneObjective) -> Checkpoint
 
 def _export_full(model: Checkpoint, objective: FinetuneObjective, folder: Path) -> None:
     """The whole model in diffusers' layout: all as it was but for the networks that learnt."""
-    convert_checkpoint(locate_weights(base_model_path(objective), base_load_options(objective)), folder)
+    save_as_directory(locate_weights(base_model_path(objective), base_load_options(objective)), folder)
     for name in trainable_network_names(model, objective):
         config = model.unet.config.to_dict() if name == "unet" else read_json(folder / name / "config.json")
         shutil.rmtree(folder / name)

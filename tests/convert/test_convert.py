@@ -18,8 +18,7 @@ from ldm.checkpoints.detect import ProbeResult
 from ldm.checkpoints.families import FAMILIES, LoadOptions
 from ldm.checkpoints.keys import build_meta_state_dicts, convert_to_diffusers, convert_to_original
 from ldm.checkpoints.tensors import SafetensorsFile
-from ldm.convert import rewrite as same_layout
-from ldm.convert import unpickle
+from ldm.convert import convert, unpickle
 from ldm.convert.convert import convert_checkpoint
 from ldm.nn import text_encoders
 
@@ -382,10 +381,10 @@ def test_a_folder_of_no_family_is_no_single_file(tiny, tmp_path):
 @pytest.mark.parametrize(
     "dst, made, options, said",
     [
-        ("out", lambda p: p.write_text("mine"), {}, "there is something"),
-        ("out", lambda p: (p.mkdir(), (p / "mine").write_text("mine")), {}, "there is something"),
-        ("out.safetensors", lambda p: p.write_text("mine"), {}, "there is something"),
-        ("out.safetensors", lambda p: p.mkdir(), {}, "there is something"),
+        ("out", lambda p: p.write_text("mine"), {}, "exists already"),
+        ("out", lambda p: (p.mkdir(), (p / "mine").write_text("mine")), {}, "exists already"),
+        ("out.safetensors", lambda p: p.write_text("mine"), {}, "exists already"),
+        ("out.safetensors", lambda p: p.mkdir(), {}, "exists already"),
         ("out.ckpt", lambda p: None, {}, "written as .safetensors or as a folder"),
         ("out.safetensors", lambda p: None, {"family": "sd1"}, "the layout stays the same"),
     ],
@@ -416,9 +415,7 @@ def test_a_pickled_model_becomes_a_file_and_a_folder(folders, tmp_path, monkeypa
     report = convert_checkpoint(ckpt, tmp_path / "plain.safetensors", trust=True, dtype=torch.float16)
     assert same(load_file(tmp_path / "plain.safetensors"), {n: a.half() for n, a in tensors.items()})
     assert report["dropped"] == {"model.ckpt": ["global_step", "optimizer_states"]}
-    monkeypatch.setattr(
-        same_layout, "unpickle_weights", lambda src, dst, dtype: unpickle.unpickle_in_process(src, dst)
-    )  # to save time
+    monkeypatch.setattr(convert, "unpickle_weights", lambda src, dst, dtype: unpickle.unpickle_in_process(src, dst))
     convert_checkpoint(ckpt, tmp_path / "one", LoadOptions(prediction="eps"), trust=True)
     found, expected = contents(tmp_path / "one"), contents(folders("sd1"))
     assert found.keys() == expected.keys() and all(same(found[n], a) for n, a in expected.items() if type(a) is dict)
@@ -429,7 +426,7 @@ def test_a_pickled_model_becomes_a_file_and_a_folder(folders, tmp_path, monkeypa
 
 def test_a_folder_of_pickles_becomes_one_of_safetensors(folder, tmp_path, monkeypatch):
     """With a network in shards, and a component that is there in both forms; read in this process, to save time."""
-    monkeypatch.setattr(same_layout, "unpickle_weights", lambda src, dst, dtype: unpickle.unpickle_in_process(src, dst))
+    monkeypatch.setattr(convert, "unpickle_weights", lambda src, dst, dtype: unpickle.unpickle_in_process(src, dst))
     expected = contents(folder)
     for name in ("unet", "text_encoder"):
         file = folder / name / f"{WEIGHTS[name]}.safetensors"

@@ -70,7 +70,7 @@ def test_a_folder_that_says_the_wrong_thing_is_found_out(tmp_path):
     path.write_text(json.dumps(config))
     found = inspect_model(folder)
     assert found["prediction"] == "eps"
-    assert "measured" in found["evidence"][-1] and found["evidence"][-1].endswith("against what is said")
+    assert "measured" in found["evidence"][-1] and found["evidence"][-1].endswith("contrary to the configuration")
 
 
 OTHERS = {
