@@ -31,7 +31,7 @@ def main() -> None:
     parser.add_argument("--engine", choices=ENGINES, default="all")
     args = parser.parse_args()
     words = [sys.executable, "-m", "pytest", "-q", "-rP", "-W", "ignore", "-k", ENGINES[args.engine]]
-    words += [str(TESTS / name) for name in ("test_kill.py", "test_worker.py")]
+    words += [str(TESTS / name) for name in ("test_engines.py", "test_worker.py")]
     sys.exit(subprocess.call(words, env={**os.environ, "LDM_STRESS_KILLS": str(args.kills)}, cwd=TESTS.parents[1]))
 
 

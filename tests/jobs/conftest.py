@@ -1,7 +1,7 @@
 """How the small job ends when nothing disturbs it."""
 
 import pytest
-from folders import go, job_in, outcome
+from job_folders import go, job_in, outcome
 
 from ldm.jobs import driver, worker
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from cluster import Nodes
-from folders import Opens, go, job_in, outcome
+from job_folders import Opens, go, job_in, outcome
 
 from ldm.jobs import driver, engines
 from ldm.jobs.engines import Engine, InlineEngine, LocalEngine, RayEngine, run_worker_process

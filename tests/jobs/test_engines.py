@@ -1,27 +1,25 @@
-"""Engines: the same job under each, whoever dies."""
+"""Engines: the same job under each, and a job that is killed anywhere and run again ends as if it had not been."""
 
 import multiprocessing
 import os
-import shutil
 import sys
-import time
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 
+import kills
 import pytest
-from folders import Opens, fork, go, job_in, outcome
-from kills import until
+from cluster import clustered
+from job_folders import Opens, fork, go, job_in, outcome
 
-from ldm.jobs import driver, engines
-from ldm.jobs.driver import JobProgress, Monitor, StalledError
-from ldm.jobs.engines import InlineEngine, LocalEngine, assign_devices
-from ldm.pipeline.scheduler import BatchScheduler
+from ldm.jobs import engines
+from ldm.jobs.engines import LocalEngine, assign_devices
 
 
 def test_what_a_process_fails_by_is_the_job_s_reason_and_it_is_not_begun_again(pipe, tmp_path, monkeypatch):
     monkeypatch.setattr("multiprocessing.get_context", lambda kind, begin=multiprocessing.get_context: begin("fork"))
     local = LocalEngine(replace(job_in(tmp_path / "job", pipe), load_pipeline=Opens(tmp_path / "nothing")), [None])
-    until(lambda: not local.poll())
+    kills.until(lambda: not local.poll())
     assert len(local.errors) == 1 and "nothing" in local.errors[0]
 
 
@@ -44,97 +42,72 @@ def test_workers_have_devices(monkeypatch):
         assign_devices("inline", 2, "auto")
 
 
-class Idle:
-    """An engine whose workers do nothing."""
-
-    def __init__(self, reasons=()):
-        self.errors, self.stop_requested = list(reasons), []
-
-    def poll(self):
-        return "stop" not in self.stop_requested
-
-    def stop(self):
-        self.stop_requested.append("stop")
-
-    def kill(self):
-        self.stop_requested.append("kill")
+KILLS = int(os.environ.get("LDM_STRESS_KILLS", "20"))  # scripts/stress_batch.py asks for more
+RAY_KILLS = int(os.environ.get("LDM_STRESS_KILLS", "4"))  # each takes seconds
 
 
-@pytest.mark.parametrize("left", [{"a"}, set()])
-def test_a_job_without_progress_ends_with_the_reason(pipe, tmp_path, left):
-    """Unless nothing is left: then those who have not begun are not waited for."""
-    job, now, told = job_in(tmp_path, pipe), iter(range(0, 10_000, 7)), []
-    with job.open_leases() as leases:
-        engine, watch = Idle(), Monitor(job, leases, left, 100.0, lambda: next(now))
-        if left:
-            with pytest.raises(StalledError, match=r"no step was finished in 1\d\d seconds"):
-                driver.supervise_workers(engine, watch, told.append)
-        else:
-            driver.supervise_workers(engine, watch, told.append)
-        assert engine.stop_requested == ["kill"] and told[0].remaining == len(left)
+@pytest.fixture(scope="module")
+def nodes(pipe, tiny):
+    """A cluster whose workers have the model already."""
+    if not find_spec("ray"):
+        pytest.skip("ray is not installed")
+    kills.WARM[tiny] = pipe
+    with clustered() as nodes:
+        yield nodes
 
 
-def test_progress_of_anybody_keeps_a_job_alive(pipe, tmp_path):
-    job, now = job_in(tmp_path, pipe), iter(range(0, 10_000, 7))
-    with job.open_leases() as leases, job.open_leases() as other:
-        watch = Monitor(job, leases, {"a"}, 100.0, lambda: next(now))
-        for step in range(50):
-            other.status = {"steps": step, "batch_size": 3}
-            other._write_heartbeat(other._heartbeat_fd)
-            assert watch.progress().batch_size == 3 and watch.seconds_idle() < 100
+@pytest.fixture
+def killed(pipe, tiny, tmp_path, monkeypatch):
+    """Kills jobs on a bench, and prints what was done."""
+    monkeypatch.setitem(kills.WARM, tiny, pipe)
+
+    def run(bench, count, name):
+        told = kills.kill(bench, pipe, tiny, tmp_path, count, name)
+        print(told)
+        return told
+
+    return run
 
 
-def test_a_worker_of_a_killed_driver_is_waited_for_and_its_lines_are_joined(
-    pipe, finished, undisturbed, tmp_path, monkeypatch
+def test_a_job_of_one_process_that_is_killed_ends_as_one_that_was_not(killed):
+    killed(kills.inline(), KILLS, "inline")
+
+
+def test_a_job_of_local_processes_that_are_killed_ends_as_one_that_was_not(killed):
+    killed(kills.local(), KILLS, "local")
+
+
+def test_a_job_on_a_cluster_of_two_nodes_that_are_killed_ends_as_one_that_was_not(killed, nodes):
+    assert "node" in killed(kills.ray(nodes, size=24 if RAY_KILLS < 100 else 60), RAY_KILLS, "ray").partition("(")[2]
+
+
+@pytest.mark.parametrize("name, count", [("local", 1), ("local", 2), ("local", 3), ("local", 4), ("ray", 3)])
+def test_images_are_the_same_by_any_number_of_workers_of_any_engine(
+    pipe, tiny, tmp_path, undisturbed, request, name, count
 ):
-    """It finished the last item, and leaves only when it has been waited for."""
-    folder, ask, asked = Path(shutil.copytree(finished, tmp_path / "job")), Monitor.has_other_workers, []
-    lines = (folder / "manifest.jsonl").read_bytes().splitlines(keepends=True)
-    orphan = job_in(folder, pipe).open_leases()
-    (folder / "manifest.jsonl").write_bytes(b"".join(lines[:-2]))
-    (folder / f"manifest-{orphan.worker}.jsonl").write_bytes(b"".join(lines[-2:]))
-
-    def others(watch):
-        asked.append(ask(watch))
-        if len(asked) == 3:
-            orphan.__exit__()
-        return asked[-1]
-
-    monkeypatch.setattr(Monitor, "has_other_workers", others)
-    assert go(job_in(folder, pipe), pipe) == 0
-    assert asked == [True, True, True, False] and outcome(folder) == undisturbed
-
-
-def test_a_worker_at_other_items_is_not_waited_for_nor_one_that_hangs_for_ever(pipe, finished, tmp_path):
-    folder, clock = Path(shutil.copytree(finished, tmp_path / "job")), iter(range(0, 10_000, 7))
-    with job_in(folder, pipe).open_leases() as leases, job_in(folder, pipe).open_leases() as other:
-        shutil.copy(folder / "manifest.jsonl", folder / f"manifest-{other.worker}.jsonl")
-        job = job_in(folder, pipe)
-        name = next(job.iter_items(pipe)).id
-        watch = Monitor(job, leases, {name}, 100.0, lambda: next(clock))
-        assert watch.has_other_workers() and not Monitor(job, leases, {"a"}, 100.0).has_other_workers()
-        driver.wait_for_workers(watch, 50.0)
-        assert 50 < next(clock) < 200
-
-
-def test_when_one_worker_fails_the_others_are_asked_to_stop(pipe, tmp_path):
-    job, engine = job_in(tmp_path, pipe), Idle(["disk full"])
-    with job.open_leases() as leases, pytest.raises(RuntimeError, match="disk full"):
-        driver.supervise_workers(engine, Monitor(job, leases, {"a"}, 100.0), lambda state: None)
-    assert engine.stop_requested == ["stop"]
-
-
-def test_a_hanging_worker_ends_the_process_and_the_job_can_go_on(pipe, tmp_path, undisturbed, monkeypatch):
+    """Bit for bit, generated in one run and in two."""
+    bench = kills.local(count) if name == "local" else kills.ray(request.getfixturevalue("nodes"), count)
     folder = tmp_path / "job"
 
-    def live():
-        BatchScheduler._step = lambda self, asked: time.sleep(1000)
-        driver.Monitor.__init__.__defaults__ = (lambda: time.monotonic() * 100,)
-        return go(job_in(folder, pipe), pipe, start=lambda job: InlineEngine(job, [None]))
+    def drawn():
+        job = job_in(folder, pipe)
+        return go(job, pipe, start=lambda job: bench.start(replace(job, load_pipeline=Opens(tiny))))
 
-    assert os.waitstatus_to_exitcode(fork(live)) == 1
-    assert go(job_in(folder, pipe), pipe) == 0 and outcome(folder) == undisturbed
+    for _ in range(2):
+        assert os.waitstatus_to_exitcode(fork(drawn)) == 0 and outcome(folder) == undisturbed
+        for path in sorted(folder.glob("images/*/*"))[::2]:
+            path.unlink()
 
 
-def test_time_left_is_what_is_left_over_the_rate():
-    assert JobProgress(4, 0, 6, 2.0, 1, 8).seconds_left == 3.0 and JobProgress(0, 0, 6, 0.0, 1, 8).seconds_left is None
+def test_a_line_that_is_torn_where_a_worker_dies_within_it_is_repaired(pipe, tmp_path, undisturbed):
+    """Of the writes alone: the driver's lease, those of the items, their lines."""
+    folder, torn = tmp_path / "job", 0
+
+    def live(fatal):
+        kills.doom(folder, fatal, events=("os.write",))
+        return go(job_in(folder, pipe), pipe)
+
+    for fatal in (9, 8, 7):
+        fork(lambda fatal=fatal: live(fatal))
+        torn += any(data and not data.endswith(b"\n") for data in map(Path.read_bytes, folder.glob("manifest-*")))
+    assert torn and go(job_in(folder, pipe), pipe) == 0 and outcome(folder) == undisturbed

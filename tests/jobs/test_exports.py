@@ -1,4 +1,4 @@
-"""`ldm export`: a job's pictures and prompts come back unchanged from the data set, by whichever reader."""
+"""`ldm export`: a job's images and prompts come back unchanged from the data set, by whichever reader."""
 
 import hashlib
 import json
@@ -9,7 +9,7 @@ from dataclasses import fields
 
 import pytest
 import yaml
-from folders import go, job_in
+from job_folders import go, job_in
 
 from ldm.config import ImageDataConfig
 from ldm.data.folders import open_image_sources
@@ -17,12 +17,12 @@ from ldm.jobs import exports
 from ldm.pipeline.request import Request
 
 PROMPTS = ["  a cat, with spaces\t", "🎈 雪 é \u2028 lines\nand tabs\t.", '</script> "quoted" \\ & -- \r\n x', "a.b/c"]
-SIZE = 2  # pictures in a shard
+SIZE = 2  # images in a shard
 
 
 @pytest.fixture(scope="module")
 def job(pipe, tmp_path_factory):
-    """The folder of a job of five pictures, two of them of one line."""
+    """The folder of a job of five images, two of them of one line."""
     folder = tmp_path_factory.mktemp("exported") / "job"
     requests = [Request(text, seed=k, num_inference_steps=1, height=32 + 8 * k) for k, text in enumerate(PROMPTS)]
     requests.insert(2, Request(PROMPTS[1], "a dog", seed=2**62, num_inference_steps=2, guidance_interval=(0.5, None)))
@@ -48,7 +48,7 @@ def export(ldm_, tmp_path):
 
 
 def told(line):
-    """The settings that a picture is exported with."""
+    """The settings that an image is exported with."""
     return {"id": line["id"], "text": line["request"]["prompt"], "model": "tiny", **line["request"]} | {
         "begun_from_image": None,
         "begun_from_mask": None,
@@ -59,7 +59,7 @@ def without(values, *names):
     return {name: value for name, value in values.items() if name not in names}
 
 
-def test_webdataset_reads_each_picture_with_its_prompt_and_settings(job, lines, export):
+def test_webdataset_reads_each_image_with_its_prompt_and_settings(job, lines, export):
     import webdataset
 
     out = export(job, "webdataset")
@@ -75,7 +75,7 @@ def test_webdataset_reads_each_picture_with_its_prompt_and_settings(job, lines, 
     assert decoded["png"].size == (32, 32) and decoded["txt"] == PROMPTS[0] and decoded["json"]["seed"] == 0
 
 
-def test_datasets_opens_the_folder_with_its_pictures(job, lines, export, tmp_path):
+def test_datasets_opens_the_folder_with_its_images(job, lines, export, tmp_path):
     import datasets
 
     found = datasets.load_dataset(str(export(job, "parquet")), split="train", cache_dir=str(tmp_path / "cache"))
@@ -112,7 +112,7 @@ def test_check_audits_it(job, export, ldm_, tiny, tmp_path, kind):
 
 
 @pytest.mark.parametrize("kind", exports.EXPORT_FORMATS)
-def test_the_same_pictures_give_the_same_bytes_whoever_drew_them_and_in_whichever_order(job, export, tmp_path, kind):
+def test_the_same_images_give_the_same_bytes_whoever_drew_them_and_in_whichever_order(job, export, tmp_path, kind):
     other = shutil.copytree(job, tmp_path / "other")
     whole = (other / "manifest.jsonl").read_text().splitlines(keepends=True)
     failed = json.dumps({**json.loads(whole[0]), "status": "failed"}) + "\n"
@@ -152,7 +152,7 @@ DAMAGES = {
 
 @pytest.mark.parametrize("kind", exports.EXPORT_FORMATS)
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_picture_that_is_not_as_it_was_finished_is_named_and_nothing_is_written(
+def test_an_image_that_is_not_as_it_was_finished_is_named_and_nothing_is_written(
     job, lines, refused, tmp_path, kind, damage
 ):
     folder = shutil.copytree(job, tmp_path / "torn")
@@ -206,7 +206,7 @@ def test_a_disk_that_takes_no_more_is_one_line_and_leaves_nothing(job, ldm_, tmp
 
 
 def test_memory_does_not_grow_with_the_shards(job, lines, tmp_path):
-    """Of 300 pictures of 300 kB each: 90 MB that are never together in memory."""
+    """Of 300 images of 300 kB each: 90 MB that are never together in memory."""
     import tracemalloc
 
     folder, names = shutil.copytree(job, tmp_path / "large"), []

@@ -1,4 +1,4 @@
-"""The page of a job: what it says of its pictures is what the manifest says, whatever the prompts."""
+"""The gallery of a job: its data are the manifest's, whatever the prompts."""
 
 import json
 import re
@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from painted import COLOURS, SETTLED, line_of, write_job
+from job_folders import COLOURS, SETTLED, line_of, write_job
 from PIL import Image
 from typer.main import get_command
 
@@ -82,14 +82,14 @@ def test_the_page_s_data_are_the_manifest_s_whatever_the_prompts(tmp_path, monke
 
 
 @pytest.mark.parametrize("text", NASTY)
-def test_what_all_pictures_share_ends_no_script_whatever_it_is(tmp_path, text):
+def test_what_all_images_share_ends_no_script_whatever_it_is(tmp_path, text):
     write_job(tmp_path, [replace(SETTLED, prompt=text, seed=k) for k in range(2)], draw=False, model=text)
     gallery.write_gallery(tmp_path)
     header, _ = read_page(tmp_path)
     assert header["common"]["prompt"] == header["common"]["model"] == text
 
 
-def test_what_all_pictures_share_is_told_once(tmp_path):
+def test_what_all_images_share_is_told_once(tmp_path):
     write_job(tmp_path, [replace(SETTLED, seed=k) for k in range(5)])
     gallery.write_gallery(tmp_path)
     header, _ = read_page(tmp_path)
@@ -123,7 +123,7 @@ def test_a_manifest_cut_at_any_byte_shows_its_whole_lines(tmp_path):
         assert len(gallery.read_finished_records(tmp_path)[0]) == sum(cut > end for end in ends)
 
 
-def test_a_picture_outlives_a_failure_in_whichever_file_and_order_they_are_told(tmp_path):
+def test_an_image_outlives_a_failure_in_whichever_file_and_order_they_are_told(tmp_path):
     done = line_of(0, SETTLED)
     failed = {**done, "status": "failed", "reason": "out of memory"}
     cases = [
@@ -142,7 +142,7 @@ def test_a_picture_outlives_a_failure_in_whichever_file_and_order_they_are_told(
         assert (len(lines), count) == ((1, 0) if wanted == "done" else (0, 1)), files
 
 
-def test_pictures_stand_in_the_order_of_the_source_and_failures_are_counted(tmp_path):
+def test_images_stand_in_the_order_of_the_source_and_failures_are_counted(tmp_path):
     lines = write_job(tmp_path, [replace(SETTLED, seed=k) for k in range(4)])
     lines[1] = {**lines[1], "status": "failed", "reason": "black picture"}
     (tmp_path / "manifest.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines[::-1]))
@@ -151,7 +151,7 @@ def test_pictures_stand_in_the_order_of_the_source_and_failures_are_counted(tmp_
     assert header["failed"] == 1 and [entry["seed"] for entry in entries] == [0, 2, 3]
 
 
-def test_a_thumbnail_is_the_picture_shrunk_never_enlarged_and_a_broken_picture_has_none(tmp_path):
+def test_a_thumbnail_is_the_image_shrunk_never_enlarged_and_a_broken_image_has_none(tmp_path):
     sizes = [(1024, 512), (64, 128), (48, 32)]
     lines = write_job(tmp_path, [replace(SETTLED, seed=k, width=w, height=h) for k, (w, h) in enumerate(sizes)])
     (tmp_path / lines[2]["file"]).write_bytes(b"torn")
@@ -241,20 +241,20 @@ def test_prompts_are_text_and_nothing_else(show, tmp_path):
     assert page.run("[...document.querySelectorAll('.tile .caption:nth-child(2)')].map((s) => s.textContent)") == NASTY
     for k, text in enumerate(NASTY):
         page.run(f"open({k})")
-        assert page.run("[$('prompt').textContent, $('picture').alt]") == [text, text]
+        assert page.run("[$('prompt').textContent, $('image').alt]") == [text, text]
     page.run("$('detail').close(); $('view').click()")
     assert page.run("[...document.querySelectorAll('tbody th')].map((th) => th.textContent)") == NASTY
     assert page.run("typeof pwned") == "undefined" and page.run("document.scripts.length") == 2
 
 
-def test_thumbnails_and_pictures_are_found_and_what_is_missing_says_so(show, tmp_path):
+def test_thumbnails_and_images_are_found_and_what_is_missing_says_so(show, tmp_path):
     lines = write_job(tmp_path, [replace(SETTLED, seed=k) for k in range(3)])
     (tmp_path / lines[1]["file"]).unlink()
     page = show()
     page.wait("document.querySelectorAll('.missing').length === 1")
     page.wait("[...document.images].filter((img) => img.naturalWidth === 48).length === 2")
     page.run("open(2)")
-    page.wait("$('picture').complete && $('picture').naturalWidth === 48")
+    page.wait("$('image').complete && $('image').naturalWidth === 48")
 
 
 @pytest.fixture
@@ -292,7 +292,7 @@ def test_search_finds_the_prompts_with_all_words_and_none_of_the_unwanted(show, 
     assert shown == prompts[: len(shown)] and len(shown) >= min(28, len(wanted))  # as many as there is room for
     assert page.run("$('nothing').hidden") == bool(wanted)
     said = "48" if len(wanted) == 48 else f"{len(wanted)} of 48"
-    assert page.run("$('count').textContent") == f"{said} pictures"
+    assert page.run("$('count').textContent") == f"{said} images"
 
 
 def test_filters_are_the_data_s_own_values_any_of_a_field_and_all_of_the_fields(show, mixed):
@@ -352,7 +352,7 @@ def test_the_address_keeps_the_state(show, mixed, tmp_path):
 
 
 @pytest.mark.parametrize("rows, columns", [("prompt", "seed"), ("guidance_scale", "sampler")])
-def test_comparing_puts_every_picture_into_the_cell_of_its_two_fields(show, mixed, rows, columns):
+def test_comparing_puts_every_image_into_the_cell_of_its_two_fields(show, mixed, rows, columns):
     page = show(f"#view=compare&rows={rows}&columns={columns}")
     shown = page.run(
         "[...document.querySelectorAll('tbody tr')].map((tr) => [...tr.children].map((cell) => ["
@@ -367,7 +367,7 @@ def test_comparing_puts_every_picture_into_the_cell_of_its_two_fields(show, mixe
             assert cell == [inside[0], f"+{len(inside) - 1}"]
 
 
-def test_same_prompt_and_same_seed_compare_a_picture_with_its_like(show, mixed):
+def test_same_prompt_and_same_seed_compare_an_image_with_its_like(show, mixed):
     page = show()
     own = mixed[5]["request"]
     for button, name in (("same-prompt", "prompt"), ("same-seed", "seed")):
@@ -377,7 +377,7 @@ def test_same_prompt_and_same_seed_compare_a_picture_with_its_like(show, mixed):
         assert page.run("[$('detail').open, state.view]") == [False, "compare"]
 
 
-def test_the_command_and_the_json_of_a_picture_draw_it_again(show, ldm_, tiny, pipe, tmp_path):
+def test_the_command_and_the_json_of_an_image_generate_it_again(show, ldm_, tiny, pipe, tmp_path):
     requests = [
         Request(NASTY[3], NASTY[2], 7, 48, 32, 4, 2.5, "heun", "karras"),
         Request(
@@ -410,7 +410,7 @@ def test_what_a_command_cannot_say_stands_beside_it(show, tmp_path):
     assert page.run("$('command').textContent").split("\n")[1].endswith(": image, target size")
 
 
-def test_keys_alone_reach_search_tiles_and_pictures(show, mixed):
+def test_keys_alone_reach_search_tiles_and_images(show, mixed):
     page = show()
     page.press("/", "/")
     assert page.run("document.activeElement.id") == "search"
@@ -429,7 +429,7 @@ def test_keys_alone_reach_search_tiles_and_pictures(show, mixed):
     page.wait("!$('detail').open && tiles.get(1).firstChild === document.activeElement")
 
 
-def test_of_ten_thousand_pictures_the_document_holds_a_screen_and_its_neighbours(show, tmp_path):
+def test_of_ten_thousand_images_the_document_holds_a_screen_and_its_neighbours(show, tmp_path):
     prompts = [f"picture number {k}" for k in range(10_000)]
     write_job(tmp_path, [replace(SETTLED, prompt=text) for text in prompts], draw=False)
     page = show()
@@ -441,7 +441,7 @@ def test_of_ten_thousand_pictures_the_document_holds_a_screen_and_its_neighbours
             "[200, 500, 790].map((y) => document.elementsFromPoint(100, y).find((e) => e.matches('.tile button')))"
             ".filter(Boolean).map((b) => [b.title, Math.round(b.parentNode.getBoundingClientRect().top)])"
         )
-        top, step = page.run("[$('wall').getBoundingClientRect().top, grid.side + CAPTION + GAP]")
+        top, step = page.run("[$('gallery').getBoundingClientRect().top, grid.side + CAPTION + GAP]")
         assert seen and all(title == prompts[round((y - top) / step) * 7] for title, y in seen)
         most = max(most, page.run("document.querySelectorAll('.tile').length"))
     assert most <= 7 * (2 * 800 // step + 2)

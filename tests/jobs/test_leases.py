@@ -5,7 +5,7 @@ import threading
 import time
 
 import pytest
-from folders import fork
+from job_folders import fork
 
 from ldm.jobs.leases import Leases
 

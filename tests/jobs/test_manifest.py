@@ -1,4 +1,4 @@
-"""The manifest: whole lines count, wherever a file ends; the folder is brought in line with it."""
+"""The manifest: complete lines count, wherever a file ends; compaction makes the folder consistent with it."""
 
 import errno
 import json
@@ -90,7 +90,7 @@ def test_what_the_dead_wrote_is_joined_by_line_and_what_the_living_write_is_left
         assert read(tmp_path).failed == {} and read(tmp_path).done == {"a", "b", "c"}
 
 
-def test_lines_whose_pictures_are_gone_or_changed_are_forgotten(tmp_path):
+def test_lines_whose_images_are_gone_or_changed_are_forgotten(tmp_path):
     import hashlib
 
     drawn(tmp_path, "a", "b", "c")

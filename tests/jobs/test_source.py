@@ -160,12 +160,12 @@ def test_options_in_a_line_of_text(tmp_path, line, wanted):
     assert requests(write(tmp_path / "a.txt", line + "\n")) == [Request(**wanted)]
 
 
-def test_several_seeds_of_a_line_are_several_pictures(tmp_path):
+def test_several_seeds_of_a_line_are_several_images(tmp_path):
     assert [seed for _, seed in drawn(tmp_path, "a --d 5,9-11,2\n", count=4)] == [5, 9, 10, 11, 2]
 
 
 def test_what_a_record_leaves_unsaid_is_the_command_s(tmp_path):
-    """Record k, picture j uses S + j."""
+    """Record k, image j uses S + j."""
     defaults = Request("", negative_prompt="bad", seed=40, num_inference_steps=5, sampler="heun")
     path = write(
         tmp_path / "a.jsonl",
@@ -271,7 +271,7 @@ def test_all_enumerates_and_one_is_among_them(wildcards, template, texts):
     assert drawn(wildcards, template, expand="none") == [(template, 0)]
 
 
-def test_all_draws_each_text_with_each_seed_and_combines_it_with_the_negative_prompt(tmp_path):
+def test_all_generates_each_text_with_each_seed_and_combines_it_with_the_negative_prompt(tmp_path):
     found = requests(write(tmp_path / "p.txt", "{a|b} --n {x|y}"), expand="all", count=2)
     every = itertools.product("ab", "xy", (0, 1))
     assert [(r.prompt, r.negative_prompt, r.seed) for r in found] == list(every)
@@ -304,10 +304,10 @@ def test_the_wildcards_may_lie_elsewhere(tmp_path, wildcards):
     assert requests(path, wildcards=tmp_path / "wildcards", expand="all")[0].prompt == "red"
 
 
-# Pictures
+# Images
 
 
-def test_pictures_lie_beside_the_file_wherever_that_is(tmp_path, pipe):
+def test_images_lie_beside_the_file_wherever_that_is(tmp_path, pipe):
     for name in ("a", "b"):
         folder = tmp_path / name / "in"
         folder.mkdir(parents=True)

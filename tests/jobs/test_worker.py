@@ -1,22 +1,22 @@
-"""A worker: pictures that depend on their requests alone, each drawn once, and what cannot be drawn said."""
+"""A worker: images that depend on their requests alone, each generated once; failed items are recorded."""
 
 import itertools
 import json
 import os
 import threading
 import time
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import numpy as np
 import pytest
 import torch
-from folders import ITEMS, REQUESTS, go, job_in, outcome
+from job_folders import ITEMS, REQUESTS, go, job_in, outcome
 from PIL import Image
 
 from ldm.jobs import manifest, worker
 from ldm.jobs.engines import InlineEngine
 from ldm.jobs.source import PromptEntry
-from ldm.jobs.worker import fit_batch_size
+from ldm.jobs.worker import canonical_json, compute_item_id, fingerprint_model, fit_batch_size
 from ldm.pipeline.request import Request
 from ldm.pipeline.scheduler import BatchScheduler, MicroBatcher
 
@@ -24,7 +24,7 @@ BATCHES = range(1, 9) if os.environ.get("LDM_STRESS_KILLS") else (1, 3, 8)  # sc
 
 
 def pixels(pipe, requests, **options):
-    """The pictures of requests in their order, by a scheduler of their own."""
+    """The images of requests in their order, by a scheduler of their own."""
     return pixels_of(BatchScheduler(pipe.model, pipe.prompt_encoder, **options), pipe, requests)
 
 
@@ -39,7 +39,7 @@ def alone(pipe):
 
 
 @pytest.mark.parametrize("batch_size", BATCHES)
-def test_pictures_are_the_same_in_any_batch_and_order_and_strict_ones_bit_for_bit(pipe, alone, batch_size):
+def test_images_are_the_same_in_any_batch_and_order_and_strict_ones_bit_for_bit(pipe, alone, batch_size):
     for order, (fixed, near) in itertools.product(([*range(7)], [5, 2, 6, 0, 3, 1, 4]), ((None, 1), (16, 0))):
         found = pixels(pipe, [REQUESTS[k] for k in order], batch_size=batch_size, pad_to=fixed)
         assert max(np.abs(a - alone[fixed][k]).max() for k, a in zip(order, found, strict=True)) <= near
@@ -58,7 +58,7 @@ def test_strict_calls_are_of_one_size(pipe, monkeypatch):
 
 
 @pytest.mark.parametrize("where", ["batched_unet", "batched_decode"])
-def test_where_memory_runs_out_the_same_pictures_are_drawn_by_fewer_at_a_time(pipe, alone, where):
+def test_where_memory_runs_out_the_same_images_are_generated_by_fewer_at_a_time(pipe, alone, where):
     """No step that was finished is done again: the network answers as often as it would have, in more parts."""
     requests = [replace(REQUESTS[0], seed=k, num_inference_steps=1 + k // 4) for k in range(8)]
     plain, poor = (BatchScheduler(pipe.model, pipe.prompt_encoder, 8) for _ in range(2))
@@ -134,7 +134,7 @@ class Several:
 
 
 @pytest.mark.parametrize("count, batch_size", [(1, 1), (2, 1), (4, 2), (2, 8)])
-def test_any_number_of_workers_draws_each_item_once(pipe, tmp_path, undisturbed, monkeypatch, count, batch_size):
+def test_any_number_of_workers_generates_each_item_once(pipe, tmp_path, undisturbed, monkeypatch, count, batch_size):
     drawn, run = [], BatchScheduler.run
 
     def counted(self, requests, said):
@@ -172,7 +172,7 @@ def test_a_worker_that_slept_and_was_taken_for_dead_writes_nothing(pipe, tmp_pat
             ] * (1 + mine)
 
 
-def test_an_item_that_is_asked_for_twice_is_drawn_once_and_listed_twice(finished):
+def test_an_item_that_is_asked_for_twice_is_generated_once_and_listed_twice(finished):
     rows = [json.loads(line) for line in (finished / "items.jsonl").read_text().splitlines()]
     assert [row["line"] for row in rows] == list(range(1, len(REQUESTS) + 1))
     assert rows[0]["id"] == rows[3]["id"] and len({row["id"] for row in rows}) == ITEMS
@@ -193,7 +193,7 @@ def test_shards_are_the_whole(pipe, tmp_path, undisturbed):
 
 
 def test_a_job_stops_between_batches_and_goes_on(pipe, tmp_path, undisturbed):
-    """By a request to stop, after each picture."""
+    """By a request to stop, after each image."""
     folder = tmp_path / "job"
     lives = 0
     while not lives or len(list(folder.rglob("*.png"))) < ITEMS:
@@ -216,7 +216,7 @@ def test_a_job_stops_between_batches_and_goes_on(pipe, tmp_path, undisturbed):
 
 
 def failing(pipe, monkeypatch, fails):
-    """Let drawing fail where `fails(request)`."""
+    """Let generating fail where `fails(request)`."""
     start = BatchScheduler._start
 
     def poor(self, members):
@@ -228,7 +228,9 @@ def failing(pipe, monkeypatch, fails):
     monkeypatch.setattr(BatchScheduler, "_start", poor)
 
 
-def test_an_item_that_fails_is_recorded_alone_and_drawn_again_by_the_next_run(pipe, tmp_path, monkeypatch, undisturbed):
+def test_an_item_that_fails_is_recorded_alone_and_generated_by_the_next_run(
+    pipe, tmp_path, monkeypatch, undisturbed
+):
     folder = tmp_path / "job"
     failing(pipe, monkeypatch, lambda request: request.seed in (2, 5))
     assert go(job_in(folder, pipe), pipe) == 1
@@ -249,7 +251,7 @@ def test_a_worker_by_whom_everything_fails_gives_up(pipe, tmp_path, monkeypatch,
 
 
 def test_a_million_entries_stream(pipe, tmp_path, monkeypatch):
-    """Entries are asked for no further ahead than what waits to be drawn."""
+    """Entries are asked for no further ahead than what waits to be generated."""
     asked = 0
     drawn = threading.Event()
 
@@ -291,3 +293,65 @@ def test_every_kind_of_file_keeps_its_texts(pipe, tmp_path, output, suffix):
     assert np.abs(np.asarray(picture, int) - drawn).max() <= (1 if output != "jpeg" else 60)
     with Image.open(path) as opened:
         assert opened.format.lower() == output
+
+
+MODEL = {"weights": {"unet": "0" * 64}, "adapters": [], "embeddings": {}}
+PLAIN = Request("a cat", height=32, width=32, num_inference_steps=6, guidance_scale=3.0)
+CHANGES = {
+    "prompt": "a dog",
+    "negative_prompt": "",
+    "seed": 1,
+    "height": 48,
+    "width": 48,
+    "num_inference_steps": 7,
+    "guidance_scale": 3.0000000000000004,
+    "sampler": "ddim",
+    "spacing": "karras",
+    "eta": 0.5,
+    "guidance_rescale": 0.5,
+    "guidance_interval": (0.5, None),
+    "clip_skip": 1,
+    "image": Image.new("RGB", (32, 32)),
+    "mask": Image.new("L", (32, 32)),
+    "strength": 0.5,
+    "upscale": 2.0,
+    "upscale_strength": 0.6,
+    "original_size": (32, 32),
+    "crops_coords_top_left": (1, 0),
+    "target_size": (32, 32),
+}
+
+
+def test_every_field_of_a_request_and_of_the_model_is_in_its_name():
+    assert CHANGES.keys() | {"latents"} == {field.name for field in fields(Request)}
+    names = [compute_item_id(replace(PLAIN, **{name: value}), MODEL) for name, value in CHANGES.items()]
+    others = [
+        {**MODEL, "weights": {"unet": "1"}},
+        {**MODEL, "adapters": [["2", 0.5]]},
+        {**MODEL, "embeddings": {"a": "3"}},
+    ]
+    names += [compute_item_id(PLAIN, model) for model in [MODEL, *others]]
+    assert len(set(names)) == len(names) and all(len(name) == 24 and int(name, 16) >= 0 for name in names)
+
+
+def test_a_number_is_the_same_however_it_is_written_and_wherever_the_name_is_made():
+    whole = replace(PLAIN, guidance_scale=3, eta=0, guidance_interval=(1, 2))
+    real = replace(PLAIN, guidance_scale=3.0, eta=0.0, guidance_interval=[1.0, 2.0])
+    assert compute_item_id(whole, MODEL) == compute_item_id(real, MODEL)
+    assert compute_item_id(PLAIN, MODEL) == compute_item_id(Request(**json.loads(json.dumps(PLAIN.to_record()))), MODEL)
+    assert compute_item_id(PLAIN, MODEL) == "17c3e9709eb8950351b1fe82"
+
+
+def test_canonical_json_is_one_text_for_equal_values():
+    assert canonical_json({"b": 0.1, "a": [1, None, "é"]}) == '{"a":[1,null,"\\u00e9"],"b":0.1}'
+    with pytest.raises(ValueError):
+        canonical_json({"a": float("nan")})
+
+
+def test_a_model_is_its_hashes_and_an_adapter_without_weight_is_none(pipe, monkeypatch):
+    monkeypatch.setattr(pipe.adapters, "loaded", {"x": (type("A", (), {"sha256": "9"}), 0.0)})
+    assert fingerprint_model(pipe) == {"weights": pipe.model.weight_hashes, "adapters": [], "embeddings": {}}
+    monkeypatch.setattr(
+        pipe.adapters, "loaded", {k: (type("A", (), {"sha256": k}), w) for k, w in (("9", 0.5), ("1", 2))}
+    )
+    assert fingerprint_model(pipe)["adapters"] == [["1", 2], ["9", 0.5]]

@@ -1,11 +1,11 @@
-"""Contact sheets: each picture at the place of its two fields, on the sheet of all others."""
+"""Contact sheets: each image at the cell of its two fields, on the sheet of all others."""
 
 import re
 from dataclasses import replace
 
 import numpy as np
 import pytest
-from painted import COLOURS, SETTLED, write_job
+from job_folders import COLOURS, SETTLED, write_job
 from PIL import Image
 
 from ldm.jobs import contact_sheets
@@ -15,7 +15,7 @@ GREY = (0xD4,) * 3
 
 
 def shown(sheet, rows, columns):
-    """The colour of each cell of a sheet, by row; AssertionError where a picture is not of one colour."""
+    """The colour of each cell of a sheet, by row; AssertionError where an image is not of one colour."""
     found = []
     for i in range(rows):
         for j in range(columns):
@@ -35,7 +35,7 @@ def drawn(folder, words):
     return pictures, [picture.text["Title"] for picture in pictures]
 
 
-def test_a_sheet_shows_each_picture_at_its_place_and_grey_where_there_is_none(tmp_path):
+def test_a_sheet_shows_each_image_at_its_place_and_grey_where_there_is_none(tmp_path):
     prompts, seeds = ["a cat", "a dog on a very long meadow " * 20], [10, 9, 2]
     lines = write_job(tmp_path, [replace(SQUARE, prompt=p, seed=s) for p in prompts for s in seeds])
     (tmp_path / lines[4]["file"]).unlink()
@@ -131,7 +131,7 @@ def test_sheets_that_are_too_many_or_too_large_are_refused(tmp_path, monkeypatch
     assert next(entries, None) is not None  # it looks no further
 
 
-def test_a_sheet_of_few_pictures_far_apart_is_as_large_as_its_cells():
+def test_a_sheet_of_few_images_far_apart_is_as_large_as_its_cells():
     scattered = [(replace(SQUARE, seed=k, num_inference_steps=k).to_record(), None) for k in range(40)]
     with pytest.raises(ValueError, match="more than 1000 cells"):
         contact_sheets.layout_sheets(scattered, ["seed", "num_inference_steps"])

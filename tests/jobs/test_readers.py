@@ -1,4 +1,4 @@
-"""Malformed input: each file ends in one error that names the line, and nothing is written."""
+"""Malformed prompt files: each ends in one error that names the line, and nothing is written."""
 
 import io
 import json
@@ -50,7 +50,7 @@ CASES = [  # file, content, line (0: the file as a whole), what is said
         MAX_YAML_BYTES // 3 + 1,
         f"more than {MAX_YAML_BYTES} bytes",
     ),
-    # nothing to draw
+    # nothing to generate
     ("p.txt", b"", 0, "no prompts in it"),
     ("p.txt", b"\xef\xbb\xbf", 0, "no prompts in it"),
     ("p.txt", "# a\n\n \t\n  # b", 0, "no prompts in it"),
@@ -111,7 +111,7 @@ CASES = [  # file, content, line (0: the file as a whole), what is said
     ("p.jsonl", line(strength=0.5), 2, "strength: needs an image"),
     ("p.jsonl", line(prompt="(a:1000)"), 2, "prompt weight 1000"),
     ("p.jsonl", line(prompt="a " * 9999), 2, "chunks of"),
-    # pictures
+    # images
     ("p.jsonl", line(image="../x.png"), 2, "image '../x.png': must lie in the file's folder or below it"),
     ("p.jsonl", line(image="a/../../x.png"), 2, "must lie in the file's folder"),
     ("p.jsonl", line(image="/etc/passwd"), 2, "must lie in the file's folder"),
@@ -228,7 +228,7 @@ WILDCARDS = {
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A folder with pictures and wildcards, good and bad; a case's file is written into it and taken out again."""
+    """A folder with images and wildcards, good and bad; a case's file is written into it and taken out again."""
     folder = tmp_path_factory.mktemp("input")
     (folder / "wildcards").mkdir()
     for name, content in WILDCARDS.items():
