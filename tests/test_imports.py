@@ -44,7 +44,7 @@ HOMES = {
     "bitsandbytes": ("train/optimizers.py",),
     "prodigyopt": ("train/optimizers.py",),
     "ray": ("jobs/engines.py",),
-    "pyarrow": ("data/tables.py", "jobs/exports.py", "jobs/readers.py"),
+    "pyarrow": ("data/shards.py", "data/folders.py", "jobs/exports.py", "jobs/readers.py"),
     "datasets": (),  # what it saves is read by pyarrow alone
     "webdataset": (),
     "scripts": (),

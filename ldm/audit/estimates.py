@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -42,9 +43,10 @@ ADAM_STATE_BYTES = 2 * FP32_BYTES
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A pretrained model on the meta device, its tokenizer, and the placeholder tokens to be learned."""
+    """A pretrained model on the meta device, how it is fine-tuned, its tokenizer, and the tokens to be learned."""
 
     spec: ModelSpec
+    objective: FinetuneObjective
     tokenizer: CLIPTokenizer
     placeholder_tokens: PlaceholderTokens
 
@@ -52,6 +54,16 @@ class ModelConfig:
     def vae_scale_factor(self) -> int:
         """The side of a latent in pixels."""
         return vae_scale_factor(self.spec.networks["vae"])
+
+    @cached_property
+    def num_trainable_parameters(self) -> int:
+        """The number of parameters that the objective trains."""
+        objective, networks, text_encoders = self.objective, self.spec.networks, [*self.spec.text_encoder_factories]
+        if objective.method == "textual_inversion":
+            return objective.num_vectors * sum(networks[name].config.hidden_size for name in text_encoders)
+        names = ["unet", *(text_encoders if objective.train_text_encoder else ())]
+        copies = [set_trainable(copy.deepcopy(networks[name]), objective) for name in names]
+        return sum(p.numel() for network in copies for p in network.parameters() if p.requires_grad)
 
     def load_vae(self) -> AutoencoderKL:
         """The autoencoder with its weights, float32 on the CPU; no other network's are read."""
@@ -73,7 +85,7 @@ def load_model_config(recipe: Recipe) -> ModelConfig:
     name, make_text_encoder = next(iter(spec.text_encoder_factories.items()))
     token = objective.placeholder_token if objective.method == "textual_inversion" else None
     placeholder_tokens = {token: tuple(range(objective.num_vectors))} if token else {}
-    return ModelConfig(spec, make_text_encoder(spec.networks[name]).tokenizer, placeholder_tokens)
+    return ModelConfig(spec, objective, make_text_encoder(spec.networks[name]).tokenizer, placeholder_tokens)
 
 
 def estimate_memory(recipe: Recipe, model_config: ModelConfig, buckets: Iterable[ImageSize]) -> dict[str, int]:
@@ -82,7 +94,9 @@ def estimate_memory(recipe: Recipe, model_config: ModelConfig, buckets: Iterable
     Activations are those of the U-Net, counted from shapes without kernels' workspaces; activation checkpointing is
     ignored. They are affine in the batch size, so batches of 1 and 2 tell all.
     """
-    trainable = count_trainable_parameters(recipe, model_config)
+    trainable, networks = model_config.num_trainable_parameters, model_config.spec.networks.values()
+    frozen = sum(p.numel() for network in networks for p in network.parameters())
+    frozen -= trainable if model_config.objective.method == "full" else 0
     rows = -(-recipe.train_batch_size // recipe.gradient_accumulation_steps)
     bucket = max(buckets, key=math.prod)
     one, two = (estimate_activation_bytes(recipe, model_config, bucket, batch_size) for batch_size in (1, 2))
@@ -91,7 +105,7 @@ def estimate_memory(recipe: Recipe, model_config: ModelConfig, buckets: Iterable
         "gradients": trainable * FP32_BYTES,
         "optimizer": trainable * OPTIMIZER_STATE_BYTES.get(recipe.optimizer, ADAM_STATE_BYTES),
         "ema": trainable * FP32_BYTES * count_ema_copies(recipe),
-        "frozen_weights": frozen_weight_bytes(recipe, model_config),
+        "frozen_weights": frozen * resolve_frozen_dtype(model_config.objective.frozen_dtype, best_device()).itemsize,
         "activations": one + (rows - 1) * (two - one),
     }
     return {**parts, "total": sum(parts.values())}
@@ -99,7 +113,7 @@ def estimate_memory(recipe: Recipe, model_config: ModelConfig, buckets: Iterable
 
 def estimate_disk_usage(recipe: Recipe, model_config: ModelConfig, image_infos: Sequence[ImageInfo]) -> dict[str, int]:
     """Bytes in the output folder at most, by purpose; an old checkpoint is removed after a new one is written."""
-    trainable = count_trainable_parameters(recipe, model_config)
+    trainable = model_config.num_trainable_parameters
     snapshots = 2 * (recipe.max_train_steps // recipe.posthoc_steps) if recipe.posthoc_steps else 0
     latents = sum(math.prod(info.placement.bucket) for info in image_infos) // model_config.vae_scale_factor**2
     latents *= recipe.image_data.center_crop * (1 + recipe.image_data.random_flip)  # random crops are not cached
@@ -120,33 +134,13 @@ def check_disk_space(folder: Path, needed: int) -> Iterator[DatasetIssue]:
     parent = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     free = shutil.disk_usage(parent).free
     if needed > free:
-        yield DatasetIssue(
-            "disk space", "output_dir", f"{needed / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are free"
-        )
+        what = f"{needed / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are free"
+        yield DatasetIssue("disk space", "output_dir", what)
 
 
 def count_ema_copies(recipe: Recipe) -> int:
     """The moving averages that a training keeps beside its weights: one, and two for post-hoc EMA."""
     return 3 if recipe.posthoc_steps else 1
-
-
-def count_trainable_parameters(recipe: Recipe, model_config: ModelConfig) -> int:
-    """The number of trainable parameters."""
-    objective, networks = get_finetune_objective(recipe), model_config.spec.networks
-    text_encoders = [*model_config.spec.text_encoder_factories]
-    if objective.method == "textual_inversion":
-        return objective.num_vectors * sum(networks[name].config.hidden_size for name in text_encoders)
-    names = ["unet", *(text_encoders if objective.train_text_encoder else ())]
-    copies = [set_trainable(copy.deepcopy(networks[name]), objective) for name in names]
-    return sum(p.numel() for network in copies for p in network.parameters() if p.requires_grad)
-
-
-def frozen_weight_bytes(recipe: Recipe, model_config: ModelConfig) -> int:
-    """Bytes of the weights that are not trained."""
-    objective = get_finetune_objective(recipe)
-    trained = count_trainable_parameters(recipe, model_config) if objective.method == "full" else 0
-    count = sum(p.numel() for network in model_config.spec.networks.values() for p in network.parameters())
-    return (count - trained) * resolve_frozen_dtype(objective.frozen_dtype, best_device()).itemsize
 
 
 def set_trainable(network: nn.Module, objective: FinetuneObjective) -> nn.Module:
@@ -157,15 +151,9 @@ def set_trainable(network: nn.Module, objective: FinetuneObjective) -> nn.Module
     return network
 
 
-def get_finetune_objective(recipe: Recipe) -> FinetuneObjective:
-    """The objective of a recipe that has a ModelConfig."""
-    assert isinstance(recipe.objective, FinetuneObjective)
-    return recipe.objective
-
-
 def estimate_activation_bytes(recipe: Recipe, model_config: ModelConfig, bucket: ImageSize, batch_size: int) -> int:
     """Bytes that the U-Net saves for the backward pass, beside its parameters; computed with fake tensors."""
-    objective, config = get_finetune_objective(recipe), model_config.spec.networks["unet"].config
+    objective, config = model_config.objective, model_config.spec.networks["unet"].config
     width, height = (side // model_config.vae_scale_factor for side in bucket)
     text_learns = objective.train_text_encoder or objective.method == "textual_inversion"
     with torch.device("meta"):
@@ -231,13 +219,8 @@ def summarize_caption_lengths(samples: Sequence[ImageSample], model_config: Mode
         with suppress(ValueError):
             lengths.append(count_tokens(sample.caption, model_config.tokenizer, model_config.placeholder_tokens))
     limit = model_config.tokenizer.model_max_length
-    truncated = sum(length > limit for length in lengths)
-    return {
-        "median": median(lengths or [0]),
-        "longest": max(lengths, default=0),
-        "limit": limit,
-        "truncated": truncated,
-    }
+    summary = {"median": median(lengths or [0]), "longest": max(lengths, default=0), "limit": limit}
+    return {**summary, "truncated": sum(length > limit for length in lengths)}
 
 
 def check_schedule(

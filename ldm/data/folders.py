@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import csv
+import io
+import json
 import os
 import re
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
+from typing import Any, NamedTuple
 
 from ldm.config import ImageDataConfig
+from ldm.data.shards import import_pyarrow, is_saved_dataset, open_parquet_files, open_saved_dataset, open_tars
 from ldm.data.sources import (
     CAPTION_SUFFIXES,
     MASK_SUFFIX,
@@ -20,23 +25,15 @@ from ldm.data.sources import (
     ImageSource,
     decode_utf8,
     deduplicate,
+    find_missing_columns,
     is_ignored,
-    missing_columns,
+    list_required_columns,
     skipped_file_issue,
     validate_caption,
 )
-from ldm.data.tables import (
-    METADATA_FILES,
-    UNSUPPORTED_METADATA_FILE,
-    TableRow,
-    is_saved_dataset,
-    open_parquet_files,
-    open_saved_dataset,
-    read_metadata_rows,
-    required_columns,
-)
-from ldm.data.tars import open_tar
 
+METADATA_FILES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
+UNSUPPORTED_METADATA_FILE = "metadata.json"
 KOHYA_FOLDER_PATTERN = re.compile(r"(\d+)_(.+)")  # <repeats>_<class tokens>
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz")
 MAX_REPEATS = 1000  # above this, the number in a folder's name is likely a year or a count
@@ -71,7 +68,7 @@ def split_key(key: str) -> tuple[int, str]:
 
 def _open_source(path: Path, data: ImageDataConfig) -> ImageSource:
     if path.is_file() and path.name.lower().endswith(TAR_SUFFIXES):
-        return _open_tars([path], data)
+        return open_tars([path], data)
     if not path.is_dir():
         return ImageSource((), (DatasetIssue("missing folder", path.name, f"{path} is neither a folder nor a tar"),))
     if is_saved_dataset(path):
@@ -82,7 +79,7 @@ def _open_source(path: Path, data: ImageDataConfig) -> ImageSource:
     tables = [name for name in METADATA_FILES if name in files]
     parquets = {name: file for name, file in files.items() if name.lower().endswith(".parquet")}
     if tars:
-        source = _open_tars(tars, data)
+        source = open_tars(tars, data)
         issues += [DatasetIssue("skipped", name, "lies beside tars") for name in files if files[name] not in tars]
     elif len(tables) > 1:
         source = ImageSource((), (DatasetIssue("two metadata files", tables[1], f"there is {tables[0]} too"),))
@@ -97,11 +94,6 @@ def _open_source(path: Path, data: ImageDataConfig) -> ImageSource:
     else:
         source = open_sidecar_folder(files, data)
     return ImageSource(source.samples, [*issues, *source.issues])
-
-
-def _open_tars(paths: Sequence[Path], data: ImageDataConfig) -> ImageSource:
-    issues: list[DatasetIssue] = []
-    return ImageSource(deduplicate((s for path in sorted(paths) for s in open_tar(path, data, issues)), issues), issues)
 
 
 def list_files(root: Path, issues: list[DatasetIssue]) -> FileIndex:
@@ -154,7 +146,7 @@ def open_metadata_folder(files: FileIndex, metadata_file: str, data: ImageDataCo
     issues: list[DatasetIssue] = []
     rows = read_metadata_rows(files[metadata_file], issues)
     columns = sorted({name for row in rows for name in row.values})
-    wrong = missing_columns(required_columns(data, "file_name"), columns, metadata_file) if rows else []
+    wrong = find_missing_columns(list_required_columns(data, "file_name"), columns, metadata_file) if rows else []
     if wrong or not rows:
         return ImageSource((), issues + wrong)
     masks = {strip_extension(name): name for name in filter(is_mask_file, files)}
@@ -177,6 +169,66 @@ def open_metadata_folder(files: FileIndex, metadata_file: str, data: ImageDataCo
         elif name not in used:
             issues.append(_unmatched_mask_issue(name) if is_mask_file(name) else skipped_file_issue(name))
     return ImageSource(deduplicate(samples, issues), issues)
+
+
+class TableRow(NamedTuple):
+    """One row of a table: where it is, for messages, and its values by column."""
+
+    key: str
+    values: dict[str, Any]
+
+
+def read_metadata_rows(path: Path, issues: list[DatasetIssue]) -> list[TableRow]:
+    """The rows of a metadata file; an issue with its line for each that cannot be read."""
+    return list({".jsonl": _read_jsonl, ".csv": _read_csv, ".parquet": _read_parquet}[path.suffix](path, issues))
+
+
+def _read_jsonl(path: Path, issues: list[DatasetIssue]) -> Iterator[TableRow]:
+    for number, line in enumerate(path.read_bytes().splitlines(), 1):
+        key = f"{path.name}:{number}"
+        if not line.strip():
+            continue
+        try:
+            values = json.loads(line.decode("utf-8-sig"))
+        except UnicodeDecodeError:
+            issues.append(DatasetIssue("not UTF-8", key, "the line is not UTF-8"))
+            continue
+        except (ValueError, RecursionError) as error:
+            issues.append(DatasetIssue("malformed line", key, f"not JSON ({error})"))
+            continue
+        if isinstance(values, dict):
+            yield TableRow(key, values)
+        else:
+            issues.append(DatasetIssue("malformed line", key, "not a JSON object"))
+
+
+def _read_csv(path: Path, issues: list[DatasetIssue]) -> Iterator[TableRow]:
+    text = decode_utf8(path.read_bytes(), path.name, issues)
+    if text is None:
+        return
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    try:
+        header = next(reader, [])
+        for cells in filter(None, reader):
+            key = f"{path.name}:{reader.line_num}"
+            if len(cells) == len(header):
+                yield TableRow(key, dict(zip(header, cells, strict=True)))
+            else:
+                issues.append(DatasetIssue("unequal line", key, f"{len(cells)} cells under {len(header)} columns"))
+    except csv.Error as error:
+        issues.append(DatasetIssue("malformed line", f"{path.name}:{reader.line_num}", str(error)))
+
+
+def _read_parquet(path: Path, issues: list[DatasetIssue]) -> Iterator[TableRow]:
+    pa = import_pyarrow(path)
+    from pyarrow import parquet
+
+    try:
+        rows = parquet.read_table(path).to_pylist()
+    except (pa.ArrowException, OSError) as error:
+        issues.append(DatasetIssue("malformed line", path.name, f"not parquet ({str(error).splitlines()[0]})"))
+        return
+    yield from (TableRow(f"{path.name}:{k + 1}", values) for k, values in enumerate(rows))
 
 
 def _unmatched_mask_issue(name: str) -> DatasetIssue:

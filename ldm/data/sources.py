@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from ldm.config import ImageDataConfig
 from ldm.errors import suggest
 
 BytesReader = Callable[[], bytes]  # reads a file's bytes; it can be pickled, for worker processes
@@ -128,12 +129,17 @@ def decode_utf8(data: bytes, key: str, issues: list[DatasetIssue]) -> str | None
         return None
 
 
-def missing_columns(columns: Iterable[str], present: Iterable[str], key: str) -> list[DatasetIssue]:
+def find_missing_columns(columns: Iterable[str], present: Iterable[str], key: str) -> list[DatasetIssue]:
     """An issue for each column that is not present, with the nearest that is."""
     names = [name for name in present if isinstance(name, str)]
     listed = ", ".join(map(repr, names)) or "none"
     what = {column: f"no column {column!r} among {listed}{suggest(column, names, 0.3)}" for column in columns}
     return [DatasetIssue("wrong column", key, text) for column, text in what.items() if column not in names]
+
+
+def list_required_columns(data: ImageDataConfig, image: str) -> list[str]:
+    """The columns that a table must have: the images', `image` by default, and the captions' if there is no prompt."""
+    return [data.image_column or image, *([data.caption_column] if data.instance_prompt is None else [])]
 
 
 def deduplicate(samples: Iterable[ImageSample], issues: list[DatasetIssue]) -> list[ImageSample]:

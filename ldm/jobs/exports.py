@@ -13,7 +13,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ldm.data.tables import import_pyarrow
+from ldm.data.shards import import_pyarrow
 from ldm.files import atomic_write, read_json, rename_noreplace
 from ldm.jobs.manifest import RowSpan, read_finished_rows
 from ldm.pipeline.request import Request

@@ -12,7 +12,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 import yaml
 
-from ldm.data.tables import import_pyarrow
+from ldm.data.shards import import_pyarrow
 from ldm.errors import parse_json
 from ldm.jobs.schema import FieldValues, map_keys_to_fields, parse_field, parse_prompt_line, parse_record
 from ldm.metadata import resolve_a1111_sampler

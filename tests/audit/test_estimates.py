@@ -45,27 +45,25 @@ def test_a_matrix_keeps_its_input_and_not_its_weight():
 
 def test_what_learns_is_counted(tiny, tmp_path, pipe):
     unet = pipe.model.unet
-    recipe, networks = tuned(tiny, tmp_path, "full")
-    assert estimates.count_trainable_parameters(recipe, networks) == sum(p.numel() for p in unet.parameters())
+    _, networks = tuned(tiny, tmp_path, "full")
+    assert networks.num_trainable_parameters == sum(p.numel() for p in unet.parameters())
     text = sum(p.numel() for p in pipe.model.text_encoders[0].model.parameters())
-    both, _ = tuned(tiny, tmp_path, "full", train_text_encoder=True)
-    assert estimates.count_trainable_parameters(both, networks) == sum(p.numel() for p in unet.parameters()) + text
+    _, both = tuned(tiny, tmp_path, "full", train_text_encoder=True)
+    assert both.num_trainable_parameters == sum(p.numel() for p in unet.parameters()) + text
     attention = [m for n, m in unet.named_modules() if n.endswith((".to_q", ".to_k", ".to_v", ".to_out.0"))]
-    adapters, networks = tuned(tiny, tmp_path, rank=3)
-    assert estimates.count_trainable_parameters(adapters, networks) == 3 * sum(
-        m.in_features + m.out_features for m in attention
-    )
-    words, _ = tuned(
+    _, networks = tuned(tiny, tmp_path, rank=3)
+    assert networks.num_trainable_parameters == 3 * sum(m.in_features + m.out_features for m in attention)
+    _, words = tuned(
         tiny, tmp_path, "textual_inversion", placeholder_token="<x>", initializer_token="star", num_vectors=2
     )
-    assert estimates.count_trainable_parameters(words, networks) == 2 * 32
+    assert words.num_trainable_parameters == 2 * 32
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_memory_is_that_of_the_rows_that_are_on_a_device_at_a_time(tiny, tmp_path, dtype):
     recipe, networks = tuned(tiny, tmp_path, "full", frozen_dtype=dtype)
     found = estimates.estimate_memory(recipe, networks, [(32, 32), BUCKET])
-    learns = estimates.count_trainable_parameters(recipe, networks)
+    learns = networks.num_trainable_parameters
     assert found["activations"] == estimates.estimate_activation_bytes(recipe, networks, BUCKET, 3)
     assert found["gradients"] == found["ema"] == 4 * learns and found["optimizer"] == 8 * learns
     assert found["total"] == sum(value for name, value in found.items() if name != "total")

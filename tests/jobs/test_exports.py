@@ -108,7 +108,7 @@ def test_check_audits_it(job, export, ldm_, tiny, tmp_path, kind):
     status, out, err = ldm_("check", tmp_path / "recipe.yaml", "--json")
     found = json.loads(out)
     assert status == 0 and [f for f in found["findings"] if f["severity"] == "error"] == [], err
-    assert found["forecast"]["pictures"] == len(PROMPTS) + 1
+    assert found["forecast"]["images"] == len(PROMPTS) + 1
 
 
 @pytest.mark.parametrize("kind", exports.EXPORT_FORMATS)

@@ -1,89 +1,135 @@
-"""Tables of captions: metadata files beside images, and images in arrow and parquet files (Hugging Face datasets)."""
+"""Images packed in shards: webdataset tars, parquet files, and the arrow files of `datasets.save_to_disk`."""
 
 from __future__ import annotations
 
-import csv
-import io
 import json
+import posixpath
+import tarfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from ldm.config import ImageDataConfig
 from ldm.data.sources import (
+    CAPTION_SUFFIXES,
+    MASK_SUFFIX,
+    READABLE_IMAGE_SUFFIXES,
     DatasetIssue,
     FileSlice,
     ImageSample,
     ImageSource,
     decode_utf8,
-    missing_columns,
+    deduplicate,
+    find_missing_columns,
+    is_ignored,
+    list_required_columns,
+    skipped_file_issue,
     validate_caption,
 )
 
-METADATA_FILES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
-UNSUPPORTED_METADATA_FILE = "metadata.json"
+MembersBySuffix = dict[str, tuple[str, FileSlice]]  # the members of one key of a tar: name and content by suffix
+GZIP_MAGIC = b"\x1f\x8b"
 
 
-class TableRow(NamedTuple):
-    """One row of a table: where it is, for messages, and its values by column."""
-
-    key: str
-    values: dict[str, Any]
-
-
-def read_metadata_rows(path: Path, issues: list[DatasetIssue]) -> list[TableRow]:
-    """The rows of a metadata file; an issue with its line for each that cannot be read."""
-    return list({".jsonl": _read_jsonl, ".csv": _read_csv, ".parquet": _read_parquet}[path.suffix](path, issues))
+def open_tars(paths: Sequence[Path], data: ImageDataConfig) -> ImageSource:
+    """The samples of tars whose members `key.jpg`, `key.txt`, `key.json` are one sample; read in place."""
+    issues: list[DatasetIssue] = []
+    return ImageSource(
+        deduplicate((s for path in sorted(paths) for s in _open_tar(path, data, issues)), issues), issues
+    )
 
 
-def _read_jsonl(path: Path, issues: list[DatasetIssue]) -> Iterator[TableRow]:
-    for number, line in enumerate(path.read_bytes().splitlines(), 1):
-        key = f"{path.name}:{number}"
-        if not line.strip():
-            continue
-        try:
-            values = json.loads(line.decode("utf-8-sig"))
-        except UnicodeDecodeError:
-            issues.append(DatasetIssue("not UTF-8", key, "the line is not UTF-8"))
-            continue
-        except (ValueError, RecursionError) as error:
-            issues.append(DatasetIssue("malformed line", key, f"not JSON ({error})"))
-            continue
-        if isinstance(values, dict):
-            yield TableRow(key, values)
+def _open_tar(path: Path, data: ImageDataConfig, issues: list[DatasetIssue]) -> list[ImageSample]:
+    """The samples of a tar; of a truncated one those before the cut, and an issue."""
+    groups: dict[str, MembersBySuffix] = {}
+    for name, file in _list_members(path, issues):
+        base, suffix = base_plus_ext(name)
+        if any(map(is_ignored, name.split("/"))):
+            issues.append(DatasetIssue("skipped", name, "hidden, or a system file"))
+        elif suffix in groups.setdefault(base, {}):
+            issues.append(DatasetIssue("duplicate", name, f"is in {path.name} twice"))
         else:
-            issues.append(DatasetIssue("malformed line", key, "not a JSON object"))
+            groups[base][suffix] = name, file
+    samples = [_make_sample(members, data, issues) for members in groups.values()]
+    return [sample for sample in samples if sample is not None]
 
 
-def _read_csv(path: Path, issues: list[DatasetIssue]) -> Iterator[TableRow]:
-    text = decode_utf8(path.read_bytes(), path.name, issues)
-    if text is None:
-        return
-    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+def base_plus_ext(name: str) -> tuple[str, str]:
+    """A member's key and suffix, `a.b/0001` and `.mask.png`: a key ends before the first dot of the last component."""
+    folder, last = posixpath.split(name)
+    stem, dot, suffix = last.partition(".")
+    return posixpath.join(folder, stem), (dot + suffix).lower()
+
+
+def _list_members(path: Path, issues: list[DatasetIssue]) -> list[tuple[str, FileSlice]]:
+    """Names of a tar's files and their slices of it; of a truncated tar those that are complete."""
+    found: list[tuple[str, FileSlice]] = []
+    with open(path, "rb") as file:
+        if file.read(2) == GZIP_MAGIC:
+            issues.append(DatasetIssue("compressed tar", path.name, "members cannot be read in place: unpack the .gz"))
+            return []
     try:
-        header = next(reader, [])
-        for cells in filter(None, reader):
-            key = f"{path.name}:{reader.line_num}"
-            if len(cells) == len(header):
-                yield TableRow(key, dict(zip(header, cells, strict=True)))
-            else:
-                issues.append(DatasetIssue("unequal line", key, f"{len(cells)} cells under {len(header)} columns"))
-    except csv.Error as error:
-        issues.append(DatasetIssue("malformed line", f"{path.name}:{reader.line_num}", str(error)))
+        with tarfile.open(path, "r:") as tar:
+            for member in tar:
+                if member.isfile():
+                    found.append((posixpath.normpath(member.name), FileSlice(path, member.offset_data, member.size)))
+            if tar.offset >= path.stat().st_size:
+                issues.append(DatasetIssue("truncated tar", path.name, "has no end-of-archive mark"))
+    except tarfile.TarError as error:  # raised after the truncated member itself, whose sample is left out
+        issues.append(DatasetIssue("truncated tar", path.name, str(error)))
+        torn = base_plus_ext(found[-1][0])[0] if found else None
+        return [member for member in found if base_plus_ext(member[0])[0] != torn]
+    return found
 
 
-def _read_parquet(path: Path, issues: list[DatasetIssue]) -> Iterator[TableRow]:
-    pa = import_pyarrow(path)
-    from pyarrow import parquet
+def _make_sample(members: MembersBySuffix, data: ImageDataConfig, issues: list[DatasetIssue]) -> ImageSample | None:
+    """The sample of one key; None with an issue if it has no image or no caption."""
+    images, texts = (
+        [members[s] for s in order if s in members] for order in (sorted(READABLE_IMAGE_SUFFIXES), CAPTION_SUFFIXES)
+    )
+    for kind, (first, *more) in (("duplicate", images), ("two captions", texts)) if images and texts else ():
+        issues += [DatasetIssue(kind, name, f"there is {first[0]} too") for name, _ in more]
+    if not images:
+        issues += [_unmatched_member_issue(name) for name, _ in members.values()]
+        return None
+    name, file = images[0]
+    num_issues = len(issues)
+    text = decode_utf8(texts[0][1](), texts[0][0], issues) if texts else _read_json_caption(members, data, issues)
+    if len(issues) > num_issues:
+        return None
+    caption = validate_caption(name, text, data.instance_prompt, issues)
+    mask = members[MASK_SUFFIX][1] if data.masks == "file" and MASK_SUFFIX in members else None
+    return None if caption is None else ImageSample(name, caption, file, mask)
 
+
+def _unmatched_member_issue(name: str) -> DatasetIssue:
+    suffix = base_plus_ext(name)[1]
+    if suffix.endswith(MASK_SUFFIX):
+        return DatasetIssue("mask without image", name, "no image of that key")
+    if suffix in (*CAPTION_SUFFIXES, ".json"):
+        return DatasetIssue("caption without image", name, "no image of that key")
+    return skipped_file_issue(name)
+
+
+def _read_json_caption(members: MembersBySuffix, data: ImageDataConfig, issues: list[DatasetIssue]) -> Any:
+    """The value of the caption column in a sample's `.json` member, if it has one."""
+    if ".json" not in members:
+        return None
+    name, file = members[".json"]
     try:
-        rows = parquet.read_table(path).to_pylist()
-    except (pa.ArrowException, OSError) as error:
-        issues.append(DatasetIssue("malformed line", path.name, f"not parquet ({str(error).splitlines()[0]})"))
-        return
-    yield from (TableRow(f"{path.name}:{k + 1}", values) for k, values in enumerate(rows))
+        values = json.loads(file().decode("utf-8-sig"))
+    except UnicodeDecodeError:
+        issues.append(DatasetIssue("not UTF-8", name, "not UTF-8"))
+        return None
+    except ValueError as error:
+        issues.append(DatasetIssue("malformed line", name, f"not JSON ({error})"))
+        return None
+    values = values if isinstance(values, dict) else {}
+    if data.instance_prompt is None:
+        issues += find_missing_columns([data.caption_column], values, name)
+    return values.get(data.caption_column)
 
 
 def import_pyarrow(path: Path) -> Any:
@@ -153,7 +199,7 @@ def open_saved_dataset(folder: Path, data: ImageDataConfig) -> ImageSource:
     except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
         return ImageSource((), (DatasetIssue("corrupt dataset", folder.name, f"not a saved dataset ({error})"),))
     columns = [name for table in [*tables.values()][:1] for name in table.column_names]
-    if wrong := missing_columns(required_columns(data, "image"), columns, folder.name):
+    if wrong := find_missing_columns(list_required_columns(data, "image"), columns, folder.name):
         return ImageSource((), wrong)
     samples: list[ImageSample] = []
     first = 0
@@ -178,7 +224,7 @@ def _iter_parquet(name: str, path: Path, data: ImageDataConfig, issues: list[Dat
     try:
         file = parquet.ParquetFile(path)
         columns = file.schema_arrow.names
-        if wrong := missing_columns(required_columns(data, "image"), columns, name):
+        if wrong := find_missing_columns(list_required_columns(data, "image"), columns, name):
             return issues.extend(wrong)
         first = 0
         for group in range(file.num_row_groups):
@@ -211,8 +257,3 @@ def _iter_samples(
             has_mask = masks is not None and masks[row].is_valid
             read_mask = TableCell(file, mask, row, row_group) if has_mask else None
             yield ImageSample(key, text, TableCell(file, image, row, row_group), read_mask)
-
-
-def required_columns(data: ImageDataConfig, image: str) -> list[str]:
-    """The columns that a table must have: the images', `image` by default, and the captions' if there is no prompt."""
-    return [data.image_column or image, *([data.caption_column] if data.instance_prompt is None else [])]
