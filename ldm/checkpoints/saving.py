@@ -61,9 +61,9 @@ def write_directory(
             path = draft / component / f"{WEIGHT_FILE_STEMS[component]}{SAFETENSORS_SUFFIX}"
             writers[component] = stack.enter_context(SafetensorsWriter(path, tensors, {"format": "pt"}, dtype))
         for name, tensor in file.iter_tensors():
-            if mapping := key_mappings.get(name):
-                for part, value in mapping.to_diffusers(tensor).items():
-                    writers[mapping.component].write(part, value)
+            if name in key_mappings:
+                for part, value in key_mappings[name].to_diffusers(tensor).items():
+                    writers[key_mappings[name].component].write(part, value)
     _write_configs(family, detection, draft)
     ignored: dict[str, list[str]] = defaultdict(list)
     for name in sorted(file.tensor_infos.keys() - key_mappings.keys()):
