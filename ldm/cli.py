@@ -7,18 +7,20 @@ import sys
 
 import typer
 
-from ldm.commands import batch, check, export, generate, measure, models, train, verify
+from ldm.commands import batch, check, generate, measure, models, train, verify
+from ldm.commands.options import normalize_option
 
 app = typer.Typer(
     add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     help="Latent diffusion, text to image.",
+    context_settings={"token_normalize_func": normalize_option},
 )
 COMMANDS = (
     generate.generate,
     batch.batch,
-    export.export,
+    batch.export,
     train.train,
     check.check,
     train.average,
@@ -45,9 +47,7 @@ def main() -> None:
     except Exception as error:
         if not hasattr(error, "format_message"):
             raise
-        status = print_error(
-            error.format_message()
-        )  # typer's own: an unknown command or option, a value of the wrong type
+        status = print_error(error.format_message())  # typer's: an unknown command or option, a wrong type
     sys.exit(status or 0)
 
 

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ldm.commands.options import JsonOption
+from ldm.commands.progress import show_progress
 
 if TYPE_CHECKING:
-    from ldm.audit.audit import AuditProgressCallback, AuditReport
+    from ldm.audit.audit import AuditReport
     from ldm.config import Recipe
 
 
@@ -40,8 +39,8 @@ def check(
     from ldm.files import atomic_write
 
     loaded = load_recipe(recipe, overrides or [])
-    with show_audit_progress() as said:
-        report = audit_dataset(loaded, latents, said)
+    with show_progress() as update:
+        report = audit_dataset(loaded, latents, update)
     target = out or loaded.output_dir.parent / "check.html"
     try:
         with atomic_write(target) as draft:
@@ -96,21 +95,3 @@ def print_report(report: AuditReport) -> None:
     for name, value in format_estimates(report.estimates):
         foreseen.add_row(name, value)
     console.print(found, foreseen, sep="\n")
-
-
-@contextmanager
-def show_audit_progress() -> Iterator[AuditProgressCallback]:
-    """A bar on stderr, and what an audit tells its progress to."""
-    from rich.console import Console
-    from rich.progress import Progress, TaskID
-
-    console = Console(stderr=True)
-    tasks: dict[str, TaskID] = {}
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
-
-        def said(what: str, done: int, total: int) -> None:
-            if what not in tasks:
-                tasks[what] = bar.add_task(what, total=total)
-            bar.update(tasks[what], completed=done)
-
-        yield said

@@ -1,4 +1,4 @@
-"""`ldm likelihood` and `ldm invert`: measurements of a picture under a model."""
+"""`ldm likelihood` and `ldm invert`: measurements of an image under a model."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ from ldm.commands.options import (
     ModelOptions,
     check_out_folder,
     check_range,
+    expand_options,
     print_record,
-    with_model_options,
 )
+from ldm.pipeline.request import MAX_SEED
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -24,24 +25,27 @@ if TYPE_CHECKING:
     from ldm.nn.vae import Posterior
     from ldm.pipeline.pipeline import Pipeline
 
+FLOAT32_MODEL = ModelOptions(dtype="float32")
 
-@with_model_options(dtype="float32")
+
+@expand_options
 def likelihood(
-    model: ModelOptions,
+    *,
     image: Annotated[Path, typer.Argument(metavar="IMAGE", show_default=False)],
-    prompt: Annotated[str | None, typer.Option(help="What the picture shows; without it, log p(z) alone.")] = None,
+    prompt: Annotated[str | None, typer.Option(help="What the image shows; without it, log p(z) alone.")] = None,
     method: Annotated[str, typer.Option(help="ode (exact), elbo (a lower bound) or both.")] = "both",
     steps: Annotated[int, typer.Option(help="Steps of the ODE; strata of the ELBO's noise levels.")] = 16,
     tolerance: Annotated[float | None, typer.Option(help="Adaptive steps of the ODE, instead of --steps.")] = None,
-    probes: Annotated[int, typer.Option(help="Of the ODE's divergence; draws of the ELBO's noise.")] = 4,
-    seed: Annotated[int, typer.Option(help="Of the latent, the probes and the noise.")] = 0,
+    probes: Annotated[int, typer.Option(help="Probes of the ODE's divergence; noise samples of the ELBO.")] = 4,
+    seed: Annotated[int, typer.Option(help="Seed of the latent, the probes and the noise.")] = 0,
+    model: ModelOptions = FLOAT32_MODEL,
     as_json: JsonOption = False,
 ) -> None:
-    """How probable a picture is: log p(z | prompt), log p(z) and their difference, z ~ q(z | picture) its latent.
+    """Estimate log p(z | prompt), log p(z) and their difference for an image, z ~ q(z | image) its latent.
 
-    Without guidance. The prompt and no prompt see the same latent, probes and noise. The autoencoder's part stands
-    apart: log p(picture | z) of a Gaussian with its best variance, pixels in [-1, 1], and the entropy of
-    q(z | picture).
+    Without guidance. With and without the prompt, the latent, the probes and the noise are the same. The terms of the
+    VAE are separate: log p(image | z) of a Gaussian with its best variance, pixels in [-1, 1], and the entropy of
+    q(z | image).
     """
     if method not in ("ode", "elbo", "both"):
         raise ValueError(f"--method {method}: choose from ode, elbo, both")
@@ -49,22 +53,22 @@ def likelihood(
     check_range("--probes", probes, 2, 10_000)
     if tolerance is not None and not 1e-12 <= tolerance < 1:
         raise ValueError(f"--tolerance {tolerance}: must be from 1e-12 to below 1")
-    if not 0 <= seed < 2**63:
-        raise ValueError(f"--seed {seed}: must be from 0 to 2**63 - 1")
+    if not 0 <= seed <= MAX_SEED:
+        raise ValueError(f"--seed {seed}: must be from 0 to {MAX_SEED}")
     from ldm.image_io import read_image
 
-    picture = read_image(image)
+    decoded = read_image(image)
     from ldm.analysis import measure
 
     pipe = model.load_pipeline()
-    posterior = encode_image_file(pipe, picture, image)
-    record = measure.measure_likelihood(pipe, picture, posterior, prompt, method, steps, tolerance, probes, seed)
+    posterior = encode_image_file(pipe, decoded, image)
+    record = measure.measure_likelihood(pipe, decoded, posterior, prompt, method, steps, tolerance, probes, seed)
     record = {"image": str(image), "prompt": prompt, "seed": seed, **record}
     print(json.dumps(record) if as_json else format_likelihood_tables(record))
 
 
 def encode_image_file(pipe: Pipeline, image: Image, path: Path) -> Posterior:
-    """q(z | picture); ValueError with the file's name where its size does not fit."""
+    """q(z | image); ValueError with the file's name where its size does not fit."""
     try:
         return pipe.encode_images([image])
     except ValueError as error:
@@ -72,7 +76,7 @@ def encode_image_file(pipe: Pipeline, image: Image, path: Path) -> Posterior:
 
 
 def format_likelihood_tables(record: dict) -> str:
-    """A record of `likelihood` for the eye: estimates, the ELBO's terms in nats, and the autoencoder's part."""
+    """A record of `likelihood` as a table: estimates, the terms of the ELBO in nats, and those of the VAE."""
     lines = [f"{'':32}{'nats':>11}{'+-':>9}{'bits/dim':>11}{'+-':>9}"]
     for method in ("ode", "elbo"):
         for name, row in record.get(method, {}).items():
@@ -92,20 +96,23 @@ def format_likelihood_tables(record: dict) -> str:
     return "\n".join(lines)
 
 
-@with_model_options(dtype="float32")
+@expand_options
 def invert(
-    model: ModelOptions,
-    image: Annotated[Path, typer.Argument(metavar="IMAGE", help="A picture whose sides the VAE can divide.")],
-    prompt: Annotated[str, typer.Option(help="What the picture shows.")] = "",
+    *,
+    image: Annotated[Path, typer.Argument(metavar="IMAGE", help="Its sides are multiples of the VAE's factor.")],
+    prompt: Annotated[str, typer.Option(help="What the image shows.")] = "",
     scheme: Annotated[str, typer.Option(help="exact or ode.")] = "exact",
     steps: Annotated[int, typer.Option(help="Steps of the exact scheme.")] = 50,
-    guidance: Annotated[float, typer.Option(help="Guidance scale; 1 is none.")] = 1.0,
+    guidance: Annotated[float, typer.Option(help="Classifier-free guidance scale (1 disables it).")] = 1.0,
     rtol: Annotated[float, typer.Option(help="Relative tolerance of the ode scheme.")] = 1e-5,
     atol: Annotated[float, typer.Option(help="Absolute tolerance of the ode scheme.")] = 1e-5,
-    out: Annotated[Path, typer.Option(help="Folder for the noise and the picture that comes back.")] = Path("out"),
+    model: ModelOptions = FLOAT32_MODEL,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the noise and the returned image.")] = Path(
+        "out"
+    ),
     as_json: JsonOption = False,
 ) -> None:
-    """Take a picture to its noise and back; prints how far the picture that returns is off."""
+    """Map an image to its noise and back, and print the error of the returned image."""
     check_range("--steps", steps, 1, 10_000)
     check_range("--guidance", guidance, 0, 1000)
     for name, value in (("rtol", rtol), ("atol", atol)):
@@ -116,22 +123,16 @@ def invert(
     from ldm.image_io import read_image
     from ldm.metadata import save_png
 
-    picture = read_image(image)
+    decoded = read_image(image)
     from ldm.analysis import measure
 
     pipe = model.load_pipeline()
     options = {"rtol": rtol, "atol": atol} if scheme == "ode" else {}
-    posterior = encode_image_file(pipe, picture, image)
+    posterior = encode_image_file(pipe, decoded, image)
     check_out_folder(out)
-    inversion = measure.invert_image(pipe, picture, posterior.mean, prompt, scheme, steps, guidance, **options)
-    settings = {
-        "prompt": prompt,
-        "model": model.display_name,
-        "scheme": scheme,
-        "steps": steps,
-        "guidance": guidance,
-        **options,
-    }
+    inversion = measure.invert_image(pipe, decoded, posterior.mean, prompt, scheme, steps, guidance, **options)
+    settings = {"prompt": prompt, "model": model.display_name, "scheme": scheme, "steps": steps, "guidance": guidance}
+    settings |= options
     files = [out / f"{image.stem}-noise.safetensors", out / f"{image.stem}-back.png"]
     measure.save_inversion_state(inversion.state, files[0], settings)
     save_png(inversion.image, files[1], {"ldm-invert": json.dumps(settings)})

@@ -1,4 +1,4 @@
-"""What commands share: the options that choose a model, and how results are said."""
+"""Options that commands share: of a model, of an image, and of what is printed."""
 
 from __future__ import annotations
 
@@ -6,101 +6,192 @@ import inspect
 import json
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import wraps
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
 from ldm import files
 from ldm.checkpoints.families import LoadOptions
+from ldm.pipeline.request import IMAGE_COUNT, REQUEST_FIELDS, FieldSpec, Request, parse_interval
 
 if TYPE_CHECKING:
     from ldm.pipeline.pipeline import Pipeline
 
-
 LoraWeight = float | tuple[float, float]  # of an adapter, or its two: of the U-Net and of the text encoders
-LORA_WEIGHT_PATTERN = re.compile(
-    r"(.+):([-+]?(?:(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?|inf|nan))", re.DOTALL
-)  # FILE:WEIGHT
+LORA_WEIGHT_PATTERN = re.compile(r"(.+):([-+]?(?:(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?|inf|nan))", re.DOTALL)
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object, for programs.")]
-LoraOption = Annotated[
-    list[str] | None,
-    typer.Option(metavar="[NAME=]FILE[:WEIGHT[:TEXT_WEIGHT]]", help="Adapter, or a hub id; may be repeated."),
-]
-EmbeddingOption = Annotated[
-    list[str] | None, typer.Option(metavar="[TOKEN=]FILE", help="Textual inversion; may be repeated.")
-]
 RevisionOption = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")]
-WeightVariantOption = Annotated[str | None, typer.Option(help="fp16, ...: which of a folder's weights.")]
-MODEL_OPTIONS: dict[str, Any] = {
-    "model": Annotated[str, typer.Option(help="Folder, .safetensors file or hub id.", show_default="the one shipped")],
+WeightVariantOption = Annotated[str | None, typer.Option(help="Weight variant of a folder: fp16, ...")]
+LOAD_OPTIONS: dict[str, Any] = {
     "revision": RevisionOption,
     "variant": WeightVariantOption,
-    "family": Annotated[str | None, typer.Option(help="sd1, sd2-v, sdxl, ...: instead of what the file says.")],
-    "prediction": Annotated[str | None, typer.Option(help="eps, v or x0: instead of what the file says.")],
-    "zero_snr": Annotated[bool | None, typer.Option(help="Zero terminal SNR: instead of what the file says.")],
-    "ema": Annotated[bool, typer.Option("--ema", help="The moving average in a single file.")],
+    "family": Annotated[str | None, typer.Option(help="sd1, sd2-v, sdxl, ...: overrides what the file says.")],
+    "prediction": Annotated[str | None, typer.Option(help="eps, v or x0: overrides what the file says.")],
+    "zero_snr": Annotated[bool | None, typer.Option(help="Zero terminal SNR: overrides what the file says.")],
+    "ema": Annotated[bool, typer.Option("--ema", help="Use the EMA weights.")],
+}
+MODEL_OPTIONS: dict[str, Any] = {
+    "model": Annotated[str, typer.Option(help="Folder, .safetensors file or hub id.", show_default="picto")],
+    "lora": Annotated[
+        list[str] | None,
+        typer.Option(metavar="[NAME=]FILE[:WEIGHT[:TEXT_WEIGHT]]", help="LoRA file or hub id; may be repeated."),
+    ],
+    "embedding": Annotated[
+        list[str] | None, typer.Option(metavar="[TOKEN=]FILE", help="Textual inversion; may be repeated.")
+    ],
     "vae": Annotated[str | None, typer.Option(help="Folder, file or hub id of another VAE.")],
+    **LOAD_OPTIONS,
     "device": Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")],
     "dtype": Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")],
 }
+OPTION_TYPES = {"str": str, "int": int, "float": float, "tuple[float,": tuple[float, float], "Image.Image": Path}
+
+
+def _request_option(annotation: str, default: Any, spec: FieldSpec) -> Any:
+    kind: Any = OPTION_TYPES[annotation.split(" ")[0]]
+    names = [f"--{spec.option.replace('_', '-')}", *([spec.short] if spec.short else [])]
+    metavar = "LOW HIGH" if annotation.startswith("tuple") else None
+    return Annotated[kind | None if default is None else kind, typer.Option(*names, help=spec.help, metavar=metavar)]
+
+
+REQUEST_OPTIONS: dict[str, Any] = {
+    f.name: _request_option(str(f.type), f.default, REQUEST_FIELDS[f.name])
+    for f in fields(Request)
+    if f.name in REQUEST_FIELDS and REQUEST_FIELDS[f.name].help
+}
+CountOption = Annotated[int, typer.Option(help=IMAGE_COUNT.help)]
+OPTION_ALIASES = {  # spellings of diffusers and of AUTOMATIC1111's web UI: ours
+    alias.replace("_", "-"): spec.option.replace("_", "-")
+    for name, spec in {**REQUEST_FIELDS, "count": IMAGE_COUNT}.items()
+    for alias in (name, *spec.aliases)
+} | {"output": "out"}
+
+
+def normalize_option(name: str) -> str:
+    """An option's name by our spelling: underscores are dashes, and what others call it is accepted."""
+    name = name.replace("_", "-")
+    return OPTION_ALIASES.get(name, name)
 
 
 @dataclass(frozen=True)
 class ModelOptions(LoadOptions):
-    """The options that choose a model and where it runs; `model` "" is picto."""
+    """The options that choose a model, with its adapters, and where it runs; `model` "" is picto."""
 
     model: str = ""
+    lora: list[str] | None = None
+    embedding: list[str] | None = None
     device: str = "auto"
     dtype: str = "auto"
 
     @property
     def display_name(self) -> str:
-        """What pictures call it."""
+        """The name of the model in metadata."""
         return Path(self.model).stem if self.model.endswith(".safetensors") else Path(self.model or "picto").name
 
     def cli_args(self) -> list[str]:
-        """The options that choose it again, on any device."""
-        said = []
+        """The options that choose the same model again, on any device."""
+        args: list[str] = []
         for name in MODEL_OPTIONS:
             option, value = f"--{name.replace('_', '-')}", getattr(self, name)
             if value == getattr(ModelOptions, name) or name == "device":
                 continue
-            said += [option, str(value)] if not isinstance(value, bool) else [option if value else f"--no-{option[2:]}"]
-        return said
+            if isinstance(value, bool):
+                args.append(option if value else f"--no-{option[2:]}")
+            else:
+                args += [part for one in (value if isinstance(value, list) else [value]) for part in (option, str(one))]
+        return args
 
-    def load_pipeline(self, batch_size: int = 8) -> Pipeline:
-        """Load it."""
+    def with_absolute_paths(self) -> ModelOptions:
+        """The same model from any working directory."""
+        loras = [s._replace(source=make_path_absolute(s.source)) for s in map(parse_lora, self.lora or [])]
+        tokens = [s._replace(source=make_path_absolute(s.source)) for s in map(parse_embedding, self.embedding or [])]
+        return replace(
+            self,
+            model=make_path_absolute(self.model),
+            vae=self.vae and make_path_absolute(str(self.vae)),
+            lora=[spec.to_option() for spec in loras] or None,
+            embedding=[spec.to_option() for spec in tokens] or None,
+        )
+
+    def load_pipeline(self, device: str | None = None, batch_size: int = 8) -> Pipeline:
+        """The model with its adapters and embeddings, in any process; `device` overrides the option."""
         from ldm.checkpoints.formats import PICTO_PATH
         from ldm.pipeline.pipeline import Pipeline
 
-        options = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "model"}
-        return Pipeline.from_pretrained(self.model or PICTO_PATH, batch_size=batch_size, **options)
+        load = {f.name: getattr(self, f.name) for f in fields(LoadOptions)}
+        pipe = Pipeline.from_pretrained(
+            self.model or PICTO_PATH, device=device or self.device, dtype=self.dtype, batch_size=batch_size, **load
+        )
+        for adapter in map(parse_lora, self.lora or []):
+            pipe.load_lora_weights(*adapter)
+        for embedding in map(parse_embedding, self.embedding or []):
+            pipe.load_textual_inversion(*embedding)
+        return pipe
 
 
-def with_model_options(**defaults: Any) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """A command whose parameter `model` is filled from the options of `MODEL_OPTIONS`; `defaults` are the command's own."""
+class RequestOptions(SimpleNamespace):
+    """The values of `REQUEST_OPTIONS`, by the fields of `Request`."""
 
-    def decorate(command: Callable[..., None]) -> Callable[..., None]:
-        usual = ModelOptions(**defaults)
-        own = [p for name, p in inspect.signature(command, eval_str=True).parameters.items() if name != "model"]
-        options = [
-            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=getattr(usual, name), annotation=annotation)
-            for name, annotation in MODEL_OPTIONS.items()
-        ]
+    def __init__(self, **values: Any) -> None:
+        defaults = {f.name: f.default for f in fields(Request) if f.name in REQUEST_OPTIONS}
+        super().__init__(**{**defaults, **values})
 
-        @wraps(command)
-        def run(**values: Any) -> None:
-            model = ModelOptions(**{name: values.pop(name) for name in MODEL_OPTIONS})
-            command(**values, model=model)
 
-        run.__signature__ = inspect.Signature([*own, *options])  # type: ignore[attr-defined]
-        run.__annotations__ = {p.name: p.annotation for p in (*own, *options)}
-        return run
+OPTION_GROUPS = {ModelOptions: MODEL_OPTIONS, LoadOptions: LOAD_OPTIONS, RequestOptions: REQUEST_OPTIONS}
 
-    return decorate
+
+def expand_options(command: Callable[..., None]) -> Callable[..., None]:
+    """A typer command whose parameters of type `ModelOptions`, `LoadOptions` and `RequestOptions` become their options.
+
+    A default of such a parameter holds the defaults of its options.
+    """
+    groups: dict[str, Any] = {}
+    parameters: list[inspect.Parameter] = []
+    for p in inspect.signature(command, eval_str=True).parameters.values():
+        options = OPTION_GROUPS.get(p.annotation) if isinstance(p.annotation, type) else None
+        if options is None:
+            parameters.append(p)
+            continue
+        groups[p.name] = p.annotation, options
+        defaults = vars(p.annotation() if p.default is p.empty else p.default)
+        parameters += [p.replace(name=name, default=defaults[name], annotation=a) for name, a in options.items()]
+
+    @wraps(command)
+    def run(**values: Any) -> None:
+        for name, (group, options) in groups.items():
+            values[name] = group(**{option: values.pop(option) for option in options})
+        command(**values)
+
+    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    run.__annotations__ = {p.name: p.annotation for p in parameters}
+    return run
+
+
+def load_pipeline_and_request(
+    model: ModelOptions, options: RequestOptions, device: str | None = None, batch_size: int = 8
+) -> tuple[Pipeline, Request]:
+    """The model, and a request of the options without a prompt; what needs no model is checked first."""
+    from ldm.diffusion.samplers import SAMPLERS
+    from ldm.diffusion.timesteps import SPACINGS
+    from ldm.errors import choose
+    from ldm.image_io import read_image, read_mask
+    from ldm.metadata import resolve_a1111_sampler
+
+    values = resolve_a1111_sampler(vars(options))
+    tables = {"sampler": SAMPLERS, "spacing": SPACINGS}
+    readers = {"image": read_image, "mask": read_mask, "guidance_interval": parse_interval}
+    values |= {name: read(values[name]) for name, read in readers.items() if values[name] is not None}
+    for name, table in tables.items():
+        if values[name] is not None:
+            choose(table, values[name], name)
+    pipe = model.load_pipeline(device, batch_size)
+    if values["clip_skip"] is not None:
+        values["clip_skip"] = pipe.convert_clip_skip(values["clip_skip"])
+    return pipe, Request("", **values)
 
 
 def check_range(name: str, value: float | None, low: float, high: float) -> None:
@@ -110,15 +201,20 @@ def check_range(name: str, value: float | None, low: float, high: float) -> None
 
 
 def check_out_folder(folder: Path, make: bool = True) -> None:
-    """Make the folder of --out, or see whether it could be made; ValueError where nothing can be written to it."""
+    """Make the folder of --out, or check that it could be made; ValueError where nothing can be written to it."""
     try:
         (files.ensure_writable_dir if make else files.check_creatable_dir)(folder)
     except ValueError as error:
         raise ValueError(f"--out {error}") from None
 
 
+def make_path_absolute(source: str) -> str:
+    """A path that is the same from any working directory; a hub id, and "" for picto, stay."""
+    return str(Path(source).absolute()) if source and Path(source).exists() else source
+
+
 class LoraSpec(NamedTuple):
-    """An option --lora, as `Pipeline.load_lora_weights` takes it."""
+    """A value of --lora, as `Pipeline.load_lora_weights` takes it."""
 
     source: str
     weight: LoraWeight = 1.0
@@ -131,7 +227,7 @@ class LoraSpec(NamedTuple):
 
 
 class EmbeddingSpec(NamedTuple):
-    """An option --embedding, as `Pipeline.load_textual_inversion` takes it."""
+    """A value of --embedding, as `Pipeline.load_textual_inversion` takes it."""
 
     source: str
     token: str | None = None
@@ -142,7 +238,7 @@ class EmbeddingSpec(NamedTuple):
 
 
 def parse_lora(option: str) -> LoraSpec:
-    """[NAME=]FILE[:WEIGHT[:TEXT_WEIGHT]] in its parts; a colon before what is no number is the file's own."""
+    """The parts of [NAME=]FILE[:WEIGHT[:TEXT_WEIGHT]]; a colon before what is no number belongs to the file's name."""
     numbers: list[float] = []
     source = option
     while len(numbers) < 2 and (match := LORA_WEIGHT_PATTERN.fullmatch(source)):
@@ -152,13 +248,13 @@ def parse_lora(option: str) -> LoraSpec:
 
 
 def parse_embedding(option: str) -> EmbeddingSpec:
-    """[TOKEN=]FILE in its parts."""
+    """The parts of [TOKEN=]FILE."""
     token, source = split_name(option)
     return EmbeddingSpec(source, token)
 
 
 def split_name(option: str) -> tuple[str | None, str]:
-    """[NAME=]FILE in its parts; an equals sign in the name of a file that is there is its own."""
+    """The parts of [NAME=]FILE; an equals sign in the name of an existing file belongs to it."""
     name, _, file = option.partition("=")
     return (None, option) if not file or Path(option).expanduser().exists() else (name, file)
 

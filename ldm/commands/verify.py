@@ -1,4 +1,4 @@
-"""`ldm verify`: do pictures regenerate from their own metadata?"""
+"""`ldm verify`: do images regenerate from their own metadata?"""
 
 from __future__ import annotations
 
@@ -10,73 +10,62 @@ from typing import Annotated, Any
 
 import typer
 
-from ldm.commands.batch import PipelineLoader
-from ldm.commands.options import (
-    EmbeddingOption,
-    JsonOption,
-    LoraOption,
-    ModelOptions,
-    parse_embedding,
-    parse_lora,
-    with_model_options,
-)
+from ldm.checkpoints.families import LoadOptions
+from ldm.commands.options import JsonOption, ModelOptions, expand_options
 
 
-@with_model_options()
+@expand_options
 def verify(
-    model: ModelOptions,
+    *,
     path: Annotated[Path, typer.Argument(metavar="IMAGE|DIR", show_default=False)],
-    image: Annotated[Path | None, typer.Option(help="The picture that it began from.")] = None,
-    mask: Annotated[Path | None, typer.Option(help="What of that was redrawn.")] = None,
-    lora: LoraOption = None,
-    embedding: EmbeddingOption = None,
+    image: Annotated[Path | None, typer.Option(help="Initial image (img2img).")] = None,
+    mask: Annotated[Path | None, typer.Option(help="Inpainting mask.")] = None,
+    model: ModelOptions,
     as_json: JsonOption = False,
 ) -> None:
-    """Draw a picture, or all in a folder, again from its metadata, and compare: status 0 where all are equal, else 1.
+    """Regenerate an image, or all in a folder, from its metadata, and compare: status 0 if all are equal, else 1.
 
-    Equal is within 1 of 255 in each pixel (8 in a JPEG). Where the weights, the autoencoder, an adapter or an embedding
-    are others, that is said instead. The model, what was said of it and the dtype are those of the first picture,
-    unless they are given; only what lies on this machine is opened for a picture's word.
+    Equal is within 1 of 255 in each pixel (8 in a JPEG). Where the weights, the VAE, an adapter or an embedding differ,
+    the output says so. The model, its options and the dtype are those of the first image's metadata unless given; only
+    models on this machine are opened.
     """
     files = find_image_files(path)
     from ldm.image_io import read_image, read_mask
     from ldm.jobs.verify import read_recorded_image, verify_images
 
-    claim = next(iter_recorded_images(files), None) if path.is_dir() else read_recorded_image(path)
-    if claim is None:
-        raise ValueError(f"{path}: no picture of ldm in it")
-    model = restore_model_options(model, claim.record, claim.file)
-    given = None if image is None else read_image(image), None if mask is None else read_mask(mask)
-    pipe = PipelineLoader(model, tuple(map(parse_lora, lora or [])), tuple(map(parse_embedding, embedding or [])))()
-    verdicts = []
-    for verdict in verify_images(files, pipe, *given):
-        verdicts.append(verdict.equal)
+    original = next(iter_recorded_images(files), None) if path.is_dir() else read_recorded_image(path)
+    if original is None:
+        raise ValueError(f"{path}: no image of ldm in it")
+    pipe = restore_model_options(model, original.record, original.file).load_pipeline()
+    inputs = None if image is None else read_image(image), None if mask is None else read_mask(mask)
+    all_equal = True
+    for result in verify_images(files, pipe, *inputs):
+        all_equal &= result.equal
         if as_json:
-            print(json.dumps({**verdict._asdict(), "file": str(verdict.file)}), flush=True)
+            print(json.dumps({**result._asdict(), "file": str(result.file)}), flush=True)
         else:
-            print(f"{'ok  ' if verdict.equal else 'FAIL'} {verdict.file}: {verdict.said}", flush=True)
-    raise typer.Exit(0 if all(verdicts) else 1)
+            print(f"{'ok  ' if result.equal else 'FAIL'} {result.file}: {result.said}", flush=True)
+    raise typer.Exit(0 if all_equal else 1)
 
 
 def restore_model_options(model: ModelOptions, record: Mapping[str, Any], file: Path) -> ModelOptions:
-    """The options of a model, those not given as a picture's record has them; ValueError where a file is not here."""
+    """The options of a model, those not given as an image's record has them; ValueError where a file is missing."""
     load = record.get("load")
-    said: dict[str, Any] = dict(load) if isinstance(load, dict) else {}
-    said |= {"model": said.get("path"), "dtype": record.get("dtype")}
-    usual = ModelOptions()
-    taken = {
-        field.name: said[field.name]
-        for field in fields(ModelOptions)
-        if said.get(field.name) is not None and getattr(model, field.name) == getattr(usual, field.name)
+    recorded: dict[str, Any] = dict(load) if isinstance(load, dict) else {}
+    recorded |= {"model": recorded.get("path"), "dtype": record.get("dtype")}
+    restored = {
+        name: recorded[name]
+        for name in [*(f.name for f in fields(LoadOptions)), "model", "dtype"]
+        if recorded.get(name) is not None and getattr(model, name) == getattr(ModelOptions, name)
     }
     for name in ("model", "vae"):
-        if name in taken and not Path(str(taken[name])).expanduser().exists():
-            raise ValueError(f"{file}: drawn with {taken[name]}, which is not here: give it by --{name}")
-    return replace(model, **taken)
+        if name in restored and not Path(str(restored[name])).expanduser().exists():
+            raise ValueError(f"{file}: generated with {restored[name]}, which is not here: give it by --{name}")
+    return replace(model, **restored)
 
 
 def find_image_files(path: Path) -> list[Path]:
-    """The picture file at a path, or all below a folder but hidden ones, a gallery's thumbnails and contact sheets."""
+    """The image file at a path, or all below a folder but hidden ones, a gallery's thumbnails and contact sheets."""
     from ldm.metadata import IMAGE_FORMATS
 
     if not path.exists():
@@ -89,7 +78,7 @@ def find_image_files(path: Path) -> list[Path]:
 
 
 def is_hidden_or_derived(file: Path, root: Path) -> bool:
-    """Is a file below a folder hidden, or what a job makes of its pictures?"""
+    """Is a file below a folder hidden, or derived from a job's images?"""
     from ldm.jobs.contact_sheets import GRID_FOLDER
     from ldm.jobs.gallery import THUMBNAIL_FOLDER
 
@@ -102,7 +91,7 @@ def is_hidden_or_derived(file: Path, root: Path) -> bool:
 
 
 def iter_recorded_images(files: list[Path]) -> Iterator:
-    """What those of the files say that say anything."""
+    """The images and records of those files that have a record."""
     from ldm.jobs.verify import read_recorded_image
 
     for file in files:

@@ -54,7 +54,7 @@ def test_a_file_is_drawn_once_and_the_same_command_again_does_what_is_missing(ba
     before = [path.stat().st_mtime_ns for path in files]
     files[1].unlink()
     status, out, err = batch("--seed", 3)
-    assert status == 0 and out == "done 3, failed 0, left 0\n" and err.startswith("1 finished pictures are missing")
+    assert status == 0 and out == "done 3, failed 0, left 0\n" and err.startswith("1 finished images are missing")
     assert [path.stat().st_mtime_ns == when for path, when in zip(files, before, strict=True)] == [True, False, True]
     drawn = pipe("two stars", seed=3, num_inference_steps=2).images[0]
     with Image.open(files[1]) as picture:
@@ -69,8 +69,8 @@ def test_syntax_that_is_drawn_as_text_is_told_once_with_its_first_line(batch, fi
     status, out, err = batch("--steps", 1)
     assert (status, out) == (0, "done 11, failed 0, left 0\n")
     parts = ["<lora:x:0.8>", *(f"[cat:dog:0.{k}]" for k in range(4))]
-    said = f"{file}:3: read as text, not as commands of the web UI: {', '.join(parts)}, ..."
-    assert err == f"warning: {said}; adapters are given by --lora FILE:WEIGHT\n"
+    said = f"{file}:3: read as text, not as syntax of the web UI: {', '.join(parts)}, ..."
+    assert err == f"warning: {said}; LoRAs are given by --lora FILE:WEIGHT\n"
 
 
 def test_options_are_every_record_s_defaults_and_count_gives_seeds(batch, tmp_path):
@@ -203,7 +203,7 @@ def test_grids_and_exports_lie_in_the_job_s_folder_and_verify_passes_them_by(ldm
     assert [sheet.text["Title"] for sheet in sheets] == ["size 32 × 32", "size 48 × 32"]
     for kind in ("webdataset", "parquet"):
         status, said, _ = ldm_("export", out, "--to", kind, "--out", out / kind)
-        assert (status, said) == (0, f"6 pictures in 1 files in {out / kind}\n")
+        assert (status, said) == (0, f"6 images in 1 files in {out / kind}\n")
     status, said, err = ldm_("verify", out, "--model", tiny)
     assert (status, err) == (0, "") and len(said.splitlines()) == 6
     assert batch("--count", 2, "--check")[:2] == (0, "done 6, failed 0, left 0\n")

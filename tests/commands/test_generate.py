@@ -65,6 +65,35 @@ def test_two_runs_at_once_into_one_folder_write_over_nothing(ldm_, tiny, tmp_pat
         assert [(r["num_inference_steps"], r["seed"]) for r in drawn] == [(steps, seed) for seed in seeds]
 
 
+OURS = ["--negative", "a dog", "--steps", 3, "--guidance", 2.5, "--sampler", "dpmpp_2m", "--spacing", "karras"]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        [
+            "--negative-prompt",
+            "a dog",
+            "--num-inference-steps",
+            3,
+            "--guidance-scale=2.5",
+            "--sampler",
+            "DPM++ 2M Karras",
+        ],
+        ["--negative_prompt", "a dog", "--steps", 3, "--cfg", 2.5, "--sampler", "dpm++ 2m", "--scheduler", "Karras"],
+        ["--negative", "a dog", "--num_inference_steps=3", "--cfg_scale", 2.5, "--sampler_name", "DPM++ 2M karras"],
+    ],
+)
+def test_options_as_people_spell_them_are_the_same_request(ldm_, tiny, tmp_path, options):
+    words = ["generate", "--model", tiny, "--json"]
+    _, out, _ = ldm_(*words, "a cat", *OURS, "--width", 48, "--height", 36, "--count", 2, "--out", tmp_path / "a")
+    _, same, err = ldm_(
+        *words, "--prompt", "a cat", *options, "-W", 48, "-H", 36, "--num-images", 2, "-o", tmp_path / "b"
+    )
+    assert err == "" and same.replace(str(tmp_path / "b"), str(tmp_path / "a")) == out
+    assert json.loads(out)["images"][1]["sampler"] == "dpmpp_2m" and json.loads(out)["images"][1]["seed"] == 1
+
+
 def truncated(tiny, tmp_path):
     import shutil
 

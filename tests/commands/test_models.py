@@ -161,7 +161,7 @@ def test_a_word_is_the_file_s_own_unless_another_is_said(draw, ldm_, tiny, tmp_p
     _, texts = draw("--embedding", tmp_path / "learned_embeds.safetensors")
     assert set(json.loads(texts["ldm"])["embeddings"]) == {"<cat-toy>"}
     words = "--model", tiny, *QUICK, "--out", tmp_path, "--embedding", tmp_path / "learned_embeds.safetensors"
-    assert "its word is <cat-toy>" in ldm_("generate", "a", *words)[2]
+    assert "its token is <cat-toy>" in ldm_("generate", "a", *words)[2]
 
 
 def test_a_word_stands_for_its_vectors_and_is_recorded(draw, word):

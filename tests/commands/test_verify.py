@@ -167,7 +167,7 @@ def test_settings_that_cannot_be_drawn_are_said(draw, verify, tmp_path, change):
 
 
 @pytest.mark.parametrize(
-    "name, said", [("none.png", "none.png: No such file"), ("text.png", "not an image"), (".", "no picture")]
+    "name, said", [("none.png", "none.png: No such file"), ("text.png", "not an image"), (".", "no image of ldm")]
 )
 def test_what_is_no_picture_is_refused(refused, tiny, tmp_path, name, said):
     (tmp_path / "text.png").write_text("no")
