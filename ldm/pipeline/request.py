@@ -223,7 +223,7 @@ def coerce_request(request: Request) -> Request:
     changes: dict[str, Any] = {}
     for f in fields(Request):
         value, kind = getattr(request, f.name), str(f.type).split(" ")[0]
-        if kind not in NUMBER_TYPES or value is None or type(value) in NUMBER_TYPES[kind]:
+        if kind not in NUMBER_TYPES or (value is None and f.default is None) or type(value) in NUMBER_TYPES[kind]:
             continue
         if not isinstance(value, numbers.Integral if kind == "int" else numbers.Real):
             raise ValueError(f"{f.name} {value!r}: must be a {'whole ' if kind == 'int' else ''}number")

@@ -81,7 +81,7 @@ def test_the_likelihood_table_says_what_the_record_says(ldm_, tiny, image_file):
     for method in ("ode", "elbo"):
         for name, row in record[method].items():
             assert f"{method.upper():5}{name:27}{row['nats']:11.2f}{row['standard_error']:9.2f}" in out
-    assert f"{record['vae']['entropy of q(z | image_file)']['nats']:.2f}" in out
+    assert f"{record['vae']['entropy of q(z | picture)']['nats']:.2f}" in out
 
 
 @pytest.mark.parametrize(
