@@ -2,10 +2,10 @@
 
     python scripts/bench_batch.py [--images 32] [--job 500] [--batch 8] [--steps 6 12 36] [--size 128] [--rounds 3]
 
-Contestants draw the same requests, whose numbers of steps are mixed: continuously; in groups, each drawn to its end
-before the next begins; and continuously in strict mode. The gain depends on what a call of few rows costs: of large
-pictures on a CPU in proportion to the rows, and nothing is gained; of small ones, and on a GPU, nearly as much as a
-full one. So the numbers of calls are told too.
+Contestants generate the same requests, whose numbers of steps are mixed: continuously; in groups, each finished before
+the next begins; and continuously in strict mode. The gain depends on what a network evaluation of few rows costs. For
+large images on a CPU that is in proportion to the rows, and nothing is gained; for small ones, and on a GPU, it is
+nearly as much as for many rows. So the numbers of evaluations are printed too.
 """
 
 from __future__ import annotations
@@ -30,59 +30,59 @@ from ldm.pipeline.scheduler import BatchScheduler
 from ldm.rng import derive_seed
 
 
-def draw(scheduler: BatchScheduler, requests: list[Request]) -> None:
-    """All of them, with continuous batching."""
-    list(scheduler.run(requests, lambda share: None))
+def generate(scheduler: BatchScheduler, requests: list[Request]) -> None:
+    """All requests, with continuous batching."""
+    list(scheduler.run(requests, lambda progress_delta: None))
 
 
-def draw_grouped(scheduler: BatchScheduler, requests: list[Request], size: int) -> None:
-    """Group after group."""
+def generate_grouped(scheduler: BatchScheduler, requests: list[Request], size: int) -> None:
+    """One group of requests after another."""
     for start in range(0, len(requests), size):
-        draw(scheduler, requests[start : start + size])
+        generate(scheduler, requests[start : start + size])
 
 
-def calls(scheduler: BatchScheduler, run: Callable[[], None]) -> int:
-    """How often a run asks the network."""
-    ask, count = scheduler.batched_unet.function, 0
+def count_evaluations(scheduler: BatchScheduler, run: Callable[[], None]) -> int:
+    """The number of network evaluations of a run."""
+    evaluate, count = scheduler.batched_unet.function, 0
 
     def counted(*rows):
         nonlocal count
         count += 1
-        return ask(*rows)
+        return evaluate(*rows)
 
     scheduler.batched_unet.function = counted
     run()
-    scheduler.batched_unet.function = ask
+    scheduler.batched_unet.function = evaluate
     return count
 
 
-def idle(pipe: Pipeline, requests: list[Request], size: int) -> float:
-    """The share of a job's time, from its first call on, in which neither the network nor the decoder was asked."""
+def idle_share(pipe: Pipeline, requests: list[Request], size: int) -> float:
+    """The share of a job's time, from its first evaluation on, in which neither the network nor the decoder runs."""
     spans: list[tuple[float, float]] = []
-    make = worker.build_worker_scheduler
+    build = worker.build_worker_scheduler
 
     def timed(function):
-        def ask(*rows):
+        def call(*rows):
             start = time.perf_counter()
             try:
                 return function(*rows)
             finally:
                 spans.append((start, time.perf_counter()))
 
-        return ask
+        return call
 
-    def watched(job: Job, pipe: Pipeline) -> BatchScheduler:
-        scheduler = make(job, pipe)
+    def build_timed(job: Job, pipe: Pipeline) -> BatchScheduler:
+        scheduler = build(job, pipe)
         for part in (scheduler.batched_unet, scheduler.batched_decode):
             part.function = timed(part.function)
         return scheduler
 
     with TemporaryDirectory() as folder:
         entries = [PromptEntry(k + 1, request) for k, request in enumerate(requests)]
-        worker.build_worker_scheduler = watched
+        worker.build_worker_scheduler = build_timed
         worker.run_worker(Job(Path(folder), entries, lambda device: pipe, batch_size=size), threading.Event())
         end = time.perf_counter()
-        worker.build_worker_scheduler = make
+        worker.build_worker_scheduler = build
     busy, reached = 0.0, min(start for start, _ in spans)
     first = reached
     for start, stop in sorted(spans):
@@ -91,7 +91,7 @@ def idle(pipe: Pipeline, requests: list[Request], size: int) -> float:
     return 1 - busy / (end - first)
 
 
-def arguments() -> argparse.Namespace:
+def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, default=32)
     parser.add_argument("--job", type=int, default=500, help="images of the job whose idle time is measured")
@@ -105,41 +105,32 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def mixed(pipe: Pipeline, count: int, steps: Sequence[int], size: int) -> list[Request]:
-    """Requests of a size whose numbers of steps are drawn from some."""
-    asked = Request("a red apple", height=size, width=size)
+def make_requests(pipe: Pipeline, count: int, steps: Sequence[int], size: int) -> list[Request]:
+    """Requests of one size with random numbers of steps."""
+    request = Request("a red apple", height=size, width=size)
     numbers = [steps[derive_seed(k) % len(steps)] for k in range(count)]
-    return [pipe.resolve(replace(asked, seed=k, num_inference_steps=n)) for k, n in enumerate(numbers)]
+    return [pipe.resolve(replace(request, seed=k, num_inference_steps=n)) for k, n in enumerate(numbers)]
 
 
 def main() -> None:
-    args = arguments()
+    args = parse_args()
     torch.set_num_threads(1)
     pipe = Pipeline.from_pretrained(device=args.device)
-    requests = mixed(pipe, args.images, args.steps, args.size)
+    requests = make_requests(pipe, args.images, args.steps, args.size)
     scheduler = BatchScheduler(pipe.model, pipe.prompt_encoder, args.batch)
     strict = BatchScheduler(pipe.model, pipe.prompt_encoder, args.batch, STRICT_ROWS)
     contestants = {
-        "continuous": partial(draw, scheduler, requests),
-        "grouped": partial(draw_grouped, scheduler, requests, args.batch),
-        "continuous, strict": partial(draw, strict, requests),
+        "continuous": partial(generate, scheduler, requests),
+        "grouped": partial(generate_grouped, scheduler, requests, args.batch),
+        "continuous, strict": partial(generate, strict, requests),
     }
-    counts = [calls(scheduler, contestants[name]) for name in ("continuous", "grouped")]
-    print(
-        f"calls of the network: continuous {counts[0]}, grouped {counts[1]}, {counts[1] / counts[0]:.2f} times as many"
-    )
-    share = idle(pipe, mixed(pipe, args.job, args.steps, args.size), args.batch)
+    counts = [count_evaluations(scheduler, contestants[name]) for name in ("continuous", "grouped")]
+    ratio = counts[1] / counts[0]
+    print(f"network evaluations: continuous {counts[0]}, grouped {counts[1]}, {ratio:.2f} times as many")
+    share = idle_share(pipe, make_requests(pipe, args.job, args.steps, args.size), args.batch)
     print(f"device idle in a job of {args.job} images: {share:.1%}", flush=True)
-    about = {
-        "images": args.images,
-        "batch": args.batch,
-        "steps": args.steps,
-        "size": args.size,
-        "clock": args.clock,
-        "calls": counts,
-        "job": args.job,
-        "idle": share,
-    }
+    about = {name: getattr(args, name) for name in ("images", "batch", "steps", "size", "clock", "job")}
+    about |= {"calls": counts, "idle": share}
     report("continuous", alternate(contestants, args.rounds, clock(args.clock)), about, args.out)
 
 

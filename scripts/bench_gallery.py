@@ -1,11 +1,11 @@
-"""How fast a job's page is made, opens and scrolls in a headless Chromium; and its picture for the README.
+"""How fast a job's gallery is made, opens and scrolls in a headless Chromium; and its figure for the README.
 
     python scripts/bench_gallery.py [--counts 10000 100000] [--size 512]
     python scripts/bench_gallery.py --figure JOB --out configs/figures/gallery.png [--address '#sort=seed']
 
-The jobs are made up: their thumbnails are links to 512 different ones, which the browser cannot know. A frame lasts
-from one callback of requestAnimationFrame to the next; `machine` are those of the page at rest, which no scrolling can
-beat. At last, thumbnails in files of their own against sheets of 64: the 60 of a screen, neighbours or from anywhere.
+The jobs are synthetic: their thumbnails are links to 512 different ones, which the browser cannot know. A frame lasts
+from one callback of requestAnimationFrame to the next; the row `page at rest` is what no scrolling can beat. Last,
+thumbnails in single files against sheets of 64: the 60 of a screen, neighbours or from anywhere.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ from ldm.jobs import gallery
 from ldm.metadata import save_png
 from ldm.pipeline.request import Request
 
-KINDS = 512  # different pictures
-SHEET, SCREEN, SIDE = 64, 60, 128  # thumbnails in a sheet, on a screen; pixels of their sides
-SETTLED = Request("", height=SIDE, width=SIDE, num_inference_steps=30, guidance_scale=2.5)
-WORDS = (
+NUM_DISTINCT = 512  # images
+SHEET, SCREEN, SIDE = 64, 60, 128  # thumbnails per sheet and per screen; pixels of a side
+REQUEST = Request("", height=SIDE, width=SIDE, num_inference_steps=30, guidance_scale=2.5)
+WORDS = [
     "red",
     "green",
     "small",
@@ -48,7 +48,7 @@ WORDS = (
     "moon",
     "on",
     "under",
-)
+]
 FRAMES = """(async () => {
   const gaps = [];
   await new Promise(requestAnimationFrame);
@@ -63,27 +63,25 @@ FRAMES = """(async () => {
 })()"""
 
 
-def picture(chance: random.Random, size: int) -> Image.Image:
-    """A picture that is neither flat nor noise: random colours, eight across, smoothly enlarged."""
-    small = Image.frombytes("RGB", (8, 8), chance.randbytes(192))
+def random_image(rng: random.Random, size: int) -> Image.Image:
+    """An image that is neither flat nor noise: 8x8 random colours, enlarged."""
+    small = Image.frombytes("RGB", (8, 8), rng.randbytes(192))
     return small.resize((size, size), Image.Resampling.BICUBIC)
 
 
 def write_job(folder: Path, count: int) -> None:
-    """A job of so many items with random prompts, whose pictures and thumbnails are links."""
-    chance = random.Random(0)
-    names = [f"{chance.getrandbits(96):024x}" for _ in range(count)]
+    """A job of `count` items with random prompts, whose images and thumbnails are links."""
+    rng = random.Random(0)
+    names = [f"{rng.getrandbits(96):024x}" for _ in range(count)]
     lines = []
     for k, name in enumerate(names):
-        request = replace(
-            SETTLED, prompt=" ".join(chance.choices(WORDS, k=12)), seed=k % 1000, eta=chance.randrange(3) / 2
-        )
+        request = replace(REQUEST, prompt=" ".join(rng.choices(WORDS, k=12)), seed=k % 1000, eta=rng.randrange(3) / 2)
         line: dict[str, Any] = {"id": name, "status": "done", "file": f"images/{name[:2]}/{name}.png", "sha256": ""}
         lines.append(line | {"line": k + 1, "seconds": 0.4, "request": request.to_record()})
         files = folder / str(line["file"]), gallery.thumbnail_path(folder, line)
-        first = [folder / f"first-{k % KINDS}{file.suffix}" for file in files]
-        if k < KINDS:
-            save_png(picture(chance, SIDE), first[0], {})
+        first = [folder / f"first-{k % NUM_DISTINCT}{file.suffix}" for file in files]
+        if k < NUM_DISTINCT:
+            save_png(random_image(rng, SIDE), first[0], {})
             Image.open(first[0]).save(first[1], "WEBP", quality=82)
         for own, shared in zip(files, first, strict=True):
             own.parent.mkdir(parents=True, exist_ok=True)
@@ -91,20 +89,20 @@ def write_job(folder: Path, count: int) -> None:
     (folder / "manifest.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
-def timed(browser: Browser, script: str, rounds: int = 5) -> float:
+def median_ms(browser: Browser, script: str, rounds: int = 5) -> float:
     """The median milliseconds of a script in the page."""
     clock = f"(() => {{ const start = performance.now(); {script}; return performance.now() - start; }})()"
     return statistics.median(browser.run(clock) for _ in range(rounds))
 
 
-def frames(browser: Browser, step: str) -> str:
-    """Median, 99th percentile and longest of 300 frames, each after a step."""
+def time_frames(browser: Browser, step: str) -> str:
+    """Median, 99th percentile and longest of 300 frames, in ms, each after a step."""
     gaps = sorted(browser.run(FRAMES.replace("STEP", step)))
     return f"{gaps[150]:.0f} | {gaps[296]:.0f} | {gaps[-1]:.0f}"
 
 
 def measure(browser: Browser, folder: Path, count: int) -> None:
-    """Print how long the page of a job takes to be made, to open, to find and to scroll."""
+    """Print how long the page of a job takes to write, open, search and scroll."""
     write_job(folder, count)
     start = time.perf_counter()
     page = gallery.write_gallery(folder)
@@ -115,7 +113,7 @@ def measure(browser: Browser, folder: Path, count: int) -> None:
     first = time.perf_counter() - start
     browser.wait("rows.length === header.count")
     whole = time.perf_counter() - start
-    print(f"\n## {count:,} pictures\n")
+    print(f"\n## {count:,} images\n")
     print(
         f"written in {made:.1f} s, {size / 1e6:.1f} MB; first tiles after {first:.2f} s, all rows after {whole:.2f} s\n"
     )
@@ -126,65 +124,65 @@ def measure(browser: Browser, folder: Path, count: int) -> None:
         "sort by prompt": "filters.clear(); state.sort = 'prompt'; refresh()",
         "back to all": "state.sort = ''; refresh()",
     }.items():
-        print(f"| {what} | {timed(browser, script):.0f} |")
+        print(f"| {what} | {median_ms(browser, script):.0f} |")
     print("\n| frames, ms | median | 99 % | longest |\n|---|---|---|---|")
     for what, step in {
-        "machine": "0",
+        "page at rest": "0",
         "scrolling, 200 pixels a frame": "scrollBy(0, 200)",
         "scrolling, a screen a frame": "scrollBy(0, innerHeight)",
         "jumping anywhere": "scrollTo(0, Math.random() * document.body.scrollHeight)",
     }.items():
         browser.run("scrollTo(0, 0)")
-        print(f"| {what} | {frames(browser, step)} |")
+        print(f"| {what} | {time_frames(browser, step)} |")
     print(f"\ntiles in the document: {browser.run('document.querySelectorAll(`.tile`).length')}")
 
 
-def thumbnails(size: int, count: int = 64) -> None:
+def measure_thumbnails(size: int, count: int = 64) -> None:
     """Print how long a thumbnail takes to make."""
-    chance = random.Random(0)
+    rng = random.Random(0)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         lines = [{"id": f"{k:024d}", "file": f"{k}.png"} for k in range(count)]
         for line in lines:
-            save_png(picture(chance, size), folder / line["file"], {})
+            save_png(random_image(rng, size), folder / line["file"], {})
         start = time.perf_counter()
         gallery.make_thumbnails(folder, lines)
         print(f"\na thumbnail of {size}x{size}: {(time.perf_counter() - start) / count * 1e3:.1f} ms")
 
 
-def sheets(browser: Browser, folder: Path) -> None:
-    """Print how long 60 thumbnails take to be read and decoded, from files of their own and from sheets of 64."""
-    chance = random.Random(1)
+def compare_sheets(browser: Browser, folder: Path) -> None:
+    """Print how long it takes to read and decode 60 thumbnails, from single files and from sheets of 64."""
+    rng = random.Random(1)
     files, packed = [folder / f"{k}.webp" for k in range(SCREEN * SHEET)], []
     for k in range(SCREEN):
         side = int(SHEET**0.5)
         sheet = Image.new("RGB", (side * SIDE, side * SIDE))
         for j, file in enumerate(files[k * SHEET : (k + 1) * SHEET]):
-            small = picture(chance, SIDE)
+            small = random_image(rng, SIDE)
             small.save(file, "WEBP", quality=82, method=2)
             sheet.paste(small, (j % side * SIDE, j // side * SIDE))
         packed.append(folder / f"sheet-{k}.webp")
         sheet.save(packed[-1], "WEBP", quality=82, method=2)
     (folder / "empty.html").write_text("<!doctype html>")
     anywhere = [k * SHEET for k in range(SCREEN)]
-    print("\n| 60 thumbnails, ms | files of their own | sheets of 64 |\n|---|---|---|")
+    print("\n| 60 thumbnails, ms | single files | sheets of 64 |\n|---|---|---|")
     for what, own, shared in (
         ("neighbours", files[:SCREEN], packed[:1]),
         ("from anywhere", [files[k] for k in anywhere], packed),
     ):
-        print(f"| {what} | {decoding(browser, folder, own):.0f} | {decoding(browser, folder, shared):.0f} |")
+        print(f"| {what} | {time_decoding(browser, folder, own):.0f} | {time_decoding(browser, folder, shared):.0f} |")
     sizes = [sum(file.stat().st_size for file in some) / len(files) for some in (files, packed)]
     print(f"| bytes a thumbnail | {sizes[0]:.0f} | {sizes[1]:.0f} |")
 
 
-def decoding(browser: Browser, folder: Path, files: Iterable[Path], rounds: int = 5) -> float:
-    """Median milliseconds until the browser, its caches empty, has read and decoded pictures."""
+def time_decoding(browser: Browser, folder: Path, files: Iterable[Path], rounds: int = 5) -> float:
+    """Median milliseconds until the browser, with empty caches, has read and decoded images."""
     names = json.dumps([file.name for file in files])
     script = f"""(async () => {{
       const start = performance.now();
       await Promise.all({names}.map((name) => {{
-        const picture = Object.assign(new Image(), {{ src: `${{name}}?${{start}}` }});
-        return picture.decode();
+        const image = Object.assign(new Image(), {{ src: `${{name}}?${{start}}` }});
+        return image.decode();
       }}));
       return performance.now() - start;
     }})()"""
@@ -195,21 +193,21 @@ def decoding(browser: Browser, folder: Path, files: Iterable[Path], rounds: int 
     return statistics.median(times)
 
 
-def figure(browser: Browser, job: Path, address: str, out: Path) -> None:
-    """Write a picture of a job's page, its levels rounded to multiples of 4: half the bytes, and nothing to be seen."""
+def write_figure(browser: Browser, job: Path, address: str, out: Path) -> None:
+    """Write a screenshot of a job's page, its levels rounded to multiples of 4: half the bytes, invisible."""
     browser.resize(1280, 720)
     browser.open(gallery.write_gallery(job), address, "tiles.size > 0 && !filling")
     browser.wait("[...document.images].every((img) => img.complete)")
-    time.sleep(1)  # the last pictures are painted
-    picture = Image.open(io.BytesIO(browser.screenshot())).convert("RGB")
+    time.sleep(1)  # until the last images are painted
+    image = Image.open(io.BytesIO(browser.screenshot())).convert("RGB")
     out.parent.mkdir(parents=True, exist_ok=True)
-    picture.point([min(255, (level + 2) // 4 * 4) for level in range(256)] * 3).save(out, optimize=True)
+    image.point([min(255, (level + 2) // 4 * 4) for level in range(256)] * 3).save(out, optimize=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--counts", type=int, nargs="+", default=[10_000, 100_000])
-    parser.add_argument("--size", type=int, default=512, help="of the pictures that thumbnails are made of")
+    parser.add_argument("--size", type=int, default=512, help="pixels a side of the images that thumbnails are made of")
     parser.add_argument("--figure", type=Path, metavar="JOB")
     parser.add_argument("--address", default="", help="the state of the page in the figure")
     parser.add_argument("--out", type=Path, default=Path("configs/figures/gallery.png"))
@@ -219,13 +217,13 @@ def main() -> None:
         parser.error("no Chromium on this machine: apt install chromium")
     with Browser(program) as browser, tempfile.TemporaryDirectory() as root:
         if args.figure:
-            return figure(browser, args.figure, args.address, args.out)
+            return write_figure(browser, args.figure, args.address, args.out)
         for count in args.counts:
             (folder := Path(root) / str(count)).mkdir()
             measure(browser, folder, count)
-        thumbnails(args.size)
+        measure_thumbnails(args.size)
         (folder := Path(root) / "sheets").mkdir()
-        sheets(browser, folder)
+        compare_sheets(browser, folder)
 
 
 if __name__ == "__main__":

@@ -2,9 +2,9 @@
 
     python scripts/stress_batch.py [--kills 200] [--engine inline|local|ray|all]
 
-Each job is run again until it ends, and then compared with one that nothing disturbed: manifest and files, bit for bit.
-A line for each engine says who was killed how often. `all` also compares pictures that were drawn in batches of 1 to 8,
-and by 1 to 4 workers. The test suite does 20 kills, 4 on Ray where it is installed, and batches of 1, 3, 8.
+Each job is run again until it ends, and then compared with an undisturbed one: manifest and files, bit for bit. A line
+for each engine counts the kills. `all` also compares images that were generated in batches of 1 to 8, and by 1 to 4
+workers. The test suite does 20 kills, 4 on Ray where it is installed, and batches of 1, 3, 8.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 
 TESTS = Path(__file__).resolve().parents[1] / "tests" / "jobs"
 PURE = "same_by_any_number_of_workers or same_in_any_batch"
-ENGINES = {  # and the tests of each
+ENGINES = {  # names of tests
     "inline": "one_process",
     "local": "local_processes",
     "ray": "two_nodes",
@@ -30,9 +30,9 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--engine", choices=ENGINES, default="all")
     args = parser.parse_args()
-    words = [sys.executable, "-m", "pytest", "-q", "-rP", "-W", "ignore", "-k", ENGINES[args.engine]]
-    words += [str(TESTS / name) for name in ("test_engines.py", "test_worker.py")]
-    sys.exit(subprocess.call(words, env={**os.environ, "LDM_STRESS_KILLS": str(args.kills)}, cwd=TESTS.parents[1]))
+    command = [sys.executable, "-m", "pytest", "-q", "-rP", "-W", "ignore", "-k", ENGINES[args.engine]]
+    command += [str(TESTS / name) for name in ("test_engines.py", "test_worker.py")]
+    sys.exit(subprocess.call(command, env={**os.environ, "LDM_STRESS_KILLS": str(args.kills)}, cwd=TESTS.parents[1]))
 
 
 if __name__ == "__main__":
