@@ -160,7 +160,7 @@ def read_png_texts(path: Path) -> dict[str, str]:
             picture.load()
             return dict(getattr(picture, "text", {}))
     except Exception as error:  # Pillow's readers raise what they like
-        raise ValueError(f"{path}: {getattr(error, 'strerror', None) or 'not a picture'}") from None
+        raise ValueError(f"{path}: {getattr(error, 'strerror', None) or 'not an image'}") from None
 
 
 # EXIF 2.32: the tags of the Exif IFD, of UserComment and of ImageDescription.

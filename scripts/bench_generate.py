@@ -17,6 +17,7 @@ from _bench import alternate, clock, report
 import ldm.nn  # noqa: F401  before diffusers
 from ldm import Pipeline, Request
 from ldm.checkpoints.formats import PICTO_PATH
+from ldm.nn.vae import latent_shape
 
 from diffusers import DDIMScheduler, StableDiffusionPipeline  # isort: skip
 
@@ -54,7 +55,7 @@ def main() -> None:
     prompts = (PROMPTS * args.batch)[: args.batch]
     ours = Pipeline.from_pretrained(PICTO_PATH, device="cpu", dtype=dtype, batch_size=args.batch)
     native = ours.resolve(Request(prompts[0]))
-    shape = args.batch, *ours.latent_shape(native)
+    shape = args.batch, *latent_shape(ours.model.vae, native.height, native.width)
     noise = torch.randn(shape, generator=torch.Generator().manual_seed(0))
 
     def draw(pipe: Pipeline) -> list:

@@ -19,7 +19,7 @@ from ldm.checkpoints.formats import PICTO_PATH
 from ldm.diffusion.samplers import ddim, sample
 from ldm.diffusion.timesteps import SPACINGS
 from ldm.image_io import contact_sheet, from_uint8, to_pil
-from ldm.nn.vae import decode_latents, vae_scale_factor
+from ldm.nn.vae import decode_latents, latent_shape
 from ldm.rng import Noise
 
 
@@ -42,9 +42,8 @@ def main() -> None:
         "super_resolution": OPERATORS["super_resolution"](4),
         "colourise": OPERATORS["colourise"](),
     }
-    side = [length // vae_scale_factor(vae) for length in picture.shape[-2:]]
     noise, grid = Noise([0]), SPACINGS["log_snr"](pipe.model.sde, args.steps)
-    x = noise(torch.empty(1, pipe.model.unet.config.in_channels, *side, device=pipe.device))
+    x = noise(torch.empty(1, *latent_shape(vae, drawn.height, drawn.width), device=pipe.device))
     with torch.no_grad():
         plain = decode_latents(vae, sample(ddim, denoise, x, grid, noise))
     panels, captions = to_pil(torch.cat([picture, plain])), ["the picture", "unconditioned"]

@@ -53,11 +53,11 @@ class AutoencoderTask:
         scenes = [step * self.recipe.train_batch_size + i for i in rows]
         visits = [SampleKey(i, 0) for i in scenes]
         images = np.stack([self._random_crop(v, self.scenes[i].image) for v, i in zip(visits, scenes, strict=True)])
-        shape = batch_latent_shape(self.model.vae, from_uint8(images))
+        shape = vae.latent_shape(self.model.vae, *images.shape[1:3])
         return {
             "visits": visits,
             "images": images,
-            "noise": sample_normal(self.recipe.seed, visits, "posterior", shape[1:]),
+            "noise": sample_normal(self.recipe.seed, visits, "posterior", shape),
         }
 
     def _random_crop(self, sample_key: SampleKey, image: np.ndarray) -> np.ndarray:
@@ -106,12 +106,6 @@ class AutoencoderTask:
         std = self.validate(model)["latent_std"]
         config = {**vae.get_vae_config(model.vae), "scaling_factor": round(1 / std, 5)}
         save_module(model.vae, config, folder)
-
-
-def batch_latent_shape(autoencoder: vae.AutoencoderKL, images: Tensor) -> tuple[int, ...]:
-    """The shape of the latents of `read_webp_files` [B, 3, H, W]."""
-    f = vae.vae_scale_factor(autoencoder)
-    return (len(images), autoencoder.config["latent_channels"], images.shape[2] // f, images.shape[3] // f)
 
 
 def mean_per_image(values: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Editing: a picture to begin from, and a mask of what is redrawn, as the latents of a drawing."""
+"""Image to image and inpainting: an initial image and a mask as the latents of a sample."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from ldm.pipeline.request import Request
 
 @dataclass(frozen=True)
 class EditInputs:
-    """What a drawing begins from: a picture and, unless all of it is redrawn, a mask (L, white is redrawn), both sized.
+    """The initial image of a request and, for inpainting, its mask (L, white is regenerated), in the output's size.
 
-    `cache_scene_latents` [C, h, w] are the mean of the picture's posterior (diffusers draws a sample of it). `kept` [1, h, w] is 1
-    where the sampler has to leave them as they are. `num_concat_channels` [1 + C, h, w] are the mask and the latents of the
-    picture without what is redrawn, for a network that heeds them itself; then nothing else is kept.
+    `image_latents` [C, h, w] are the mean of the image's posterior (diffusers samples it). `keep_mask` [1, h, w] is 1
+    where the sampler keeps them. `concat` [1 + C, h, w], for a U-Net made for inpainting, is the mask and the latents
+    of the masked image; such a U-Net keeps the image by itself, and `keep_mask` is zero.
     """
 
     image: Image.Image
@@ -35,36 +35,36 @@ class EditInputs:
     def init_latents(self, noise: Tensor, level: NoiseLevel) -> Tensor:
         """x at the first level, alpha z + sigma noise [C, h, w]: Meng et al. 2022 (SDEdit), algorithm 1.
 
-        Under a mask, strength 1 is told nothing of what it redraws: that begins as noise alone, as in diffusers.
+        Inpainting with strength 1 starts from noise alone under the mask, as in diffusers.
         """
         x = level.alpha * self.image_latents + level.sigma * noise
         return torch.lerp(noise, x, self.keep_mask) if self.mask is not None and self.strength == 1 else x
 
     def composite(self, output: Image.Image) -> Image.Image:
-        """The drawn picture under the mask, and the given one elsewhere, bit for bit; strength 0 draws nothing."""
+        """The output under the mask and the input elsewhere, bit for bit; the input at strength 0."""
         if self.strength == 0:
             return self.image
         return output if self.mask is None else Image.composite(output, self.image, self.mask)
 
 
 def prepare_edit_inputs(request: Request, vae: AutoencoderKL, is_inpaint_unet: bool) -> EditInputs | None:
-    """The canvas of a request with its defaults filled in, for a network that `inpaints` or not; None without image.
+    """The edit inputs of a resolved request, or None without an image.
 
-    A pixel is redrawn where the mask is half white or more, and a latent where any of its pixels is: a thin stroke is
-    not lost between the latents, as it is in diffusers, which looks at the first pixel of each.
+    A pixel is regenerated where the mask is at least half white, and a latent where any of its pixels is, so that thin
+    strokes survive the downsampling; diffusers takes the first pixel of each latent.
     """
     if request.image is None:
         return None
-    size, f = (request.width or 0, request.height or 0), vae_scale_factor(vae)
-    picture = request.image.resize(size, Image.Resampling.LANCZOS)
+    size = request.width or 0, request.height or 0
+    image = request.image.resize(size, Image.Resampling.LANCZOS)
     mask = None if request.mask is None else request.mask.resize(size, Image.Resampling.LANCZOS)
-    pixels = from_uint8(np.asarray(picture)[None].copy()).to(vae.device)
-    redrawn = torch.ones_like(pixels[:, :1])
+    pixels = from_uint8(np.asarray(image)[None].copy()).to(vae.device)
+    pixel_mask = torch.ones_like(pixels[:, :1])
     if mask is not None:
-        redrawn = torch.from_numpy(np.asarray(mask) >= 128).to(redrawn)[None, None]
-    cells = F.max_pool2d(redrawn, f)[0]
-    latents, channels, kept = encode_images(vae, pixels).mean[0], None, 1 - cells
+        pixel_mask = torch.from_numpy(np.asarray(mask) >= 128).to(pixel_mask)[None, None]
+    latent_mask = F.max_pool2d(pixel_mask, vae_scale_factor(vae))[0]
+    latents, concat, keep_mask = encode_images(vae, pixels).mean[0], None, 1 - latent_mask
     if is_inpaint_unet:
-        channels = torch.cat([cells, encode_images(vae, pixels * (1 - redrawn)).mean[0]])
-        kept = torch.zeros_like(cells)
-    return EditInputs(picture, mask, request.strength or 0.0, latents, kept, channels)
+        concat = torch.cat([latent_mask, encode_images(vae, pixels * (1 - pixel_mask)).mean[0]])
+        keep_mask = torch.zeros_like(latent_mask)
+    return EditInputs(image, mask, request.strength or 0.0, latents, keep_mask, concat)

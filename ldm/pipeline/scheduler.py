@@ -1,4 +1,4 @@
-"""The scheduler: drawings of any mixture of requests in as few calls of the network as they allow."""
+"""Continuous batching: requests of any mixture in as few network evaluations as they allow."""
 
 from __future__ import annotations
 
@@ -22,32 +22,32 @@ from ldm.diffusion.samplers import SAMPLERS, check_finite, ddim
 from ldm.diffusion.sde import VPSDE
 from ldm.diffusion.timesteps import SPACINGS, TimeGrid, truncate_grid
 from ldm.image_io import to_pil
-from ldm.nn.vae import decode_latents, vae_scale_factor
+from ldm.nn.vae import decode_latents, latent_shape, vae_scale_factor
 from ldm.pipeline.editing import EditInputs, prepare_edit_inputs
 from ldm.pipeline.prompt_encoder import PromptEncoder
-from ldm.pipeline.request import Request, get_add_time_ids, hires_pass, resolve_guidance_interval
+from ldm.pipeline.request import Request, hires_pass, resolve_guidance_interval
 from ldm.rng import Noise
 
-MAX_PENDING_DECODES = 2  # groups that may wait to be decoded
+MAX_PENDING_DECODES = 2  # groups that wait for the decoder
 
 
 @dataclass(frozen=True)
 class RunningRequest:
-    """A request on its way to a picture."""
+    """A request that has been admitted."""
 
-    index: int  # by which the caller knows it
+    index: int  # in the caller's sequence
     request: Request
-    progress_weight: float  # of the picture's progress
-    edit_inputs: EditInputs | None = None  # what it begins from, once it has
+    progress_weight: float  # this pass's part of the image's progress
+    edit_inputs: EditInputs | None = None
 
 
 class SampleGroup:
-    """Rows that march in step: drawings of one shape, sampler and grid, driven by one coroutine."""
+    """Requests of one shape, sampler and time grid, sampled together by one coroutine."""
 
     def __init__(self, members: Sequence[RunningRequest], x: Tensor, grid: TimeGrid, noise: Noise) -> None:
         self.members = members
-        first = members[0].request
-        sampler = partial(ddim, eta=first.eta) if first.eta else SAMPLERS[first.sampler or ""].function
+        request = members[0].request
+        sampler = partial(ddim, eta=request.eta) if request.eta else SAMPLERS[request.sampler or ""].function
         self.coroutine = check_finite(sampler)(x, grid, noise)
         self.x, self.grid, self.level = x, grid, grid[0]
         self.progress = self._reported_progress = 0.0
@@ -57,9 +57,9 @@ class SampleGroup:
         return len(self.members)
 
     def step(self, x0: Tensor) -> None:
-        """Give E[x_0 | x]: the group asks on, or holds its latents in `x`."""
+        """Take E[x_0 | x] at `level`: the next evaluation is at the new `x` and `level`, or `x` is the sample."""
         self._advance(x0)
-        self.progress = max(self.progress, sum(p.t > self.level.t for p in self.grid) / len(self.grid))
+        self.progress = max(self.progress, sum(level.t > self.level.t for level in self.grid) / len(self.grid))
 
     def _advance(self, x0: Tensor | None) -> None:
         try:
@@ -68,9 +68,9 @@ class SampleGroup:
             self.x, self.progress = end.value, 1.0
 
     def progress_delta(self) -> float:
-        """How far its pictures came since it was last asked."""
+        """The progress of its images since the last call, in images."""
         before, self._reported_progress = self._reported_progress, self.progress
-        return (self.progress - before) * sum(drawing.progress_weight for drawing in self.members)
+        return (self.progress - before) * sum(member.progress_weight for member in self.members)
 
     @property
     def done(self) -> bool:
@@ -78,7 +78,7 @@ class SampleGroup:
 
 
 class RequestQueue:
-    """Drawings that wait for room: second passes, then requests, which are asked for one at a time."""
+    """Requests that wait for admission: hires passes first, then new requests, taken one at a time."""
 
     def __init__(self, requests: Iterable[Request | None]) -> None:
         self.hires_passes: deque[RunningRequest] = deque()
@@ -86,7 +86,7 @@ class RequestQueue:
         self._requests, self._count = iter(requests), 0
 
     def take(self, max_count: int) -> list[RunningRequest]:
-        """At most so many, fewer where no more is ready."""
+        """At most `max_count`, fewer if no more are ready."""
         taken: list[RunningRequest] = []
         while len(taken) < max_count and (self.hires_passes or not self.exhausted):
             if self.hires_passes:
@@ -106,50 +106,53 @@ class RequestQueue:
 
 @dataclass
 class MicroBatcher:
-    """A function of rows, asked of at most `limit` at a time, and of half as many once memory runs out.
+    """Calls a function of rows with at most `max_rows` at a time, and with half as many once memory runs out.
 
-    What was being asked is asked again in parts. With `fixed` every call is of `limit` rows, copies of its last one
-    filling it up, so that each row's answer is the same bit for bit whatever the others are: kernels are chosen by
-    shapes. Such a limit stays.
+    After an out-of-memory error the call is repeated in smaller parts. With `pad_to` every call has exactly that many
+    rows, the last one repeated, so that a row's output is the same bit for bit whatever the others are (kernels are
+    chosen by shape); that number never shrinks.
     """
 
     function: Callable[..., Tensor]
     max_rows: int
-    pad_to_max: bool = False
+    pad_to: int | None = None
+
+    def __post_init__(self) -> None:
+        self.max_rows = self.pad_to or self.max_rows
 
     def __call__(self, *rows: Any) -> Tensor:
         while True:
-            asked = min(self.max_rows, len(rows[0]))
+            size = min(self.max_rows, len(rows[0]))
             try:
                 return self._call_in_micro_batches(rows)
             except torch.OutOfMemoryError:
-                if asked == 1 or self.pad_to_max:
+                if size == 1 or self.pad_to:
                     raise
-            self.max_rows = asked // 2  # outside of `except`, whose traceback holds tensors
+            self.max_rows = size // 2  # outside of `except`, whose traceback holds tensors
 
     def _call_in_micro_batches(self, rows: Sequence[Any]) -> Tensor:
         count = len(rows[0])
-        if count <= self.max_rows and not self.pad_to_max:
+        if count <= self.max_rows and not self.pad_to:
             return self.function(*rows)
-        answers = []
+        outputs = []
         for start in range(0, count, self.max_rows):
-            part = [row[start : start + self.max_rows] for row in rows]
-            some = len(part[0])
-            if self.pad_to_max:
-                chosen = [*range(some), *[some - 1] * (self.max_rows - some)]
-                part = [row[chosen] for row in part]
-            answers.append(self.function(*part)[:some])
-        return torch.cat(answers)
+            batch = [row[start : start + self.max_rows] for row in rows]
+            size = len(batch[0])
+            if self.pad_to:
+                indices = [*range(size), *[size - 1] * (self.pad_to - size)]
+                batch = [row[indices] for row in batch]
+            outputs.append(self.function(*batch)[:size])
+        return torch.cat(outputs)
 
 
 class BatchScheduler:
-    """Draws requests of any mixture of prompts, seeds, sizes, steps, samplers, guidance and editing with one model.
+    """Generates any mixture of prompts, seeds, sizes, steps, samplers, guidance and editing with one model.
 
-    It joins the questions of all running groups into one call of the network for each shape of latents and text,
-    retires what is finished and admits what waits: continuous batching. Pictures are decoded beside the next calls, by
-    a thread. `batch_size` pictures are drawn at a time, fewer from when memory runs out. With `fixed` every call of the
-    network is of so many rows, as `MicroBatcher` says; a picture is two where it is guided. Beside the sizes of calls it
-    keeps nothing between two runs, so that threads may run at the same time.
+    The evaluations of all running groups are joined into one network call for each shape of latents and prompts;
+    finished images leave and waiting requests enter between calls (continuous batching). A thread decodes images during
+    the next calls. At most `batch_size` images are sampled at a time, fewer once memory runs out. With `pad_to` every
+    network call has that many rows, as in `MicroBatcher`; a guided image takes two. Between two runs only the sizes of
+    calls are kept, so that threads may share a scheduler.
     """
 
     def __init__(
@@ -157,155 +160,148 @@ class BatchScheduler:
     ) -> None:
         self.model, self.prompt_encoder = model, prompt_encoder
         self.denoiser = Denoiser(model.unet, model.sde, model.prediction, model.unet.dtype)
-        self.batched_unet = MicroBatcher(model.unet, pad_to or 2 * batch_size, pad_to is not None)
-        self.batched_decode = MicroBatcher(
-            partial(decode_latents, model.vae), 1 if pad_to else batch_size, pad_to is not None
-        )
+        self.batched_unet = MicroBatcher(model.unet, 2 * batch_size, pad_to)
+        self.batched_decode = MicroBatcher(partial(decode_latents, model.vae), batch_size, pad_to and 1)
         self._batch_size = batch_size
 
     @property
     def batch_size(self) -> int:
-        """How many pictures are drawn at a time."""
+        """The number of images that are sampled at a time."""
         return max(1, min(self._batch_size, self.batched_unet.max_rows // 2))
 
     @torch.inference_mode()
     def run(
         self, requests: Iterable[Request | None], on_progress: Callable[[float], None]
     ) -> Iterator[tuple[int, Image.Image]]:
-        """(index, picture) of requests with their defaults filled in, as they are finished.
+        """Yield (index, image) of resolved requests as they finish.
 
-        A request is asked for when there is room for it; None says that none is ready yet, which shall be said only
-        while a picture is being drawn. `said(share)` hears of that much more of a picture, 1 in all for each.
+        The next request is taken when there is room for it. None means that none is ready yet; it may come only while
+        an image is being sampled. `on_progress(delta)` is called with the progress since its last call, in images.
         """
-        waiting, running = RequestQueue(requests), list[SampleGroup]()
-        asked: list[tuple[list[SampleGroup], Denoise]] = []
-        drawn: deque[Future[list[tuple[RunningRequest, Image.Image]]]] = deque()
+        queue, running = RequestQueue(requests), list[SampleGroup]()
+        batches: list[tuple[list[SampleGroup], Denoise]] = []
+        decoding: deque[Future[list[tuple[RunningRequest, Image.Image]]]] = deque()
         with ThreadPoolExecutor(1, "decode") as decoder:
-            while running or drawn or waiting.hires_passes or not waiting.exhausted:
-                arrivals = waiting.take(self.batch_size - sum(map(len, running)))
+            while running or decoding or queue.hires_passes or not queue.exhausted:
+                arrivals = queue.take(self.batch_size - sum(map(len, running)))
                 if arrivals:
                     running += self._admit(arrivals)
-                    asked = self._make_batches(running)
-                self._step(asked)
+                    batches = self._make_batches(running)
+                self._step(batches)
                 on_progress(sum(group.progress_delta() for group in running))
                 finished = [group for group in running if group.done]
                 if finished:
                     running = [group for group in running if not group.done]
-                    asked = self._make_batches(running)
-                drawn += [decoder.submit(self._decode_group, group) for group in finished]
-                while drawn and (drawn[0].done() or len(drawn) > MAX_PENDING_DECODES or not running):
-                    for drawing, picture in drawn.popleft().result():
-                        if drawing.request.upscale:
-                            request = hires_pass(drawing.request, picture, vae_scale_factor(self.model.vae))
-                            waiting.hires_passes.append(RunningRequest(drawing.index, request, drawing.progress_weight))
+                    batches = self._make_batches(running)
+                decoding += [decoder.submit(self._decode_group, group) for group in finished]
+                while decoding and (decoding[0].done() or len(decoding) > MAX_PENDING_DECODES or not running):
+                    for member, image in decoding.popleft().result():
+                        if member.request.upscale:
+                            request = hires_pass(member.request, image, vae_scale_factor(self.model.vae))
+                            queue.hires_passes.append(RunningRequest(member.index, request, member.progress_weight))
                         else:
-                            yield drawing.index, picture
+                            yield member.index, image
 
     def prefetch_prompt(self, request: Request) -> None:
-        """Encode a request's texts ahead of its turn, in another thread if need be."""
-        self._encode_prompts(RunningRequest(0, request, 1.0), 1)
+        """Encode the prompts of a request ahead of its turn; may be called from another thread."""
+        self.prompt_encoder.encode_request(request, 1)
 
     def _step(self, batches: Sequence[tuple[list[SampleGroup], Denoise]]) -> None:
-        """One call of the network for each shape: the groups go on with what it answers."""
         for groups, denoise in batches:
             x0 = denoise(torch.cat([g.x for g in groups]), [g.level for g in groups for _ in range(len(g))])
-            for group, part in zip(groups, x0.split([len(g) for g in groups]), strict=True):
-                group.step(part)
+            for group, rows in zip(groups, x0.split([len(g) for g in groups]), strict=True):
+                group.step(rows)
 
     def _admit(self, arrivals: Sequence[RunningRequest]) -> list[SampleGroup]:
-        """Groups of consecutive drawings that can march in step."""
+        """Groups of consecutive requests that can be sampled in step."""
 
-        def march(drawing: RunningRequest) -> tuple:
-            r = drawing.request
-            alone = (
-                drawing.index if SAMPLERS[r.sampler or ""].adaptive else None
-            )  # its steps would depend on neighbours
-            shape = r.height, r.width, self._num_chunks(drawing)
-            return *shape, r.sampler, r.spacing, r.num_inference_steps, r.eta, r.strength, alone
+        def group_key(member: RunningRequest) -> tuple:
+            r = member.request
+            adaptive = SAMPLERS[r.sampler or ""].adaptive  # its steps would depend on the other rows
+            shape = r.height, r.width, self.prompt_encoder.num_chunks(r)
+            settings = r.sampler, r.spacing, r.num_inference_steps, r.eta, r.strength
+            return *shape, *settings, member.index if adaptive else None
 
-        return [self._start(list(members)) for _, members in groupby(arrivals, march)]
+        return [self._start(list(members)) for _, members in groupby(arrivals, group_key)]
 
     def _start(self, members: Sequence[RunningRequest]) -> SampleGroup:
-        inpaints = num_concat_channels(self.model) > 0
-        members = [replace(d, edit_inputs=prepare_edit_inputs(d.request, self.model.vae, inpaints)) for d in members]
-        grid = self.time_grid(members[0].request)
-        noise = Noise([drawing.request.seed for drawing in members])
-        shape = request_latent_shape(self.model, members[0].request)
+        vae, inpaints, first = self.model.vae, num_concat_channels(self.model) > 0, members[0].request
+        members = [replace(m, edit_inputs=prepare_edit_inputs(m.request, vae, inpaints)) for m in members]
+        grid, noise = self.time_grid(first), Noise([member.request.seed for member in members])
+        shape = latent_shape(vae, first.height or 0, first.width or 0)
         x = noise(torch.empty(len(members), *shape, device=self.model.unet.conv_in.weight.device))
-        for row, drawing in enumerate(members):
-            if drawing.request.latents is not None:
-                x[row] = drawing.request.latents.to(x)
-            if drawing.edit_inputs is not None:
-                x[row] = drawing.edit_inputs.init_latents(x[row], grid[0])
+        for row, member in enumerate(members):
+            if member.request.latents is not None:
+                x[row] = member.request.latents.to(x)
+            if member.edit_inputs is not None:
+                x[row] = member.edit_inputs.init_latents(x[row], grid[0])
         return SampleGroup(members, x, grid, noise)
 
     def _make_batches(self, groups: Sequence[SampleGroup]) -> list[tuple[list[SampleGroup], Denoise]]:
-        """For each shape of latents and text the groups that share a call of the network, and their denoiser."""
+        """The unfinished groups that share a network call, by the shape of latents and prompts, and their denoiser."""
         shapes: dict[tuple[torch.Size, int], list[SampleGroup]] = {}
         for group in groups:
             if not group.done:
-                shapes.setdefault((group.x.shape[1:], self._num_chunks(group.members[0])), []).append(group)
-        return [
-            (some, self._make_denoiser([d for g in some for d in g.members], length))
-            for (_, length), some in shapes.items()
-        ]
+                num_chunks = self.prompt_encoder.num_chunks(group.members[0].request)
+                shapes.setdefault((group.x.shape[1:], num_chunks), []).append(group)
+        return [(some, self._make_denoiser([m for g in some for m in g.members])) for some in shapes.values()]
 
-    def _make_denoiser(self, members: Sequence[RunningRequest], num_chunks: int) -> Denoise:
-        """The denoiser of a row per drawing, each guided by its own texts and keeping what its own mask keeps."""
-        requests = [drawing.request for drawing in members]
-        cond, uncond = zip(*(self._encode_prompts(drawing, num_chunks) for drawing in members), strict=True)
-        denoise = classifier_free_guidance(
+    def _make_denoiser(self, members: Sequence[RunningRequest]) -> Denoise:
+        """The denoiser of a row per request, guided by its own prompts, and inpainting its own mask."""
+        edits = [member.edit_inputs for member in members]
+        denoise = make_cfg_denoiser(
             replace(self.denoiser, network=self.batched_unet),
-            Conditioning.cat(cond),
-            Conditioning.cat(uncond),
-            torch.tensor([r.guidance_scale for r in requests], dtype=torch.float64),
-            torch.tensor([r.guidance_rescale for r in requests]),
-            torch.tensor([resolve_guidance_interval(r) for r in requests], dtype=torch.float64),
+            self.prompt_encoder,
+            [member.request for member in members],
+            [edit and edit.concat for edit in edits],
         )
-        if all(r.mask is None for r in requests):
+        if all(member.request.mask is None for member in members):
             return denoise
-        given = [(d.edit_inputs.image_latents, d.edit_inputs.keep_mask) if d.edit_inputs else None for d in members]
-        nothing = tuple(map(torch.zeros_like, next(filter(None, given))))
-        known, kept = zip(*(row or nothing for row in given), strict=True)
-        return inpaint(denoise, torch.stack(known), torch.stack(kept))
-
-    def _encode_prompts(self, member: RunningRequest, num_chunks: int) -> tuple[Conditioning, Conditioning]:
-        """A row with and without its text; where it is not guided, nobody asks for the second."""
-        r = member.request
-        read = partial(
-            self.prompt_encoder, num_chunks=num_chunks, clip_skip=r.clip_skip or 0, time_ids=get_add_time_ids(r)
-        )
-        cond = read(r.prompt)
-        pair = cond, cond if r.guidance_scale == 1 else read(r.negative_prompt)
-        if member.edit_inputs is None or member.edit_inputs.concat is None:
-            return pair
-        shown = member.edit_inputs.concat[None]
-        return replace(pair[0], concat=shown), replace(pair[1], concat=shown)
-
-    def _num_chunks(self, member: RunningRequest) -> int:
-        r = member.request
-        return self.prompt_encoder.num_chunks(r.prompt, r.negative_prompt, r.guidance_scale)
+        rows = [(edit.image_latents, edit.keep_mask) if edit else None for edit in edits]
+        zeros = tuple(map(torch.zeros_like, next(filter(None, rows))))
+        image_latents, keep_masks = zip(*(row or zeros for row in rows), strict=True)
+        return inpaint(denoise, torch.stack(image_latents), torch.stack(keep_masks))
 
     @torch.inference_mode()
     def _decode_group(self, group: SampleGroup) -> list[tuple[RunningRequest, Image.Image]]:
-        pictures = zip(group.members, to_pil(self.batched_decode(group.x)), strict=True)
-        return [(d, picture if d.edit_inputs is None else d.edit_inputs.composite(picture)) for d, picture in pictures]
+        images = zip(group.members, to_pil(self.batched_decode(group.x)), strict=True)
+        return [(m, m.edit_inputs.composite(image) if m.edit_inputs else image) for m, image in images]
 
     def time_grid(self, request: Request) -> TimeGrid:
-        """The noise levels of a request whose number of steps is known."""
+        """The noise levels of a resolved request."""
         grid = make_time_grid(self.model.sde, request.spacing or "", request.num_inference_steps or 0)
         return grid if request.strength is None else truncate_grid(grid, request.strength)
 
 
+def make_cfg_denoiser(
+    denoiser: Denoiser, prompt_encoder: PromptEncoder, requests: Sequence[Request], concats: Sequence[Tensor | None]
+) -> Denoise:
+    """The denoiser of a row per resolved request, by `classifier_free_guidance` with its prompts, scale and interval.
+
+    `concats` holds what an inpainting U-Net takes beside x, [1 + C, h, w] per row. ValueError if the requests differ in
+    `PromptEncoder.num_chunks`.
+    """
+    lengths = sorted(set(map(prompt_encoder.num_chunks, requests)))
+    if len(lengths) > 1:
+        raise ValueError(f"prompts of {' and '.join(map(str, lengths))} chunks: one length is needed in a call")
+    rows = []
+    for request, concat in zip(requests, concats, strict=True):
+        pair = prompt_encoder.encode_request(request, lengths[0])
+        rows.append(pair if concat is None else tuple(replace(cond, concat=concat[None]) for cond in pair))
+    cond, uncond = map(Conditioning.cat, zip(*rows, strict=True))
+    return classifier_free_guidance(
+        denoiser,
+        cond,
+        uncond,
+        torch.tensor([r.guidance_scale for r in requests], dtype=torch.float64),
+        torch.tensor([r.guidance_rescale for r in requests]),
+        torch.tensor([resolve_guidance_interval(r) for r in requests], dtype=torch.float64),
+    )
+
+
 def num_concat_channels(model: Checkpoint) -> int:
-    """How many channels a U-Net reads beside its latents: 0, or, where it inpaints, those of `EditInputs.concat`."""
+    """The channels that a U-Net takes beside its latents: 0, or, for inpainting, those of `EditInputs.concat`."""
     return model.unet.config.in_channels - model.unet.config.out_channels
-
-
-def request_latent_shape(model: Checkpoint, request: Request) -> tuple[int, int, int]:
-    """[C, h, w] of a request whose size is known."""
-    f = vae_scale_factor(model.vae)
-    return model.unet.config.out_channels, (request.height or 0) // f, (request.width or 0) // f
 
 
 @lru_cache(maxsize=256)

@@ -72,7 +72,7 @@ def test_a_warning_is_status_0_and_an_error_status_2_in_one_line(ldm_, recipe, t
     assert status == 0 and err == "" and "warning" in out and "none.png: 'None' describes nothing" in " ".join(out.split())
     beside(tmp_path / "data", "torn.png", b"x")
     status, out, err = ldm_("check", recipe, "--json")
-    assert status == 2 and err == "error: torn.png: not a picture\n"
+    assert status == 2 and err == "error: torn.png: not an image\n"
     rows = {(row["severity"], row["kind"], row["key"]) for row in json.loads(out)["findings"]}
     assert rows == {("error", "broken image", "torn.png"), ("warning", "placeholder caption", "none.png")}
 
@@ -91,7 +91,7 @@ def test_the_page_shows_each_finding_and_needs_nothing_else(ldm_, recipe, tmp_pa
     shown = Image.open(io.BytesIO(base64.b64decode(data)))
     assert head == "data:image/jpeg;base64" and shown.size == (120, 60)
     (torn,) = (row for row in page.rows if row["kind"] == "broken image")
-    assert torn["image"] is None and "not a picture" in torn["text"]
+    assert torn["image"] is None and "not an image" in torn["text"]
     assert sorted(page.boxes) == sorted({row["kind"] for row in page.rows})
     assert all(address.startswith("data:") for address in page.addresses)
     assert not re.search(r"(?:src|href|url\(|@import|fetch)\W*https?:", text)
@@ -102,7 +102,7 @@ def test_a_training_hears_of_warnings_and_is_refused_for_errors(recipe, tmp_path
     preflight(load_recipe(recipe))
     assert capsys.readouterr() == ("", "warning: none.png: 'None' describes nothing\n")
     beside(tmp_path / "data", "torn.png", b"x")
-    with pytest.raises(ValueError, match=r"^torn\.png: not a picture$"):
+    with pytest.raises(ValueError, match=r"^torn\.png: not an image$"):
         preflight(load_recipe(recipe))
 
 

@@ -88,7 +88,7 @@ def test_the_likelihood_table_says_what_the_record_says(ldm_, tiny, image_file):
     "words, said",
     [
         (["no.png"], "no.png"),
-        (["TEXT"], "not a picture"),
+        (["TEXT"], "not an image"),
         (["ODD"], "odd.png: picture of 30x32: one size, in multiples of 4"),
         (["PICTURE", "--method", "exact"], "--method exact: choose from ode, elbo, both"),
         (["PICTURE", "--steps", "1"], "--steps 1"),
@@ -160,7 +160,7 @@ def test_the_invert_table_says_what_json_says(ldm_, tiny, wide_file, tmp_path):
     "words, said",
     [
         (["NONE"], "none.png"),
-        (["TEXT"], "not a picture"),
+        (["TEXT"], "not an image"),
         (["ODD"], "multiples of 4"),
         (["CAT", "--scheme", "edict"], "--scheme edict: choose from exact, ode"),
         (["CAT", "--steps", "0"], "--steps 0"),

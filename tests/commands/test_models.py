@@ -216,7 +216,7 @@ def test_another_autoencoder_is_used_and_recorded(draw, tiny, tmp_path):
         (["--embedding", "blob=LORA"], "style.safetensors"),
         (["--mask", "PICTURE"], "mask: needs an image"),
         (["--strength", "0.5"], "strength: needs an image"),
-        (["--image", "LORA"], "not a picture"),
+        (["--image", "LORA"], "not an image"),
         (["--image", "PICTURE", "--strength", "2"], "strength 2"),
         (["--upscale", "1"], "upscale 1"),
         (["--clip-skip", "0"], "clip skip 0"),

@@ -152,7 +152,7 @@ def test_what_cannot_be_read_is_named():
     heic = bytes(4) + b"ftypheic" + bytes(20)
     bomb = bytearray(encoded(Image.new("1", (8, 8)), "PPM"))
     bomb[3:6] = b"40000 40000"
-    for data, said in ((heic, "HEIC"), (b"", "empty"), (b"hello", "not a picture"), (bytes(bomb), "million pixels")):
+    for data, said in ((heic, "HEIC"), (b"", "empty"), (b"hello", "not an image"), (bytes(bomb), "million pixels")):
         for read in (decode_image, read_image_size):
             with pytest.raises(ValueError, match=said):
                 read(data)

@@ -167,11 +167,11 @@ def test_masks_are_averaged_over_each_latent_and_ones_where_there_are_none(folde
 
 
 PLANTED = {
-    "not a picture": {"8.png": b"nothing", "8.txt": "x"},
+    "not an image": {"8.png": b"nothing", "8.txt": "x"},
     "empty": {"8.png": b"", "8.txt": "x"},
     "caption": {"8.png": 8},
     "mask is 12x9": {"8.png": 8, "8.txt": "x", "8.mask.png": encoded(noise(12, 9))},
-    "the mask: not a picture": {"8.png": 8, "8.txt": "x", "8.mask.png": b"nothing"},
+    "the mask: not an image": {"8.png": 8, "8.txt": "x", "8.mask.png": b"nothing"},
 }
 
 

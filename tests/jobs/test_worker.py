@@ -83,7 +83,7 @@ def test_memory_for_less_than_one_row_is_an_error_and_a_fixed_size_stays():
     def poor(x):
         raise torch.OutOfMemoryError("out")
 
-    for calls in (MicroBatcher(poor, 8), MicroBatcher(poor, 8, pad_to_max=True)):
+    for calls in (MicroBatcher(poor, 8), MicroBatcher(poor, 8, pad_to=8)):
         with pytest.raises(torch.OutOfMemoryError):
             calls(torch.zeros(8))
     assert calls.max_rows == 8

@@ -17,6 +17,7 @@ from ldm.checkpoints.formats import Checkpoint
 from ldm.nn.text_encoders import TextEncoder, build_clip_tokenizer, build_text_encoder, load_clip_tokenizer
 from ldm.nn.unet import UNet, UNetConfig
 from ldm.pipeline.prompt_encoder import LRUCache, PromptEncoder, encode_chunk, tokenize_prompt_or_zeros
+from ldm.pipeline.request import Request
 
 SMALL = {"intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 2, "projection_dim": 24}
 WIDTHS = {"text_encoder": 32, "text_encoder_2": 48}
@@ -132,7 +133,7 @@ def test_no_prompt_is_zeros_of_any_length_and_their_keys_and_values(xl):
     none, pair = texts(None, 3), texts("a cat " * 90, 3)
     assert none.context.shape == pair.context.shape == (1, 231, 80)
     assert not none.context.any() and not any(k.any() or v.any() for k, v in none.kv_cache)
-    assert texts.num_chunks("a", None, 5.0) == 1 and texts.num_chunks("a " * 76, None, 5.0) == 2
+    assert texts.num_chunks(Request("a")) == 1 and texts.num_chunks(Request("a " * 76)) == 2
     assert PromptEncoder(replace(xl, force_zeros_for_empty_prompt=False))(None).context.equal(texts("").context)
 
 
@@ -319,7 +320,7 @@ def test_vectors_that_do_not_fit_are_refused_by_name(model, texts, tmp_path):
     for tensors, said in (
         (other, "an embedding for text_encoder.*; this model has text_encoder"),
         (wide, "vectors of width 40 for text_encoder, expected 32"),
-        (vectors(model, 76), "76 vectors, at most 75 are read at a time"),
+        (vectors(model, 76), "76 vectors, at most 75 fit in a chunk"),
     ):
         save_file(tensors, tmp_path / "bad.safetensors")
         with pytest.raises(ValueError, match=rf"bad\.safetensors: {said}"):
