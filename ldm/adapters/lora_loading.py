@@ -31,7 +31,7 @@ from ldm.adapters.lora_keys import (
 from ldm.adapters.lora_saving import LORA_ADAPTER_METADATA_KEY, save_adapter
 from ldm.checkpoints.families import FAMILIES
 from ldm.checkpoints.hub import LORA_WEIGHT_NAME_SAFE, PEFT_CONFIG_NAME, PEFT_LORA_NAME
-from ldm.checkpoints.networks import build_meta_network
+from ldm.checkpoints.keys import build_meta_network
 from ldm.checkpoints.tensors import SafetensorsFile, open_safetensors
 from ldm.errors import choose, list_some, parse_json
 from ldm.files import check_creatable_dir, ensure_writable_dir, file_sha256, read_json

@@ -24,7 +24,7 @@ from ldm.audit.caption_checks import count_tokens
 from ldm.audit.image_checks import MAX_UPSCALE
 from ldm.checkpoints.families import LoadOptions
 from ldm.checkpoints.formats import CPU_DEVICE, PICTO_PATH, read_model_spec
-from ldm.checkpoints.networks import ModelSpec, WeightFile, load_weights
+from ldm.checkpoints.networks import ModelSpec, load_weights, select_weights
 from ldm.conditioning import Conditioning
 from ldm.config import FinetuneObjective, Recipe
 from ldm.data.buckets import ImageSize, format_size
@@ -68,9 +68,7 @@ class ModelConfig:
     def load_vae(self) -> AutoencoderKL:
         """The autoencoder with its weights, float32 on the CPU; no other network's are read."""
         vae = self.spec.networks["vae"]
-        select = lambda mappings: {name: entry for name, entry in mappings.items() if entry.component == "vae"}
-        groups = [[WeightFile(s.file, select(s.key_mappings)) for s in group] for group in self.spec.shard_groups]
-        groups = [[file for file in group if file.key_mappings] for group in groups]
+        groups = [select_weights(group, {"vae"}) for group in self.spec.shard_groups]
         load_weights({"vae": vae}, groups, CPU_DEVICE, {"vae": torch.float32})
         return vae
 

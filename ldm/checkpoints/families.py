@@ -1,26 +1,30 @@
-"""What is known of a model besides its weights: the families of Stable Diffusion, and the user's `LoadOptions`.
+"""Configurations: the families of Stable Diffusion, the fields of config.json files, and the user's `LoadOptions`.
 
-A single file holds no configuration. Fields and values here are those of the published directories (`unet/config.json`
-and the like) without the libraries' defaults; sizes are the native ones, where some of those say another.
+A single file holds no configuration, so that of its family stands here, with the fields and values of the published
+directories (`unet/config.json` and the like) less the libraries' defaults; sizes are the native ones.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
-EOS_TOKEN_ID, EXCLAMATION_TOKEN_ID = 49407, 0  # token ids of "<|endoftext|>" and "!"
+from ldm.files import read_json
+
+BuildResult = TypeVar("BuildResult")
 
 
 @dataclass(frozen=True)
 class LoadOptions:
     """How a checkpoint is found and read; `Pipeline.from_pretrained` takes the same names.
 
-    `revision` and `token` are of the hub; `variant` chooses among the weights of a directory ("fp16"); `family` and `ema`
-    (the U-Net's moving average in place of its last weights) are of single files. `prediction` ("eps", "v", "x0") and
-    `zero_snr` (zero terminal SNR) override what the model says; `vae` is a folder, file or hub id of another autoencoder.
+    `revision` and `token` are the hub's; `variant` chooses among a directory's weights ("fp16"); `family` and `ema`
+    (the U-Net's moving average in place of its last weights) are for single files. `prediction` ("eps", "v", "x0") and
+    `zero_snr` (zero terminal SNR) override what the model says; `vae` is the folder, file or hub id of another VAE.
     """
 
     revision: str | None = None
@@ -39,13 +43,99 @@ class LoadOptions:
 
 
 @dataclass(frozen=True)
-class TextEncoderSpec:
-    """One CLIP text encoder: its configuration, how it is read, and where a single file keeps it.
+class ConfigSchema:
+    """The fields that a kind of configuration may have, each name once.
 
-    `config` has the fields of transformers' CLIPTextConfig. `pad` fills a prompt to 77 tokens. The U-Net attends to the
-    output of layer `read_clip_skip`, counted from the end, after the final norm where `final_norm`; `projected`, it also takes
-    the pooled vector. `layout` is whose names a single file uses below `format_label_prefix`; `should_drop_caption` counts the last layers that
-    it may hold and a directory does not, as nothing reads them.
+    `supported` fields are read (names separated by spaces); a field of `allowed_values` must have one of these;
+    `ignored` has the names, likewise, of fields that are not read, by the reason.
+    """
+
+    config_kind: str
+    supported: str
+    allowed_values: Mapping[str, tuple[Any, ...]]
+    ignored: Mapping[str, str] = field(default_factory=dict)
+
+    @cached_property
+    def field_names(self) -> frozenset[str]:
+        """The names of all fields."""
+        return frozenset([*self.supported.split(), *self.allowed_values, *" ".join(self.ignored.values()).split()])
+
+    def validate(self, config: Mapping[str, Any]) -> None:
+        """ValueError names the first field that is unknown or has an unsupported value."""
+        for name, value in config.items():
+            if name in self.allowed_values and value not in self.allowed_values[name]:
+                allowed = " or ".join(map(repr, self.allowed_values[name]))
+                raise ValueError(f"{self.config_kind} config: {name} = {value!r} is not supported, only {allowed}")
+            if not (name in self.field_names or name.startswith("_")):
+                raise ValueError(f"{self.config_kind} config: unknown field {name} = {value!r}")
+
+
+VAE_CONFIG_SCHEMA = ConfigSchema(
+    "VAE",
+    """in_channels out_channels down_block_types up_block_types block_out_channels layers_per_block act_fn
+    latent_channels norm_num_groups sample_size scaling_factor force_upcast use_quant_conv use_post_quant_conv
+    mid_block_add_attention""",
+    {
+        "shift_factor": (None, 0),  # later families shift their latents too
+        "latents_mean": (None,),
+        "latents_std": (None,),
+    },
+)
+TEXT_ENCODER_CONFIG_SCHEMA = ConfigSchema(
+    "text encoder",
+    """vocab_size hidden_size intermediate_size projection_dim num_hidden_layers num_attention_heads
+    max_position_embeddings layer_norm_eps bos_token_id eos_token_id pad_token_id""",
+    {
+        "hidden_act": ("quick_gelu", "gelu"),
+        "model_type": ("clip_text_model",),
+        "is_decoder": (False,),
+        "is_encoder_decoder": (False,),
+        "add_cross_attention": (False,),
+        "chunk_size_feed_forward": (0,),
+        "quantization_config": (None,),
+        "auto_map": (None,),  # code in the repository
+    },
+    {
+        "the model's index names the class": "architectures",
+        "the caller chooses": "dtype torch_dtype",
+        "who wrote the file": "transformers_version",
+        "of training": "attention_dropout dropout initializer_factor initializer_range gradient_checkpointing",
+        "of other uses of the class": """use_cache return_dict output_attentions output_hidden_states torchscript
+        tie_word_embeddings problem_type id2label label2id""",
+    },
+)
+
+
+def build_from_config(path: Path, build: Callable[[dict[str, Any]], BuildResult]) -> BuildResult:
+    """What `build` makes of the configuration in a file; ValueError in one line that names the file."""
+    config = read_json(path)
+    try:
+        return build(config)
+    except Exception as error:  # values of any kind, in three libraries' hands
+        reason = str(error) if type(error) is ValueError else f"nothing can be built from it: {error!r}"
+        raise ValueError(f"{path}: {' '.join(reason.split())}") from None
+
+
+def get_config_number(config: Mapping[str, Any], name: str, default: float) -> float:
+    """A finite number of a configuration."""
+    value = config.get(name, default)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise ValueError(f"{name} {value!r}: a finite number is needed")
+    return value
+
+
+EOS_TOKEN_ID, EXCLAMATION_TOKEN_ID = 49407, 0  # token ids of "<|endoftext|>" and "!"
+
+
+@dataclass(frozen=True)
+class TextEncoderSpec:
+    """One CLIP text encoder: its configuration, how the U-Net reads it, and where a single file keeps it.
+
+    `config` has the fields of transformers' CLIPTextConfig. The U-Net attends to the output of layer `layer_idx`, after
+    the final norm if `final_norm`, and takes the pooled vector if `with_projection`
+    (`ldm.nn.text_encoders.TextEncoder`). A single file uses the names of the library `layout` below `prefix`, and may
+    hold `num_dropped_layers` last layers that a directory does not have, since nothing reads them. `pad_token_id` pads
+    a prompt to 77 tokens.
     """
 
     config: Mapping[str, Any]
@@ -60,11 +150,10 @@ class TextEncoderSpec:
 
 @dataclass(frozen=True)
 class ModelFamily:
-    """A kind of checkpoint: the configurations of its networks, by folder, and what its makers recommend.
+    """A kind of checkpoint: the configurations of its networks by component, and its generation defaults.
 
-    `unet_from_config`, `vae` and `scheduler` are configurations of diffusers, `split_clip` the text encoders by folder; `size` is the
-    native side of a picture in pixels, `pipeline` diffusers' class for the whole. `zero_negative`: an empty negative
-    prompt stands for zeros rather than for the embedding of "".
+    `resolution` is the native side of an image in pixels, `pipeline_class` that of diffusers;
+    `force_zeros_for_empty_prompt`: an empty negative prompt is encoded as zeros rather than as "".
     """
 
     unet: Mapping[str, Any]
@@ -79,21 +168,17 @@ class ModelFamily:
 
     @property
     def generation_defaults(self) -> dict[str, Any]:
-        """The settings of a request that its makers recommend."""
+        """The recommended settings of a request."""
         return {"num_inference_steps": self.num_inference_steps, "guidance_scale": self.guidance_scale}
 
     @property
     def configs(self) -> dict[str, Mapping[str, Any]]:
-        """The configurations of the networks, by folder."""
-        return {
-            "unet": self.unet,
-            "vae": self.vae,
-            **{name: tower.config for name, tower in self.text_encoders.items()},
-        }
+        """The configurations of the networks by component."""
+        return {"unet": self.unet, "vae": self.vae, **{name: spec.config for name, spec in self.text_encoders.items()}}
 
 
 def _clip_text_config(hidden_size: int, num_hidden_layers: int, hidden_act: str, projection_dim: int) -> dict[str, Any]:
-    """A CLIPTextConfig; heads are 64 wide. The ids of BOS and EOS are the tokenizer's, not the 0 and 2 of old files."""
+    """A CLIPTextConfig with 64 channels a head and the tokenizer's ids of BOS and EOS, not the 0 and 2 of old files."""
     return {
         "vocab_size": 49408,
         "hidden_size": hidden_size,
@@ -137,9 +222,8 @@ SDXL_UNET_CONFIG = SD1_UNET_CONFIG | {
     "use_linear_projection": True,
     "addition_embed_type": "text_time",
     "addition_time_embed_dim": 256,
-    "projection_class_embeddings_input_dim": 2816,  # 1280 pooled, and 6 ids of 256
+    "projection_class_embeddings_input_dim": 2816,  # 1280 pooled + 6 time ids of 256
 }
-INPAINTING_UNET_OVERRIDES = {"in_channels": 9}  # the noisy latents, the mask, the latents of what is known
 
 SD1_VAE_CONFIG: dict[str, Any] = {
     "_class_name": "AutoencoderKL",
@@ -159,24 +243,17 @@ SD1_CLIP_L = TextEncoderSpec(
 )
 SD2_CLIP_H = TextEncoderSpec(
     _clip_text_config(1024, 23, "gelu", 1024),
-    "cond_stage_model.model.",
-    "open_clip",
-    EXCLAMATION_TOKEN_ID,
+    prefix="cond_stage_model.model.",
+    layout="open_clip",
+    pad_token_id=EXCLAMATION_TOKEN_ID,
     num_dropped_layers=1,
 )
-SDXL_CLIP_L = TextEncoderSpec(
-    SD1_CLIP_L.config,
-    "conditioner.embedders.0.transformer.",
-    "transformers",
-    EOS_TOKEN_ID,
-    layer_idx=-2,
-    final_norm=False,
-)
+SDXL_CLIP_L = replace(SD1_CLIP_L, prefix="conditioner.embedders.0.transformer.", layer_idx=-2, final_norm=False)
 SDXL_CLIP_G = TextEncoderSpec(
     _clip_text_config(1280, 32, "gelu", 1280),
-    "conditioner.embedders.1.model.",
-    "open_clip",
-    EXCLAMATION_TOKEN_ID,
+    prefix="conditioner.embedders.1.model.",
+    layout="open_clip",
+    pad_token_id=EXCLAMATION_TOKEN_ID,
     layer_idx=-2,
     final_norm=False,
     with_projection=True,
@@ -198,49 +275,32 @@ SD1_SCHEDULER_CONFIG: dict[str, Any] = {
 SD2_V_SCHEDULER_CONFIG = SD1_SCHEDULER_CONFIG | {"_class_name": "DDIMScheduler", "prediction_type": "v_prediction"}
 SDXL_SCHEDULER_CONFIG = SD1_SCHEDULER_CONFIG | {"_class_name": "EulerDiscreteScheduler"}
 
-SD_PIPELINE_CLASS, SD_INPAINT_PIPELINE_CLASS, SDXL_PIPELINE_CLASS = (
-    "StableDiffusionPipeline",
-    "StableDiffusionInpaintPipeline",
-    "StableDiffusionXLPipeline",
+_SD1 = ModelFamily(
+    SD1_UNET_CONFIG, SD1_VAE_CONFIG, {"text_encoder": SD1_CLIP_L}, SD1_SCHEDULER_CONFIG, 512, "StableDiffusionPipeline"
 )
+_SD2 = replace(_SD1, unet=SD2_UNET_CONFIG, text_encoders={"text_encoder": SD2_CLIP_H})
+
+
+def _inpainting(family: ModelFamily) -> ModelFamily:
+    """The family with a U-Net that also takes the mask and the latents of the masked image."""
+    return replace(family, unet={**family.unet, "in_channels": 9}, pipeline_class="StableDiffusionInpaintPipeline")
+
+
 FAMILIES: dict[str, ModelFamily] = {
-    "sd1": ModelFamily(
-        SD1_UNET_CONFIG, SD1_VAE_CONFIG, {"text_encoder": SD1_CLIP_L}, SD1_SCHEDULER_CONFIG, 512, SD_PIPELINE_CLASS
+    "sd1": _SD1,
+    "sd1-inpainting": _inpainting(_SD1),
+    "sd2-base": _SD2,
+    "sd2-v": replace(
+        _SD2, unet=SD2_V_UNET_CONFIG, vae=SD2_V_VAE_CONFIG, scheduler=SD2_V_SCHEDULER_CONFIG, resolution=768
     ),
-    "sd1-inpainting": ModelFamily(
-        SD1_UNET_CONFIG | INPAINTING_UNET_OVERRIDES,
-        SD1_VAE_CONFIG,
-        {"text_encoder": SD1_CLIP_L},
-        SD1_SCHEDULER_CONFIG,
-        512,
-        SD_INPAINT_PIPELINE_CLASS,
-    ),
-    "sd2-base": ModelFamily(
-        SD2_UNET_CONFIG, SD1_VAE_CONFIG, {"text_encoder": SD2_CLIP_H}, SD1_SCHEDULER_CONFIG, 512, SD_PIPELINE_CLASS
-    ),
-    "sd2-v": ModelFamily(
-        SD2_V_UNET_CONFIG,
-        SD2_V_VAE_CONFIG,
-        {"text_encoder": SD2_CLIP_H},
-        SD2_V_SCHEDULER_CONFIG,
-        768,
-        SD_PIPELINE_CLASS,
-    ),
-    "sd2-inpainting": ModelFamily(
-        SD2_UNET_CONFIG | INPAINTING_UNET_OVERRIDES,
-        SD1_VAE_CONFIG,
-        {"text_encoder": SD2_CLIP_H},
-        SD1_SCHEDULER_CONFIG,
-        512,
-        SD_INPAINT_PIPELINE_CLASS,
-    ),
+    "sd2-inpainting": _inpainting(_SD2),
     "sdxl": ModelFamily(
         SDXL_UNET_CONFIG,
         SDXL_VAE_CONFIG,
         {"text_encoder": SDXL_CLIP_L, "text_encoder_2": SDXL_CLIP_G},
         SDXL_SCHEDULER_CONFIG,
-        1024,
-        SDXL_PIPELINE_CLASS,
+        resolution=1024,
+        pipeline_class="StableDiffusionXLPipeline",
         guidance_scale=5.0,
         force_zeros_for_empty_prompt=True,
     ),

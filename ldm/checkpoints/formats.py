@@ -1,4 +1,4 @@
-"""Models on a disk or a hub, whichever way they are written: found, recognised, loaded strictly."""
+"""Load a model from disk or the hub, whatever its layout; every tensor is accounted for."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from ldm.checkpoints.networks import TEXT_ENCODERS, ModelSpec, load_weights
 from ldm.conditioning import Conditioning
 from ldm.diffusion.prediction import Prediction
 from ldm.diffusion.sde import VPSDE
+from ldm.errors import error_text
 from ldm.installation import find_picto, missing_picto
 from ldm.nn import vae
-from ldm.nn.text_encoders import CLIPTextModel, TextEncoder, join_text_embeddings, tokenize_prompt
+from ldm.nn.text_encoders import TextEncoder, join_text_embeddings, tokenize_prompt
 from ldm.nn.unet import UNet
 from ldm.rng import Noise
 
-GENERATION_DEFAULTS = {"num_inference_steps": 50, "guidance_scale": 7.5, "sampler": "dpmpp_2m", "spacing": "trailing"}
-MODEL_INDEX = {  # what makes a folder a diffusers.StableDiffusionPipeline
+MODEL_INDEX = {  # the model_index.json of a diffusers.StableDiffusionPipeline
     "_class_name": "StableDiffusionPipeline",
     "feature_extractor": [None, None],
     "image_encoder": [None, None],
@@ -39,19 +39,19 @@ MODEL_INDEX = {  # what makes a folder a diffusers.StableDiffusionPipeline
 }
 CPU_DEVICE = torch.device("cpu")
 PICTO_PATH = find_picto()  # the shipped model
-NUM_TIME_IDS = 6  # numbers of SDXL: original size, crop, target size
-PROBE_LATENT_SIZE = 32  # latents a side, of which the U-Net is asked what it predicts
+NUM_TIME_IDS = 6  # of SDXL: original size, crop, target size
+PROBE_LATENT_SIZE = 32  # latents a side
 
 
 @dataclass(frozen=True)
 class Checkpoint:
     """A whole text-to-image model: its networks, what the U-Net predicts, and under which SDE.
 
-    `defaults` are the settings that its makers recommend; `hashes` the SHA-256 of each network's file (of its shards'
-    bytes, one after another), by folder. `zero_negative`: an empty negative prompt stands for zeros rather than for
-    the embedding of "". `family` is a name of `FAMILIES`, None where it is another model; `vae_name` the file's of an
-    autoencoder that replaces the model's own. `build_variant_options` are those that `load_checkpoint` was given, as JSON values:
-    `Pipeline.from_pretrained(**options)` loads the same again.
+    `generation_defaults` are recommended settings of a request; `weight_hashes` the SHA-256 of each component's file
+    (of its shards' bytes, one after another). `force_zeros_for_empty_prompt`: an empty negative prompt is encoded as
+    zeros rather than as "". `family` is a name of `FAMILIES` or None; `vae_name` names the file of another autoencoder
+    than the model's own. `load_options` are those of `load_checkpoint` as JSON values:
+    `Pipeline.from_pretrained(**load_options)` loads the same again.
     """
 
     unet: UNet
@@ -59,7 +59,7 @@ class Checkpoint:
     text_encoders: tuple[TextEncoder, ...]
     sde: VPSDE
     prediction: Prediction
-    generation_defaults: Mapping[str, Any] = field(default_factory=lambda: dict(GENERATION_DEFAULTS))
+    generation_defaults: Mapping[str, Any] = field(default_factory=dict)
     weight_hashes: Mapping[str, str] = field(default_factory=dict)
     force_zeros_for_empty_prompt: bool = False
     family: str | None = None
@@ -68,9 +68,9 @@ class Checkpoint:
 
     @property
     def networks(self) -> dict[str, nn.Module]:
-        """The networks by the names of their folders."""
-        towers = {name: tower.model for name, tower in zip(TEXT_ENCODERS, self.text_encoders, strict=False)}
-        return {"unet": self.unet, "vae": self.vae, **towers}
+        """The networks by component."""
+        encoders = {name: encoder.model for name, encoder in zip(TEXT_ENCODERS, self.text_encoders, strict=False)}
+        return {"unet": self.unet, "vae": self.vae, **encoders}
 
 
 class CheckpointFormat(NamedTuple):
@@ -124,19 +124,19 @@ def locate_weights(source: str | Path, options: LoadOptions = LoadOptions(), kin
 
 
 def is_hub_source(source: str | Path) -> bool:
-    """Is it a name on the hub, rather than something here?"""
+    """Whether it is a hub id, and not the name of a local file or folder."""
     return isinstance(source, str) and hub.is_repo_id(source) and not Path(source).exists()
 
 
 def check_local_path(source: str | Path) -> Path:
-    """An existing folder or file; ValueError for anything else."""
+    """The path of an existing folder or file; ValueError for anything else."""
     path = Path(source).expanduser()
     try:
         mode = path.stat().st_mode
     except (OSError, ValueError) as error:
         if path == PICTO_PATH:
             raise ValueError(missing_picto()) from None
-        raise ValueError(f"{source}: {getattr(error, 'strerror', None) or error}") from None
+        raise ValueError(f"{source}: {error_text(error)}") from None
     if not (S_ISDIR(mode) or S_ISREG(mode)):
         raise ValueError(f"{source}: neither a folder nor a file")
     return path
@@ -144,26 +144,24 @@ def check_local_path(source: str | Path) -> Path:
 
 def check_model_spec(model: ModelSpec, path: Path) -> None:
     """ValueError where a network has no weights, or networks do not fit together."""
-    given = {
-        entry.component for group in model.shard_groups for source in group for entry in source.key_mappings.values()
-    }
-    for folder in model.networks.keys() - given:
-        raise ValueError(f"{path}: no {folder} in it; give one by --{folder}")
-    unet, towers = model.networks["unet"].config, [model.networks[name].config for name in model.text_encoder_factories]
+    given = {mapping.component for file in model.weight_files for mapping in file.key_mappings.values()}
+    for component in model.networks.keys() - given:
+        raise ValueError(f"{path}: no {component} in it; give one by --{component}")
+    unet, encoders = model.networks["unet"].config, [model.networks[n].config for n in model.text_encoder_factories]
     widths = {
-        "text of": (unet.cross_attention_dim, sum(tower.hidden_size for tower in towers)),
+        "text of": (unet.cross_attention_dim, sum(encoder.hidden_size for encoder in encoders)),
         "latents of": (unet.out_channels, model.networks["vae"].config.latent_channels),
     }
     if unet.addition_embed_type:
         pooled = unet.projection_class_embeddings_input_dim - NUM_TIME_IDS * unet.addition_time_embed_dim
-        widths["pooled text of"] = (pooled, towers[-1].projection_dim)
-    for what, (wanted, found) in widths.items():
-        if wanted != found:
-            raise ValueError(f"{path}: the U-Net takes {what} {wanted} channels, and is given {found}")
+        widths["pooled text of"] = (pooled, encoders[-1].projection_dim)
+    for what, (expected, actual) in widths.items():
+        if expected != actual:
+            raise ValueError(f"{path}: the U-Net takes {what} {expected} channels, and is given {actual}")
 
 
 def build_checkpoint(model: ModelSpec, device: torch.device, dtype: torch.dtype) -> Checkpoint:
-    """The model with its weights on a device; ValueError where a file ends early, or nothing says what it predicts."""
+    """The model with its weights on a device; ValueError where a file ends early or the prediction is not known."""
     dtypes = dict.fromkeys(model.networks, dtype)
     if dtype == torch.float16 and model.networks["vae"].config.force_upcast:
         dtypes["vae"] = torch.float32
@@ -171,16 +169,15 @@ def build_checkpoint(model: ModelSpec, device: torch.device, dtype: torch.dtype)
     for network in model.networks.values():
         network.eval().requires_grad_(False)
     unet = model.networks["unet"]
-    towers = tuple(tower(model.networks[name]) for name, tower in model.text_encoder_factories.items())
-    schedule, family, unet.config = model.resolve_config(lambda sde: probe_unet(unet, towers, sde))
-    own = {"sampler": schedule.sampler, "spacing": schedule.spacing}
+    encoders = tuple(factory(model.networks[name]) for name, factory in model.text_encoder_factories.items())
+    schedule, family, unet.config = model.resolve_config(lambda sde: probe_unet(unet, encoders, sde))
     return Checkpoint(
         unet,
         model.networks["vae"],
-        towers,
+        encoders,
         schedule.sde,
         schedule.prediction,
-        {**own, **model.generation_defaults},
+        {"sampler": schedule.sampler, "spacing": schedule.spacing, **model.generation_defaults},
         hashes,
         model.force_zeros_for_empty_prompt,
         family,
@@ -197,7 +194,7 @@ def probe_checkpoint(path: Path, options: LoadOptions = LoadOptions()) -> detect
 
 @torch.no_grad()
 def probe_unet(unet: UNet, text_encoders: Sequence[TextEncoder], sde: VPSDE) -> detect.ProbeResult:
-    """The U-Net's output for a noisy zero latent and the empty prompt, which reveals what it predicts."""
+    """`probe_network` of a U-Net with the empty prompt, which reveals what it predicts."""
     side, pixels, device = PROBE_LATENT_SIZE, 8 * PROBE_LATENT_SIZE, unet.conv_in.weight.device
     context, pooled = join_text_embeddings(e.encode(tokenize_prompt(e.tokenizer, "")[0]) for e in text_encoders)
     ids = torch.tensor([[pixels, pixels, 0, 0, pixels, pixels]], device=device)
@@ -208,22 +205,8 @@ def probe_unet(unet: UNet, text_encoders: Sequence[TextEncoder], sde: VPSDE) -> 
     return detect.probe_network(unet, sde, cond, (1, unet.config.out_channels, side, side), Noise([0]))
 
 
-def load_vae(folder: Path) -> vae.AutoencoderKL:
-    """diffusers' autoencoder from a `vae/` folder."""
-    return _load_component(folder, "vae")
-
-
-def load_text_encoder(folder: Path) -> CLIPTextModel:
-    """transformers' text tower from a `text_encoder/` folder."""
-    return _load_component(folder, "text_encoder")
-
-
-def load_unet(folder: Path) -> UNet:
-    """A U-Net from a `unet/` folder."""
-    return _load_component(folder, "unet")
-
-
-def _load_component(folder: Path, name: str) -> Any:
-    network, sources = read_component(folder, name)
-    load_weights({name: network}, [sources], CPU_DEVICE, {name: torch.float32})
+def load_component(folder: Path, component: str) -> Any:
+    """The network of a component from its folder, in float32 on the CPU."""
+    network, sources = read_component(folder, component)
+    load_weights({component: network}, [sources], CPU_DEVICE, {component: torch.float32})
     return network

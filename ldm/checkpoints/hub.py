@@ -1,4 +1,4 @@
-"""Models from the Hugging Face hub, by `owner/name`: what is read of them, and nothing else, into its cache."""
+"""Download models from the Hugging Face hub, by `owner/name`: only the files that are read, into its cache."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ from huggingface_hub.errors import (
 )
 
 from ldm.checkpoints.families import LoadOptions
-from ldm.checkpoints.layouts import MODEL_INDEX_NAME, WEIGHT_FILE_STEMS, choose_weight_files, select_model_files
+from ldm.checkpoints.layouts import MODEL_INDEX_NAME, select_component_files, select_model_files
+from ldm.checkpoints.tensors import PICKLE_SUFFIXES
 
 REPO_NAME_PATTERN = r"[A-Za-z0-9_][\w.-]*"
 REPO_ID_PATTERN = re.compile(rf"({REPO_NAME_PATTERN}/{REPO_NAME_PATTERN})(?::(.+\.safetensors))?")
@@ -33,25 +34,22 @@ PEFT_LORA_NAME, PEFT_CONFIG_NAME = "adapter_model.safetensors", "adapter_config.
 
 
 def is_repo_id(source: str) -> bool:
-    """Is it `owner/name` or `owner/name:file.safetensors`, rather than a path?"""
+    """Whether it is `owner/name` or `owner/name:file.safetensors`, rather than a path."""
     match = REPO_ID_PATTERN.fullmatch(source)
-    return match is not None and not match[1].endswith((".safetensors", ".ckpt", ".pt", ".bin"))
+    return match is not None and not match[1].endswith((".safetensors", *PICKLE_SUFFIXES))
 
 
 def name_from_repo_id(source: str) -> str:
-    """What a file or repository is called: its stem, or the repository's name where all such files have that stem."""
+    """The name of an adapter or embedding: its file's stem, or the repository's name if a library chose the file's."""
     match = REPO_ID_PATTERN.fullmatch(source)
     assert match, source
     file = Path(match[2] or LORA_WEIGHT_NAME_SAFE)
-    return (
-        match[1].rpartition("/")[2]
-        if file.name in (LORA_WEIGHT_NAME_SAFE, PEFT_LORA_NAME, TEXT_INVERSION_NAME_SAFE)
-        else file.stem
-    )
+    usual = file.name in (LORA_WEIGHT_NAME_SAFE, PEFT_LORA_NAME, TEXT_INVERSION_NAME_SAFE)
+    return match[1].rpartition("/")[2] if usual else file.stem
 
 
 class RepoContent(NamedTuple):
-    """Something that repositories hold: its name in errors, and which of their files it is, none where it is not."""
+    """A kind of content: its description in errors, and the function that selects its files, if there are any."""
 
     description: str
     select_files: Callable[[Sequence[str], str | None], list[str]]
@@ -65,21 +63,15 @@ def _select_vae_files(names: Sequence[str], variant: str | None) -> list[str]:
     for folder in ("", "vae/"):
         if f"{folder}config.json" in names:
             own = [name.removeprefix(folder) for name in names if name.startswith(folder)]
-            return [
-                f"{folder}{name}"
-                for name in ("config.json", *choose_weight_files(own, WEIGHT_FILE_STEMS["vae"], variant))
-            ]
+            return [f"{folder}{name}" for name in select_component_files(own, "vae", variant)]
     return _select_only_safetensors(names)
 
 
 def _select_adapter_files(names: Sequence[str], variant: str | None) -> list[str]:
     if LORA_WEIGHT_NAME_SAFE in names:
         return [LORA_WEIGHT_NAME_SAFE]
-    return (
-        [PEFT_LORA_NAME, PEFT_CONFIG_NAME]
-        if {PEFT_LORA_NAME, PEFT_CONFIG_NAME} <= {*names}
-        else _select_only_safetensors(names)
-    )
+    peft = [PEFT_LORA_NAME, PEFT_CONFIG_NAME]
+    return peft if {*peft} <= {*names} else _select_only_safetensors(names)
 
 
 def _select_embedding_files(names: Sequence[str], variant: str | None) -> list[str]:
@@ -87,7 +79,7 @@ def _select_embedding_files(names: Sequence[str], variant: str | None) -> list[s
 
 
 def _select_only_safetensors(names: Sequence[str]) -> list[str]:
-    """The weights where they are one file."""
+    """The weights, if they are one file."""
     found = [name for name in names if name.endswith(".safetensors")]
     return found if len(found) == 1 else []
 
@@ -101,11 +93,10 @@ REPO_CONTENTS = {
 
 
 def download_from_hub(source: str, options: LoadOptions = LoadOptions(), kind: str = "model") -> Path:
-    """The path, in the hub's local cache, of the files of a repository `owner/name` that are of a kind of
-    `REPO_CONTENTS`, or of the one file `owner/name:file`.
+    """The cached folder or file of a kind of `REPO_CONTENTS` in a repository, or the file `owner/name:file`.
 
     Without network access (or with HF_HUB_OFFLINE) only the cache is used. ValueError names the repository: unknown,
-    unknown revision, gated, nothing of that kind in it, or neither reachable nor cached.
+    unknown revision, gated, without that kind of content, or neither reachable nor cached.
     """
     match = REPO_ID_PATTERN.fullmatch(source)
     assert match, source
@@ -132,14 +123,14 @@ def download_from_hub(source: str, options: LoadOptions = LoadOptions(), kind: s
 
 
 def _suggest_files(repo_id: str, names: Sequence[str]) -> str:
-    """The files of a repository that can be named."""
+    """The end of an error message: the files of a repository that can be named."""
     offered = [name for name in names if name.endswith(".safetensors")]
     also = f" or {', '.join(offered[1:])}" if offered[1:] else ""
     return f"; name one of its files, as in {repo_id}:{offered[0]}{also}" if offered else ""
 
 
 def _cached_snapshot(repo_id: str, revision: str | None) -> Path:
-    """What the cache has of a repository, be it a part: the reader names what is missing."""
+    """The cached part of a repository: whoever reads it names what is missing."""
     try:
         return Path(snapshot_download(repo_id, revision=revision, local_files_only=True))
     except IncompleteSnapshotError as error:
@@ -148,24 +139,24 @@ def _cached_snapshot(repo_id: str, revision: str | None) -> Path:
 
 @contextmanager
 def translate_hub_errors(source: str, revision: str | None) -> Iterator[None]:
-    """The hub's errors as one line that begins with the repository's name."""
+    """Raise the hub's errors as ValueError in one line that begins with the repository's name."""
     try:
         yield
     except GatedRepoError:
-        said = f"gated: its terms must be accepted on the hub, and {TOKEN_REQUIRED}"
+        reason = f"gated: its terms must be accepted on the hub, and {TOKEN_REQUIRED}"
     except RepositoryNotFoundError:
-        said = f"no such folder or file here, and no such model on the hub; if it is private, {TOKEN_REQUIRED}"
+        reason = f"no such folder or file here, and no such model on the hub; if it is private, {TOKEN_REQUIRED}"
     except RevisionNotFoundError:
-        said = f"no revision {revision!r}"
+        reason = f"no revision {revision!r}"
     except EntryNotFoundError as error:
         local = isinstance(error, FileNotFoundError)
-        said = "not in the local cache, and the hub is not reached" if local else "no such file on the hub"
+        reason = "not in the local cache, and the hub is not reached" if local else "no such file on the hub"
     except HFValidationError:
-        said = "not the name of a model on the hub"
+        reason = "not the name of a model on the hub"
     except (HTTPError, OSError) as error:
-        said = f"the hub is not reached ({type(error).__name__})"
+        reason = f"the hub is not reached ({type(error).__name__})"
     except ValueError as error:
-        said = str(error)
+        reason = str(error)
     else:
         return
-    raise ValueError(f"{source}: {' '.join(said.split())}")
+    raise ValueError(f"{source}: {' '.join(reason.split())}")

@@ -1,72 +1,65 @@
-"""diffusers' directory layout: a folder for each component, and an index that names their classes.
+"""The two layouts of a model on disk: a directory of diffusers and a single file; and files of one component.
 
-One file for a whole model, in its makers' layout (CompVis' LDM, Stability's SGM), and files of an autoencoder."""
+A directory has a folder for each component, and an index that names their classes. A single file (CompVis' LDM,
+Stability's SGM) has no configuration: its tensors tell its family.
+"""
 
 from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import Tensor
 
 from ldm.checkpoints import detect, keys
-from ldm.checkpoints.configs import build_from_config, get_config_number
-from ldm.checkpoints.families import FAMILIES, LoadOptions, ModelFamily
+from ldm.checkpoints.families import (
+    FAMILIES,
+    LoadOptions,
+    ModelFamily,
+    TextEncoderSpec,
+    build_from_config,
+    get_config_number,
+)
 from ldm.checkpoints.networks import (
     TEXT_ENCODERS,
     ModelSpec,
     ResolvedConfig,
     UNetProbe,
     WeightFile,
-    build_meta_network,
     match_weight_files,
+    select_weights,
 )
 from ldm.checkpoints.schedule import (
     DIFFUSERS_PREDICTION_TYPES,
     DIFFUSERS_SCHEDULERS,
     PREDICTION_TYPES,
+    family_scheduler_config,
     load_scheduler_config,
     parse_scheduler_config,
 )
-from ldm.checkpoints.tensors import PICKLE_MESSAGE, SafetensorsFile, open_safetensors
+from ldm.checkpoints.tensors import PICKLE_MESSAGE, PICKLE_SUFFIXES, SafetensorsFile, open_safetensors
 from ldm.diffusion.prediction import PREDICTIONS, Prediction
 from ldm.diffusion.samplers import SAMPLERS
 from ldm.diffusion.timesteps import SPACINGS
-from ldm.errors import choose
+from ldm.errors import choose, error_text
 from ldm.files import read_json
 from ldm.nn import text_encoders
 from ldm.nn.unet import UNetConfig
 from ldm.nn.vae import get_vae_config, vae_scale_factor
 
 MODEL_INDEX_NAME, GENERATION_CONFIG_NAME = "model_index.json", "generation_config.json"
-
-
-class PipelineSpec(NamedTuple):
-    """A pipeline of diffusers: the text towers that it has, how it reads them, and its default guidance."""
-
-    text_encoders: tuple[str, ...] = TEXT_ENCODERS[:1]
-    layer_idx: int = -1
-    final_norm: bool = True
-    guidance_scale: float = 7.5
-    force_zeros_for_empty_prompt: bool = False
-
-
-SD_PIPELINE_SPEC, SDXL_PIPELINE_SPEC = (
-    PipelineSpec(),
-    PipelineSpec(TEXT_ENCODERS, layer_idx=-2, final_norm=False, guidance_scale=5.0, force_zeros_for_empty_prompt=True),
-)
-DIFFUSERS_PIPELINES = {
-    "StableDiffusionPipeline": SD_PIPELINE_SPEC,
-    "StableDiffusionImg2ImgPipeline": SD_PIPELINE_SPEC,
-    "StableDiffusionInpaintPipeline": SD_PIPELINE_SPEC,
-    "StableDiffusionXLPipeline": SDXL_PIPELINE_SPEC,
-    "StableDiffusionXLImg2ImgPipeline": SDXL_PIPELINE_SPEC,
-    "StableDiffusionXLInpaintPipeline": SDXL_PIPELINE_SPEC,
+PIPELINE_FAMILIES = {  # classes of diffusers, and a family that encodes text and guides by default as they do
+    "StableDiffusionPipeline": "sd1",
+    "StableDiffusionImg2ImgPipeline": "sd1",
+    "StableDiffusionInpaintPipeline": "sd1",
+    "StableDiffusionXLPipeline": "sdxl",
+    "StableDiffusionXLImg2ImgPipeline": "sdxl",
+    "StableDiffusionXLInpaintPipeline": "sdxl",
 }
 TOKENIZER_FOLDERS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
 COMPONENT_CLASSES = {  # library and classes of each component that is read
@@ -77,22 +70,20 @@ COMPONENT_CLASSES = {  # library and classes of each component that is read
     "scheduler": ("diffusers", tuple(DIFFUSERS_SCHEDULERS)),
     **dict.fromkeys(TOKENIZER_FOLDERS.values(), ("transformers", ("CLIPTokenizer", "CLIPTokenizerFast"))),
 }
-IGNORED_COMPONENTS = {  # components that are not read: their classes, and why
-    "safety_checker": (("StableDiffusionSafetyChecker",), "judges pictures, draws none"),
-    "feature_extractor": (("CLIPImageProcessor", "CLIPFeatureExtractor", "CLIPImageProcessorPil"), "its eye"),
-    "image_encoder": (("CLIPVisionModelWithProjection",), "of pictures as prompts"),
+IGNORED_COMPONENT_CLASSES = {  # of components that are not read, whatever the library
+    "safety_checker": ("StableDiffusionSafetyChecker",),
+    "feature_extractor": ("CLIPImageProcessor", "CLIPFeatureExtractor", "CLIPImageProcessorPil"),
+    "image_encoder": ("CLIPVisionModelWithProjection",),  # for image prompts
 }
-MODEL_INDEX_FLAGS = {  # of the index: the values that are understood
+MODEL_INDEX_FLAGS = {  # supported values of flags in the index
     "force_zeros_for_empty_prompt": (True, False),
     "requires_safety_checker": (True, False, None),
     "requires_aesthetics_score": (False, None),  # True is SDXL's refiner
     "add_watermarker": (True, False, None),
 }
-WEIGHT_FILE_STEMS = {  # the beginning of a file of weights, by folder
-    "unet": "diffusion_pytorch_model",
-    "vae": "diffusion_pytorch_model",
-    "text_encoder": "model",
-    "text_encoder_2": "model",
+WEIGHT_FILE_STEMS = {  # by component
+    **dict.fromkeys(("unet", "vae"), "diffusion_pytorch_model"),
+    **dict.fromkeys(TEXT_ENCODERS, "model"),
 }
 TOKENIZER_FILES = (
     "vocab.json",
@@ -102,7 +93,7 @@ TOKENIZER_FILES = (
     "special_tokens_map.json",
     "added_tokens.json",
 )
-DEFAULT_NUM_INFERENCE_STEPS = 50  # diffusers' default
+LOSS_PREFIX = "loss."  # of the training loss's tensors in an autoencoder's own file
 
 
 def read_directory(folder: Path, options: LoadOptions = LoadOptions()) -> ModelSpec:
@@ -112,9 +103,9 @@ def read_directory(folder: Path, options: LoadOptions = LoadOptions()) -> ModelS
     read, or the only ones.
     """
     index = read_model_index(folder)
-    kind = DIFFUSERS_PIPELINES[index["_class_name"]]
+    pipeline = FAMILIES[PIPELINE_FAMILIES[index["_class_name"]]]
     networks, groups = {}, []
-    for name in ("unet", "vae", *kind.text_encoders):
+    for name in pipeline.configs:
         networks[name], files = read_component(folder / name, name, options.variant)
         groups.append(files)
     overrides: dict[str, Any] = {"_class_name": index["scheduler"][1]}
@@ -125,58 +116,53 @@ def read_directory(folder: Path, options: LoadOptions = LoadOptions()) -> ModelS
     schedule = load_scheduler_config(folder / "scheduler" / "scheduler_config.json", **overrides)
     unet = networks["unet"].config
     family = find_family_by_unet(unet, schedule.prediction)
+    own = FAMILIES[family].text_encoders if family else {}
+    factories = {}
+    for name, spec in pipeline.text_encoders.items():
+        spec = replace(spec, num_dropped_layers=own[name].num_dropped_layers if name in own else 0)
+        tokenizer = load_matching_tokenizer(folder / TOKENIZER_FOLDERS[name], networks[name].config)
+        factories[name] = _text_encoder_factory(spec, tokenizer)
     return ModelSpec(
         networks,
         tuple(groups),
-        {name: _text_encoder_factory(folder, name, kind, networks[name].config, family) for name in kind.text_encoders},
+        factories,
         lambda probe: ResolvedConfig(schedule, family, unet),
-        {
-            "num_inference_steps": DEFAULT_NUM_INFERENCE_STEPS,
-            "guidance_scale": kind.guidance_scale,
-            **read_generation_config(folder),
-        },
-        index.get("force_zeros_for_empty_prompt", kind.force_zeros_for_empty_prompt),
+        {**pipeline.generation_defaults, **read_generation_config(folder)},
+        index.get("force_zeros_for_empty_prompt", pipeline.force_zeros_for_empty_prompt),
     )
 
 
 def _text_encoder_factory(
-    folder: Path, name: str, pipeline: PipelineSpec, config: Any, family: str | None
+    spec: TextEncoderSpec, tokenizer: text_encoders.CLIPTokenizer
 ) -> Callable[[Any], text_encoders.TextEncoder]:
-    """How the pipeline reads a text encoder."""
     return partial(
         text_encoders.TextEncoder,
-        tokenizer=load_matching_tokenizer(folder / TOKENIZER_FOLDERS[name], config),
-        layer_idx=pipeline.layer_idx,
-        final_norm=pipeline.final_norm,
-        with_projection=name == TEXT_ENCODERS[1],
-        num_dropped_layers=FAMILIES[family].text_encoders[name].num_dropped_layers if family else 0,
+        tokenizer=tokenizer,
+        layer_idx=spec.layer_idx,
+        final_norm=spec.final_norm,
+        with_projection=spec.with_projection,
+        num_dropped_layers=spec.num_dropped_layers,
     )
 
 
 def read_component(folder: Path, name: str, variant: str | None = None) -> tuple[Any, tuple[WeightFile, ...]]:
-    """The network in a folder that is named so, on the meta device, and its files, compared with it."""
-    network = build_from_config(folder / "config.json", partial(build_meta_network, name))
+    """The network of a component on the meta device, from its folder, and its files, compared with it."""
+    network = build_from_config(folder / "config.json", partial(keys.build_meta_network, name))
     return network, match_weight_files(name, network, open_weight_files(folder, WEIGHT_FILE_STEMS[name], variant))
 
 
 def read_model_index(folder: Path) -> dict[str, Any]:
-    """model_index.json, whose classes are those that are known; nothing else is opened, least of all code."""
+    """model_index.json; ValueError for a class that is not supported, so that no code is run."""
     path = folder / MODEL_INDEX_NAME
     if not path.is_file():
         raise ValueError(f"{folder}: not a model (no {MODEL_INDEX_NAME})")
     index = read_json(path)
     try:
-        kind = choose(DIFFUSERS_PIPELINES, index.get("_class_name", ""), "_class_name")
+        family = FAMILIES[choose(PIPELINE_FAMILIES, index.get("_class_name", ""), "_class_name")]
         for name, value in index.items():
             if not name.startswith("_"):
                 _check_index_entry(name, value)
-        for name in (
-            "unet",
-            "vae",
-            "scheduler",
-            *kind.text_encoders,
-            *(TOKENIZER_FOLDERS[tower] for tower in kind.text_encoders),
-        ):
+        for name in (*family.configs, "scheduler", *(TOKENIZER_FOLDERS[encoder] for encoder in family.text_encoders)):
             if index.get(name, [None])[0] is None:
                 raise ValueError(f"no {name}")
     except (ValueError, TypeError) as error:
@@ -185,7 +171,7 @@ def read_model_index(folder: Path) -> dict[str, Any]:
 
 
 def _check_index_entry(name: str, value: Any) -> None:
-    """ValueError for a member of the index that is none of ours."""
+    """ValueError for a member of the index that is not supported."""
     if name in MODEL_INDEX_FLAGS:
         if value not in MODEL_INDEX_FLAGS[name]:
             raise ValueError(f"{name} = {value!r} is not supported")
@@ -193,42 +179,30 @@ def _check_index_entry(name: str, value: Any) -> None:
     if not isinstance(value, list) or len(value) != 2:
         raise ValueError(f"unknown field {name} = {value!r}")
     library, kind = value
-    if kind is None:
-        return
-    known = (
-        kind in IGNORED_COMPONENTS[name][0]
-        if name in IGNORED_COMPONENTS
-        else (library, kind) in _component_classes(name)
-    )
-    if not known:
+    own_library, classes = COMPONENT_CLASSES.get(name, (library, IGNORED_COMPONENT_CLASSES.get(name, ())))
+    if kind is not None and (library != own_library or kind not in classes):
         raise ValueError(f"{name} is {library}.{kind}, which is not supported")
 
 
-def _component_classes(name: str) -> list[tuple[str, str]]:
-    library, kinds = COMPONENT_CLASSES.get(name, ("", ()))
-    return [(library, kind) for kind in kinds]
-
-
 def open_weight_files(folder: Path, stem: str, variant: str | None = None) -> list[SafetensorsFile]:
-    """The files of weights in a folder: one, or the shards that an index names; ValueError names what does not fit."""
+    """The weights in a folder: one file, or the shards that an index names; ValueError names what does not fit."""
     try:
         names = [path.name for path in folder.iterdir()]
     except OSError as error:
-        raise ValueError(f"{folder}: {error.strerror}") from None
+        raise ValueError(f"{folder}: {error_text(error)}") from None
     try:
         chosen = choose_weight_files(names, stem, variant)
     except ValueError as error:
         raise ValueError(f"{folder}/{error}") from None
     if not chosen[0].endswith(".json"):
         return [open_safetensors(folder / chosen[0])]
-    index = folder / chosen[0]
-    return build_from_config(index, lambda content: open_shards(folder, content.get("weight_map")))
+    return build_from_config(folder / chosen[0], lambda index: open_shards(folder, index.get("weight_map")))
 
 
 def choose_weight_files(names: Iterable[str], stem: str, variant: str | None = None) -> list[str]:
-    """Of the names in a folder those that hold its weights: one file, or an index and its shards.
+    """Of the names in a folder those of its weights: one file, or an index and its shards.
 
-    ValueError where there is none of that variant, or where it is not said which.
+    ValueError where there are none of that variant, and where several variants and no plain weights are there.
     """
     pattern = re.compile(
         rf"{stem}(?:\.(\w+))?(?P<shard>-\d{{5}}-of-\d{{5}})?(?:\.(\w+))?\.safetensors(?P<index>\.index(?:\.(\w+))?\.json)?"
@@ -237,27 +211,26 @@ def choose_weight_files(names: Iterable[str], stem: str, variant: str | None = N
     pickles = []
     for name in sorted(names):
         if match := pattern.fullmatch(name):
-            kind = next(filter(None, match.group(1, 3, 5)), "")
-            found[kind].insert(0 if match["index"] else len(found[kind]), name)
-        elif name.startswith(stem) and name.endswith((".bin", ".ckpt", ".pt")):
+            own = found[next(filter(None, match.group(1, 3, 5)), "")]
+            own.insert(0 if match["index"] else len(own), name)
+        elif name.startswith(stem) and name.endswith(PICKLE_SUFFIXES):
             pickles.append(name)
     if pickles and not found:
         raise ValueError(f"{pickles[0]}: {PICKLE_MESSAGE.format(what='a pickle')}")
-    asked = variant or ("" if "" in found or len(found) != 1 else next(iter(found)))
-    if asked not in found:
-        have = ", ".join(kind or "the plain one" for kind in found) or "none"
-        raise ValueError(f"{stem}.{f'{asked}.' if asked else ''}safetensors: no such file; variants here: {have}")
-    chosen = found[asked]
-    whole = [name for name in chosen if not re.search(r"-\d{5}-of-|\.index\.", name)]
-    if whole:
+    chosen = variant or ("" if "" in found or len(found) != 1 else next(iter(found)))
+    if chosen not in found:
+        known = ", ".join(name or "the plain one" for name in found) or "none"
+        raise ValueError(f"{stem}.{f'{chosen}.' if chosen else ''}safetensors: no such file; variants here: {known}")
+    files = found[chosen]
+    if whole := [name for name in files if not re.search(r"-\d{5}-of-|\.index\.", name)]:
         return whole[:1]
-    if not chosen[0].endswith(".json"):
-        raise ValueError(f"{chosen[0]}: a shard without {stem}.safetensors.index.json")
-    return chosen
+    if not files[0].endswith(".json"):
+        raise ValueError(f"{files[0]}: a shard without {stem}.safetensors.index.json")
+    return files
 
 
 def open_shards(folder: Path, weight_map: Any) -> list[SafetensorsFile]:
-    """The files that an index names, each of which holds the tensors that it says, and no others."""
+    """The files of an index; ValueError unless each holds exactly the tensors that the index lists for it."""
     if not isinstance(weight_map, dict) or not weight_map:
         raise ValueError("no weight_map")
     names: dict[str, set[str]] = defaultdict(set)
@@ -268,10 +241,10 @@ def open_shards(folder: Path, weight_map: Any) -> list[SafetensorsFile]:
     files = []
     for name, tensors in sorted(names.items()):
         file = open_safetensors(folder / name)
-        if lacking := sorted(tensors - file.tensor_infos.keys()):
-            raise ValueError(f"{name} lacks {lacking[0]}, which should be there")
-        if stray := sorted(file.tensor_infos.keys() - tensors):
-            raise ValueError(f"{name} holds {stray[0]}, which the index does not know")
+        if missing := sorted(tensors - file.tensor_infos.keys()):
+            raise ValueError(f"{name} lacks {missing[0]}, which the index lists")
+        if unknown := sorted(file.tensor_infos.keys() - tensors):
+            raise ValueError(f"{name} holds {unknown[0]}, which the index does not list")
         files.append(file)
     return files
 
@@ -303,7 +276,7 @@ def load_checked_tokenizer(folder: Path) -> text_encoders.CLIPTokenizer:
 
 
 def read_generation_config(folder: Path) -> dict[str, Any]:
-    """What a model's makers recommend beside its pipeline's defaults: generation_config.json, where there is one."""
+    """The settings that generation_config.json recommends, where there is one."""
     path = folder / GENERATION_CONFIG_NAME
     return build_from_config(path, _check_generation_config) if path.is_file() else {}
 
@@ -321,7 +294,7 @@ def _check_generation_config(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def find_family_by_unet(unet: UNetConfig, prediction: Prediction) -> str | None:
-    """The family whose U-Net is of that configuration and predicts so, if there is one; native sizes do not count."""
+    """The family with a U-Net of that configuration, native size apart, and that prediction; None if there is none."""
     for name, family in FAMILIES.items():
         own = UNetConfig.from_dict(family.unet)
         same = replace(unet, sample_size=own.sample_size, upcast_attention=own.upcast_attention) == own
@@ -340,102 +313,82 @@ def select_model_files(names: Iterable[str], variant: str | None = None) -> list
     chosen += [f"scheduler/{name}" for name in files["scheduler"] if name == "scheduler_config.json"]
     for folder in TOKENIZER_FOLDERS.values():
         chosen += [f"{folder}/{name}" for name in files[folder] if name in TOKENIZER_FILES]
-    for folder, stem in WEIGHT_FILE_STEMS.items():
-        if folder in files:
-            chosen += [
-                f"{folder}/{name}" for name in ("config.json", *choose_weight_files(files[folder], stem, variant))
-            ]
+    for component in WEIGHT_FILE_STEMS:
+        if component in files:
+            chosen += [f"{component}/{n}" for n in select_component_files(files[component], component, variant)]
     return chosen
 
 
-LOSS_PREFIX = "loss."  # what an autoencoder was trained with, in its own file
+def select_component_files(names: Iterable[str], component: str, variant: str | None = None) -> list[str]:
+    """Of the names in a component's folder those that `read_component` opens."""
+    return ["config.json", *choose_weight_files(names, WEIGHT_FILE_STEMS[component], variant)]
 
 
 def read_single_file(path: Path, options: LoadOptions = LoadOptions()) -> ModelSpec:
     """The model in a file, with the configurations of its family, which its tensors tell (or `options.family`).
 
-    A file without an autoencoder gives a spec without its weights. ValueError names the file and what is missing, unknown
+    If the file has no autoencoder, the spec lacks its weights. ValueError names the file and what is missing, unknown
     or of another shape.
     """
     file = open_safetensors(path)
     tensors = file.meta_tensors()
+    own = {"family": options.family, "prediction": options.prediction}
     try:
-        detect.detect_prediction(
-            tensors, file.metadata, family=options.family, prediction=options.prediction
-        )  # refuses contradictions
-        record = FAMILIES[options.family or detect.detect_family(tensors)]
-        entries = keys.map_single_file_keys(_add_missing_vae(tensors, record), record, options.ema)
+        detect.detect_prediction(tensors, file.metadata, **own)  # refuses contradictions
+        family = FAMILIES[options.family or detect.detect_families(tensors)[0]]
+        mappings = keys.map_single_file_keys(_add_missing_vae(tensors, family), family, options.ema)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
 
-    def told(probe: UNetProbe) -> ResolvedConfig:
+    def resolve(probe: UNetProbe) -> ResolvedConfig:
         try:
             found = detect.detect_model(
                 tensors,
                 file.metadata,
-                lambda: probe(parse_scheduler_config(record.scheduler).sde),
-                family=options.family,
-                prediction=options.prediction,
+                lambda: probe(parse_scheduler_config(family.scheduler).sde),
+                **own,
                 zero_snr=options.zero_snr,
             )
-            own = FAMILIES[found.family]  # of the same tensors, maybe of another native size
-            config = family_scheduler_config(own, found.prediction, found.zero_snr)
-            return ResolvedConfig(parse_scheduler_config(config), found.family, UNetConfig.from_dict(own.unet))
+            detected = FAMILIES[found.family]  # with the same tensors, but maybe another native size
+            config = family_scheduler_config(detected, found.prediction, found.zero_snr)
+            return ResolvedConfig(parse_scheduler_config(config), found.family, UNetConfig.from_dict(detected.unet))
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
 
     return ModelSpec(
-        {folder: build_meta_network(folder, config) for folder, config in record.configs.items()},
-        ((WeightFile(file, {given: entry for given, entry in entries.items() if given in tensors}),),),
+        {component: keys.build_meta_network(component, config) for component, config in family.configs.items()},
+        ((WeightFile(file, {name: mapping for name, mapping in mappings.items() if name in tensors}),),),
         {
-            folder: partial(
-                text_encoders.TextEncoder,
-                tokenizer=text_encoders.build_clip_tokenizer(tower.pad_token_id),
-                layer_idx=tower.layer_idx,
-                final_norm=tower.final_norm,
-                with_projection=tower.with_projection,
-                num_dropped_layers=tower.num_dropped_layers,
-            )
-            for folder, tower in record.text_encoders.items()
+            name: _text_encoder_factory(spec, text_encoders.build_clip_tokenizer(spec.pad_token_id))
+            for name, spec in family.text_encoders.items()
         },
-        told,
-        record.generation_defaults,
-        record.force_zeros_for_empty_prompt,
+        resolve,
+        family.generation_defaults,
+        family.force_zeros_for_empty_prompt,
     )
 
 
-def family_scheduler_config(family: ModelFamily, prediction: str, zero_snr: bool) -> dict[str, Any]:
-    """The scheduler_config.json of a family whose network predicts so; only trailing steps begin at zero SNR."""
-    changes = {
-        "prediction_type": choose(DIFFUSERS_PREDICTION_TYPES, prediction, "prediction"),
-        "rescale_betas_zero_snr": zero_snr,
-    }
-    return {**family.scheduler, **changes, **({"timestep_spacing": "trailing"} if zero_snr else {})}
-
-
 def _add_missing_vae(tensors: Mapping[str, Tensor], family: ModelFamily) -> dict[str, Tensor]:
-    """The tensors, and those of an autoencoder where there is none; ValueError names another network that lacks."""
-    prefixes = {
-        "unet": keys.UNET_PREFIX,
-        "vae": keys.VAE_PREFIX,
-        **{n: t.prefix for n, t in family.text_encoders.items()},
-    }
-    lacking = [n for n, prefix in prefixes.items() if not any(name.startswith(prefix) for name in tensors)]
-    for folder in lacking:
-        if folder != "vae":
-            raise ValueError(f"no {folder} in it (nothing begins with {prefixes[folder]})")
-    return {
-        entry.original_key: entry.original_tensor
-        for entry in keys.build_key_mappings(family)
-        if entry.component in lacking
-    } | {**tensors}
+    """The tensors, and a missing autoencoder's on the meta device; ValueError if another network is missing."""
+    prefixes = {"unet": keys.UNET_PREFIX, "vae": keys.VAE_PREFIX}
+    prefixes |= {name: spec.prefix for name, spec in family.text_encoders.items()}
+    missing = [n for n, prefix in prefixes.items() if not any(name.startswith(prefix) for name in tensors)]
+    for component in missing:
+        if component != "vae":
+            raise ValueError(f"no {component} in it (nothing begins with {prefixes[component]})")
+    return {**_original_tensors(family, missing), **tensors}
+
+
+def _original_tensors(family: ModelFamily, components: Container[str]) -> dict[str, Tensor]:
+    """The tensors of some components in a family's single file, on the meta device."""
+    return {m.original_key: m.original_tensor for m in keys.build_key_mappings(family) if m.component in components}
 
 
 def replace_vae(model: ModelSpec, source: Path) -> ModelSpec:
-    """The model with the autoencoder of a folder or a file instead, of the same latents.
+    """The model with the autoencoder of a folder or file instead, which must have latents of the same shape.
 
-    A folder has its own configuration, a file the model's; its names are diffusers' or LDM's, with or without their
-    `first_stage_model.`
+    A folder has its own configuration, a file the model's; a file's names are those of diffusers or of LDM, with or
+    without the prefix `first_stage_model.`
     """
     network, files = _read_vae(source, get_vae_config(model.networks["vae"]))
     ours, theirs = (
@@ -444,20 +397,9 @@ def replace_vae(model: ModelSpec, source: Path) -> ModelSpec:
     )
     if ours != theirs:
         raise ValueError(f"{source}: its latents are {theirs}; the model's are {ours}")
-    groups = [
-        tuple(
-            source._replace(
-                key_mappings={n: entry for n, entry in source.key_mappings.items() if entry.component != "vae"}
-            )
-            for source in group
-        )
-        for group in model.shard_groups
-    ]
-    kept = tuple(group for group in groups if any(source.key_mappings for source in group))
+    groups = (select_weights(group, model.networks.keys() - {"vae"}) for group in model.shard_groups)
     return replace(
-        model,
-        networks={**model.networks, "vae": network},
-        shard_groups=(*kept, files),
+        model, networks={**model.networks, "vae": network}, shard_groups=(*(group for group in groups if group), files)
     )
 
 
@@ -466,23 +408,18 @@ def _read_vae(source: Path, config: Mapping[str, Any]) -> tuple[Any, tuple[Weigh
         whole = not (source / "config.json").is_file() and (source / "vae").is_dir()
         return read_component(source / "vae" if whole else source, "vae")
     file = open_safetensors(source)
-    network = build_meta_network("vae", config)
+    network = keys.build_meta_network("vae", config)
     if any(name.startswith(("encoder.down_blocks.", "decoder.up_blocks.")) for name in file.tensor_infos):
         return network, match_weight_files("vae", network, [file])
-    tensors = {
-        name: a for name, a in file.meta_tensors().items() if not name.startswith((LOSS_PREFIX, keys.EMA_PREFIX))
+    names = {
+        keys.VAE_PREFIX + name.removeprefix(keys.VAE_PREFIX): name
+        for name in file.tensor_infos
+        if not name.startswith((LOSS_PREFIX, keys.EMA_PREFIX))
     }
-    prefixed = {keys.VAE_PREFIX + name.removeprefix(keys.VAE_PREFIX): name for name in tensors}
-    family = replace(FAMILIES["sd1"], vae=config)
-    others = {
-        entry.original_key: entry.original_tensor
-        for entry in keys.build_key_mappings(family)
-        if entry.component != "vae"
-    }
+    family, tensors = replace(FAMILIES["sd1"], vae=config), file.meta_tensors()
+    others = _original_tensors(family, family.configs.keys() - {"vae"})
     try:
-        entries = keys.map_single_file_keys(
-            {**others, **{new: tensors[name] for new, name in prefixed.items()}}, family
-        )
+        mappings = keys.map_single_file_keys(others | {key: tensors[name] for key, name in names.items()}, family)
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from None
-    return network, (WeightFile(file, {name: entries[new] for new, name in prefixed.items() if new in entries}),)
+    return network, (WeightFile(file, {name: mappings[key] for key, name in names.items() if key in mappings}),)

@@ -23,15 +23,14 @@ from ldm.checkpoints.layouts import (
     MODEL_INDEX_NAME,
     TOKENIZER_FOLDERS,
     WEIGHT_FILE_STEMS,
-    family_scheduler_config,
     read_single_file,
 )
-from ldm.checkpoints.tensors import SafetensorsFile, SafetensorsWriter, open_safetensors
+from ldm.checkpoints.schedule import family_scheduler_config
+from ldm.checkpoints.tensors import PICKLE_SUFFIXES, SafetensorsFile, SafetensorsWriter, open_safetensors
 from ldm.files import atomic_write, read_json, write_json
 from ldm.nn import text_encoders
 
 SAFETENSORS_SUFFIX = ".safetensors"
-PICKLE_SUFFIXES = (".bin", ".ckpt", ".pt", ".pth")
 COPIED_SUFFIXES = (".json", ".txt", ".md")  # configurations, tokenizers, licences
 DIFFUSERS_VERSION = "0.42.1"  # whose layout is written; its inpainting pipeline reads this field
 UnpickleFunction = Callable[[Path, Path, torch.dtype | None], dict[str, Any] | None]

@@ -1,4 +1,4 @@
-"""scheduler_config.json: the SDE and the prediction that a checkpoint was trained with, and how its makers draw."""
+"""scheduler_config.json: the SDE and prediction that a checkpoint was trained with, and its recommended sampler."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ldm.checkpoints.configs import ConfigSchema, build_from_config, get_config_number
+from ldm.checkpoints.families import ConfigSchema, ModelFamily, build_from_config, get_config_number
 from ldm.diffusion.prediction import PREDICTIONS, Prediction
 from ldm.diffusion.sde import BETA_SCHEDULES, VPSDE, rescale_zero_terminal_snr
 from ldm.errors import choose
@@ -19,7 +19,7 @@ MAX_TRAIN_TIMESTEPS = 100_000
 
 
 class SchedulerSpec(NamedTuple):
-    """A class of diffusers in our words: the sampler that draws as it does, and its own defaults."""
+    """A scheduler class of diffusers: the sampler that computes the same, and the class's own defaults."""
 
     sampler: str
     spacing: str = "linspace"
@@ -27,7 +27,7 @@ class SchedulerSpec(NamedTuple):
 
 
 class SchedulerSettings(NamedTuple):
-    """What a scheduler's configuration says."""
+    """The content of a scheduler's configuration."""
 
     sde: VPSDE
     prediction: Prediction
@@ -38,7 +38,7 @@ class SchedulerSettings(NamedTuple):
 DIFFUSERS_SCHEDULERS = {
     "DDIMScheduler": SchedulerSpec("ddim", "leading"),
     "DDPMScheduler": SchedulerSpec("ddpm", "leading"),
-    "PNDMScheduler": SchedulerSpec("dpmpp_2m", "leading"),  # a linear multistep method; here the usual one of order two
+    "PNDMScheduler": SchedulerSpec("dpmpp_2m", "leading"),  # a linear multistep method; ours is of order 2
     "EulerDiscreteScheduler": SchedulerSpec("euler"),
     "EulerAncestralDiscreteScheduler": SchedulerSpec("euler_ancestral"),
     "HeunDiscreteScheduler": SchedulerSpec("heun", beta_range=(0.00085, 0.012)),
@@ -46,20 +46,18 @@ DIFFUSERS_SCHEDULERS = {
     "DPMSolverMultistepScheduler": SchedulerSpec("dpmpp_2m"),
     "DPMSolverSinglestepScheduler": SchedulerSpec("dpmpp_2s"),
     "UniPCMultistepScheduler": SchedulerSpec("unipc"),
-    "DEISMultistepScheduler": SchedulerSpec("dpmpp_2m"),  # exponential integrators alike
-    "KDPM2DiscreteScheduler": SchedulerSpec(
-        "heun", beta_range=(0.00085, 0.012)
-    ),  # of the second order, one step at a time
+    "DEISMultistepScheduler": SchedulerSpec("dpmpp_2m"),  # an exponential integrator too
+    "KDPM2DiscreteScheduler": SchedulerSpec("heun", beta_range=(0.00085, 0.012)),  # also second-order, single-step
     "KDPM2AncestralDiscreteScheduler": SchedulerSpec("euler_ancestral", beta_range=(0.00085, 0.012)),
 }
-DPM_SOLVER_SAMPLERS = {  # algorithm_type and solver_order where they choose another sampler than the class does
+DPM_SOLVER_SAMPLERS = {  # by algorithm_type and solver_order, where the class alone does not tell
     ("dpmsolver++", 1): "ddim",
     ("dpmsolver++", 3): "dpmpp_3m",
     ("sde-dpmsolver++", 1): "euler_ancestral",
     ("sde-dpmsolver++", 2): "dpmpp_2m_sde",
     ("sde-dpmsolver++", 3): "dpmpp_3m_sde",
 }
-SIGMA_FLAG_SPACINGS = {  # a field that is true: the spacing
+SIGMA_FLAG_SPACINGS = {  # spacings by the field that is true
     "use_karras_sigmas": "karras",
     "use_exponential_sigmas": "exponential",
     "use_beta_sigmas": "beta",
@@ -72,23 +70,23 @@ SCHEDULER_CONFIG_SCHEMA = ConfigSchema(
     use_lu_lambdas""",
     {
         "thresholding": (False,),
-        "timestep_type": ("discrete",),  # a network that is told log sigma is another
+        "timestep_type": ("discrete",),  # "continuous": a network conditioned on log sigma
         "use_flow_sigmas": (False, None),
         "use_dynamic_shifting": (False,),
         "shift_terminal": (None,),
         "predict_x0": (True,),
         "sigma_min": (None, 0),
         "sigma_max": (None, 0),
-        "variance_type": (None, "fixed_small", "fixed_small_log"),  # the posterior's own: none that is learnt
+        "variance_type": (None, "fixed_small", "fixed_small_log"),  # not learned
     },
     {
-        "never, as diffusers' pipelines set it, whatever a file says": "clip_sample clip_sample_range",
+        "False, as diffusers' pipelines set it, whatever a file says": "clip_sample clip_sample_range",
         "1, as diffusers' pipelines set it, whatever a file says": "steps_offset",
-        "here the last step ends in the clean picture": """set_alpha_to_one final_sigmas_type euler_at_final
+        "our last step always ends at sigma = 0": """set_alpha_to_one final_sigmas_type euler_at_final
         lower_order_final""",
-        "here the table is smooth between its numbers": "interpolation_type",
-        "here the steps begin where the schedule does": "lambda_min_clipped",
-        "SAMPLERS says how each solver goes": """solver_type skip_prk_steps disable_corrector solver_p
+        "our table is interpolated smoothly": "interpolation_type",
+        "our steps begin where the schedule does": "lambda_min_clipped",
+        "the sampler has its own": """solver_type skip_prk_steps disable_corrector solver_p
         noise_sampler_seed""",
         "of thresholding alone, which is refused": "dynamic_thresholding_ratio sample_max_value",
         "of flow matching alone, which is refused": "flow_shift time_shift_type",
@@ -97,41 +95,35 @@ SCHEDULER_CONFIG_SCHEMA = ConfigSchema(
 
 
 def load_scheduler_config(path: Path, **overrides: Any) -> SchedulerSettings:
-    """What a scheduler_config.json says, some of its fields overridden; ValueError names the file."""
+    """The settings in a scheduler_config.json, with some fields overridden; ValueError names the file."""
     return build_from_config(path, lambda config: parse_scheduler_config({**config, **overrides}))
 
 
 def parse_scheduler_config(config: Mapping[str, Any]) -> SchedulerSettings:
-    """The SDE through a configuration's table, its prediction, and the sampler and spacing of its class.
+    """The SDE through a configuration's alphas_cumprod, its prediction, and the sampler and spacing of its class.
 
-    ValueError names the first field that would go unheeded.
+    ValueError names the first field that is not supported.
     """
     SCHEDULER_CONFIG_SCHEMA.validate(config)
     kind = choose(DIFFUSERS_SCHEDULERS, config.get("_class_name", ""), "scheduler _class_name")
     prediction = choose(PREDICTION_TYPES, config.get("prediction_type", "epsilon"), "prediction_type")
     solver = config.get("algorithm_type", "dpmsolver++"), config.get("solver_order", 2)
     sampler = DPM_SOLVER_SAMPLERS.get(solver, kind.sampler) if kind.sampler == "dpmpp_2m" else kind.sampler
-    return SchedulerSettings(
-        VPSDE.tabulated(compute_alphas_cumprod(config)),
-        PREDICTIONS[prediction],
-        sampler,
-        _resolve_spacing(config, kind),
-    )
+    sde = VPSDE.tabulated(compute_alphas_cumprod(config))
+    return SchedulerSettings(sde, PREDICTIONS[prediction], sampler, _resolve_spacing(config, kind))
 
 
 def _resolve_spacing(config: Mapping[str, Any], scheduler: SchedulerSpec) -> str:
-    asked = [spacing for name, spacing in SIGMA_FLAG_SPACINGS.items() if config.get(name)]
-    if len(asked) > 1:
-        raise ValueError(
-            f"{' and '.join(name for name in SIGMA_FLAG_SPACINGS if config.get(name))}: one spacing is needed"
-        )
-    ways = {name: name for name in ("leading", "linspace", "trailing")}
-    named = choose(ways, config.get("timestep_spacing", scheduler.spacing), "timestep_spacing")
-    return asked[0] if asked else named
+    flags = [name for name in SIGMA_FLAG_SPACINGS if config.get(name)]
+    if len(flags) > 1:
+        raise ValueError(f"{' and '.join(flags)}: one spacing is needed")
+    spacings = {name: name for name in ("leading", "linspace", "trailing")}
+    spacing = choose(spacings, config.get("timestep_spacing", scheduler.spacing), "timestep_spacing")
+    return SIGMA_FLAG_SPACINGS[flags[0]] if flags else spacing
 
 
 def compute_alphas_cumprod(config: Mapping[str, Any]) -> torch.Tensor:
-    """alphas_cumprod, by the fields and defaults of diffusers' schedulers."""
+    """alphas_cumprod [num_train_timesteps], float64, by the fields and defaults of diffusers' schedulers."""
     start, end = DIFFUSERS_SCHEDULERS.get(config.get("_class_name", ""), SchedulerSpec("")).beta_range
     steps = get_config_number(config, "num_train_timesteps", 1000)
     if not (isinstance(steps, int) and 3 <= steps <= MAX_TRAIN_TIMESTEPS):
@@ -151,7 +143,7 @@ def compute_alphas_cumprod(config: Mapping[str, Any]) -> torch.Tensor:
 
 
 def build_scheduler_config(schedule: str, prediction: str) -> dict[str, Any]:
-    """A scheduler_config.json for weights trained on a schedule of `SCHEDULES` without parameters of its own."""
+    """A scheduler_config.json for weights trained on a schedule of `BETA_SCHEDULES` with its default parameters."""
     return {
         "_class_name": "DDIMScheduler",
         "beta_schedule": schedule,
@@ -162,3 +154,12 @@ def build_scheduler_config(schedule: str, prediction: str) -> dict[str, Any]:
         "steps_offset": 1,
         "timestep_spacing": "trailing",
     }
+
+
+def family_scheduler_config(family: ModelFamily, prediction: str, zero_snr: bool) -> dict[str, Any]:
+    """A family's scheduler_config.json for this prediction; zero terminal SNR needs trailing timesteps."""
+    changes = {
+        "prediction_type": choose(DIFFUSERS_PREDICTION_TYPES, prediction, "prediction"),
+        "rescale_betas_zero_snr": zero_snr,
+    }
+    return {**family.scheduler, **changes, **({"timestep_spacing": "trailing"} if zero_snr else {})}

@@ -1,7 +1,7 @@
 """Read and write safetensors files, one tensor at a time.
 
-The format: the header's length (8 bytes, little endian), a JSON object of names with dtype, shape and offsets, the data.
-The header is validated before memory is allocated. The content decides what a file is, never its name.
+The format: the header's length (8 bytes, little endian), a JSON object of names with dtype, shape and offsets, the
+data. The header is validated before memory is allocated. The content decides what a file is, never its name.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ldm.errors import parse_json
+from ldm.errors import error_text, parse_json
 from ldm.files import write_json
 
 if TYPE_CHECKING:
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 DIFFUSERS_WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
 TRANSFORMERS_WEIGHTS_NAME = "model.safetensors"
+PICKLE_SUFFIXES = (".bin", ".ckpt", ".pt", ".pth")
 SAFETENSORS_DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -41,22 +42,23 @@ SAFETENSORS_DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-MAX_NUMEL = 2**63  # torch's own limit, of the sides of an empty tensor too
-MAX_HEADER_BYTES = 100_000_000  # bytes: safetensors' own limit
+SAFETENSORS_DTYPE_NAMES = {dtype: code for code, dtype in SAFETENSORS_DTYPES.items()}
+MAX_NUMEL = 2**63  # torch's own limit, which holds for the sides of an empty tensor too
+MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit
 PICKLE_MESSAGE = (
     "{what}; it may run code when it is read, so it is not: `ldm convert --trust FILE DST` makes weights of it"
 )
-FOREIGN_MAGIC_BYTES = {  # beginnings of what is often taken for weights
+FOREIGN_MAGIC_BYTES = {  # first bytes of what is often mistaken for weights
     b"PK\x03\x04": PICKLE_MESSAGE.format(what="a zip archive, as torch.save writes"),
     **{bytes([0x80, k]): PICKLE_MESSAGE.format(what="a pickle") for k in range(2, 6)},
-    b"version https://git-lfs": "a pointer of Git LFS, not the file itself",
-    b"<": "a page of the web, not the file itself",
+    b"version https://git-lfs": "a Git LFS pointer, not the file itself",
+    b"<": "an HTML page, not the file itself",
     b"GGUF": "a GGUF file, which is not supported",
 }
 
 
 class TensorInfo(NamedTuple):
-    """Where a tensor lies in the data of a file, and what it is."""
+    """The dtype, shape and bytes `start` to `end` of a tensor in the data of a file."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -66,42 +68,42 @@ class TensorInfo(NamedTuple):
 
 @dataclass(frozen=True)
 class SafetensorsFile:
-    """An open question to a safetensors file: what it holds is known, nothing of it is in memory."""
+    """A safetensors file by its header; no tensor is in memory."""
 
     path: Path
     metadata: Mapping[str, str]
     tensor_infos: Mapping[str, TensorInfo]
-    data_offset: int  # of the data
+    data_offset: int
 
     def meta_tensors(self) -> dict[str, Tensor]:
         """The tensors without their values, on the meta device."""
-        return {name: torch.empty(s.shape, dtype=s.dtype, device="meta") for name, s in self.tensor_infos.items()}
+        return {name: torch.empty(a.shape, dtype=a.dtype, device="meta") for name, a in self.tensor_infos.items()}
 
     def iter_tensors(self, hasher: _Hash | None = None) -> Iterator[tuple[str, Tensor]]:
-        """Each name and tensor on the host, in the file's order; `hasher` hears every byte of the file, once.
+        """Each name and tensor on the host, in the file's order; `hasher` is updated with every byte of the file.
 
         ValueError where the file ends early.
         """
         with self.path.open("rb", buffering=0) as file, ThreadPoolExecutor(1) as hashing:
             head = file.read(self.data_offset)
-            heard = hashing.submit(hasher.update, head) if hasher else None
-            for name, slot in self.tensor_infos.items():
-                data = torch.empty(slot.end - slot.start, dtype=torch.uint8)
+            pending = hashing.submit(hasher.update, head) if hasher else None
+            for name, info in self.tensor_infos.items():
+                data = torch.empty(info.end - info.start, dtype=torch.uint8)
                 view, filled = data.numpy().data, 0
                 while filled < len(view):
                     if not (n := file.readinto(view[filled:])):
                         raise ValueError(f"{self.path}: ends before the last byte of {name}")
                     filled += n
-                if hasher and heard:
-                    heard.result()  # one tensor behind the disk, so that no more than one waits
-                    heard = hashing.submit(hasher.update, view)
-                yield name, data.view(slot.dtype).reshape(slot.shape)
-            if heard:
-                heard.result()
+                if hasher and pending:
+                    pending.result()  # one tensor behind the disk, so that no more than one waits
+                    pending = hashing.submit(hasher.update, view)
+                yield name, data.view(info.dtype).reshape(info.shape)
+            if pending:
+                pending.result()
 
 
 def open_safetensors(path: Path) -> SafetensorsFile:
-    """A safetensors file by its header; ValueError in one line for anything else, a pickle above all."""
+    """A safetensors file by its header; ValueError in one line for anything else, such as a pickle."""
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
@@ -112,28 +114,28 @@ def open_safetensors(path: Path) -> SafetensorsFile:
             file.seek(8)
             header = file.read(length)
     except OSError as error:
-        raise ValueError(f"{path}: {error.strerror or error}") from None
+        raise ValueError(f"{path}: {error_text(error)}") from None
     try:
         entries = parse_json(header)
         metadata = entries.pop("__metadata__", {})
         if not all(isinstance(value, str) for value in metadata.values()):
             raise ValueError("metadata that is not text")
-        slots = {name: _parse_tensor_info(name, entry) for name, entry in entries.items()}
-        slots = dict(sorted(slots.items(), key=lambda item: item[1][2:]))
+        infos = {name: _parse_tensor_info(name, entry) for name, entry in entries.items()}
+        infos = dict(sorted(infos.items(), key=lambda item: item[1][2:]))
         end = 0
-        for name, slot in slots.items():
-            if slot.start != end:
-                raise ValueError(f"{name} begins at byte {slot.start} of the data, expected {end}")
-            end = slot.end
+        for name, info in infos.items():
+            if info.start != end:
+                raise ValueError(f"{name} begins at byte {info.start} of the data, expected {end}")
+            end = info.end
         if (data := size - 8 - length) != end:
             raise ValueError(f"{data} bytes of data, expected {end}")
     except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}: not a whole safetensors file ({error})") from None
-    return SafetensorsFile(path, metadata, slots, 8 + length)
+    return SafetensorsFile(path, metadata, infos, 8 + length)
 
 
 def _describe_foreign_file(start: bytes, size: int) -> str:
-    """What a file is that does not begin as safetensors do."""
+    """What a file is that does not begin as a safetensors file."""
     if not size:
         return "not a whole safetensors file (0 bytes)"
     known = (what for beginning, what in FOREIGN_MAGIC_BYTES.items() if start.startswith(beginning))
@@ -141,14 +143,14 @@ def _describe_foreign_file(start: bytes, size: int) -> str:
 
 
 def _parse_tensor_info(name: str, entry: Any) -> TensorInfo:
-    """An entry of the header, checked."""
+    """An entry of the header; ValueError where it is not consistent."""
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise ValueError(f"{name} is not described by dtype, shape and data_offsets")
     if entry["dtype"] not in SAFETENSORS_DTYPES:
         raise ValueError(f"{name} has dtype {entry['dtype']}, which is not supported")
     numbers = [*entry["shape"], *entry["data_offsets"]] if isinstance(entry["shape"], list) else [-1]
     if len(entry["data_offsets"]) != 2 or any(type(n) is not int or n < 0 for n in numbers):
-        raise ValueError(f"{name} has a shape or place that is none")
+        raise ValueError(f"{name} has an invalid shape or data_offsets")
     dtype, shape, (start, end) = SAFETENSORS_DTYPES[entry["dtype"]], tuple(entry["shape"]), entry["data_offsets"]
     if math.prod(filter(None, shape)) >= MAX_NUMEL:
         raise ValueError(f"{name} has shape {list(shape)}, beyond all memory")
@@ -157,14 +159,11 @@ def _parse_tensor_info(name: str, entry: Any) -> TensorInfo:
     return TensorInfo(dtype, shape, start, end)
 
 
-SAFETENSORS_DTYPE_NAMES = {dtype: code for code, dtype in SAFETENSORS_DTYPES.items()}
-
-
 class SafetensorsWriter:
-    """A safetensors file of tensors that are known by dtype and shape (on the meta device will do), to be filled.
+    """Write a safetensors file tensor by tensor, in any order; `tensors` give names, dtypes and shapes (meta will do).
 
-    Real numbers are written in `dtype`, where it is not None. Closed without an exception the file is whole: each
-    tensor was given, once.
+    Floating-point tensors are cast to `dtype`, if it is not None. On leaving its context every tensor must have been
+    written, once.
     """
 
     def __init__(
@@ -183,12 +182,8 @@ class SafetensorsWriter:
             if tensor.dtype not in SAFETENSORS_DTYPE_NAMES:
                 raise ValueError(f"{name} has dtype {tensor.dtype}, which safetensors files do not have")
             self.tensor_offsets[name], end = end, end + tensor.numel() * tensor.itemsize
-            offsets = [self.tensor_offsets[name], end]
-            entries[name] = {
-                "dtype": SAFETENSORS_DTYPE_NAMES[tensor.dtype],
-                "shape": list(tensor.shape),
-                "data_offsets": offsets,
-            }
+            code, offsets = SAFETENSORS_DTYPE_NAMES[tensor.dtype], [self.tensor_offsets[name], end]
+            entries[name] = {"dtype": code, "shape": list(tensor.shape), "data_offsets": offsets}
         header = json.dumps(entries, ensure_ascii=False, separators=(",", ":")).encode()
         header += b" " * (-len(header) % 8)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -197,9 +192,9 @@ class SafetensorsWriter:
         self.data_offset = 8 + len(header)
 
     def write(self, name: str, tensor: Tensor) -> None:
-        """Put a tensor in its place, of the shape and dtype that were said."""
-        wanted, tensor = self.pending.pop(name), self._cast(tensor)
-        assert (tensor.dtype, tensor.shape) == (wanted.dtype, wanted.shape), name
+        """Write a tensor of the announced shape and dtype at its offset."""
+        expected, tensor = self.pending.pop(name), self._cast(tensor)
+        assert (tensor.dtype, tensor.shape) == (expected.dtype, expected.shape), name
         view = tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data
         self.file.seek(self.data_offset + self.tensor_offsets[name])
         while len(view):

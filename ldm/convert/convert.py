@@ -23,14 +23,13 @@ from ldm.checkpoints.families import FAMILIES, LoadOptions, ModelFamily
 from ldm.checkpoints.layouts import read_directory
 from ldm.checkpoints.networks import WeightFile
 from ldm.checkpoints.saving import (
-    PICKLE_SUFFIXES,
     SAFETENSORS_SUFFIX,
     copy_weights,
     list_source_files,
     write_directory,
 )
 from ldm.checkpoints.schedule import PREDICTION_TYPES
-from ldm.checkpoints.tensors import SafetensorsWriter
+from ldm.checkpoints.tensors import PICKLE_SUFFIXES, SafetensorsWriter
 from ldm.convert.family_match import list_omissions, match_family
 from ldm.convert.unpickle import is_pickle, unpickle_weights
 from ldm.files import atomic_write, check_creatable_dir, ensure_writable_dir, read_json

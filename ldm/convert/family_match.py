@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 
-from ldm.checkpoints.configs import TEXT_ENCODER_CONFIG_SCHEMA, VAE_CONFIG_SCHEMA
-from ldm.checkpoints.families import FAMILIES, ModelFamily
+from ldm.checkpoints.families import FAMILIES, TEXT_ENCODER_CONFIG_SCHEMA, VAE_CONFIG_SCHEMA, ModelFamily
+from ldm.checkpoints.keys import build_meta_network
 from ldm.checkpoints.layouts import MODEL_INDEX_NAME, TOKENIZER_FOLDERS
-from ldm.checkpoints.networks import ModelSpec, build_meta_network
+from ldm.checkpoints.networks import ModelSpec
 from ldm.checkpoints.schedule import PREDICTION_TYPES, compute_alphas_cumprod
 from ldm.errors import choose, list_some
 from ldm.nn import text_encoders

@@ -18,13 +18,12 @@ from ldm.checkpoints import detect, formats, keys
 from ldm.checkpoints.families import FAMILIES, LoadOptions, ModelFamily
 from ldm.checkpoints.layouts import (
     MODEL_INDEX_NAME,
-    family_scheduler_config,
     find_family_by_unet,
     read_component,
     read_directory,
     read_model_index,
 )
-from ldm.checkpoints.schedule import PREDICTION_TYPES, parse_scheduler_config
+from ldm.checkpoints.schedule import PREDICTION_TYPES, family_scheduler_config, parse_scheduler_config
 from ldm.checkpoints.tensors import SafetensorsFile, TensorInfo, open_safetensors
 from ldm.diffusion.prediction import PREDICTIONS
 from ldm.files import file_sha256, read_json

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from ldm.checkpoints.formats import load_vae
+from ldm.checkpoints.formats import load_component
 from ldm.files import atomic_write
 from ldm.hardware import preferred_dtype, to_device
 from ldm.image_io import from_uint8
@@ -90,7 +90,7 @@ def _encode_scenes(
     device: torch.device,
     on_progress: Callable[[int], None],
 ) -> None:
-    vae = to_device(load_vae(vae_folder), device, preferred_dtype(device)).eval()
+    vae = to_device(load_component(vae_folder, "vae"), device, preferred_dtype(device)).eval()
     drawn = DataLoader(_SceneImages(scenes, num_scenes), batch_size=64, num_workers=1, collate_fn=_collate)
     parts: list[Sequence[Tensor]] = []
     captions: list[str] = []

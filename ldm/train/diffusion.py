@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from ldm.checkpoints.formats import MODEL_INDEX, load_text_encoder, load_unet, load_vae
+from ldm.checkpoints.formats import MODEL_INDEX, load_component
 from ldm.checkpoints.layouts import load_checked_tokenizer
 from ldm.checkpoints.schedule import build_scheduler_config, parse_scheduler_config
 from ldm.checkpoints.tensors import save_module
@@ -54,9 +54,9 @@ class DiffusionTask:
         device = best_device()
         self.recipe, self.objective = recipe, objective
         self.tokenizer = load_checked_tokenizer(objective.text / "tokenizer")
-        text = load_text_encoder(objective.text / "text_encoder").to(device, preferred_dtype(device)).eval()
+        text = load_component(objective.text / "text_encoder", "text_encoder").to(device, preferred_dtype(device)).eval()
         self.text_encoder = TextEncoder(text, self.tokenizer)
-        self.vae = to_device(load_vae(objective.vae), device, preferred_dtype(device)).eval()
+        self.vae = to_device(load_component(objective.vae, "vae"), device, preferred_dtype(device)).eval()
         self.model = initialize_unet(objective, recipe.seed)
         self.scheduler_config = training_scheduler_config(objective)
         self.sde = parse_scheduler_config(self.scheduler_config).sde
@@ -144,7 +144,7 @@ class DiffusionTask:
 def initialize_unet(objective: DiffusionObjective, seed: int) -> UNet:
     """The U-Net to begin with: that of a folder, or random weights by the seed."""
     if isinstance(objective.unet, Path):
-        unet = load_unet(objective.unet)
+        unet = load_component(objective.unet, "unet")
         unet.attention = objective.attention
         return unet
     torch.manual_seed(seed)

@@ -10,7 +10,7 @@ from ldm.checkpoints.detect import (
     PROBE_ANGLE,
     ProbeResult,
     classify_probe,
-    detect_family,
+    detect_families,
     detect_model,
     probe_network,
 )
@@ -111,7 +111,7 @@ def test_a_perfect_denoiser_answers_its_target(kind):
 @pytest.mark.parametrize("kind", EXPECTED_PROBE_RESULTS)
 @pytest.mark.parametrize("gain", [0.0, 0.3, 0.6, 0.8, 1.2])
 def test_a_denoiser_drawn_to_the_mean_of_pictures(kind, gain):
-    """x0 is g x0: the answers are as `classify_probe` derives them, and eps is told for any g, the others from .6 on."""
+    """x0 is g x0: the results are those of `classify_probe`, and eps is found for any g, the others from .6 on."""
     reply = reply_of(flat(kind, gain))
     alpha, sigma = math.cos(PROBE_ANGLE), math.sin(PROBE_ANGLE)
     b = {"eps": (1 - gain) * alpha / sigma, "v": (alpha**2 - gain) / sigma, "x0": gain}[kind]
@@ -202,9 +202,9 @@ TOLD = {  # family, marks, header, what the user says: family, prediction, zero 
         "sdxl",
         "eps",
         False,
-        "as asked",
+        "as requested",
     ),
-    "the user's family": ("sd2-base", [], {TYPE: "epsilon"}, {"family": "sd2-v"}, "sd2-v", "v", False, "as asked"),
+    "the user's family": ("sd2-base", [], {TYPE: "epsilon"}, {"family": "sd2-v"}, "sd2-v", "v", False, "as requested"),
     "both of the user's": (
         "sd2-base",
         [],
@@ -213,7 +213,7 @@ TOLD = {  # family, marks, header, what the user says: family, prediction, zero 
         "sd2-v",
         "eps",
         False,
-        "as asked",
+        "as requested",
     ),
 }
 
@@ -285,7 +285,7 @@ STRANGERS = {  # tensors that are the whole file, and what it is
 def test_another_file_is_told_by_name(case):
     tensors, said = STRANGERS[case]
     with pytest.raises(ValueError, match=said):
-        detect_family(tensors)
+        detect_families(tensors)
 
 
 def without(tensors, beginning):
@@ -325,4 +325,4 @@ RELATIVES = {  # changes of a family's file, and what they make of it
 def test_a_relative_is_told_by_name(singles, case):
     name, change, said = RELATIVES[case]
     with pytest.raises(ValueError, match=said):
-        detect_family(change(dict(singles[name])))
+        detect_families(change(dict(singles[name])))

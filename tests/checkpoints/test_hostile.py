@@ -201,7 +201,7 @@ CASES = {  # what is wrong: how it comes about, what is said
     "no tensors": (single(raw({})), "not a model of Stable Diffusion"),
     "text": (single("hello, I am a model " * 9), TORN),
     "a pointer of Git LFS": (single("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 4\n"), "Git LFS"),
-    "a page of the web": (single("<!DOCTYPE html><html>Sign in</html>"), "a page of the web"),
+    "an HTML page": (single("<!DOCTYPE html><html>Sign in</html>"), "an HTML page"),
     "a GGUF file": (single(b"GGUF\x03" + bytes(40)), "GGUF"),
     # pickled code
     "code in a .ckpt": (single(lambda: pickle.dumps(Code()), "x.ckpt"), PICKLED),
@@ -267,7 +267,7 @@ CASES = {  # what is wrong: how it comes about, what is said
     "a shard of the whole disk": (sharded(lambda m: dict.fromkeys(m, "/etc/passwd")), "no file of this folder"),
     "a shard that is a number": (sharded(lambda m: dict.fromkeys(m, 7)), "no file of this folder"),
     "a map of the wrong shards": (sharded(lambda m: dict.fromkeys(m, next(iter(m.values())))), "lacks"),
-    "a map that lacks a tensor": (sharded(lambda m: dict(list(m.items())[1:])), "which the index does not know"),
+    "a map that lacks a tensor": (sharded(lambda m: dict(list(m.items())[1:])), "which the index does not list"),
     "a map of nothing": (sharded(lambda m: {}), "no weight_map"),
     "a map of a list": (sharded(lambda m: [*m]), "no weight_map"),
     # what lies there is no file

@@ -7,9 +7,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from ldm.checkpoints.configs import TEXT_ENCODER_CONFIG_SCHEMA, VAE_CONFIG_SCHEMA
-from ldm.checkpoints.families import FAMILIES
-from ldm.checkpoints.networks import build_meta_network
+from ldm.checkpoints.families import FAMILIES, TEXT_ENCODER_CONFIG_SCHEMA, VAE_CONFIG_SCHEMA
+from ldm.checkpoints.keys import build_meta_network
 from ldm.convert.family_match import find_differences
 from ldm.nn import text_encoders
 from ldm.nn.unet import UNetConfig
