@@ -56,21 +56,18 @@ def count_tokens(caption: str, tokenizer: CLIPTokenizer, placeholder_tokens: Pla
     return 2 + len(tokenize_with_placeholders(tokenizer, caption, placeholder_tokens))
 
 
-def detect_file_name(caption: str, stem: str) -> str | None:
-    """A file name as caption."""
+def _detect_file_name(caption: str, stem: str) -> str | None:
     named = PurePosixPath(caption).suffix.lower() in READABLE_IMAGE_SUFFIXES or CAMERA_FILE_PATTERN.fullmatch(caption)
     same = caption == stem and re.search(r"[\d_]", stem)
     return f"{caption!r} is the name of a file" if named or same else None
 
 
-def detect_markup(caption: str, stem: str) -> str | None:
-    """HTML or a URL in the caption."""
+def _detect_markup(caption: str, stem: str) -> str | None:
     match = MARKUP_PATTERN.search(caption)
     return f"contains {match[0][:40]!r}" if match else None
 
 
-def detect_mojibake(caption: str, stem: str) -> str | None:
-    """UTF-8 decoded as another encoding, or a replacement or control character."""
+def _detect_mojibake(caption: str, stem: str) -> str | None:
     broken = [c for c in caption if c == "\ufffd" or (unicodedata.category(c) == "Cc" and c not in "\t\r\n")]
     if broken:
         return f"contains {broken[0]!r}"
@@ -83,25 +80,23 @@ def detect_mojibake(caption: str, stem: str) -> str | None:
     return None
 
 
-def detect_placeholder_caption(caption: str, stem: str) -> str | None:
-    """A placeholder instead of a caption, or no letter, digit or emoji."""
+def _detect_placeholder_caption(caption: str, stem: str) -> str | None:
     plain = caption.strip(" .,_-<>[]()").casefold()
     has_content = plain not in PLACEHOLDER_CAPTIONS and any(c.isalnum() or ord(c) > 0xFFFF for c in caption)
     return None if has_content else f"{caption!r} describes nothing"
 
 
-def detect_multiple_lines(caption: str, stem: str) -> str | None:
-    """More than one line, of which other trainers read the first."""
+def _detect_multiple_lines(caption: str, stem: str) -> str | None:
     lines = len(caption.splitlines())
     return f"{lines} lines: all are used, as one caption" if lines > 1 else None
 
 
 CAPTION_CHECKS: dict[str, Callable[[str, str], str | None]] = {
-    "file name": detect_file_name,
-    "markup": detect_markup,
-    "mojibake": detect_mojibake,
-    "placeholder caption": detect_placeholder_caption,
-    "multiple lines": detect_multiple_lines,
+    "file name": _detect_file_name,
+    "markup": _detect_markup,
+    "mojibake": _detect_mojibake,
+    "placeholder caption": _detect_placeholder_caption,
+    "multiple lines": _detect_multiple_lines,
 }
 
 

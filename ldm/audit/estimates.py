@@ -37,8 +37,8 @@ from ldm.nn.unet import UNet
 from ldm.nn.vae import AutoencoderKL, vae_scale_factor
 
 FP32_BYTES, FP16_BYTES = 4, 2
-OPTIMIZER_STATE_BYTES = {"adamw8bit": 2, "prodigy": 4 * FP32_BYTES, "muon": FP32_BYTES}  # per parameter; others: Adam's
-ADAM_STATE_BYTES = 2 * FP32_BYTES
+OPTIMIZER_STATE_BYTES = {"adamw8bit": 2, "prodigy": 4 * FP32_BYTES, "muon": FP32_BYTES}  # per parameter
+ADAM_STATE_BYTES = 2 * FP32_BYTES  # of all others
 
 
 @dataclass(frozen=True)
@@ -169,18 +169,16 @@ def estimate_activation_bytes(recipe: Recipe, model_config: ModelConfig, bucket:
 def measure_saved_tensor_bytes(unet: nn.Module, x: Tensor, cond: Conditioning, autocast_dtype: torch.dtype) -> int:
     """Bytes of the storages, except for the parameters', that a forward pass saves for the backward pass."""
     own = {p.untyped_storage()._cdata for p in unet.parameters()}
-    saved: dict[int, Any] = {}  # holds the storages: the address of a freed one could be used again
+    saved: list[torch.UntypedStorage] = []  # holds the storages: the address of a freed one could be used again
 
     def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in own:
-            saved[storage._cdata] = storage
+        saved.append(tensor.untyped_storage())
         return tensor
 
     autocast = torch.autocast(x.device.type, autocast_dtype, enabled=autocast_dtype != torch.float32)
     with saved_tensors_hooks(pack, lambda tensor: tensor), autocast:
         unet(x, torch.zeros(len(x), device=x.device), cond)
-    return sum(storage.nbytes() for storage in saved.values())
+    return sum({storage._cdata: storage.nbytes() for storage in saved if storage._cdata not in own}.values())
 
 
 def count_samples_per_bucket(samples: Sequence[ImageSample], image_infos: Sequence[ImageInfo]) -> dict[str, int]:

@@ -57,28 +57,24 @@ def check_image(sample: ImageSample, masks: MaskMode) -> ImageCheckResult:
         mask = decode_mask(sample.read_mask()) if sample.read_mask else decoded.alpha if masks == "alpha" else None
     except (OSError, ValueError) as error:
         return ImageCheckResult((DatasetIssue("broken image", sample.key, part + error_text(error)),))
-    found = [*decoded.notices, *_check_pixels(decoded), *_check_color_mode(data, masks)]
+    found = [*decoded.notices, *_check_pixels(data, decoded, masks)]
     if mask is not None and not mask.getextrema()[1]:
         found.append(("black mask", "all black: no part of the image would count"))
     issues = tuple(DatasetIssue(kind, sample.key, what) for kind, what in found)
     return ImageCheckResult(issues, fingerprint_image(decoded.rgb), mask is not None)
 
 
-def _check_pixels(decoded: DecodedImage) -> Iterator[tuple[str, str]]:
+def _check_pixels(data: bytes, decoded: DecodedImage, masks: MaskMode) -> Iterator[tuple[str, str]]:
+    """Blank images, and how one that is not 8-bit RGB is converted."""
     if decoded.alpha is not None and not decoded.alpha.getextrema()[1]:
         yield "blank image", "fully transparent"
     elif np.ptp(np.asarray(decoded.rgb), (0, 1)).max() == 0:
         yield "blank image", "a single color"
-
-
-def _check_color_mode(data: bytes, masks: MaskMode) -> Iterator[tuple[str, str]]:
-    """How an image that is not 8-bit RGB is converted."""
     with Image.open(io.BytesIO(data)) as image:
-        mode, transparent = image.mode, image.has_transparency_data
-    if transparent and masks != "alpha":
-        yield "color mode", f"{mode}, transparency is put on white"
-    elif mode not in ("RGB", "RGBA"):
-        yield "color mode", f"{mode}, converted to RGB"
+        if image.has_transparency_data and masks != "alpha":
+            yield "color mode", f"{image.mode}, transparency is put on white"
+        elif image.mode not in ("RGB", "RGBA"):
+            yield "color mode", f"{image.mode}, converted to RGB"
 
 
 def check_bucket_fit(sample: ImageSample, info: ImageInfo) -> Iterator[DatasetIssue]:

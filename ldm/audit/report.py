@@ -6,7 +6,6 @@ import base64
 import io
 from collections.abc import Iterator, Mapping
 from html import escape
-from pathlib import Path
 from typing import Any
 
 from PIL import Image
@@ -66,7 +65,9 @@ def render_html_report(report: AuditReport, data: ImageDataConfig, title: str) -
 
 
 def _render_issue(issue: DatasetIssue, report: AuditReport, data: ImageDataConfig, with_thumbnail: bool) -> str:
-    path = resolve_key(issue.key, data)
+    folder, name = split_key(issue.key)
+    path = data.train_data_dir[folder] / name if folder < len(data.train_data_dir) else None
+    path = path if path and path.is_file() else None  # none of a table's row, a tar's member, a setting of the recipe
     sample, info = report.samples.get(issue.key, (None, None))
     read = sample.read_image if sample else FileSlice(path) if path else None
     image = _render_thumbnail(read) if read and with_thumbnail else ""
@@ -77,13 +78,6 @@ def _render_issue(issue: DatasetIssue, report: AuditReport, data: ImageDataConfi
         f"<b>{escape(issue.kind)}</b>{escape(issue.what)}{caption}<p><small>{escape(str(path or issue.key))} {size}"
         "</small></div>"
     )
-
-
-def resolve_key(key: str, data: ImageDataConfig) -> Path | None:
-    """The file of an issue's key; None if it is a table's row, a member of a tar, or a setting of the recipe."""
-    folder, name = split_key(key)
-    path = data.train_data_dir[folder] / name if folder < len(data.train_data_dir) else None
-    return path if path and path.is_file() else None
 
 
 def _render_thumbnail(read: BytesReader) -> str:

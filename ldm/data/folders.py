@@ -8,7 +8,7 @@ import json
 import os
 import re
 import unicodedata
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
@@ -18,7 +18,6 @@ from ldm.data.shards import import_pyarrow, is_saved_dataset, open_parquet_files
 from ldm.data.sources import (
     CAPTION_SUFFIXES,
     MASK_SUFFIX,
-    READABLE_IMAGE_SUFFIXES,
     DatasetIssue,
     FileSlice,
     ImageSample,
@@ -27,7 +26,8 @@ from ldm.data.sources import (
     deduplicate,
     find_missing_columns,
     is_ignored,
-    list_required_columns,
+    is_image_file,
+    is_mask_file,
     skipped_file_issue,
     validate_caption,
 )
@@ -126,16 +126,6 @@ def _iter_files(
             issues.append(DatasetIssue("missing file", key, what))
 
 
-def is_mask_file(name: str) -> bool:
-    """Is it a mask by its suffix, `.mask.png`?"""
-    return name.lower().endswith(MASK_SUFFIX)
-
-
-def is_image_file(name: str) -> bool:
-    """Is it an image by its suffix, and no mask?"""
-    return PurePosixPath(name).suffix.lower() in READABLE_IMAGE_SUFFIXES and not is_mask_file(name)
-
-
 def strip_extension(name: str) -> str:
     """A path without its suffix, or without `.mask.png`."""
     return name[: -len(MASK_SUFFIX)] if is_mask_file(name) else str(PurePosixPath(name).with_suffix(""))
@@ -146,7 +136,7 @@ def open_metadata_folder(files: FileIndex, metadata_file: str, data: ImageDataCo
     issues: list[DatasetIssue] = []
     rows = read_metadata_rows(files[metadata_file], issues)
     columns = sorted({name for row in rows for name in row.values})
-    wrong = find_missing_columns(list_required_columns(data, "file_name"), columns, metadata_file) if rows else []
+    wrong = find_missing_columns(data, "file_name", columns, metadata_file) if rows else []
     if wrong or not rows:
         return ImageSource((), issues + wrong)
     masks = {strip_extension(name): name for name in filter(is_mask_file, files)}
@@ -163,11 +153,9 @@ def open_metadata_folder(files: FileIndex, metadata_file: str, data: ImageDataCo
         if text is not None:
             read_mask = FileSlice(files[mask]) if mask and data.masks == "file" else None
             samples.append(ImageSample(name, text, FileSlice(files[name]), read_mask))
-    for name in files:
-        if name not in used and is_image_file(name):
-            issues.append(DatasetIssue("no caption", name, f"not in {metadata_file}"))
-        elif name not in used:
-            issues.append(_unmatched_mask_issue(name) if is_mask_file(name) else skipped_file_issue(name))
+    for name in (name for name in files if name not in used):
+        unlisted = DatasetIssue("no caption", name, f"not in {metadata_file}")
+        issues.append(unlisted if is_image_file(name) else skipped_file_issue(name))
     return ImageSource(deduplicate(samples, issues), issues)
 
 
@@ -231,10 +219,6 @@ def _read_parquet(path: Path, issues: list[DatasetIssue]) -> Iterator[TableRow]:
     yield from (TableRow(f"{path.name}:{k + 1}", values) for k, values in enumerate(rows))
 
 
-def _unmatched_mask_issue(name: str) -> DatasetIssue:
-    return DatasetIssue("mask without image", name, "no image of that name")
-
-
 def _resolve_file_cell(row: TableRow, column: str, files: FileIndex, issues: list[DatasetIssue]) -> str | None:
     """The file that a cell names; None with an issue if there is no such file below the folder."""
     value = row.values.get(column)
@@ -267,25 +251,22 @@ def open_sidecar_folder(files: FileIndex, data: ImageDataConfig) -> ImageSource:
             continue
         owners[stem] = name
         repeats, tokens = _parse_kohya_folder(name)
-        text = _read_sidecar_caption(name, captions.get(stem), files, tokens or data.instance_prompt, issues)
+        file, fallback, text = captions.get(stem), tokens or data.instance_prompt, None
+        if file is not None and (text := decode_utf8(files[file].read_bytes(), file, issues)) is None:
+            continue
+        text = validate_caption(file or name, text, fallback, issues)
         mask = FileSlice(files[masks[stem]]) if stem in masks and data.masks == "file" else None
         if text is not None:
             samples.append(ImageSample(name, text, FileSlice(files[name]), mask, repeats))
-    what = "no image of that name"
-    issues += [DatasetIssue("caption without image", captions[stem], what) for stem in captions if stem not in owners]
-    issues += [_unmatched_mask_issue(masks[stem]) for stem in masks if stem not in owners]
-    known = {*captions.values(), *masks.values(), *(issue.key for issue in issues)}
+    strays = [file for stem, file in captions.items() if stem not in owners]
+    issues += [DatasetIssue("caption without image", file, "no image of that name") for file in strays]
+    known = {*captions.values(), *(file for stem, file in masks.items() if stem in owners)}
+    known |= {issue.key for issue in issues}
     issues += [skipped_file_issue(name) for name in files if not is_image_file(name) and name not in known]
-    return ImageSource(samples, issues + _check_repeats(samples))
-
-
-def _read_sidecar_caption(
-    name: str, caption_file: str | None, files: FileIndex, fallback: str | None, issues: list[DatasetIssue]
-) -> str | None:
-    if caption_file is None:
-        return validate_caption(name, None, fallback, issues)
-    text = decode_utf8(files[caption_file].read_bytes(), caption_file, issues)
-    return None if text is None else validate_caption(caption_file, text, fallback, issues)
+    folders = {sample.key.split("/")[0]: sample.repeats for sample in samples}
+    what = "would be repeated {} times: rename the folder if that is not meant as repeats"
+    issues += [DatasetIssue("repeats", n, what.format(r)) for n, r in folders.items() if not 0 < r <= MAX_REPEATS]
+    return ImageSource(samples, issues)
 
 
 def _index_by_stem(names: Iterable[str], kind: str, issues: list[DatasetIssue]) -> dict[str, str]:
@@ -301,9 +282,3 @@ def _parse_kohya_folder(name: str) -> tuple[int, str | None]:
     """Repeats and class tokens by the first folder of a path."""
     match = KOHYA_FOLDER_PATTERN.fullmatch(name.split("/")[0]) if "/" in name else None
     return (int(match[1]), match[2].strip()) if match else (1, None)
-
-
-def _check_repeats(samples: Sequence[ImageSample]) -> list[DatasetIssue]:
-    folders = {sample.key.split("/")[0]: sample.repeats for sample in samples}
-    what = "would be repeated {} times: rename the folder if that is not meant as repeats"
-    return [DatasetIssue("repeats", n, what.format(r)) for n, r in folders.items() if not 0 < r <= MAX_REPEATS]

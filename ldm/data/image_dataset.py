@@ -179,21 +179,14 @@ class ImageDataset:
     def _load_latents(self, pairs: Sequence[tuple[int, Augmentation]]) -> np.ndarray:
         assert self.cached_encoder
         cache, encode = self.cached_encoder
-        infos = [self.image_infos[row] for row, _ in pairs]
-        keys = [
-            blake2b_hexdigest(info.digest, json.dumps([info.placement, augmentation]))
-            for info, (_, augmentation) in zip(infos, pairs, strict=True)
-        ]
+        infos = self.image_infos
+        keys = [blake2b_hexdigest(infos[row].digest, json.dumps([infos[row].placement, a])) for row, a in pairs]
         compute = lambda missing: list(encode(self._load_pixels([pairs[k] for k in missing])))
         return np.stack(cache.get_or_compute(keys, compute))
 
     def _load_pixels(self, pairs: Sequence[tuple[int, Augmentation]]) -> np.ndarray:
-        placements = [self.image_infos[row].placement for row, _ in pairs]
-        images = (
-            resize_and_crop(self._decode_image(row).rgb, placement, augmentation)
-            for placement, (row, augmentation) in zip(placements, pairs, strict=True)
-        )
-        return np.stack([np.asarray(image) for image in images])
+        images = ((self._decode_image(row).rgb, self.image_infos[row].placement, a) for row, a in pairs)
+        return np.stack([np.asarray(resize_and_crop(*image)) for image in images])
 
     def _load_mask(self, row: int, augmentation: Augmentation) -> np.ndarray:
         """The mean of the mask over each latent, float32 [1, h, w]; ones if the image has none."""

@@ -24,13 +24,11 @@ from ldm.data.sources import (
     deduplicate,
     find_missing_columns,
     is_ignored,
-    list_required_columns,
     skipped_file_issue,
     validate_caption,
 )
 
 MembersBySuffix = dict[str, tuple[str, FileSlice]]  # the members of one key of a tar: name and content by suffix
-GZIP_MAGIC = b"\x1f\x8b"
 
 
 def open_tars(paths: Sequence[Path], data: ImageDataConfig) -> ImageSource:
@@ -67,7 +65,7 @@ def _list_members(path: Path, issues: list[DatasetIssue]) -> list[tuple[str, Fil
     """Names of a tar's files and their slices of it; of a truncated tar those that are complete."""
     found: list[tuple[str, FileSlice]] = []
     with open(path, "rb") as file:
-        if file.read(2) == GZIP_MAGIC:
+        if file.read(2) == b"\x1f\x8b":  # gzip
             issues.append(DatasetIssue("compressed tar", path.name, "members cannot be read in place: unpack the .gz"))
             return []
     try:
@@ -92,7 +90,9 @@ def _make_sample(members: MembersBySuffix, data: ImageDataConfig, issues: list[D
     for kind, (first, *more) in (("duplicate", images), ("two captions", texts)) if images and texts else ():
         issues += [DatasetIssue(kind, name, f"there is {first[0]} too") for name, _ in more]
     if not images:
-        issues += [_unmatched_member_issue(name) for name, _ in members.values()]
+        for suffix, (name, _) in members.items():
+            stray = DatasetIssue("caption without image", name, "no image of that key")
+            issues.append(stray if suffix in (*CAPTION_SUFFIXES, ".json") else skipped_file_issue(name))
         return None
     name, file = images[0]
     num_issues = len(issues)
@@ -102,15 +102,6 @@ def _make_sample(members: MembersBySuffix, data: ImageDataConfig, issues: list[D
     caption = validate_caption(name, text, data.instance_prompt, issues)
     mask = members[MASK_SUFFIX][1] if data.masks == "file" and MASK_SUFFIX in members else None
     return None if caption is None else ImageSample(name, caption, file, mask)
-
-
-def _unmatched_member_issue(name: str) -> DatasetIssue:
-    suffix = base_plus_ext(name)[1]
-    if suffix.endswith(MASK_SUFFIX):
-        return DatasetIssue("mask without image", name, "no image of that key")
-    if suffix in (*CAPTION_SUFFIXES, ".json"):
-        return DatasetIssue("caption without image", name, "no image of that key")
-    return skipped_file_issue(name)
 
 
 def _read_json_caption(members: MembersBySuffix, data: ImageDataConfig, issues: list[DatasetIssue]) -> Any:
@@ -127,8 +118,7 @@ def _read_json_caption(members: MembersBySuffix, data: ImageDataConfig, issues: 
         issues.append(DatasetIssue("malformed line", name, f"not JSON ({error})"))
         return None
     values = values if isinstance(values, dict) else {}
-    if data.instance_prompt is None:
-        issues += find_missing_columns([data.caption_column], values, name)
+    issues += find_missing_columns(data, None, values, name)
     return values.get(data.caption_column)
 
 
@@ -199,7 +189,7 @@ def open_saved_dataset(folder: Path, data: ImageDataConfig) -> ImageSource:
     except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
         return ImageSource((), (DatasetIssue("corrupt dataset", folder.name, f"not a saved dataset ({error})"),))
     columns = [name for table in [*tables.values()][:1] for name in table.column_names]
-    if wrong := find_missing_columns(list_required_columns(data, "image"), columns, folder.name):
+    if wrong := find_missing_columns(data, "image", columns, folder.name):
         return ImageSource((), wrong)
     samples: list[ImageSample] = []
     first = 0
@@ -224,7 +214,7 @@ def _iter_parquet(name: str, path: Path, data: ImageDataConfig, issues: list[Dat
     try:
         file = parquet.ParquetFile(path)
         columns = file.schema_arrow.names
-        if wrong := find_missing_columns(list_required_columns(data, "image"), columns, name):
+        if wrong := find_missing_columns(data, "image", columns, name):
             return issues.extend(wrong)
         first = 0
         for group in range(file.num_row_groups):

@@ -96,12 +96,24 @@ def is_ignored(name: str) -> bool:
     return name.startswith(".") or name.lower() in SYSTEM_FILES
 
 
-def skipped_file_issue(key: str) -> DatasetIssue:
-    """Why a file that is no image, caption or mask is left out."""
-    suffix = Path(key).suffix.lower()
+def is_mask_file(name: str) -> bool:
+    """Is a file a mask by its suffix, `.mask.png`?"""
+    return name.lower().endswith(MASK_SUFFIX)
+
+
+def is_image_file(name: str) -> bool:
+    """Is a file an image by its suffix, and no mask?"""
+    return Path(name).suffix.lower() in READABLE_IMAGE_SUFFIXES and not is_mask_file(name)
+
+
+def skipped_file_issue(name: str) -> DatasetIssue:
+    """Why a file that is neither an image nor a caption, nor a mask of an image, is left out."""
+    suffix = Path(name).suffix.lower()
     if suffix in UNSUPPORTED_IMAGE_SUFFIXES:
-        return DatasetIssue("unsupported", key, f"{suffix} images cannot be read: convert them to PNG or JPEG")
-    return DatasetIssue("skipped", key, "neither an image nor a caption")
+        return DatasetIssue("unsupported", name, f"{suffix} images cannot be read: convert them to PNG or JPEG")
+    if is_mask_file(name):
+        return DatasetIssue("mask without image", name, "no image of that name")
+    return DatasetIssue("skipped", name, "neither an image nor a caption")
 
 
 def validate_caption(key: str, text: Any, fallback: str | None, issues: list[DatasetIssue]) -> str | None:
@@ -129,17 +141,15 @@ def decode_utf8(data: bytes, key: str, issues: list[DatasetIssue]) -> str | None
         return None
 
 
-def find_missing_columns(columns: Iterable[str], present: Iterable[str], key: str) -> list[DatasetIssue]:
-    """An issue for each column that is not present, with the nearest that is."""
+def find_missing_columns(
+    data: ImageDataConfig, image: str | None, present: Iterable[str], key: str
+) -> list[DatasetIssue]:
+    """Issues for a missing image column (by default `image`; None if none is needed) or caption column, if needed."""
     names = [name for name in present if isinstance(name, str)]
+    columns = [image and (data.image_column or image), data.caption_column if data.instance_prompt is None else None]
     listed = ", ".join(map(repr, names)) or "none"
-    what = {column: f"no column {column!r} among {listed}{suggest(column, names, 0.3)}" for column in columns}
-    return [DatasetIssue("wrong column", key, text) for column, text in what.items() if column not in names]
-
-
-def list_required_columns(data: ImageDataConfig, image: str) -> list[str]:
-    """The columns that a table must have: the images', `image` by default, and the captions' if there is no prompt."""
-    return [data.image_column or image, *([data.caption_column] if data.instance_prompt is None else [])]
+    what = {name: f"no column {name!r} among {listed}{suggest(name, names, 0.3)}" for name in columns if name}
+    return [DatasetIssue("wrong column", key, text) for name, text in what.items() if name not in names]
 
 
 def deduplicate(samples: Iterable[ImageSample], issues: list[DatasetIssue]) -> list[ImageSample]:
