@@ -16,15 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ldm.checkpoints import detect, formats, keys
+from ldm.checkpoints import detect, formats, keys, layouts
 from ldm.checkpoints.families import FAMILIES, LoadOptions, ModelFamily
-from ldm.checkpoints.layouts import (
-    COMPONENT_CLASSES,
-    MODEL_INDEX_NAME,
-    TOKENIZER_FOLDERS,
-    WEIGHT_FILE_STEMS,
-    read_single_file,
-)
 from ldm.checkpoints.schedule import family_scheduler_config
 from ldm.checkpoints.tensors import PICKLE_SUFFIXES, SafetensorsFile, SafetensorsWriter, open_safetensors
 from ldm.files import atomic_write, read_json, write_json
@@ -46,7 +39,7 @@ def write_directory(
     src: Path, draft: Path, dtype: torch.dtype | None = None, options: LoadOptions = LoadOptions()
 ) -> dict[str, Any]:
     """Write a single file as a directory, floating-point tensors in `dtype` (None: each in its own), and report."""
-    (((file, key_mappings),),) = read_single_file(src, options).shard_groups
+    (((file, key_mappings),),) = layouts.read_single_file(src, options).shard_groups
     if not any(mapping.component == "vae" for mapping in key_mappings.values()):
         raise ValueError(f"{src}: no vae in it, and a directory needs one")
     detection = _detect_model(file, options)
@@ -57,7 +50,7 @@ def write_directory(
     with ExitStack() as stack:
         writers = {}
         for component, tensors in components.items():
-            path = draft / component / f"{WEIGHT_FILE_STEMS[component]}{SAFETENSORS_SUFFIX}"
+            path = draft / component / f"{layouts.WEIGHT_FILE_STEMS[component]}{SAFETENSORS_SUFFIX}"
             writers[component] = stack.enter_context(SafetensorsWriter(path, tensors, {"format": "pt"}, dtype))
         for name, tensor in file.iter_tensors():
             if name in key_mappings:
@@ -90,14 +83,14 @@ def _write_configs(family: ModelFamily, detection: detect.Detection, folder: Pat
     """Write all of a directory but its weights: configurations, tokenizers, scheduler, index."""
     index: dict[str, Any] = {"_class_name": family.pipeline_class, "_diffusers_version": DIFFUSERS_VERSION}
     for name, config in family.configs.items():
-        library, (class_name, *_) = COMPONENT_CLASSES[name]
+        library, (class_name, *_) = layouts.COMPONENT_CLASSES[name]
         own = {"architectures": [class_name], "model_type": "clip_text_model"} if library == "transformers" else {}
         write_json({**config, **own}, folder / name / "config.json")
         index[name] = [library, class_name]
     for name, spec in family.text_encoders.items():
         tokenizer = text_encoders.build_clip_tokenizer(spec.pad_token_id)
-        text_encoders.save_clip_tokenizer(tokenizer, folder / TOKENIZER_FOLDERS[name])
-        index[TOKENIZER_FOLDERS[name]] = ["transformers", "CLIPTokenizer"]
+        text_encoders.save_clip_tokenizer(tokenizer, folder / layouts.TOKENIZER_FOLDERS[name])
+        index[layouts.TOKENIZER_FOLDERS[name]] = ["transformers", "CLIPTokenizer"]
     scheduler = family_scheduler_config(family, detection.prediction, detection.zero_snr)
     (folder / "scheduler").mkdir()
     write_json(scheduler, folder / "scheduler" / "scheduler_config.json")
@@ -106,7 +99,7 @@ def _write_configs(family: ModelFamily, detection: detect.Detection, folder: Pat
         index["force_zeros_for_empty_prompt"] = family.force_zeros_for_empty_prompt
     else:
         index |= {"safety_checker": [None, None], "feature_extractor": [None, None], "requires_safety_checker": False}
-    write_json(index, folder / MODEL_INDEX_NAME)
+    write_json(index, folder / layouts.MODEL_INDEX_NAME)
 
 
 def copy_weights(

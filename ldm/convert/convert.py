@@ -18,16 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ldm.checkpoints import formats, keys
+from ldm.checkpoints import formats, keys, saving
 from ldm.checkpoints.families import FAMILIES, LoadOptions, ModelFamily
 from ldm.checkpoints.layouts import read_directory
 from ldm.checkpoints.networks import WeightFile
-from ldm.checkpoints.saving import (
-    SAFETENSORS_SUFFIX,
-    copy_weights,
-    list_source_files,
-    write_directory,
-)
 from ldm.checkpoints.schedule import PREDICTION_TYPES
 from ldm.checkpoints.tensors import PICKLE_SUFFIXES, SafetensorsWriter
 from ldm.convert.family_match import list_omissions, match_family
@@ -65,7 +59,7 @@ def convert_checkpoint(
     dst, source = _check_destination(Path(dst).expanduser()), src
     src = formats.locate_weights(src, options)
     ensure_writable_dir(dst.parent)
-    same_layout = src.is_dir() != (dst.suffix == SAFETENSORS_SUFFIX)
+    same_layout = src.is_dir() != (dst.suffix == saving.SAFETENSORS_SUFFIX)
     variant = None if formats.is_hub_source(source) else options.variant
     if same_layout and replace(options, revision=None, token=None, variant=variant) != LoadOptions():
         raise ValueError(
@@ -76,11 +70,11 @@ def convert_checkpoint(
         plain, dropped = (src, {}) if same_layout else stack.enter_context(_without_pickles(src, dst, trust))
         draft = stack.enter_context(atomic_write(dst))
         if same_layout:
-            report = copy_weights(src, draft, dtype, unpickle)
+            report = saving.copy_weights(src, draft, dtype, unpickle)
         elif src.is_dir():
             report = _write_single_file(plain, draft, dst.stem, dtype, options)
         else:
-            report = write_directory(plain, draft, dtype, options)
+            report = saving.write_directory(plain, draft, dtype, options)
     return {"source": str(source), "destination": str(dst), "dropped": dropped, **report}
 
 
@@ -88,7 +82,7 @@ def _check_destination(dst: Path) -> Path:
     """Where to write, following a link to an empty folder; ValueError if it exists or cannot be created."""
     if dst.suffix in PICKLE_SUFFIXES:
         raise ValueError(f"{dst}: weights are written as .safetensors or as a folder")
-    if dst.is_dir() and dst.suffix != SAFETENSORS_SUFFIX and not any(dst.iterdir()):
+    if dst.is_dir() and dst.suffix != saving.SAFETENSORS_SUFFIX and not any(dst.iterdir()):
         return dst.resolve()
     if dst.exists() or dst.is_symlink():
         raise ValueError(f"{dst}: exists already")
@@ -103,13 +97,13 @@ def _unpickle(src: Path, dst: Path, dtype: torch.dtype | None) -> dict[str, Any]
 @contextmanager
 def _without_pickles(src: Path, dst: Path, trust: bool) -> Iterator[tuple[Path, Mapping[str, list[str]]]]:
     """The source, or a temporary copy of it beside `dst` without pickles, and what was dropped."""
-    if not trust or not any(map(is_pickle, list_source_files(src))):
+    if not trust or not any(map(is_pickle, saving.list_source_files(src))):
         yield src, {}
         return
     dst.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(prefix=f".{dst.name}.", dir=dst.parent) as folder:
         copy = Path(folder) / src.name
-        dropped = copy_weights(src, copy, None, _unpickle)["dropped"]
+        dropped = saving.copy_weights(src, copy, None, _unpickle)["dropped"]
         try:
             yield copy, dropped
         except ValueError as error:

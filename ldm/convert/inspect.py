@@ -14,15 +14,8 @@ import torch
 
 from ldm.adapters import lora_loading
 from ldm.adapters.lora_keys import DOWN_FIELDS, detect_lora_format, parse_lora_keys
-from ldm.checkpoints import detect, formats, keys
+from ldm.checkpoints import detect, formats, keys, layouts
 from ldm.checkpoints.families import FAMILIES, LoadOptions, ModelFamily
-from ldm.checkpoints.layouts import (
-    MODEL_INDEX_NAME,
-    find_family_by_unet,
-    read_component,
-    read_directory,
-    read_model_index,
-)
 from ldm.checkpoints.schedule import PREDICTION_TYPES, family_scheduler_config, parse_scheduler_config
 from ldm.checkpoints.tensors import SafetensorsFile, TensorInfo, open_safetensors
 from ldm.diffusion.prediction import PREDICTIONS
@@ -146,17 +139,17 @@ def _classify_keys(file: SafetensorsFile, family: ModelFamily) -> dict[str, Any]
 
 def _inspect_folder(path: Path, options: LoadOptions) -> dict[str, Any]:
     """A folder by its configurations and headers; ValueError unless its tensors are exactly those of its networks."""
-    if not (path / MODEL_INDEX_NAME).exists() and (report := _inspect_component_folder(path)):
+    if not (path / layouts.MODEL_INDEX_NAME).exists() and (report := _inspect_component_folder(path)):
         return report
-    index, model = read_model_index(path), read_directory(path, options)
+    index, model = layouts.read_model_index(path), layouts.read_directory(path, options)
     config = read_json(path / "scheduler" / "scheduler_config.json") | {"_class_name": index["scheduler"][1]}
     prediction = PREDICTION_TYPES[config.get("prediction_type", "epsilon")]
     stated = {name: config.get(name, "nothing, its default") for name in ("prediction_type", "rescale_betas_zero_snr")}
     files = {str(file.path.relative_to(path)): file for file, _ in model.weight_files}
     num_ignored = sum(name not in mappings for file, mappings in model.weight_files for name in file.tensor_infos)
     return {
-        "format": f"folder of {index['_class_name']} ({MODEL_INDEX_NAME})",
-        "family": find_family_by_unet(model.networks["unet"].config, PREDICTIONS[prediction]),
+        "format": f"folder of {index['_class_name']} ({layouts.MODEL_INDEX_NAME})",
+        "family": layouts.find_family_by_unet(model.networks["unet"].config, PREDICTIONS[prediction]),
         "prediction": prediction,
         "zero_snr": bool(config.get("rescale_betas_zero_snr")),
         "evidence": [f"scheduler_config.json: {name} = {value}" for name, value in stated.items()],
@@ -180,7 +173,7 @@ def _inspect_component_folder(path: Path) -> dict[str, Any] | None:
     """A folder of an adapter or an autoencoder; None for another."""
     config = read_json(path / "config.json") if (path / "config.json").is_file() else {}
     if "latent_channels" in config and config.get("_class_name", "AutoencoderKL") == "AutoencoderKL":
-        files = [source.file for source in read_component(path, "vae")[1]]
+        files = [source.file for source in layouts.read_component(path, "vae")[1]]
         report: dict[str, Any] = {"format": "folder of AutoencoderKL", "kind": detect.VAE_DESCRIPTION}
     elif lora_loading.list_adapter_files(path):
         files = [open_safetensors(file) for file in lora_loading.find_adapter_files(path)]
