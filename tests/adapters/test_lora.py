@@ -292,10 +292,10 @@ WRONG = {
 
 @pytest.mark.parametrize("fault", WRONG)
 def test_what_does_not_fit_is_named_and_changes_nothing(net, fault):
-    targets, said = WRONG[fault]
+    targets, match = WRONG[fault]
     before = state(net)
     adapters = AdapterMerger({"unet": net})
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(ValueError, match=match):
         adapters.load(Adapter("a", {"unet/conv": ModuleDelta(bias=torch.ones(4)), **targets}))
     assert same(state(net), before) and not adapters.loaded
 

@@ -443,8 +443,8 @@ def test_a_file_is_known_by_its_hash_and_what_it_says(tmp_path):
     found = load_adapter(tmp_path / "style.safetensors", networks)
     assert found.name == "style"
     assert found.sha256 == hashlib.sha256((tmp_path / "style.safetensors").read_bytes()).hexdigest()
-    said = {name: found.metadata[name] for name in found.metadata if name.startswith("ss_")}
-    assert said == {
+    metadata = {name: found.metadata[name] for name in found.metadata if name.startswith("ss_")}
+    assert metadata == {
         "ss_tag_frequency": "{}",
         "ss_network_module": "networks.lora",
         "ss_network_dim": "3",
@@ -487,7 +487,7 @@ Q = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
 A, B, K = f"{Q}.lora_down.weight", f"{Q}.lora_up.weight", Q.replace("attn1_to_q", "attn2_to_k")
 GOOD = {A: torch.ones(2, 16), B: torch.ones(16, 2), f"{Q}.alpha": torch.tensor(1.0)}
 BARE = "base_model.model.text_model.encoder.layers.0.mlp.fc1.lora_{}.weight"
-FAULTS = {  # the family of the model, the tensors, the metadata, what is said
+FAULTS = {  # the family of the model, the tensors, the metadata, the error
     "nothing": ("sd1", {}, {"format": "pt"}, "not an adapter"),
     "a checkpoint": ("sd1", {"model.diffusion_model.out.2.bias": torch.ones(4)}, {}, "not an adapter"),
     "no down": ("sd1", {B: GOOD[B]}, {}, r"attn1\.to_q lacks lora_down\.weight"),
@@ -579,9 +579,9 @@ FAULTS = {  # the family of the model, the tensors, the metadata, what is said
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_fault_is_named_in_one_line_with_its_file(fault, tmp_path):
-    family, tensors, metadata, said = FAULTS[fault]
+    family, tensors, metadata, match = FAULTS[fault]
     save_file(tensors, tmp_path / "bad.safetensors", metadata)
-    with pytest.raises(ValueError, match=said) as error:
+    with pytest.raises(ValueError, match=match) as error:
         load_adapter(tmp_path / "bad.safetensors", tiny(family), family)
     assert str(error.value).startswith(f"{tmp_path / 'bad.safetensors'}: ") and "\n" not in str(error.value)
 

@@ -30,7 +30,7 @@ def test_every_format_gives_its_vectors(tmp_path, tensors, expected):
 
 
 @pytest.mark.parametrize(
-    "tensors, said",
+    "tensors, match",
     [
         ({}, "not an embedding: holds nothing, expected one tensor, or clip_l and clip_g"),
         ({"clip_l": MANY}, "not an embedding: holds clip_l, expected"),
@@ -44,9 +44,9 @@ def test_every_format_gives_its_vectors(tmp_path, tensors, expected):
         ({"emb_params": MANY / 0}, "numbers that are not finite"),
     ],
 )
-def test_what_is_no_embedding_is_refused_by_name(tmp_path, tensors, said):
+def test_what_is_no_embedding_is_refused_by_name(tmp_path, tensors, match):
     save_file({name: a.clone() for name, a in tensors.items()}, tmp_path / "word.safetensors")
-    with pytest.raises(ValueError, match=rf"word\.safetensors: .*{said}") as error:
+    with pytest.raises(ValueError, match=rf"word\.safetensors: .*{match}") as error:
         load_embeddings(tmp_path / "word.safetensors")
     assert "\n" not in str(error.value)
 

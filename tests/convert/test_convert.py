@@ -222,7 +222,7 @@ def test_a_written_single_file_says_what_it_predicts(name, kind, zero, marks, si
     assert header["modelspec.title"] == "apple" and header["modelspec.sai_model_spec"] == "1.0.0"
     assert header["modelspec.prediction_type"] == {"eps": "epsilon", "v": "v"}[kind]
     assert header["modelspec.resolution"] == f"{FAMILIES[name].resolution}x{FAMILIES[name].resolution}"
-    monkeypatch.setattr(formats, "probe_unet", lambda *_: pytest.fail("the U-Net was asked"))
+    monkeypatch.setattr(formats, "probe_unet", lambda *_: pytest.fail("the U-Net was probed"))
     report = convert_checkpoint(tmp_path / "apple.safetensors", tmp_path / "again")
     assert (report["family"], report["prediction"], report["zero_snr"]) == (name, kind, zero)
     assert contents(tmp_path / "again").keys() == contents(tmp_path / "folder").keys()
@@ -233,15 +233,15 @@ def test_a_written_single_file_says_what_it_predicts(name, kind, zero, marks, si
 @pytest.mark.parametrize(
     "reply, found", [(ProbeResult(1, 0), "eps"), (ProbeResult(0.34, -0.94), "v"), (ProbeResult(0, 0), None)]
 )
-def test_the_u_net_of_a_silent_file_is_asked(reply, found, single, tmp_path, monkeypatch):
+def test_the_u_net_of_a_file_that_states_nothing_is_probed(reply, found, single, tmp_path, monkeypatch):
     path, tensors = single("sd1")
     weight = "model.diffusion_model.input_blocks.0.0.weight"
 
-    def asked(unet, towers, sde):
-        assert torch.equal(unet.conv_in.weight.float(), tensors[weight].bfloat16().float()) and len(towers) == 1
+    def probe(unet, encoders, sde):
+        assert torch.equal(unet.conv_in.weight.float(), tensors[weight].bfloat16().float()) and len(encoders) == 1
         return reply
 
-    monkeypatch.setattr(formats, "probe_unet", asked)
+    monkeypatch.setattr(formats, "probe_unet", probe)
     if found is None:
         with pytest.raises(ValueError, match=rf"{path}: cannot tell what the U-Net predicts"):
             convert_checkpoint(path, tmp_path / "folder")
@@ -338,10 +338,10 @@ FOLDER_FAULTS = {
 def fault(single, tmp_path):
     """Runs a conversion of a spoilt source, which leaves no trace."""
 
-    def check(source, dst, spoilt, options, said):
+    def check(source, dst, spoilt, options, match):
         spoilt(source)
         before = sorted(tmp_path.rglob("*"))
-        with pytest.raises(ValueError, match=said) as error:
+        with pytest.raises(ValueError, match=match) as error:
             convert_checkpoint(source, dst, LoadOptions(**options))
         assert "\n" not in str(error.value) and sorted(tmp_path.rglob("*")) == before
         return str(error.value)
@@ -351,16 +351,16 @@ def fault(single, tmp_path):
 
 @pytest.mark.parametrize("case", FILE_FAULTS)
 def test_a_fault_of_a_file_is_named_and_leaves_no_trace(case, fault, single, tmp_path):
-    spoilt, options, said = FILE_FAULTS[case]
+    spoilt, options, match = FILE_FAULTS[case]
     path, _ = single("sd1")
-    message = fault(path, tmp_path / "folder", spoilt, {"prediction": "eps"} | options, said)
+    message = fault(path, tmp_path / "folder", spoilt, {"prediction": "eps"} | options, match)
     assert str(path) in message or case in ("family", "prediction")
 
 
 @pytest.mark.parametrize("case", FOLDER_FAULTS)
 def test_a_fault_of_a_folder_is_named_and_leaves_no_trace(case, fault, folder, tmp_path):
-    spoilt, options, said = FOLDER_FAULTS[case]
-    message = fault(folder, tmp_path / "out.safetensors", spoilt, options, said)
+    spoilt, options, match = FOLDER_FAULTS[case]
+    message = fault(folder, tmp_path / "out.safetensors", spoilt, options, match)
     assert str(folder) in message or case == "no family"
 
 
@@ -379,7 +379,7 @@ def test_a_folder_of_no_family_is_no_single_file(tiny, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "dst, made, options, said",
+    "dst, made, options, match",
     [
         ("out", lambda p: p.write_text("mine"), {}, "exists already"),
         ("out", lambda p: (p.mkdir(), (p / "mine").write_text("mine")), {}, "exists already"),
@@ -389,10 +389,10 @@ def test_a_folder_of_no_family_is_no_single_file(tiny, tmp_path):
         ("out.safetensors", lambda p: None, {"family": "sd1"}, "the layout stays the same"),
     ],
 )
-def test_a_destination_is_not_written_over(dst, made, options, said, fault, single, tmp_path):
+def test_a_destination_is_not_written_over(dst, made, options, match, fault, single, tmp_path):
     path, _ = single("sd1")
     made(tmp_path / dst)
-    fault(path, tmp_path / dst, lambda source: None, options, said)
+    fault(path, tmp_path / dst, lambda source: None, options, match)
 
 
 def test_an_empty_folder_is_filled(single, tmp_path):

@@ -102,19 +102,19 @@ def test_a_tensor_of_another_shape_is_a_fault(write):
     assert inspect_model(write("sd1", {}), probe=False)["faults"] == []
 
 
-def test_what_nothing_says_is_not_known(write):
+def test_what_nothing_states_is_not_known(write):
     found = inspect_model(write("sd2-base", {}), probe=False)
     assert found["prediction"] is None and found["family"] == "sd2-base or sd2-v"
     assert "prediction     not known" in format_report(found)
 
 
-def test_what_the_header_says_is_known_without_a_question(write):
+def test_what_the_header_states_is_known_without_a_probe(write):
     found = inspect_model(write("sd2-base", {}, **{"modelspec.prediction_type": "v"}), probe=False)
     assert (found["family"], found["prediction"]) == ("sd2-v", "v")
     assert "prediction v: modelspec.prediction_type = v" in found["evidence"]
 
 
-def test_a_u_net_that_answers_nothing_leaves_the_question_open(write):
+def test_a_u_net_that_predicts_nothing_leaves_the_prediction_unknown(write):
     found = inspect_model(write("sd1", {}))
     assert found["prediction"] is None
     assert found["evidence"][-1].startswith("prediction not measured: cannot tell what the U-Net predicts")
@@ -147,7 +147,7 @@ def test_a_lora_is_described(tmp_path):
     "name, shape, kind",
     [("emb_params", (2, 768), "an embedding"), ("decoder.conv_in.weight", (8, 4, 3, 3), "a VAE: --vae")],
 )
-def test_another_file_is_told_by_its_kind(tmp_path, name, shape, kind):
+def test_another_file_is_described_by_its_kind(tmp_path, name, shape, kind):
     save_file({name: torch.zeros(shape)}, tmp_path / "a.safetensors")
     found = inspect_model(tmp_path / "a.safetensors")
     assert found["kind"].startswith(kind) and found["content"]["parameters"] == torch.Size(shape).numel()

@@ -66,8 +66,8 @@ def test_pickled_code_is_refused_and_does_not_run(name, trust, tmp_path):
     folder.mkdir()
     CODED[name]({"a": torch.ones(1), "b": Code(f"touch {tmp_path / 'marker'}")}, folder / name)
     refusal = "imports code that no weights need .posix.system( and 1 more)?.; it was not run"
-    said = refusal if trust else "ldm convert --trust"
-    with pytest.raises(ValueError, match=rf"\A{folder / name}: .*{said}") as error:
+    match = refusal if trust else "ldm convert --trust"
+    with pytest.raises(ValueError, match=rf"\A{folder / name}: .*{match}") as error:
         convert_checkpoint(folder / name, tmp_path / "out.safetensors", trust=trust)
     assert "\n" not in str(error.value)
     assert [*tmp_path.iterdir()] == [folder] and [*folder.iterdir()] == [folder / name]
@@ -213,26 +213,26 @@ FAULTS = {
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_fault_is_named_and_nothing_is_written(fault, tmp_path):
-    spoil, said = FAULTS[fault]
+    spoil, match = FAULTS[fault]
     spoil(tmp_path / "model.pt")
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(ValueError, match=match):
         unpickle_in_process(tmp_path / "model.pt", tmp_path / "out.safetensors")
     assert [path.name for path in tmp_path.iterdir()] == ["model.pt"]
 
 
 @pytest.mark.parametrize(
-    "child, said",
+    "child, match",
     [
         ("import os; os.kill(os.getpid(), 9)", "killed by signal 9, perhaps out of memory"),
         ("raise MemoryError('no more')", "failed: MemoryError: no more"),
         ("import time; time.sleep(60)", "not read within 1 seconds"),
     ],
 )
-def test_a_child_that_dies_or_hangs_is_one_error(child, said, tmp_path, monkeypatch):
+def test_a_child_that_dies_or_hangs_is_one_error(child, match, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "CHILD_SOURCE", child)
     monkeypatch.setattr(module, "BASE_TIMEOUT", 1)
     save(WEIGHTS, tmp_path / "model.pt")
-    with pytest.raises(ValueError, match=rf"{tmp_path / 'model.pt'}: .*{said}"):
+    with pytest.raises(ValueError, match=rf"{tmp_path / 'model.pt'}: .*{match}"):
         convert_checkpoint(tmp_path / "model.pt", tmp_path / "out.safetensors", trust=True)
     assert [path.name for path in tmp_path.iterdir()] == ["model.pt"]
 
