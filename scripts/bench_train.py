@@ -27,6 +27,7 @@ from torch.nn import functional as F
 
 import ldm.nn  # noqa: F401  before diffusers
 from ldm.checkpoints.formats import PICTO_PATH
+from ldm.commands.train import create_task
 from ldm.conditioning import Conditioning
 from ldm.config import Recipe, load_recipe
 from ldm.diffusion.denoiser import Denoiser
@@ -36,11 +37,8 @@ from ldm.diffusion.sde import BETA_SCHEDULES, VPSDE
 from ldm.files import read_json
 from ldm.hardware import best_device, resolve_mixed_precision, to_device
 from ldm.nn.unet import UNet, UNetConfig
-from ldm.train.learner import Trainer
-from ldm.train.processes import create_accelerator
-from ldm.train.setup import create_task
-from ldm.train.task import Batch
-from ldm.train.trainer import iterate_batches
+from ldm.train.task import Batch, TrainingTask
+from ldm.train.trainer import Trainer, create_accelerator, iterate_batches
 
 from diffusers import DDPMScheduler, UNet2DConditionModel  # isort: skip
 from diffusers.training_utils import EMAModel  # isort: skip
@@ -49,7 +47,7 @@ RATE, DECAY = 1e-4, 0.999
 LORA = Path(__file__).resolve().parents[1] / "configs" / "tune-lora.yaml"
 
 
-class Step:
+class Step(TrainingTask):
     """A task whose batch is always the same."""
 
     supports_accumulation = True
@@ -75,7 +73,7 @@ def ours(model: UNet, batch: Batch, precision: str) -> Callable[[], object]:
             "mixed_precision": precision,
         }
     )
-    learner = Trainer(recipe, Step(model), create_accelerator(mixed_precision=precision))  # type: ignore[arg-type]
+    learner = Trainer(recipe, Step(model), create_accelerator(mixed_precision=precision))
     learner.prepare()
     return lambda: learner.train_step([batch], False)
 

@@ -11,7 +11,7 @@ import argparse
 import shutil
 from pathlib import Path
 
-from ldm.train.card import read_curve, render_figure, render_panel
+from ldm.train.card import read_curve, render_figure
 
 
 def main() -> None:
@@ -21,17 +21,12 @@ def main() -> None:
     args = parser.parse_args()
     shutil.copytree(args.runs / "unet" / "export", args.out, dirs_exist_ok=True)
     vae, clip, unet = (args.runs / name / "log.jsonl" for name in ("vae", "clip", "unet"))
-    panels = [
-        render_panel("VAE: loss (log scale)", {"training": read_curve(vae, "loss")}, 0, log_scale=True),
-        render_panel("VAE: PSNR of held-out pictures, dB", {"held out": read_curve(vae, "val_psnr")}, 420),
-        render_panel("CLIP: contrastive loss", {"training": read_curve(clip, "loss")}, 840),
-        render_panel(
-            "U-Net: loss (log scale)",
-            {"training": read_curve(unet, "loss"), "held out": read_curve(unet, "val_loss")},
-            1260,
-            log_scale=True,
-        ),
-    ]
+    panels = {
+        "VAE: loss (log scale)": {"training": read_curve(vae, "loss")},
+        "VAE: PSNR of held-out images, dB": {"held out": read_curve(vae, "val_psnr")},
+        "CLIP: contrastive loss": {"training": read_curve(clip, "loss")},
+        "U-Net: loss (log scale)": {"training": read_curve(unet, "loss"), "held out": read_curve(unet, "val_loss")},
+    }
     (args.out / "curves.svg").write_text(render_figure(panels), encoding="utf-8")
 
 

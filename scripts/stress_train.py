@@ -13,7 +13,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-TEST = Path(__file__).resolve().parents[1] / "tests" / "train" / "test_resume.py"
+TEST = Path(__file__).resolve().parents[1] / "tests" / "train" / "test_state.py"
 
 
 def main() -> None:

@@ -44,5 +44,6 @@ def test_a_checkpoint_says_what_auto_meant_so_that_another_machine_cannot_go_on_
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
     recipe = load_recipe(ROOT / "configs" / "tune-lora.yaml")
     assert recipe.mixed_precision == recipe.objective.frozen_dtype == "auto"
-    assert state.select_immutable_options(recipe)["objective.frozen_dtype"] == dtype
-    assert state.resolve_recipe(recipe).mixed_precision == name
+    resolved = state.resolve_recipe(recipe, CPU)
+    assert state.select_immutable_options(resolved)["objective.frozen_dtype"] == dtype
+    assert resolved.mixed_precision == name

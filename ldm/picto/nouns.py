@@ -1,12 +1,10 @@
-"""Names in captions: articles, plurals, and what they are without their colours."""
+"""Nouns in captions: articles, plurals, and names without their colour words."""
 
 from __future__ import annotations
 
 import re
 
-COLOR_WORDS_TEXT = """
-red orange yellow green blue purple pink brown gray grey black white gold golden silver bronze
-"""
+COLOR_WORDS_TEXT = "red orange yellow green blue purple pink brown gray grey black white gold golden silver bronze"
 COLOR_WORDS = set(COLOR_WORDS_TEXT.split())
 
 IRREGULAR_PLURALS_TEXT = """
@@ -17,7 +15,7 @@ tomato tomatoes mango mangoes volcano volcanoes tornado tornadoes mosquito mosqu
 """
 IRREGULAR_PLURALS = dict(zip(IRREGULAR_PLURALS_TEXT.split()[::2], IRREGULAR_PLURALS_TEXT.split()[1::2], strict=True))
 
-# Said without an article and never counted: stuff, games, proper names.
+# Without an article and never counted: substances, games, proper names.
 UNCOUNTABLE_NOUNS_TEXT = """
 bread rice spaghetti sushi broccoli garlic butter bacon popcorn salt sake milk ice fire water fog rain snow
 soap money paper yarn corn wood lightning pasta meat cheese curry chocolate coffee tea beer wine champagne
@@ -33,7 +31,7 @@ SINGULAR_S_SUFFIXES = ("ss", "us", "rhinoceros", "lens", "canvas")
 
 
 def split_head_noun(name: str) -> tuple[list[str], str, list[str]]:
-    """The words before the noun that the name is built on, the noun, and the words after it."""
+    """The words before the head noun of a name, the noun, and the words after it."""
     words = name.split(" ")
     if words[0] in PERSON_NOUNS:
         return [], words[0], words[1:]
@@ -42,16 +40,15 @@ def split_head_noun(name: str) -> tuple[list[str], str, list[str]]:
 
 
 def is_countable(name: str) -> bool:
-    """Is it one thing of which there can be two? Not so for `scissors`, `fork and knife`, `bread`."""
+    """Whether it is a singular count noun, unlike `scissors`, `fork and knife` and `bread`."""
     before, noun, _ = split_head_noun(name)
-    many = noun in IRREGULAR_PLURALS.values() - IRREGULAR_PLURALS.keys() or (
-        noun.endswith("s") and not noun.endswith(SINGULAR_S_SUFFIXES)
-    )
-    return not (many or noun in UNCOUNTABLE_NOUNS or "and" in before)
+    plural = noun.endswith("s") and not noun.endswith(SINGULAR_S_SUFFIXES)
+    plural = plural or noun in IRREGULAR_PLURALS.values() - IRREGULAR_PLURALS.keys()
+    return not (plural or noun in UNCOUNTABLE_NOUNS or "and" in before)
 
 
 def add_indefinite_article(name: str) -> str:
-    """The name with its indefinite article, by sound; without one for plurals and stuff."""
+    """The name with its indefinite article, by sound; without one for plurals and uncountable nouns."""
     before, noun, _ = split_head_noun(name)
     if not is_countable(" ".join([w for w in before if w != "and"] + [noun])):
         return name

@@ -1,4 +1,4 @@
-"""Sprites: drawings on transparent ground with their names, as `sprites.npy` and `sprites.jsonl`."""
+"""Sprites: drawings on a transparent background and their names, as `sprites.npy` and `sprites.jsonl`."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ import numpy as np
 from PIL import Image
 
 Color = tuple[int, int, int]
-HUE_WINDOW = 16  # of 256: what counts as one hue, to either side
+HUE_WINDOW = 16  # of 256: hues at most so far apart count as one
 
 
 @dataclass(frozen=True)
 class Sprite:
-    """One drawing of one concept. `make_image_names` are what it is called, `tags` what it may also be called.
+    """One drawing of one concept; `names` and, less often, `tags` are what captions call it.
 
-    `mean` is its average colour (RGB, 0 to 255), `paint` the hue, saturation and value (0 to 255) of its one
-    dominant colour, None where it has none; `write_sprites` fills in both.
+    `mean` is its average colour (RGB, 0 to 255), `paint` its dominant colour (hue, saturation and value, 0 to 255),
+    None where there is none; `write_sprites` computes both.
     """
 
     concept: str
@@ -35,7 +35,7 @@ class Sprite:
 
 
 def write_sprites(folder: Path, sprites: Sequence[Sprite], pixels: Iterable[np.ndarray], size: int = 128) -> None:
-    """Write `sprites.npy`, uint8 [N, size, size, 4] RGBA of straight alpha, and `sprites.jsonl`."""
+    """Write `sprites.npy`, uint8 [N, size, size, 4], RGBA with straight alpha, and `sprites.jsonl`."""
     shape = (len(sprites), size, size, 4)
     array = np.lib.format.open_memmap(folder / "sprites.npy", mode="w+", dtype=np.uint8, shape=shape)
     records = []
@@ -49,19 +49,17 @@ def write_sprites(folder: Path, sprites: Sequence[Sprite], pixels: Iterable[np.n
 
 def read_sprites(folder: Path) -> tuple[list[Sprite], np.ndarray]:
     """The records, and the pixels as a memory map."""
-    lines = (folder / "sprites.jsonl").read_text().splitlines()
-    return [sprite_from_json(line) for line in lines], np.load(folder / "sprites.npy", mmap_mode="r")
-
-
-def sprite_from_json(line: str) -> Sprite:
-    fields: dict[str, Any] = json.loads(line)
-    return Sprite(**fields | {key: tuple(value) for key, value in fields.items() if isinstance(value, list)})
+    sprites = []
+    for line in (folder / "sprites.jsonl").read_text().splitlines():
+        fields = {key: tuple(v) if isinstance(v, list) else v for key, v in json.loads(line).items()}
+        sprites.append(Sprite(**fields))
+    return sprites, np.load(folder / "sprites.npy", mmap_mode="r")
 
 
 def measure_colors(rgba: np.ndarray) -> tuple[Color, Color | None]:
-    """A sprite's mean colour, and its dominant (hue, saturation, value) where one hue covers it clearly.
+    """A sprite's mean colour, and its dominant (hue, saturation, value) where there is one.
 
-    Clearly: four fifths of its saturated pixels, and two fifths of all, lie within HUE_WINDOW of that hue.
+    That is where four fifths of its saturated pixels, and two fifths of all, lie within HUE_WINDOW of one hue.
     """
     pixels = rgba[rgba[..., 3] > 200]
     if len(pixels) == 0:

@@ -1,6 +1,4 @@
-"""The model card of a tuned model: its recipe, its pictures, its curves, and what it draws before and after.
-
-Curves of a training's log as an SVG picture, for a model card."""
+"""The model card of a fine-tuned model, and curves of training logs as SVG."""
 
 from __future__ import annotations
 
@@ -17,7 +15,10 @@ from ldm.config import Recipe
 from ldm.data.image_dataset import ImageDataset
 from ldm.image_io import contact_sheet
 
-CARD_GRID_COLUMNS = 8
+PLOT_WIDTH, PLOT_HEIGHT, PLOT_MARGIN = 420, 220, 44
+PLOT_COLORS = ("#2a6fbb", "#d1495b", "#3a7d44")
+
+Curve = list[tuple[float, float]]  # (step, value)
 
 
 def write_model_card(
@@ -27,40 +28,29 @@ def write_model_card(
     prompts: Sequence[str],
     folder: Path,
 ) -> None:
-    """Write MODEL_CARD.md, beside it curves.svg and, for each of `drawn`, a picture of the prompts drawn."""
-    asked = recipe.model_dump(mode="json", exclude_defaults=True)
-    parts = [f"# {recipe.output_dir.name}", f"## Recipe\n\n```yaml\n{yaml.safe_dump(asked, sort_keys=False)}```"]
-    parts.append(f"## Pictures\n\n{summarize_dataset(dataset)}")
-    if curves := render_loss_curves(recipe.output_dir / "log.jsonl"):
-        (folder / "curves.svg").write_text(curves, encoding="utf-8")
+    """Write MODEL_CARD.md about the recipe and the data, with curves.svg and a contact sheet of each of `samples`."""
+    options = recipe.model_dump(mode="json", exclude_defaults=True)
+    parts = [f"# {recipe.output_dir.name}", f"## Recipe\n\n```yaml\n{yaml.safe_dump(options, sort_keys=False)}```"]
+    parts.append(f"## Images\n\n{summarize_dataset(dataset)}")
+    log = recipe.output_dir / "log.jsonl"
+    curves = {name: read_curve(log, key) for name, key in (("training", "loss"), ("held out", "val_loss"))}
+    if curves := {name: curve for name, curve in curves.items() if curve}:
+        (folder / "curves.svg").write_text(render_figure({"loss (log scale)": curves}), encoding="utf-8")
         parts.append("## Curves\n\n![curves](curves.svg)")
-    for name, pictures in samples.items():
-        contact_sheet(pictures, prompts, CARD_GRID_COLUMNS).save(folder / f"{name}.png")
+    for name, images in samples.items():
+        contact_sheet(images, prompts, 8).save(folder / f"{name}.png")
         parts.append(f"## {name.capitalize()}\n\n![{name}]({name}.png)")
     (folder / "MODEL_CARD.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
 
 
 def summarize_dataset(dataset: ImageDataset) -> str:
-    """The number of pictures, their shapes after cropping, and the first captions, as a table and a list."""
-    shapes = Counter(look.placement.bucket for look in dataset.image_infos)
+    """The number of images of each shape after cropping, as a table, and the first captions, as a list."""
+    shapes = Counter(info.placement.bucket for info in dataset.image_infos)
     rows = [f"| {width} x {height} | {count} |" for (width, height), count in sorted(shapes.items())]
-    captions = dict.fromkeys(sample.caption for sample in dataset.samples)
-    told = [f"- {caption}" for caption in [*captions][:5]]
+    captions = [*dict.fromkeys(sample.caption for sample in dataset.samples)]
+    items = [f"- {caption}" for caption in captions[:5]]
     more = [f"- and {len(captions) - 5} others"] if len(captions) > 5 else []
-    return "\n".join(["| shape | pictures |", "|---|---|", *rows, "", "Captions:", "", *told, *more])
-
-
-def render_loss_curves(log: Path) -> str:
-    """The losses of a log as an SVG picture; nothing where it has none."""
-    found = {name: read_curve(log, key) for name, key in (("training", "loss"), ("held out", "val_loss"))}
-    drawn = {name: curve for name, curve in found.items() if curve}
-    return render_figure([render_panel("loss (log scale)", drawn, log_scale=True)]) if drawn else ""
-
-
-PLOT_WIDTH, PLOT_HEIGHT, PLOT_MARGIN = 420, 220, 44
-PLOT_COLORS = ("#2a6fbb", "#d1495b", "#3a7d44")
-
-Curve = list[tuple[float, float]]
+    return "\n".join(["| shape | images |", "|---|---|", *rows, "", "Captions:", "", *items, *more])
 
 
 def read_curve(log: Path, key: str) -> Curve:
@@ -69,36 +59,37 @@ def read_curve(log: Path, key: str) -> Curve:
     return [(line["step"], line[key]) for line in lines if key in line]
 
 
-def render_panel(title: str, curves: dict[str, Curve], x_offset: int = 0, log_scale: bool = False) -> str:
-    """One pair of axes with a few curves, as SVG elements `left` pixels from the edge."""
-    look = math.log10 if log_scale else float
+def render_figure(panels: Mapping[str, Mapping[str, Curve]]) -> str:
+    """Panels side by side as one SVG document: named curves by the panel's title, `(log scale)` in which is heeded."""
+    head = f'<svg xmlns="http://www.w3.org/2000/svg" width="{PLOT_WIDTH * len(panels)}" height="{PLOT_HEIGHT}"'
+    parts = [render_panel(title, curves, k * PLOT_WIDTH) for k, (title, curves) in enumerate(panels.items())]
+    return "\n".join([f'{head} font-family="sans-serif" font-size="12">', *parts, "</svg>\n"])
+
+
+def render_panel(title: str, curves: Mapping[str, Curve], x_offset: int) -> str:
+    """A pair of axes with a few curves, as SVG elements `x_offset` pixels from the left."""
+    log_scale = "(log scale)" in title
+    to_scale = math.log10 if log_scale else float
     points = [point for curve in curves.values() for point in curve]
-    right = max(step for step, _ in points)
-    low, high = min(look(v) for _, v in points), max(look(v) for _, v in points)
-    span = (high - low) or 1.0
+    last_step = max(step for step, _ in points)
+    low, high = min(to_scale(v) for _, v in points), max(to_scale(v) for _, v in points)
+    width, height = PLOT_WIDTH - 2 * PLOT_MARGIN, PLOT_HEIGHT - 2 * PLOT_MARGIN
+    left, bottom, span = x_offset + PLOT_MARGIN, PLOT_HEIGHT - PLOT_MARGIN, (high - low) or 1.0
 
     def place(step: float, value: float) -> str:
-        x = x_offset + PLOT_MARGIN + step / right * (PLOT_WIDTH - 2 * PLOT_MARGIN)
-        return f"{x:.1f},{PLOT_HEIGHT - PLOT_MARGIN - (look(value) - low) / span * (PLOT_HEIGHT - 2 * PLOT_MARGIN):.1f}"
+        return f"{left + step / last_step * width:.1f},{bottom - (to_scale(value) - low) / span * height:.1f}"
 
-    def words(x: float, y: float, text: str, anchor: str = "start", colour: str = "#333") -> str:
-        return f'<text x="{x_offset + x:.0f}" y="{y:.0f}" text-anchor="{anchor}" fill="{colour}">{text}</text>'
+    def text(x: float, y: float, label: str, anchor: str = "start", color: str = "#333") -> str:
+        return f'<text x="{x_offset + x:.0f}" y="{y:.0f}" text-anchor="{anchor}" fill="{color}">{label}</text>'
 
-    frame = f'x="{x_offset + PLOT_MARGIN}" y="{PLOT_MARGIN}" width="{PLOT_WIDTH - 2 * PLOT_MARGIN}" height="{PLOT_HEIGHT - 2 * PLOT_MARGIN}"'
-    parts = [f'<rect {frame} fill="none" stroke="#bbb"/>', words(PLOT_WIDTH / 2, 18, title, "middle")]
+    frame = f'x="{left}" y="{PLOT_MARGIN}" width="{width}" height="{height}"'
+    parts = [f'<rect {frame} fill="none" stroke="#bbb"/>', text(PLOT_WIDTH / 2, 18, title, "middle")]
     for level in (low, high):
         value = 10**level if log_scale else level
-        y = PLOT_HEIGHT - PLOT_MARGIN - (level - low) / span * (PLOT_HEIGHT - 2 * PLOT_MARGIN) + 4
-        parts.append(words(PLOT_MARGIN - 5, y, f"{value:.3g}", "end"))
-    parts.append(words(PLOT_WIDTH - PLOT_MARGIN, PLOT_HEIGHT - PLOT_MARGIN + 16, f"step {right:.0f}", "end"))
+        parts.append(text(PLOT_MARGIN - 5, bottom - (level - low) / span * height + 4, f"{value:.3g}", "end"))
+    parts.append(text(PLOT_WIDTH - PLOT_MARGIN, bottom + 16, f"step {last_step:.0f}", "end"))
     for k, (name, curve) in enumerate(curves.items()):
         line = " ".join(place(step, value) for step, value in curve)
         parts.append(f'<polyline points="{line}" fill="none" stroke="{PLOT_COLORS[k]}" stroke-width="1.3"/>')
-        parts.append(words(PLOT_MARGIN + 110 * k, PLOT_HEIGHT - 8, name, colour=PLOT_COLORS[k]))
+        parts.append(text(PLOT_MARGIN + 110 * k, PLOT_HEIGHT - 8, name, color=PLOT_COLORS[k]))
     return "\n".join(parts)
-
-
-def render_figure(panels: Sequence[str]) -> str:
-    """Panels side by side as one SVG document."""
-    head = f'<svg xmlns="http://www.w3.org/2000/svg" width="{PLOT_WIDTH * len(panels)}" height="{PLOT_HEIGHT}"'
-    return "\n".join([f'{head} font-family="sans-serif" font-size="12">', *panels, "</svg>\n"])

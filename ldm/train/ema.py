@@ -1,11 +1,12 @@
-"""Moving averages of the weights.
+"""Exponential and power-function moving averages (EMA) of the weights, and averages of any length after the training.
 
-Averages of any length after the training, from snapshots of two: Karras et al. 2024 (arXiv:2312.02696), sec. 3."""
+The latter are made from snapshots of two: Karras et al. 2024 (arXiv:2312.02696), section 3.
+"""
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,12 +16,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ldm.files import atomic_write
+from ldm.train.task import TrainingTask, copy_tensors, trainable_parameters
 
-EMARate = Callable[[int], float]  # how far the average moves towards the weights after `step` updates
+EMARate = Callable[[int], float]  # step, from 1 -> how far the average moves towards the weights
+SIGMA_RELS = (0.05, 0.10)  # of the averages tracked for post-hoc EMA: enough for all lengths between and some beyond
 
 
 def exponential_ema_rate(decay: float) -> EMARate:
-    """1 - d with d = min(decay, (1 + step) / (10 + step)): the young forget faster."""
+    """1 - d with d = min(decay, (1 + step) / (10 + step)): the decay is lower in the first steps."""
     return lambda step: 1 - min(decay, (1 + step) / (10 + step))
 
 
@@ -31,7 +34,7 @@ def power_ema_rate(sigma_rel: float) -> EMARate:
 
 
 def sigma_rel_to_gamma(sigma_rel: float) -> float:
-    """The power whose profile has the deviation sigma_rel, as a share of the training's length.
+    """The power whose profile has the standard deviation sigma_rel, relative to the training's length.
 
     sigma_rel^2 (gamma + 2)^2 (gamma + 3) = gamma + 1, its largest root (Karras et al. 2024, eq. 6 and algorithm 2).
     ValueError outside (0, 0.2887), the deviation of the plain mean.
@@ -43,21 +46,34 @@ def sigma_rel_to_gamma(sigma_rel: float) -> float:
 
 
 class EMAModel:
-    """theta' <- theta' + rate(step) (theta - theta'), beside a model that learns."""
+    """The moving average of a model's trainable parameters: theta' <- theta' + rate(step) (theta - theta')."""
 
     def __init__(self, model: nn.Module, rate: EMARate) -> None:
-        self.model = copy.deepcopy(model).eval().requires_grad_(False)
+        self.tensors = {name: value.detach().clone() for name, value in trainable_parameters(model).items()}
         self.rate = rate
 
     @torch.no_grad()
     def update(self, model: nn.Module, step: int) -> None:
-        """Move towards the weights after `step` updates; buffers are copied."""
-        torch._foreach_lerp_(list(self.model.parameters()), list(model.parameters()), self.rate(step))
-        for average, buffer in zip(self.model.buffers(), model.buffers(), strict=True):
-            average.copy_(buffer)
+        """Move towards the model's weights after `step` updates."""
+        weights = trainable_parameters(model).values()
+        torch._foreach_lerp_(list(self.tensors.values()), list(weights), self.rate(step))
 
+    @contextmanager
+    def applied_to(self, model: nn.Module) -> Iterator[None]:
+        """Within the context the model has the averaged weights and is in evaluation mode."""
+        modes = {module: module.training for module in model.modules()}
+        model.eval()
+        self._swap(model)
+        try:
+            yield
+        finally:
+            self._swap(model)
+            for module, mode in modes.items():
+                module.training = mode
 
-SIGMA_RELS = (0.05, 0.10)  # what is tracked: enough for all between, and somewhat beyond
+    def _swap(self, model: nn.Module) -> None:
+        for name, parameter in trainable_parameters(model).items():
+            self.tensors[name], parameter.data = parameter.data, self.tensors[name]
 
 
 class EMAProfile(NamedTuple):
@@ -74,23 +90,22 @@ class EMASnapshot(NamedTuple):
     profile: EMAProfile
 
 
-def save_ema_snapshot(folder: Path, step: int, sigma_rel: float, model: nn.Module, dtype: torch.dtype) -> None:
+def save_ema_snapshot(
+    folder: Path, step: int, sigma_rel: float, tensors: Mapping[str, Tensor], dtype: torch.dtype
+) -> None:
     """Publish an average after `step` updates as `averages/<step>-<sigma_rel>.safetensors`."""
-    tensors = {
-        name: value.to("cpu", dtype if value.is_floating_point() else value.dtype).contiguous()
-        for name, value in model.state_dict().items()
-    }
+    cast = {name: value.to("cpu", dtype).contiguous() for name, value in tensors.items()}
     with atomic_write(folder / "averages" / f"{step:08d}-{sigma_rel:.3f}.safetensors") as draft:
-        save_file(tensors, draft)
+        save_file(cast, draft)
 
 
 def list_ema_snapshots(folder: Path) -> list[EMASnapshot]:
     """The snapshots of a run, oldest first."""
-    found = []
+    snapshots = []
     for path in sorted((folder / "averages").glob("*.safetensors")):
         step, _, sigma_rel = path.stem.partition("-")
-        found.append(EMASnapshot(path, EMAProfile(int(step), sigma_rel_to_gamma(float(sigma_rel)))))
-    return found
+        snapshots.append(EMASnapshot(path, EMAProfile(int(step), sigma_rel_to_gamma(float(sigma_rel)))))
+    return snapshots
 
 
 def p_dot_p(a: EMAProfile, b: EMAProfile) -> float:
@@ -107,25 +122,24 @@ def solve_posthoc_coefficients(profiles: Sequence[EMAProfile], target: EMAProfil
 
 
 def reconstruct_posthoc_ema(folder: Path, sigma_rel: float, step: int | None = None) -> dict[str, Tensor]:
-    """The average of relative deviation sigma_rel over the first `step` updates (None: all), as a float32 state dict.
+    """The average with the relative deviation sigma_rel over the first `step` updates (None: all), float32 tensors.
 
-    `folder` is a run's whose recipe had `posthoc_steps`. ValueError where it holds no snapshots up to there.
+    `folder` is that of a run whose recipe had `posthoc_steps`. ValueError where it holds no snapshots up to there.
     """
-    found = [s for s in list_ema_snapshots(folder) if step is None or s.profile.step <= step]
-    if not found:
+    snapshots = [s for s in list_ema_snapshots(folder) if step is None or s.profile.step <= step]
+    if not snapshots:
         raise ValueError(f"{folder}: no snapshots under averages/: train with posthoc_steps")
-    last = step or max(s.profile.step for s in found)
-    shares = solve_posthoc_coefficients([s.profile for s in found], EMAProfile(last, sigma_rel_to_gamma(sigma_rel)))
-    return _weighted_sum({s.path: float(x) for s, x in zip(found, shares, strict=True)})
-
-
-def _weighted_sum(weights: Mapping[Path, float]) -> dict[str, Tensor]:
-    """The weighted sum of the tensors in files, one file in memory at a time; of integers, the last file's."""
+    target = EMAProfile(step or max(s.profile.step for s in snapshots), sigma_rel_to_gamma(sigma_rel))
     total: dict[str, Tensor] = {}
-    for path, share in weights.items():
-        for name, value in load_file(path).items():
-            if value.is_floating_point():
-                total[name] = total.get(name, torch.zeros(())) + share * value.float()
-            else:
-                total[name] = value
+    coefficients = solve_posthoc_coefficients([s.profile for s in snapshots], target)
+    for snapshot, coefficient in zip(snapshots, coefficients.tolist(), strict=True):  # one file in memory at a time
+        for name, value in load_file(snapshot.path).items():
+            total[name] = total.get(name, torch.zeros(())) + coefficient * value.float()
     return total
+
+
+def export_posthoc_ema(task: TrainingTask, run_dir: Path, sigma_rel: float, out: Path, step: int | None = None) -> None:
+    """Export that average of a run of the task as `ldm train` exports its own; ValueError without snapshots."""
+    copy_tensors(reconstruct_posthoc_ema(run_dir, sigma_rel, step), trainable_parameters(task.model))
+    with atomic_write(out) as draft:
+        task.export(draft)

@@ -1,11 +1,10 @@
-"""Optimizers: one function each, from a model and a recipe.
-
-Learning-rate schedules: factors of the rate, in optimizer steps."""
+"""Optimizers, each made from a model and a recipe, and learning-rate schedules in optimizer steps."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
+from functools import partial
 from importlib import import_module
 from typing import Any
 
@@ -15,59 +14,38 @@ from torch import Tensor, nn
 from ldm.config import Recipe
 from ldm.errors import choose
 from ldm.installation import install_command
+from ldm.train.task import trainable_parameters
 
 NEWTON_SCHULZ_COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # a quintic whose iterates drive every singular value to about 1
 
 
 def create_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
-    """The recipe's optimizer of what learns in a model; ValueError for a name or an option that there is not."""
+    """The recipe's optimizer of a model's trainable parameters; ValueError for an unknown name or option."""
     try:
-        return choose(OPTIMIZERS, recipe.optimizer, "optimizer")(model, recipe)
+        return choose(OPTIMIZERS, recipe.optimizer, "optimizer")(model, recipe, **recipe.optimizer_options)
     except TypeError as error:
         raise ValueError(f"optimizer_options of {recipe.optimizer}: {error}") from None
 
 
-def adamw(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
+def adam_options(recipe: Recipe) -> dict[str, Any]:
+    """The arguments that every kind of Adam takes."""
+    betas = (0.9, recipe.adam_beta2)
+    return {"lr": recipe.learning_rate, "betas": betas, "weight_decay": recipe.adam_weight_decay}
+
+
+def adamw(parameters: Iterable[Tensor], recipe: Recipe, **options: Any) -> torch.optim.AdamW:
     """AdamW (Loshchilov & Hutter 2019), fused."""
-    return _make_adamw(trainable_parameters(model), recipe, **recipe.optimizer_options)
-
-
-def _make_adamw(parameters: Iterable[Tensor], recipe: Recipe, **options: Any) -> torch.optim.AdamW:
     return torch.optim.AdamW(parameters, **{**adam_options(recipe), "fused": True, **options})
 
 
-def adamw8bit(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
-    """AdamW with moments of 8 bits, a scale for each block (Dettmers et al. 2022)."""
-    make = import_optim_extra("bitsandbytes.optim", "adamw8bit").AdamW8bit
-    return make(trainable_parameters(model), **{**adam_options(recipe), **recipe.optimizer_options})
-
-
-def prodigy(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
-    """Prodigy finds the rate itself (Mishchenko & Defazio 2024); `learning_rate`, usually 1, is a factor of it."""
-    make = import_optim_extra("prodigyopt", "prodigy").Prodigy
-    return make(trainable_parameters(model), **{**adam_options(recipe), **recipe.optimizer_options})
-
-
-def trainable_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """The parameters that learn."""
-    return [parameter for parameter in model.parameters() if parameter.requires_grad]
-
-
-def adam_options(recipe: Recipe) -> dict[str, Any]:
-    """The options that every kind of Adam has."""
-    return {
-        "lr": recipe.learning_rate,
-        "betas": (0.9, recipe.adam_beta2),
-        "weight_decay": recipe.adam_weight_decay,
-    }
-
-
-def import_optim_extra(module: str, optimizer: str) -> Any:
-    """A module of the extra `optim`; ValueError says how to get it."""
+def optim_extra(module: str, name: str, model: nn.Module, recipe: Recipe, **options: Any) -> torch.optim.Optimizer:
+    """An optimizer of a package of the extra `optim`; ValueError says how to install it."""
     try:
-        return import_module(module)
+        make = getattr(import_module(module), name)
     except ImportError:
-        raise ValueError(f"optimizer {optimizer!r} needs {module.split('.')[0]}: {install_command('optim')}") from None
+        package = module.split(".")[0]
+        raise ValueError(f"optimizer {recipe.optimizer!r} needs {package}: {install_command('optim')}") from None
+    return make([*trainable_parameters(model).values()], **{**adam_options(recipe), **options})
 
 
 class Muon(torch.optim.Optimizer):
@@ -75,24 +53,22 @@ class Muon(torch.optim.Optimizer):
 
     M <- m M + (1 - m) G;  W <- (1 - lr d) W - lr .2 sqrt(max(rows, columns)) polar((1 - m) G + m M), m = .95, with the
     scale that gives Adam's usual size of step, so that one learning rate serves both (Liu et al. 2025, eq. 4). A
-    convolution's weight is the matrix [out, in k k]; it must be in channels_last. Embeddings, and modules named in
-    `image_gradient_loss`, a network's first and last layers, are AdamW's. torch's own Muon takes matrices alone.
+    convolution's weight is the matrix [out, in k k]; it must be in channels_last. Embeddings, and the modules named in
+    `edges`, a network's first and last layers, are AdamW's. torch's own Muon takes matrices only.
     """
 
-    def __init__(
-        self, model: nn.Module, recipe: Recipe, edges: frozenset[str] = frozenset({"conv_in", "conv_out"})
-    ) -> None:
-        tables = {m.weight for m in model.modules() if isinstance(m, nn.Embedding)}
-        named = {n: p for n, p in model.named_parameters() if p.requires_grad}
-        inner = {n: p for n, p in named.items() if p.dim() > 1 and p not in tables and not edges & {*n.split(".")}}
-        self.adamw = _make_adamw([p for n, p in named.items() if n not in inner], recipe)
+    def __init__(self, model: nn.Module, recipe: Recipe, edges: Iterable[str] = ("conv_in", "conv_out")) -> None:
+        embeddings = {m.weight for m in model.modules() if isinstance(m, nn.Embedding)}
+        named, edges = trainable_parameters(model), {*edges}
+        inner = {n: p for n, p in named.items() if p.dim() > 1 and p not in embeddings and not edges & {*n.split(".")}}
+        self.adamw = adamw([p for n, p in named.items() if n not in inner], recipe)
         super().__init__(inner.values(), {"lr": recipe.learning_rate, "weight_decay": recipe.adam_weight_decay})
         self.param_groups += self.adamw.param_groups
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
-        inner = self.param_groups[0]
-        for parameter in inner["params"]:
+        group = self.param_groups[0]
+        for parameter in group["params"]:
             if parameter.grad is None:
                 continue
             state = self.state[parameter]
@@ -101,24 +77,22 @@ class Muon(torch.optim.Optimizer):
             momentum = state["momentum"].lerp_(parameter.grad, 0.05)
             matrix = flatten_to_matrix(parameter)
             assert matrix.data_ptr() == parameter.data_ptr(), "a convolution that is not in channels_last"
-            size = 0.2 * max(matrix.shape) ** 0.5
-            matrix.mul_(1 - inner["lr"] * inner["weight_decay"])
-            matrix.sub_(
-                newton_schulz_orthogonalize(flatten_to_matrix(parameter.grad.lerp(momentum, 0.95))),
-                alpha=inner["lr"] * size,
-            )
+            scale = 0.2 * max(matrix.shape) ** 0.5
+            matrix.mul_(1 - group["lr"] * group["weight_decay"])
+            update = newton_schulz_orthogonalize(flatten_to_matrix(parameter.grad.lerp(momentum, 0.95)))
+            matrix.sub_(update, alpha=group["lr"] * scale)
         # one state and one list of groups, also after load_state_dict has replaced them
         self.adamw.state, self.adamw.param_groups = self.state, self.param_groups[1:]
         self.adamw.step()
 
 
 def flatten_to_matrix(weight: Tensor) -> Tensor:
-    """A weight as a matrix [out, rest]: a view, also of a convolution in channels_last; the columns' order is free."""
+    """A weight as a matrix [out, rest]: a view, also of a convolution in channels_last; columns in any order."""
     return (weight.permute(0, *range(2, weight.dim()), 1) if weight.dim() > 2 else weight).flatten(1)
 
 
 def newton_schulz_orthogonalize(matrix: Tensor, num_iterations: int = 5) -> Tensor:
-    """The orthogonal factor U V^T of U S V^T, nearly, by Newton and Schulz's iteration in bfloat16."""
+    """Approximately the orthogonal factor U V^T of U S V^T, by Newton-Schulz iteration in bfloat16."""
     a, b, c = NEWTON_SCHULZ_COEFFICIENTS
     tall = matrix.shape[0] > matrix.shape[1]
     x = (matrix.T if tall else matrix).bfloat16().contiguous()  # one layout, one result: strides of 1 x 1 vary
@@ -129,42 +103,35 @@ def newton_schulz_orthogonalize(matrix: Tensor, num_iterations: int = 5) -> Tens
     return (x.T if tall else x).to(matrix.dtype)
 
 
-def muon(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
-    """Muon with the options `image_gradient_loss`, names of modules."""
-    options = {name: frozenset(value) for name, value in recipe.optimizer_options.items()}
-    return Muon(model, recipe, **options)
-
-
-OPTIMIZERS: dict[str, Callable[[nn.Module, Recipe], torch.optim.Optimizer]] = {
-    "adamw": adamw,
-    "adamw8bit": adamw8bit,
-    "prodigy": prodigy,
-    "muon": muon,
+OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {  # (model, recipe, **optimizer_options)
+    "adamw": lambda model, recipe, **options: adamw([*trainable_parameters(model).values()], recipe, **options),
+    "adamw8bit": partial(optim_extra, "bitsandbytes.optim", "AdamW8bit"),  # Dettmers et al. 2022
+    "prodigy": partial(optim_extra, "prodigyopt", "Prodigy"),  # learning_rate is a factor of its own: Mishchenko 2024
+    "muon": Muon,
 }
 
 
 def compute_lr_factor(step: int, recipe: Recipe) -> float:
-    """The learning rate's factor for the update after `step` others: linear warm-up times the recipe's schedule."""
+    """The factor of the learning rate after `step` updates: linear warm-up times the recipe's schedule."""
     warmup = min(1.0, (step + 1) / max(1, recipe.lr_warmup_steps))
     return warmup * choose(LR_SCHEDULES, recipe.lr_scheduler, "lr_scheduler")(step, recipe)
 
 
 def _decay_progress(step: int, recipe: Recipe) -> float:
-    """The share of the steps after the warm-up that are done, 0 to 1."""
+    """The fraction of the steps after the warm-up that are done, 0 to 1."""
     warmup = recipe.lr_warmup_steps
     return max(0.0, (step - warmup) / max(1, recipe.max_train_steps - warmup))
 
 
-def _warmup_stable_decay(step: int, recipe: Recipe) -> float:
-    """Warm-up, stable, decay: constant, then half a cosine to zero over the last `lr_decay` of the steps."""
-    falling = max(1.0, recipe.lr_decay * recipe.max_train_steps)
-    left = min(1.0, (recipe.max_train_steps - step) / falling)
-    return 0.5 * (1 - math.cos(math.pi * left))
+def warmup_stable_decay(step: int, recipe: Recipe) -> float:
+    """Constant, then half a cosine to zero over the last `lr_decay` of the steps."""
+    decay_steps = max(1.0, recipe.lr_decay * recipe.max_train_steps)
+    return 0.5 * (1 - math.cos(math.pi * min(1.0, (recipe.max_train_steps - step) / decay_steps)))
 
 
 LR_SCHEDULES: dict[str, Callable[[int, Recipe], float]] = {
     "constant": lambda step, recipe: 1.0,
     "linear": lambda step, recipe: 1 - _decay_progress(step, recipe),
     "cosine": lambda step, recipe: 0.5 * (1 + math.cos(math.pi * _decay_progress(step, recipe))),
-    "wsd": _warmup_stable_decay,
+    "wsd": warmup_stable_decay,
 }

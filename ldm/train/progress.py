@@ -1,6 +1,4 @@
-"""Progress of a training: a bar on stderr, every figure as a line of `log.jsonl`, and trackers.
-
-Trackers of a training's figures, all through accelerate: TensorBoard, and whatever else it knows."""
+"""Progress of a training: a bar on stderr, metrics as lines of `log.jsonl`, and accelerate's trackers."""
 
 from __future__ import annotations
 
@@ -9,7 +7,6 @@ import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from accelerate import Accelerator
@@ -21,15 +18,15 @@ from rich.progress import Progress as Bar
 
 from ldm.config import Recipe
 from ldm.errors import choose
-
-LogMetrics = Callable[[Mapping[str, float], int], None]  # (figures, step): a tracker
 from ldm.installation import install_command
+
+LogMetrics = Callable[[Mapping[str, float], int], None]  # (metrics, step): a tracker
 
 
 class MetricLogger:
-    """Logs the mean of steps' figures; lines past `start_trackers` are cut first, so that a resumed log is an undisturbed one.
+    """Logs means of metrics; lines beyond `start_step` are cut first, so that a resumed log is an undisturbed one.
 
-    `log_to_trackers` hears every line too. Where `writes` is false (not the main process) all is silence.
+    Every line goes to `on_log` too. Only the main process writes and prints.
     """
 
     def __init__(
@@ -38,14 +35,14 @@ class MetricLogger:
         self.path, self.recipe, self.on_log, self.is_main_process = path, recipe, on_log, is_main_process
         self.console = Console(stderr=True, quiet=not is_main_process)
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        self.progress_bar = Bar(
-            *columns, console=self.console, disable=not (is_main_process and self.console.is_terminal)
-        )
+        hidden = not (is_main_process and self.console.is_terminal)
+        self.progress_bar = Bar(*columns, console=self.console, disable=hidden)
         self.progress_task = self.progress_bar.add_task("training", total=recipe.max_train_steps, completed=start_step)
         self._reset_clock(start_step)
         if is_main_process:
-            kept = [line for line in _read_complete_lines(path) if json.loads(line)["step"] <= start_step]
-            path.write_text("".join(line + "\n" for line in kept))
+            *lines, _ = path.read_text().split("\n") if path.exists() else [""]  # the last one is empty or torn
+            kept = [line + "\n" for line in lines if json.loads(line)["step"] <= start_step]
+            path.write_text("".join(kept))
 
     def __enter__(self) -> MetricLogger:
         self.progress_bar.start()
@@ -58,18 +55,18 @@ class MetricLogger:
         self.last_logged_step, self.last_logged_time = step, time.monotonic()
 
     def update_progress(self, step: int) -> None:
-        """One more is done."""
+        """Move the bar to a step."""
         self.progress_bar.update(self.progress_task, completed=step)
 
     def log_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Append a line of the steps' figures with the images per second since the last line."""
+        """Write the means of the last steps' metrics, with the images per second since the last line."""
         images = (step - self.last_logged_step) * self.recipe.train_batch_size
         speed = images / (time.monotonic() - self.last_logged_time)
         self.progress_bar.update(self.progress_task, description=f"loss {metrics['loss']:.4f}  {speed:.3g} images/s")
         self.write_metrics(step, {**metrics, "images_per_second": speed})
 
     def write_metrics(self, step: int, metrics: Mapping[str, float], force_print: bool = False) -> None:
-        """Append a line, and say it where no bar shows (or `always`); the clock starts anew."""
+        """Append a line, print it where there is no bar (or `force_print`), and restart the clock."""
         rounded = {"step": step, **{k: float(f"{v:.5g}") for k, v in metrics.items()}}
         if self.is_main_process:
             with self.path.open("a") as file:
@@ -80,36 +77,19 @@ class MetricLogger:
         self._reset_clock(step)
 
 
-def _read_complete_lines(path: Path) -> list[str]:
-    """Whole lines of a log; a last one that was cut off is dropped."""
-    if not path.exists():
-        return []
-    *whole, _ = path.read_text().split("\n")
-    return whole
-
-
 def filter_installed_trackers(names: Sequence[str]) -> list[str]:
-    """Those of the trackers that can be used here; a warning for each other, ValueError for an unknown name."""
-    here = {str(name) for name in get_available_trackers()}
+    """The trackers that are installed, with a warning for each other; ValueError for an unknown name."""
+    available = {str(name) for name in get_available_trackers()}
     for name in names:
         choose(LOGGER_TYPE_TO_CLASS, name, "report_to")
-        if name not in here:
-            cure = install_command("track") if name == "tensorboard" else f"pip install {name}"
-            warnings.warn(f"report_to {name}: not installed ({cure}); figures go to log.jsonl alone", stacklevel=2)
-    return [name for name in names if name in here]
-
-
-def start_trackers(accelerator: Accelerator, step: int) -> None:
-    """Open the trackers; what TensorBoard was told beyond `step`, before a kill, is forgotten."""
-    accelerator.init_trackers("events", init_kwargs={"tensorboard": {"purge_step": step + 1}})
-
-
-def log_to_trackers(accelerator: Accelerator, metrics: Mapping[str, Any], step: int) -> None:
-    accelerator.log(dict(metrics), step=step)
+        if name not in available:
+            command = install_command("track") if name == "tensorboard" else f"pip install {name}"
+            warnings.warn(f"report_to {name}: not installed ({command}); metrics go to log.jsonl only", stacklevel=2)
+    return [name for name in names if name in available]
 
 
 def log_sample_image(accelerator: Accelerator, image: Image.Image, step: int) -> None:
-    """A picture for TensorBoard."""
+    """Log an image to TensorBoard, where it is among the trackers."""
     for tracker in accelerator.trackers:
         if tracker.name == "tensorboard":
             tracker.log_images({"samples": np.asarray(image)[None]}, step, dataformats="NHWC")

@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -18,100 +18,86 @@ from ldm.config import FinetuneObjective, Recipe
 from ldm.files import atomic_write, file_sha256, remove_path
 from ldm.hardware import resolve_frozen_dtype, resolve_mixed_precision
 from ldm.train.ema import EMAModel
-from ldm.train.processes import get_partial_state
+from ldm.train.task import copy_tensors, trainable_parameters
 
-IMMUTABLE_RECIPE_KEYS = (
-    "objective",
-    "data",
-    "seed",
-    "train_batch_size",
-    "optimizer",
-)  # with another value it is another training
+IMMUTABLE_RECIPE_KEYS = ("objective", "data", "seed", "train_batch_size", "optimizer")  # fixed for a training
 MUTABLE_RECIPE_KEYS = ("objective.attention",)
 OPTIMIZER_FILE = "optimizer.safetensors"
 CHECKSUMS_FILE = "sha256.json"  # of every other file
 
 
-class Stateful(Protocol):
-    """A gradient scaler, or whatever else has a state of plain numbers."""
-
-    def state_dict(self) -> dict[str, Any]: ...
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
-
-
 @dataclass
 class TrainState:
-    """All that `step` updates have made: `averages` by their files' names, `figures` that wait for a log line."""
+    """Everything that changes from step to step; `ema_models` are named after their files."""
 
     model: nn.Module
     ema_models: Mapping[str, EMAModel]
     optimizer: torch.optim.Optimizer
-    scaler: Stateful | None = None
+    scaler: torch.amp.GradScaler | None = None
     step: int = 0
-    pending_metrics: list[dict[str, float]] = field(default_factory=list)
+    pending_metrics: list[dict[str, float]] = field(default_factory=list)  # of the steps since the last line of the log
 
-    def modules_by_file(self) -> dict[str, nn.Module]:
-        """What is saved as tensors of its own, by file name."""
-        return {"model": self.model, **{name: average.model for name, average in self.ema_models.items()}}
+    def tensors_by_file(self) -> dict[str, Mapping[str, Tensor]]:
+        """The trained weights and their averages, by the name of the file that holds them."""
+        averages = {name: ema.tensors for name, ema in self.ema_models.items()}
+        return {"model": trainable_parameters(self.model), **averages}
 
 
 def save_checkpoint(state: TrainState, recipe: Recipe) -> None:
     """Publish the state, then remove all but the newest `checkpoints_total_limit`."""
     with atomic_write(recipe.output_dir / f"checkpoint-{state.step}") as draft:
         draft.mkdir()
-        for name, module in state.modules_by_file().items():
-            save_file(_clone_shared_tensors(module.state_dict()), draft / f"{name}.safetensors")
-        tensors: dict[str, Tensor] = {}
+        for name, tensors in state.tensors_by_file().items():
+            save_file(_clone_shared_tensors(tensors), draft / f"{name}.safetensors")
+        optimizer_tensors: dict[str, Tensor] = {}
         record = {
             "step": state.step,
             "recipe": select_immutable_options(recipe),
-            "optimizer": tree_to_json(state.optimizer.state_dict(), tensors),
+            "optimizer": tree_to_json(state.optimizer.state_dict(), optimizer_tensors),
             "scaler": state.scaler and state.scaler.state_dict(),
             "figures": state.pending_metrics,
         }
-        save_file(_clone_shared_tensors(tensors), draft / OPTIMIZER_FILE)
+        save_file(_clone_shared_tensors(optimizer_tensors), draft / OPTIMIZER_FILE)
         (draft / "state.json").write_text(json.dumps(record) + "\n")
-        (draft / CHECKSUMS_FILE).write_text(
-            json.dumps({file.name: file_sha256(file) for file in sorted(draft.iterdir())}) + "\n"
-        )
+        checksums = {file.name: file_sha256(file) for file in sorted(draft.iterdir())}
+        (draft / CHECKSUMS_FILE).write_text(json.dumps(checksums) + "\n")
     for old in list_checkpoints(recipe.output_dir)[: -recipe.checkpoints_total_limit]:
         remove_path(old)
 
 
 def resume_from_checkpoint(state: TrainState, recipe: Recipe) -> None:
-    """Load the newest whole checkpoint of this recipe; nothing without one.
+    """Load the newest whole checkpoint of this recipe; do nothing where there is no checkpoint.
 
-    One that is torn, damaged or another training's is passed over with a warning that names it and what is wrong.
+    A checkpoint that is torn, damaged or of another training is skipped with a warning that says what is wrong.
     ValueError where all are.
     """
-    found, refused = list_checkpoints(recipe.output_dir), []
-    for path in reversed(found):
+    skipped = []
+    for path in reversed(list_checkpoints(recipe.output_dir)):
         try:
-            _load_checkpoint(state, path, recipe)
-            return
+            return _load_checkpoint(state, path, recipe)
         except (OSError, SafetensorError, RuntimeError, LookupError, TypeError, ValueError) as error:
-            refused.append(f"{path}: not a checkpoint of this recipe ({str(error).strip().splitlines()[0]})")
-            warnings.warn(refused[-1], stacklevel=2)
-    if refused:
-        raise ValueError(f"{refused[0]}, nor is any other there: give another output_dir, or move them away")
+            skipped.append(f"{path}: not a checkpoint of this recipe ({' '.join(str(error).split())})")
+            warnings.warn(skipped[-1], stacklevel=2)
+    if skipped:
+        raise ValueError(f"{skipped[0]}, nor is any other there: give another output_dir, or move them away")
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
     """The published checkpoints of a run, oldest first."""
-    found = [p for p in folder.glob("checkpoint-*") if p.name.removeprefix("checkpoint-").isdigit()]
-    return sorted(found, key=lambda p: int(p.name.removeprefix("checkpoint-")))
+    steps = {path.name.removeprefix("checkpoint-"): path for path in folder.glob("checkpoint-*")}
+    return [steps[step] for step in sorted(filter(str.isdigit, steps), key=int)]
 
 
 def select_immutable_options(recipe: Recipe) -> dict[str, Any]:
-    """What may not change in the middle of a training: the options of `IMMUTABLE_RECIPE_KEYS`, by dotted names."""
-    values = resolve_recipe(recipe).model_dump(mode="json")
+    """The options of a resolved recipe that may not change within a training, by dotted names."""
+    values = recipe.model_dump(mode="json")
     flat = {name: value for key in IMMUTABLE_RECIPE_KEYS for name, value in _flatten_options(values[key], key)}
     return {name: value for name, value in flat.items() if name not in MUTABLE_RECIPE_KEYS}
 
 
-def resolve_recipe(recipe: Recipe) -> Recipe:
-    """The recipe with what its automatic precisions mean on this machine."""
-    device, objective = get_partial_state().device, recipe.objective
+def resolve_recipe(recipe: Recipe, device: torch.device) -> Recipe:
+    """The recipe with the precisions that `auto` stands for on a device."""
+    objective = recipe.objective
     if isinstance(objective, FinetuneObjective):
         dtype = str(resolve_frozen_dtype(objective.frozen_dtype, device)).removeprefix("torch.")
         objective = objective.model_copy(update={"frozen_dtype": dtype})
@@ -128,38 +114,28 @@ def _flatten_options(value: Any, name: str) -> Iterator[tuple[str, Any]]:
 
 
 def _load_checkpoint(state: TrainState, path: Path, recipe: Recipe) -> None:
-    """Read all of a checkpoint, then take it over."""
-    _verify_checksums(path)
-    record = json.loads((path / "state.json").read_text())
-    asked = select_immutable_options(recipe)
-    for name, value in record.get("recipe", {}).items():  # none: written before they were recorded
-        if name in asked and asked[name] != value:
-            raise ValueError(f"its {name} is {value!r}, the recipe's {asked[name]!r}")
-    files = {name: load_file(path / f"{name}.safetensors") for name in state.modules_by_file()}
-    tensors = load_file(path / OPTIMIZER_FILE)
-    for name, module in state.modules_by_file().items():
-        module.load_state_dict(files[name])
-    if "optimizer" in record:
-        state.optimizer.load_state_dict(tree_from_json(record["optimizer"], tensors))
-    else:
-        _load_legacy_optimizer(state.model, state.optimizer, tensors)
-    _restore_memory_format(state.optimizer)
-    if state.scaler and record.get("scaler"):
-        state.scaler.load_state_dict(record["scaler"])
-    state.pending_metrics, state.step = record.get("figures", []), record["step"]
-
-
-def _verify_checksums(path: Path) -> None:
-    """ValueError for the first file of a checkpoint whose bytes are not those that were written."""
-    if not (path / CHECKSUMS_FILE).exists():  # written before they were recorded
-        return
+    """Read and check all files of a checkpoint, then copy them into the state."""
     for name, digest in json.loads((path / CHECKSUMS_FILE).read_text()).items():
         if file_sha256(path / name) != digest:
             raise ValueError(f"{name} is damaged: its SHA-256 is not the one in {CHECKSUMS_FILE}")
+    record = json.loads((path / "state.json").read_text())
+    options = select_immutable_options(recipe)
+    for name, value in record["recipe"].items():
+        if name in options and options[name] != value:
+            raise ValueError(f"its {name} is {value!r}, the recipe's {options[name]!r}")
+    tensors = {name: load_file(path / f"{name}.safetensors") for name in state.tensors_by_file()}
+    optimizer_tensors = load_file(path / OPTIMIZER_FILE)
+    for name, target in state.tensors_by_file().items():
+        copy_tensors(tensors[name], target)
+    state.optimizer.load_state_dict(tree_from_json(record["optimizer"], optimizer_tensors))
+    _restore_memory_format(state.optimizer)
+    if state.scaler and record["scaler"]:
+        state.scaler.load_state_dict(record["scaler"])
+    state.pending_metrics, state.step = record["figures"], record["step"]
 
 
 def tree_to_json(tree: Any, tensors: dict[str, Tensor], name: str = "") -> Any:
-    """A nest of dicts and lists as JSON, its tensors put into `get_tensor_fields` under the names of their places."""
+    """Nested dicts and lists as JSON; their tensors are put into `tensors`, under their paths."""
     match tree:
         case Tensor():
             tensors[name] = tree
@@ -184,7 +160,7 @@ def tree_from_json(tree: Any, tensors: Mapping[str, Tensor]) -> Any:
 
 
 def _clone_shared_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What safetensors takes: no strides, and no memory shared between two names."""
+    """Contiguous tensors, none of which shares memory with another, as safetensors requires."""
     seen: set[int] = set()
     ready = {}
     for name, value in tensors.items():
@@ -195,17 +171,8 @@ def _clone_shared_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _restore_memory_format(optimizer: torch.optim.Optimizer) -> None:
-    """Give every moment of a parameter the parameter's own memory layout, which safetensors does not keep."""
-    for parameter, moments in optimizer.state.items():
-        for key, value in moments.items():
+    """Give each optimizer tensor of a parameter's shape the parameter's strides, which safetensors does not keep."""
+    for parameter, tensors in optimizer.state.items():
+        for key, value in tensors.items():
             if isinstance(value, Tensor) and value.shape == parameter.shape:
-                moments[key] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
-
-
-def _load_legacy_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
-    """The optimizer's tensors under `<parameter>:<moment>`, as checkpoints without a recorded recipe hold them."""
-    parameters = dict(model.named_parameters())
-    for name, value in tensors.items():
-        parameter, _, key = name.rpartition(":")
-        like = parameters[parameter]
-        optimizer.state[like][key] = value.to(like.device) if value.dim() else value
+                tensors[key] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)

@@ -1,4 +1,4 @@
-"""Task: what one training learns. The loop knows nothing else about it."""
+"""What a training needs to know of a model, its data and its loss: the loop knows nothing else about them."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
+import torch
 from PIL import Image
 from torch import Tensor, nn
 
@@ -14,7 +15,7 @@ Metrics = Mapping[str, Tensor]  # [B] each
 
 
 class SampleKey(NamedTuple):
-    """One showing of a sample: with the seed, the key of all that is drawn for it."""
+    """A sample and how often it was seen before: with the seed and a purpose, the key of a random number."""
 
     sample_id: int | str
     times_seen: int
@@ -23,39 +24,47 @@ class SampleKey(NamedTuple):
 class TrainingTask(Protocol):
     """A model, its data and its loss.
 
-    All that is random is in the batch, keyed by (seed, sample, visit), and `batch` is a pure function of its arguments:
-    how rows are shared among processes changes nothing, and the data's order is computed, not stored.
+    All randomness is in the batch, keyed by (seed, sample, times seen), and `make_batch` is a pure function of its
+    arguments: how rows are split over processes changes nothing, and the order of the data is computed, not stored.
     """
 
-    supports_accumulation: bool  # may a batch be learnt from in parts? Not where the loss compares its rows
-
-    @property
-    def model(self) -> nn.Module:
-        """What learns."""
-        ...
+    supports_accumulation: bool  # False where the loss compares the rows of a batch, which then cannot be split
+    model: nn.Module  # its parameters that require a gradient are trained, averaged and saved
 
     def make_batch(self, step: int, rows: range) -> Batch:
-        """Some rows of the batch of step k, made in a worker process: arrays and strings on the host.
+        """Some rows of the batch of a step, made in a worker process: arrays and strings on the host.
 
-        `batch["visits"]` names them: a `SampleKey` each.
+        `batch["sample_keys"]` is a list of their `SampleKey`.
         """
         ...
 
     def compute_loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Metrics]:
-        """The loss of each row [B], whose mean descends, and figures for the log, [B] too.
-
-        `model` is `self.model` or a parallel wrapper of it.
-        """
+        """The loss of each row [B], whose mean is minimised, and other metrics; `model` may be a parallel wrapper."""
         ...
 
-    def validate(self, model: Any) -> dict[str, float]:
-        """Figures on held-out data, with the averaged weights."""
+    def validate(self) -> dict[str, float]:
+        """Metrics on held-out data, with the weights that the model has now."""
         ...
 
-    def generate_samples(self, model: Any) -> Image.Image | None:
-        """What the averaged weights draw, for the eye; None where there is nothing to draw."""
+    def generate_samples(self) -> Image.Image | None:
+        """A contact sheet of samples, with the weights that the model has now; None where the task has none to show."""
+        return None
+
+    def export(self, folder: Path) -> None:
+        """Write the weights that the model has now to a new folder, as `weights/` holds them."""
         ...
 
-    def export(self, model: Any, folder: Path) -> None:
-        """Write the averaged weights to a new folder, as `weights/` holds them."""
-        ...
+
+def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that require a gradient, by name."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+@torch.no_grad()
+def copy_tensors(source: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> None:
+    """Copy values into tensors of the same names and shapes; ValueError, with nothing changed, where these differ."""
+    for name in sorted(source.keys() | target.keys()):
+        if name not in source or name not in target or source[name].shape != target[name].shape:
+            raise ValueError(f"{name}: not a tensor of both, of one shape")
+    for name, value in target.items():
+        value.copy_(source[name])

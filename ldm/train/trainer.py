@@ -1,127 +1,149 @@
-"""The training loop: one for every task."""
+"""The training loop, one for every task, and the optimizer step, the same however its batch is split."""
 
 from __future__ import annotations
 
 import json
+import math
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
+from accelerate.state import AcceleratorState
+from accelerate.utils import gather_object
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from ldm.config import Recipe
+from ldm.errors import error_text
 from ldm.files import atomic_write, remove_path
-from ldm.hardware import resolve_mixed_precision
-from ldm.train import processes, state
-from ldm.train.ema import SIGMA_RELS, save_ema_snapshot
-from ldm.train.learner import Trainer
-from ldm.train.progress import (
-    MetricLogger,
-    filter_installed_trackers,
-    log_sample_image,
-    log_to_trackers,
-    start_trackers,
-)
-from ldm.train.task import Batch, TrainingTask
+from ldm.hardware import to_device
+from ldm.nn.unet import UNet
+from ldm.train.ema import SIGMA_RELS, EMAModel, exponential_ema_rate, power_ema_rate, save_ema_snapshot
+from ldm.train.optimizers import compute_lr_factor, create_optimizer
+from ldm.train.progress import MetricLogger, filter_installed_trackers, log_sample_image
+from ldm.train.state import TrainState, resolve_recipe, resume_from_checkpoint, save_checkpoint
+from ldm.train.task import Batch, SampleKey, TrainingTask
+
+
+def get_partial_state() -> PartialState:
+    """This process among those of a launcher (`python -m torch.distributed.run`); the only one without a launcher."""
+    return PartialState(cpu=not torch.accelerator.is_available())  # cpu: accelerate joins CPU processes only if asked
+
+
+def create_accelerator(**options: object) -> Accelerator:
+    """A new accelerator of this process; accelerate itself keeps the precision of the first one."""
+    get_partial_state()
+    AcceleratorState._reset_state()
+    return Accelerator(cpu=not torch.accelerator.is_available(), **options)
 
 
 def train_model(recipe: Recipe, task: TrainingTask) -> Path:
     """Train to `max_train_steps`, from the newest whole checkpoint on; returns the folder of the exported weights.
 
-    SIGTERM and Ctrl-C save a checkpoint and leave by KeyboardInterrupt: the same call again goes on from there. All
-    randomness is keyed by (seed, sample, visit): an interrupted training ends with the bits of an undisturbed one, and
-    one split over processes, each of which calls this, with the same weights to rounding. Only the main one writes.
+    SIGTERM and Ctrl-C save a checkpoint and raise KeyboardInterrupt: the same call again resumes. All randomness is
+    keyed by (seed, sample, times seen): an interrupted training ends with the bits of an undisturbed one, and one split
+    over processes, each of which calls this, with the same weights to rounding. Only the main process writes.
     """
+    recipe = resolve_recipe(recipe, get_partial_state().device)
     accelerator = setup_accelerator(recipe)
     try:
-        learner = Trainer(recipe, task, accelerator)
-        state.resume_from_checkpoint(learner.state, recipe)
-        learner.prepare()
+        trainer = Trainer(recipe, task, accelerator)
+        resume_from_checkpoint(trainer.state, recipe)
+        trainer.prepare()
         if accelerator.is_main_process:
             prepare_output_dir(recipe)
-        training_loop(recipe, learner)
+        training_loop(recipe, trainer)
         export = recipe.output_dir / "export"
         if accelerator.is_main_process:
-            with atomic_write(export) as draft:
-                task.export(learner.state.ema_models["ema"].model, draft)
+            with atomic_write(export) as draft, trainer.state.ema_models["ema"].applied_to(task.model):
+                task.export(draft)
         return export
     finally:
         accelerator.end_training()
 
 
 def setup_accelerator(recipe: Recipe) -> Accelerator:
-    """accelerate for a recipe, in a folder that is there; ValueError where it cannot be made."""
-    folder = recipe.output_dir
+    """accelerate for a recipe, in its output folder, which is made; ValueError where it cannot be."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        recipe.output_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ValueError(f"output_dir {folder}: {error.strerror}") from None
+        raise ValueError(f"output_dir {recipe.output_dir}: {error_text(error)}") from None
     trackers = filter_installed_trackers(recipe.report_to) or None
-    precision = resolve_mixed_precision(recipe.mixed_precision, processes.get_partial_state().device)
-    return processes.create_accelerator(mixed_precision=precision, log_with=trackers, project_dir=folder)
+    return create_accelerator(mixed_precision=recipe.mixed_precision, log_with=trackers, project_dir=recipe.output_dir)
 
 
-def training_loop(recipe: Recipe, learner: Trainer) -> None:
-    """All steps that are left, and what is due between them."""
-    accelerator, now = learner.accelerator, learner.state
-    writes = accelerator.is_main_process
-    start_trackers(accelerator, now.step)
+def prepare_output_dir(recipe: Recipe) -> None:
+    """Write the resolved recipe; remove unfinished files of a run that was killed."""
+    for pattern in (".*.part", ".*.old", "averages/.*.part"):
+        for draft in recipe.output_dir.glob(pattern):
+            remove_path(draft)
+    with atomic_write(recipe.output_dir / "recipe.json") as draft:
+        draft.write_text(json.dumps(recipe.model_dump(mode="json"), indent=2) + "\n")
 
-    def tell(figures: Any, step: int) -> None:
-        log_to_trackers(accelerator, figures, step)
 
-    with (
-        MetricLogger(recipe.output_dir / "log.jsonl", now.step, recipe, tell, writes) as progress,
-        InterruptHandler() as interrupt,
-    ):
-        for parts in iterate_batches(learner.task, now.step, recipe, learner.row_ranges):
-            stop = learner.train_step(parts, interrupt.stop_requested)
-            progress.update_progress(now.step)
-            if now.step % recipe.logging_steps == 0:
-                progress.log_metrics(now.step, average_metrics(now.pending_metrics))
-                now.pending_metrics.clear()
-            if is_due(now.step, recipe.validation_steps, recipe) and writes:
-                log_validation(learner, progress)
-            if is_due(now.step, recipe.posthoc_steps, recipe) and writes:
-                save_ema_snapshots(learner)
-            if is_due(now.step, recipe.checkpointing_steps, recipe) or stop:
-                if writes:
-                    state.save_checkpoint(now, recipe)
+def training_loop(recipe: Recipe, trainer: Trainer) -> None:
+    """All remaining steps, with logging, validation, snapshots and checkpoints between them."""
+    accelerator, state = trainer.accelerator, trainer.state
+    is_main = accelerator.is_main_process
+    # TensorBoard drops what it was given beyond this step before a kill
+    accelerator.init_trackers("events", init_kwargs={"tensorboard": {"purge_step": state.step + 1}})
+    logger = MetricLogger(recipe.output_dir / "log.jsonl", state.step, recipe, accelerator.log, is_main)
+    with logger, InterruptHandler() as interrupt:
+        for micro_batches in iterate_batches(trainer.task, state.step, recipe, trainer.row_ranges):
+            stop = trainer.train_step(micro_batches, interrupt.stop_requested)
+            logger.update_progress(state.step)
+            if state.step % recipe.logging_steps == 0:
+                logger.log_metrics(state.step, average_metrics(state.pending_metrics))
+                state.pending_metrics.clear()
+            if is_main and is_due(state.step, recipe.validation_steps, recipe):
+                log_validation(trainer, logger)
+            if is_main and is_due(state.step, recipe.posthoc_steps, recipe):
+                save_ema_snapshots(trainer)
+            if stop or is_due(state.step, recipe.checkpointing_steps, recipe):
+                if is_main:
+                    save_checkpoint(state, recipe)
                 accelerator.wait_for_everyone()  # a launcher ends the others where one leaves
             if stop:
                 raise KeyboardInterrupt
 
 
 def is_due(step: int, interval: int, recipe: Recipe) -> bool:
-    """Is it time for what happens every so many steps (0: never), and after the last?"""
+    """True every `interval` steps (0: never) and after the last step."""
     return interval > 0 and (step % interval == 0 or step == recipe.max_train_steps)
 
 
 def average_metrics(metrics: Sequence[dict[str, float]]) -> dict[str, float]:
-    """The mean of each figure over some steps."""
-    return {name: sum(f[name] for f in metrics) / len(metrics) for name in metrics[0]}
+    """The mean of each metric over some steps."""
+    return {name: sum(m[name] for m in metrics) / len(metrics) for name in metrics[0]}
 
 
-def log_validation(learner: Trainer, progress: MetricLogger) -> None:
-    """Judge the averaged weights on held-out data, and draw with them."""
-    model, step = learner.state.ema_models["ema"].model, learner.state.step
-    progress.write_metrics(step, {f"val_{k}": v for k, v in learner.task.validate(model).items()}, force_print=True)
-    if (picture := learner.task.generate_samples(model)) is not None:
-        with atomic_write(learner.recipe.output_dir / "samples.png") as draft:
-            picture.save(draft, "PNG")
-        log_sample_image(learner.accelerator, picture, step)
+def log_validation(trainer: Trainer, logger: MetricLogger) -> None:
+    """Log the metrics of the averaged weights on held-out data, and a contact sheet of samples."""
+    task, step = trainer.task, trainer.state.step
+    with trainer.state.ema_models["ema"].applied_to(task.model):
+        logger.write_metrics(step, {f"val_{k}": v for k, v in task.validate().items()}, force_print=True)
+        sheet = task.generate_samples()
+    if sheet is not None:
+        with atomic_write(trainer.recipe.output_dir / "samples.png") as draft:
+            sheet.save(draft, "PNG")
+        log_sample_image(trainer.accelerator, sheet, step)
 
 
-def save_ema_snapshots(learner: Trainer) -> None:
-    """Snapshots of the power-function averages."""
-    recipe, now = learner.recipe, learner.state
+def ema_name(sigma_rel: float) -> str:
+    return f"average-{sigma_rel:.3f}"
+
+
+def save_ema_snapshots(trainer: Trainer) -> None:
+    """Publish snapshots of the power-function averages."""
+    recipe, state = trainer.recipe, trainer.state
     for sigma_rel in SIGMA_RELS:
-        average = now.ema_models[f"average-{sigma_rel:.3f}"]
-        save_ema_snapshot(recipe.output_dir, now.step, sigma_rel, average.model, getattr(torch, recipe.posthoc_dtype))
+        tensors = state.ema_models[ema_name(sigma_rel)].tensors
+        save_ema_snapshot(recipe.output_dir, state.step, sigma_rel, tensors, getattr(torch, recipe.posthoc_dtype))
 
 
 class _BatchDataset(Dataset):
@@ -135,21 +157,13 @@ class _BatchDataset(Dataset):
 def iterate_batches(
     task: TrainingTask, start_step: int, recipe: Recipe, row_ranges: Sequence[range]
 ) -> Iterator[list[Batch]]:
-    """A process's parts of the batches `start_trackers`, `start + 1`, ... to the last, made ahead by worker processes."""
-    workers = recipe.dataloader_num_workers
-    steps = range(start_step, recipe.max_train_steps)
-    order: Any = ((k, part) for k in steps for part in row_ranges)
-    made = iter(
-        DataLoader(
-            _BatchDataset(task),
-            None,
-            sampler=order,
-            num_workers=workers,
-            worker_init_fn=_ignore_signals if workers else None,
-        )
-    )
+    """A process's parts of the batches of steps `start_step` to the last, made ahead by worker processes."""
+    workers, steps = recipe.dataloader_num_workers, range(start_step, recipe.max_train_steps)
+    parts: Any = ((step, rows) for step in steps for rows in row_ranges)
+    ignore = _ignore_signals if workers else None
+    batches = iter(DataLoader(_BatchDataset(task), None, sampler=parts, num_workers=workers, worker_init_fn=ignore))
     for _ in steps:
-        yield [next(made) for _ in row_ranges]
+        yield [next(batches) for _ in row_ranges]
 
 
 def _ignore_signals(worker_id: int) -> None:
@@ -158,17 +172,8 @@ def _ignore_signals(worker_id: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-def prepare_output_dir(recipe: Recipe) -> None:
-    """Write the resolved recipe beside what it makes; remove drafts that a killed run has left."""
-    for pattern in (".*.part", ".*.old", "averages/.*.part"):
-        for draft in recipe.output_dir.glob(pattern):
-            remove_path(draft)
-    with atomic_write(recipe.output_dir / "recipe.json") as draft:
-        draft.write_text(json.dumps(state.resolve_recipe(recipe).model_dump(mode="json"), indent=2) + "\n")
-
-
 class InterruptHandler:
-    """While entered, SIGTERM and SIGINT set `probe_unet` and nothing else: the loop leaves between two steps."""
+    """Within the context SIGTERM and SIGINT only set `stop_requested`: the loop ends between two steps."""
 
     def __init__(self) -> None:
         self.stop_requested = False
@@ -185,3 +190,121 @@ class InterruptHandler:
     def __exit__(self, *_: object) -> None:
         for number, handler in self._previous_handlers.items():
             signal.signal(number, handler)
+
+
+def split_rows(recipe: Recipe, task: TrainingTask, rank: int, num_processes: int) -> list[range]:
+    """The rows of every batch that a process trains on: one contiguous range per accumulation step.
+
+    ValueError where there are more parts than rows, or the loss needs its batch whole.
+    """
+    size, parts = recipe.train_batch_size, recipe.gradient_accumulation_steps
+    n = num_processes * parts
+    if n > size:
+        raise ValueError(
+            f"train_batch_size {size}: fewer than {num_processes} processes times {parts} accumulation steps"
+        )
+    if n > 1 and not task.supports_accumulation:
+        raise ValueError("this loss compares the rows of a batch: one process, gradient_accumulation_steps 1")
+    return [range(i * size // n, (i + 1) * size // n) for i in range(rank * parts, (rank + 1) * parts)]
+
+
+def create_ema_models(task: TrainingTask, recipe: Recipe) -> dict[str, EMAModel]:
+    """The averages of a recipe, by the names of their files; `ema` is the one that is validated and exported."""
+    rates = {"ema": exponential_ema_rate(recipe.ema_decay)}
+    if recipe.posthoc_steps:
+        rates |= {ema_name(sigma_rel): power_ema_rate(sigma_rel) for sigma_rel in SIGMA_RELS}
+    return {name: EMAModel(task.model, rate) for name, rate in rates.items()}
+
+
+class Trainer:
+    """A task's model, its optimizer and its averages in one process of a training.
+
+        g = sum over all rows of grad loss_row / train_batch_size
+
+    however the rows are split; a step waits for the device once and, among processes, reduces once more than gradients.
+    """
+
+    def __init__(self, recipe: Recipe, task: TrainingTask, accelerator: Accelerator) -> None:
+        self.recipe, self.task, self.accelerator = recipe, task, accelerator
+        self.row_ranges = split_rows(recipe, task, accelerator.process_index, accelerator.num_processes)
+        to_device(task.model, accelerator.device)
+        if recipe.gradient_checkpointing:
+            unets = [module for module in task.model.modules() if isinstance(module, UNet)]
+            if not unets:
+                raise ValueError("gradient_checkpointing: only a U-Net supports it")
+            for unet in unets:
+                unet.gradient_checkpointing = True
+        optimizer = create_optimizer(task.model, recipe)
+        self.state = TrainState(task.model, create_ema_models(task, recipe), optimizer, accelerator.scaler)
+
+    def prepare(self) -> None:
+        """Wrap model and optimizer for this process, after their state is loaded."""
+        self.model, self.optimizer = self.accelerator.prepare(self.task.model, self.state.optimizer)
+
+    def train_step(self, micro_batches: Sequence[Batch], stop_requested: bool) -> bool:
+        """Update once from this process's parts of a batch; true where any process was asked to stop.
+
+        ValueError, with the weights unchanged, where the loss or its gradient is not finite: it names the samples.
+        """
+        state = self.state
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.recipe.learning_rate * compute_lr_factor(state.step, self.recipe)
+        sums = self._backward(micro_batches)
+        grad_norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.recipe.max_grad_norm)
+        metrics, stop = self._reduce_metrics(sums, grad_norm, stop_requested)
+        # a gradient that overflows float16 is the scaler's matter: it skips the step
+        if not (math.isfinite(metrics["loss"]) and (state.scaler or math.isfinite(metrics["gradient_norm"]))):
+            self._raise_not_finite(metrics)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        state.step += 1
+        for ema in state.ema_models.values():
+            ema.update(state.model, state.step)
+        state.pending_metrics.append(metrics)
+        return stop
+
+    def _backward(self, micro_batches: Sequence[Batch]) -> dict[str, Tensor]:
+        """Accumulate the gradient of all parts; this process's share of the metrics."""
+        size = self.recipe.train_batch_size
+        sums: dict[str, Tensor] = {}
+        for k, batch in enumerate(micro_batches):
+            is_last = k == len(micro_batches) - 1  # gradients are exchanged after the last part alone
+            with nullcontext() if is_last else self.accelerator.no_sync(self.model):
+                losses, metrics = self.task.compute_loss(self.model, batch)
+                # DistributedDataParallel takes the processes' mean; the batch's is over all their rows
+                self.accelerator.backward(losses.sum() * (self.accelerator.num_processes / size))
+            for name, values in {"loss": losses, **metrics}.items():
+                sums[name] = sums.get(name, 0.0) + values.detach().float().sum() / size
+        return sums
+
+    def _reduce_metrics(
+        self, sums: Mapping[str, Tensor], grad_norm: Tensor, stop_requested: bool
+    ) -> tuple[dict[str, float], bool]:
+        """The metrics of the whole batch on the host, and whether any process was asked to stop."""
+        values = torch.stack([*sums.values(), sums["loss"].new_tensor(float(stop_requested))])
+        values = self.accelerator.reduce(values, "sum")
+        *totals, votes, norm = torch.cat([values, grad_norm.detach().to(values).reshape(1)]).tolist()
+        return {**dict(zip(sums, totals, strict=True)), "gradient_norm": norm}, votes > 0
+
+    def _raise_not_finite(self, metrics: Mapping[str, float]) -> None:
+        bad = [f"{key.sample_id} (visit {key.times_seen})" for key in self._find_bad_samples()]
+        names = ", ".join(gather_object(bad)) or "no sample by itself"
+        self.optimizer.zero_grad()
+        values = f"the loss is {metrics['loss']:g} and its gradient's norm {metrics['gradient_norm']:g}"
+        raise ValueError(f"step {self.state.step + 1}: {values}; not finite: {names}; nothing was changed")
+
+    def _find_bad_samples(self) -> list[SampleKey]:
+        """This process's rows whose loss or gradient is not finite when they are alone."""
+        ranges = self.row_ranges
+        if self.task.supports_accumulation:
+            ranges = [range(i, i + 1) for rows in ranges for i in rows]
+        return [key for rows in ranges for key in self._find_bad_rows(self.task.make_batch(self.state.step, rows))]
+
+    def _find_bad_rows(self, batch: Batch) -> Sequence[SampleKey]:
+        self.task.model.zero_grad()
+        with self.accelerator.autocast():
+            losses, _ = self.task.compute_loss(self.task.model, batch)
+        losses.sum().backward()
+        gradients = [p.grad.isfinite().all() for p in self.task.model.parameters() if p.grad is not None]
+        finite = losses.isfinite() & torch.stack(gradients).all()
+        return [key for key, good in zip(batch["sample_keys"], finite.tolist(), strict=True) if not good]

@@ -8,9 +8,8 @@ import yaml
 from PIL import Image
 from trainings import COMMON, objective
 
-from ldm.picto import autoencoder, clip
+from ldm.picto import autoencoder, clip, diffusion
 from ldm.picto.sprites import Sprite, write_sprites
-from ldm.train import diffusion
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,11 @@
-"""Optimizers: what each row of the table is, and that Muon moves every direction of a matrix by the same amount."""
+"""Optimizers: what each row of the table is, and that Muon moves every direction of a matrix by the same amount.
+
+Learning-rate schedules, by their formulas.
+"""
 
 import copy
 import itertools
+import math
 
 import pytest
 import torch
@@ -9,7 +13,15 @@ from torch import nn
 from trainings import needs, recipe_of
 
 from ldm.train import optimizers
-from ldm.train.optimizers import Muon, adamw, create_optimizer, flatten_to_matrix, newton_schulz_orthogonalize
+from ldm.train.optimizers import (
+    LR_SCHEDULES,
+    Muon,
+    adamw,
+    compute_lr_factor,
+    create_optimizer,
+    flatten_to_matrix,
+    newton_schulz_orthogonalize,
+)
 
 RECIPE = recipe_of(learning_rate=0.01, adam_weight_decay=0.1)
 
@@ -65,8 +77,8 @@ def test_a_matrix_moves_by_its_polar_factor_and_decays():
 
 def test_edges_vectors_and_the_schedule_are_adamw_s():
     net, other = model(), model()
-    muon, reference = Muon(net, RECIPE, edges=frozenset("0")), adamw(other, RECIPE)
-    for group in itertools.cat_context(muon.param_groups, reference.param_groups):
+    muon, reference = Muon(net, RECIPE, edges=frozenset("0")), adamw(other.parameters(), RECIPE)
+    for group in itertools.chain(muon.param_groups, reference.param_groups):
         group["lr"] = 0.003
     ours, theirs = moved(net, lambda: step(net, muon)), moved(other, lambda: step(other, reference))
     for name in ours.keys() - {"2.weight", "4.weight"}:
@@ -90,7 +102,7 @@ def test_adamw_s_relatives_move_as_it_does(name):
     recipe = recipe_of(**{"learning_rate": 0.01, "adam_weight_decay": 0, "optimizer": name, **options})
     ours = moved(net, lambda: step(net, create_optimizer(net, recipe)))
     plain = recipe_of(learning_rate=0.01, adam_weight_decay=0)
-    theirs = moved(other, lambda: step(other, adamw(other, plain)))
+    theirs = moved(other, lambda: step(other, adamw(other.parameters(), plain)))
     for key in ours:
         a, b = ours[key].flatten(), theirs[key].flatten()
         assert torch.cosine_similarity(a, b, dim=0) > 0.98 and 0.9 < a.norm() / b.norm() < 1.1, key
@@ -125,3 +137,40 @@ def test_what_is_frozen_does_not_learn():
     for name in ("adamw", "prodigy", "muon"):
         learns = [p for group in create_optimizer(net, recipe_of(optimizer=name)).param_groups for p in group["params"]]
         assert len(learns) == 6 and not any(p is net[0].weight for p in learns)
+
+
+LONG = {"max_train_steps": 100, "lr_warmup_steps": 10}
+
+
+@pytest.mark.parametrize("name", LR_SCHEDULES)
+def test_every_schedule_warms_up_in_optimizer_steps(name):
+    recipe = recipe_of(**LONG, lr_scheduler=name, gradient_accumulation_steps=4)
+    assert [compute_lr_factor(k, recipe) for k in (0, 4, 9)] == pytest.approx([0.1, 0.5, 1])
+
+
+@pytest.mark.parametrize(
+    "name, formula",
+    [
+        ("constant", lambda x: 1),
+        ("linear", lambda x: 1 - x),
+        ("cosine", lambda x: math.cos(math.pi / 2 * x) ** 2),
+    ],
+)
+def test_what_follows_the_warm_up(name, formula):
+    recipe = recipe_of(**LONG, lr_scheduler=name)
+    assert [compute_lr_factor(k, recipe) for k in (10, 55, 99)] == pytest.approx(
+        [formula(x) for x in (0, 0.5, 89 / 90)]
+    )
+
+
+def test_the_default_holds_and_then_falls_by_half_a_cosine():
+    recipe = recipe_of(**LONG, lr_decay=0.5)
+    assert [compute_lr_factor(k, recipe) for k in (10, 30, 50)] == [1, 1, 1]
+    assert compute_lr_factor(75, recipe) == pytest.approx(0.5) and compute_lr_factor(99, recipe) == pytest.approx(
+        math.sin(math.pi / 100) ** 2
+    )
+
+
+def test_an_unknown_schedule_is_named():
+    with pytest.raises(ValueError, match="lr_scheduler 'cosin'"):
+        compute_lr_factor(0, recipe_of(lr_scheduler="cosin"))

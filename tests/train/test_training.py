@@ -9,13 +9,13 @@ import torch
 from safetensors.torch import load_file
 from trainings import ROOT, go
 
+from ldm.commands.train import create_task
 from ldm.config import load_recipe
 from ldm.nn.text_encoders import tokenize_captions
 from ldm.picto.autoencoder import image_gradient_loss
 from ldm.picto.clip import contrastive_targets
+from ldm.picto.diffusion import shuffle_sample_keys
 from ldm.pipeline.pipeline import Pipeline
-from ldm.train.diffusion import shuffle_sample_keys
-from ldm.train.setup import create_task
 from ldm.train.task import SampleKey
 
 
@@ -29,10 +29,12 @@ def test_captions_are_dropped_as_often_as_the_recipe_says(dropout, dropped, reci
     recipe = load_recipe(recipe_file("diffusion"), [f"objective.caption_dropout={dropout}", "train_batch_size=64"])
     task = create_task(recipe)
     batch = task.make_batch(0, range(64))
-    empty = (batch["ids"] == torch.tensor(task.tokenizer("", padding="max_length", max_length=16).input_ids)).all(1)
+    tokenizer, (ids,) = task.full_model.text_encoders[0].tokenizer, batch["captions"].token_ids
+    empty = (ids == torch.tensor(tokenizer("", padding="max_length", max_length=16).input_ids)).all(1)
+    assert torch.equal(batch["captions"].nonempty, (~empty).float())
     assert empty.sum() == dropped if dropped is not None else 8 <= empty.sum() <= 26
-    captions = [task.latents.captions[visit.sample] for visit in batch["visits"]]
-    assert torch.equal(batch["ids"][~empty], tokenize_captions(task.tokenizer, captions)[~empty])
+    captions = [task.dataset.train.captions[key.sample_id] for key in batch["sample_keys"]]
+    assert torch.equal(ids[~empty], tokenize_captions(tokenizer, captions)[~empty])
 
 
 def test_every_latent_is_visited_once_an_epoch_in_an_order_of_its_own():
@@ -120,9 +122,10 @@ def test_offset_and_perturbation_are_noise_of_their_own_of_the_stated_deviation(
     batch = task.make_batch(0, range(64))
     offset = batch["noise"] - plain["noise"]
     assert offset.flatten(2).std(2).max() < 1e-6 and offset[:, :, 0, 0].std() == pytest.approx(0.3, rel=0.15)
-    assert torch.equal(batch["x0"], plain["x0"]) and torch.equal(batch["t"], plain["t"])
+    x0 = task.sample_latents(batch)
+    assert torch.equal(x0, task.sample_latents(plain)) and torch.equal(batch["t"], plain["t"])
     assert batch["perturbation"].std() == pytest.approx(0.2, rel=0.03)
-    draws = [batch["perturbation"], plain["noise"], batch["x0"] - batch["x0"].mean(0)]
+    draws = [batch["perturbation"], plain["noise"], x0 - x0.mean(0)]
     correlations = torch.corrcoef(torch.stack([values.flatten() for values in draws]))
     assert (correlations - torch.eye(3)).abs().max() < 0.05
 
@@ -130,7 +133,7 @@ def test_offset_and_perturbation_are_noise_of_their_own_of_the_stated_deviation(
 def test_zero_terminal_snr_is_trained_and_exported(recipe_file):
     path = recipe_file("diffusion")
     task = create_task(load_recipe(path, ["objective.rescale_betas_zero_snr=true"]))
-    assert task.sde.level(1.0).alpha == 0 < create_task(load_recipe(path)).sde.level(1.0).alpha
+    assert task.full_model.sde.level(1.0).alpha == 0 < create_task(load_recipe(path)).full_model.sde.level(1.0).alpha
     folder = go(path, "objective.rescale_betas_zero_snr=true")
     config = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
     assert config["rescale_betas_zero_snr"] is True

@@ -15,9 +15,9 @@ import torch
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
+from ldm.commands.train import create_task
 from ldm.config import Recipe, load_recipe
 from ldm.train import state
-from ldm.train.setup import create_task
 from ldm.train.trainer import train_model
 
 ROOT = Path(__file__).resolve().parents[2]

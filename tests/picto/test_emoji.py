@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ldm.picto import emoji, emoji_sources
+from ldm.picto import emoji
 from ldm.picto.sprites import read_sprites
 
 ROOT = Path(__file__).parents[2]
@@ -85,11 +85,11 @@ def test_build_makes_the_folder_once(tmp_path, registry):
     sprites, pixels = read_sprites(out)
     assert pixels.shape == (7 * 3 + 2, 32, 32, 4) and len(sprites) == 23
     assert {s.concept for s in sprites} == {"red apple", "automobile", "cat face"}  # no flag
-    assert {s.style for s in sprites} == {p.style for p in emoji_sources.ICON_PACKAGES}
+    assert {s.style for s in sprites} == {p.style for p in emoji.ICON_PACKAGES}
     car = next(i for i, s in enumerate(sprites) if s.concept == "automobile" and s.style == "firefox")
     assert tuple(pixels[car, 16, 16]) == (0x33, 0x33, 0xDD, 255) and pixels[car, 0, 0, 3] == 0
     assert "car" in sprites[car].names
-    assert all(p.spec in (out / "NOTICE").read_text() for p in emoji_sources.ICON_PACKAGES)
+    assert all(p.spec in (out / "NOTICE").read_text() for p in emoji.ICON_PACKAGES)
     assert not emoji.build_emoji_dataset(out, size=32) and len(registry) == 1
     assert emoji.build_emoji_dataset(out, size=16, num_workers=1) and read_sprites(out)[1].shape[1] == 16
     assert [path.name for path in out.parent.iterdir()] == ["emoji"]
@@ -114,7 +114,7 @@ def test_a_package_that_is_not_the_pinned_one_is_refused(tmp_path):
     file = tmp_path / "x-1.0.tgz"
     file.write_bytes(b"content")
     digest = base64.b64encode(hashlib.sha512(b"content").digest()).decode()
-    pinned = emoji_sources.Package("s", "x", "1.0", f"sha512-{digest}", "X", "A", "MIT", "https://example.org")
+    pinned = emoji.Package("s", "x", "1.0", f"sha512-{digest}", "X", "A", "MIT", "https://example.org")
     emoji.verify_tarball(pinned, file)
     file.write_bytes(b"other")
     with pytest.raises(emoji.DownloadError, match=r"x-1.0.tgz is not the pinned one"):
@@ -139,7 +139,7 @@ def test_what_npm_complains_of_is_passed_on_in_one_line(tmp_path, monkeypatch):
     npm.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
     with pytest.raises(emoji.DownloadError, match=r"^npm pack failed with status 1: code E404 404 Not Found$"):
-        emoji.download_packages([emoji_sources.EMOJIBASE], tmp_path)
+        emoji.download_packages([emoji.NAMES_PACKAGE], tmp_path)
 
 
 def test_names_match_best_key_first_and_no_icon_twice():
@@ -173,9 +173,7 @@ def test_labels_become_prompts(label, name):
     assert emoji.label_to_prompt(label) == name
 
 
-def test_the_tables_of_names_can_be_read_and_repeat_no_entry():
-    for text in (emoji_sources.LABEL_OVERRIDES, emoji_sources.CONCEPT_ALIASES, emoji_sources.FIREFOX_ICON_OVERRIDES):
-        assert len(emoji.parse_pairs(text)) == text.strip().count("; ") + text.strip().count("\n") + 1
+def test_aliases_and_tags_are_told_apart_by_a_bar():
     assert emoji.parse_aliases_and_tags("dog | puppy, pup") == (("dog",), ("puppy", "pup"))
     assert emoji.parse_aliases_and_tags("| bunny") == ((), ("bunny",)) and emoji.parse_aliases_and_tags("car") == (
         ("car",),

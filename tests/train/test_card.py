@@ -6,7 +6,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from ldm.train.card import PLOT_HEIGHT, PLOT_MARGIN, PLOT_WIDTH, read_curve, render_figure, render_panel
+from ldm.train.card import PLOT_HEIGHT, PLOT_MARGIN, PLOT_WIDTH, read_curve, render_figure
 
 
 @pytest.mark.parametrize("log_scale, middle", [(False, (100 - 10) / 99), (True, 0.5)])
@@ -15,9 +15,7 @@ def test_points_lie_where_their_values_say(tmp_path, log_scale, middle):
     (tmp_path / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     curve = read_curve(tmp_path / "log.jsonl", "loss")
     assert curve == [(0, 100), (10, 10), (20, 1)]
-    svg = render_figure(
-        [render_panel("a", {"loss": curve}, log_scale=log_scale), render_panel("b", {"loss": curve}, PLOT_WIDTH)]
-    )
+    svg = render_figure({"a (log scale)" if log_scale else "a": {"loss": curve}, "b": {"loss": curve}})
     first, second = (
         [tuple(map(float, point.split(","))) for point in re.split(" ", line.attrib["points"])]
         for line in ElementTree.fromstring(svg).iter("{http://www.w3.org/2000/svg}polyline")

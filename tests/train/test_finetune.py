@@ -1,7 +1,5 @@
 """Tuning: what learns, what is written, and that a run which was killed ends as one that was not."""
 
-import copy
-
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
@@ -9,10 +7,12 @@ from safetensors.torch import load_file
 from trainings import FULL, LORA, WORD, assert_goes_on, go
 
 from ldm.checkpoints.formats import load_checkpoint
+from ldm.commands.train import create_task
 from ldm.conditioning import Conditioning
 from ldm.config import load_recipe
 from ldm.pipeline.pipeline import Pipeline
-from ldm.train.setup import create_task
+from ldm.train.ema import EMAModel
+from ldm.train.task import trainable_parameters
 
 
 @pytest.mark.parametrize("method", [FULL, LORA, WORD], ids=lambda method: method["method"])
@@ -24,10 +24,10 @@ def test_a_killed_tuning_ends_with_the_bits_of_one_that_was_not(method, tuning, 
 def test_an_exported_adapter_is_what_was_learnt_in_ours_and_in_diffusers(dora, tuning, tiny, tmp_path):
     recipe = load_recipe(tuning(**{**LORA, "train_text_encoder": False, "frozen_dtype": "float32", "dora": dora}))
     task = create_task(recipe)
-    names = [name for name, _ in task.model.named_parameters()]
+    names = list(trainable_parameters(task.model))
     assert names and all(".lora_" in name for name in names)
     drawn = torch.Generator().manual_seed(1)
-    for name, parameter in task.model.named_parameters():
+    for name, parameter in trainable_parameters(task.model).items():
         if "magnitude" not in name:
             parameter.data = 0.1 * torch.randn(parameter.shape, generator=drawn)
     task.method.export(task.full_model, task.objective, tmp_path / "out")
@@ -47,16 +47,21 @@ def test_an_exported_adapter_is_what_was_learnt_in_ours_and_in_diffusers(dora, t
         torch.testing.assert_close(twin(x, t, text).sample, learnt, rtol=1e-4, atol=1e-4)
 
 
-def test_a_fresh_adapter_changes_nothing_and_a_copy_shares_what_is_frozen(tuning, tiny):
+def test_a_fresh_adapter_changes_nothing_and_averages_hold_what_is_trained(tuning, tiny):
     task = create_task(load_recipe(tuning(**LORA, frozen_dtype="float32")))
     x, text, t = torch.ones(1, 4, 8, 8), torch.ones(1, 16, 32), torch.tensor([500.0])
     with torch.no_grad():
         base = load_checkpoint(tiny, torch.device("cpu"), torch.float32).unet(x, t, Conditioning(text))
         assert torch.equal(task.model(x, t, Conditioning(text)), base)
-    twin = copy.deepcopy(task.model)
-    for one, other in zip(task.full_model.unet.parameters(), twin.full_model.unet.parameters(), strict=True):
-        assert (one is other) != one.requires_grad
-    assert twin.state_dict().keys() == task.model.state_dict().keys()
+    ema, weights = EMAModel(task.model, lambda step: 0.5), trainable_parameters(task.model)
+    assert ema.tensors.keys() == weights.keys() and all(".lora_" in name for name in weights)
+    before = {name: value.clone() for name, value in weights.items()}
+    for value in ema.tensors.values():
+        value.fill_(0.25)
+    with ema.applied_to(task.model):
+        assert all((value == 0.25).all() for value in weights.values()) and not task.full_model.unet.training
+        assert (task.model(x, t, Conditioning(text)) - base).abs().max() > 1e-2
+    assert all(torch.equal(value, before[name]) for name, value in weights.items())
 
 
 def test_a_word_that_was_learnt_is_what_a_pipeline_reads(tuning, tmp_path):
@@ -71,10 +76,10 @@ def test_a_word_that_was_learnt_is_what_a_pipeline_reads(tuning, tmp_path):
 def test_the_prior_counts_by_its_weight_however_many_pictures_it_has(tuning):
     prior = {"prior_preservation": True, "class_prompt": "a cat", "num_class_images": 3, "prior_loss_weight": 0.5}
     task = create_task(load_recipe(tuning(**LORA, **prior)))
-    own = torch.tensor([not sample.key.startswith("2:") for sample in task.dataset.samples])
+    own = torch.tensor([not sample.key.startswith("2:") for sample in task.dataset.images.samples])
     assert own.sum() == 10 and (~own).sum() == 3
-    assert task.loss_weights[own].sum() == 10 and task.loss_weights[~own].sum() == 0.5 * 10
-    assert {s.caption for s in task.dataset.samples if s.key.startswith("2:")} == {"a cat"}
+    assert task.dataset.loss_weights[own].sum() == 10 and task.dataset.loss_weights[~own].sum() == 0.5 * 10
+    assert {s.caption for s in task.dataset.images.samples if s.key.startswith("2:")} == {"a cat"}
 
 
 @pytest.mark.parametrize(
@@ -82,7 +87,7 @@ def test_the_prior_counts_by_its_weight_however_many_pictures_it_has(tuning):
     [
         ({"method": "textual_inversion"}, "initializer_token is needed"),
         ({"prior_preservation": True}, "class_prompt is needed"),
-        ({**WORD, "train_text_encoder": True}, "textual inversion learns a word alone"),
+        ({**WORD, "train_text_encoder": True}, "textual inversion trains the embeddings of one token"),
         ({"targets": ["everything"]}, "targets 'everything': choose from attention"),
         ({**WORD, "placeholder_token": "glorb"}, "no caption has it"),
     ],

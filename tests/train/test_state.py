@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
 from torch import nn
 from trainings import (
     FULL,
@@ -218,23 +217,6 @@ def test_what_does_not_shape_a_run_may_change(small, tmp_path):
     now = fresh(other)
     state.resume_from_checkpoint(now, other)
     assert now.step == 2
-
-
-def test_a_checkpoint_from_before_recipes_were_recorded_still_loads(small, tmp_path):
-    folder = tmp_path / "checkpoint-3"
-    shutil.copytree(tmp_path / "checkpoint-2", folder)
-    (folder / "sha256.json").unlink()
-    (folder / "state.json").write_text('{"step": 3}\n')
-    moments = {f"weight:{name}": torch.full((2, 3), value) for name, value in (("exp_avg", 0.25), ("exp_avg_sq", 0.5))}
-    save_file({**moments, "weight:step": torch.tensor(3.0)}, folder / "optimizer.safetensors")
-    now = fresh(small)
-    state.resume_from_checkpoint(now, small)
-    (moments,) = now.optimizer.state.values()
-    assert now.step == 3 and (moments["exp_avg"] == 0.25).all() and (moments["exp_avg_sq"] == 0.5).all()
-    assert moments["step"] == 3
-    now.model.weight.grad = torch.ones_like(now.model.weight)
-    now.optimizer.step()
-    assert moments["step"] == 4
 
 
 def test_only_the_newest_checkpoints_are_kept(small, tmp_path):

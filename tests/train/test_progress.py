@@ -8,10 +8,10 @@ from PIL import Image
 from trainings import go, log_of, recipe_of, tensors_of
 
 from ldm import files
+from ldm.commands.train import create_task
 from ldm.config import load_recipe
 from ldm.train import progress
 from ldm.train.progress import MetricLogger
-from ldm.train.setup import create_task
 from ldm.train.trainer import train_model
 
 
@@ -64,8 +64,9 @@ def test_the_log_is_cut_where_a_resumed_training_begins(tmp_path):
 
 def test_validation_s_errors_are_those_of_means(recipe_file):
     task = create_task(load_recipe(recipe_file("diffusion")))
-    said = task.validate(task.model)
-    losses = torch.cat([task._validation_losses(task.model, rows) for rows in torch.arange(64).split(64)])
+    said = task.validate()
+    with torch.no_grad():
+        losses = torch.cat([task._validation_losses(*batch) for batch in task.dataset.validation_batches()])
     losses = losses.double().unflatten(0, (8, 8))
     assert [said[f"loss_{i}"] for i in range(8)] == pytest.approx(losses.mean(0).tolist())
     assert [said[f"loss_{i}_se"] for i in range(8)] == pytest.approx((losses.std(0) / 8**0.5).tolist())
@@ -79,7 +80,7 @@ def poisoned(task, rows, gradient_only):
 
     def bad(model, batch):
         losses, figures = loss(model, batch)
-        fault = torch.tensor([visit.sample in rows for visit in batch["visits"]])
+        fault = torch.tensor([visit.sample_id in rows for visit in batch["sample_keys"]])
         if gradient_only:  # sqrt has an infinite slope at 0
             nothing = (losses - losses.detach())[fault].sqrt()
             return losses.index_add(0, fault.nonzero().flatten(), nothing), figures
@@ -97,9 +98,9 @@ def test_what_is_not_finite_stops_before_the_weights_move_and_names_the_samples(
     path = recipe_file("diffusion", lr_scheduler="constant", gradient_accumulation_steps=parts)
     recipe = load_recipe(path)
     plain = create_task(recipe)
-    visit = plain.make_batch(4, range(4))["visits"][2]
-    task = poisoned(plain, {visit.sample}, gradient_only)
-    with pytest.raises(ValueError, match=rf"step 5: .*not finite: {visit.sample} \(visit 0\); nothing was changed"):
+    visit = plain.make_batch(4, range(4))["sample_keys"][2]
+    task = poisoned(plain, {visit.sample_id}, gradient_only)
+    with pytest.raises(ValueError, match=rf"step 5: .*not finite: {visit.sample_id} \(visit 0\); nothing was changed"):
         train_model(recipe, task)
     moved = {name: value.clone() for name, value in task.model.state_dict().items()}
     assert [line["step"] for line in log_of(tmp_path / "run")] == [1, 2, 3, 4]

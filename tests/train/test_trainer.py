@@ -8,12 +8,12 @@ from safetensors.torch import load_file
 from trainings import FULL, LORA, forks, go, log_of, recipe_of, status, tensors_of
 
 from ldm.checkpoints.hub import LORA_WEIGHT_NAME_SAFE
+from ldm.commands.train import create_task
 from ldm.config import load_recipe
 from ldm.diffusion.objective import TIME_SAMPLERS
 from ldm.nn.blocks import ResnetBlock
 from ldm.train import state
-from ldm.train.learner import split_rows
-from ldm.train.setup import create_task
+from ldm.train.trainer import split_rows
 
 EXACT = {
     "train_batch_size": 8,
@@ -84,12 +84,20 @@ def test_rows_of_a_batch_are_those_of_the_whole_batch(kind, times, recipe_file):
     )
     task = create_task(recipe)
     whole, part = task.make_batch(9, range(8)), task.make_batch(9, range(3, 5))
-    assert whole.keys() == part.keys() and whole["visits"][3:5] == part["visits"]
-    for name in whole.keys() - {"visits"}:
-        assert torch.equal(torch.as_tensor(whole[name])[3:5], torch.as_tensor(part[name])), name
-    other = task.make_batch(10, range(3, 5))
-    for name in whole.keys() - {"visits", "importance"}:
-        assert not torch.equal(torch.as_tensor(other[name]), torch.as_tensor(part[name])), name
+    assert whole.keys() == part.keys() and whole["sample_keys"][3:5] == part["sample_keys"]
+    whole, part, other = (values_of(batch) for batch in (whole, part, task.make_batch(10, range(3, 5))))
+    for name in whole:
+        assert torch.equal(whole[name][3:5], part[name]), name
+    for name in whole.keys() - {"importance", "nonempty"}:
+        assert not torch.equal(other[name], part[name]), name
+
+
+def values_of(batch):
+    """What a batch holds but its keys, as tensors."""
+    values = {name: value for name, value in batch.items() if name not in ("sample_keys", "captions")}
+    if "captions" in batch:
+        values |= {"ids": batch["captions"].token_ids[0], "nonempty": batch["captions"].nonempty}
+    return {name: torch.as_tensor(value) for name, value in values.items()}
 
 
 def test_shares_cover_a_batch_once_in_order():

@@ -8,12 +8,12 @@ import torch
 from diffusers import DDPMScheduler, UNet2DConditionModel
 from torch.nn.functional import mse_loss
 
+from ldm.commands.train import create_task
 from ldm.config import load_recipe
 from ldm.diffusion.objective import WEIGHTINGS
 from ldm.diffusion.prediction import PREDICTIONS
 from ldm.diffusion.sde import BETA_SCHEDULES, VPSDE
 from ldm.train import state
-from ldm.train.setup import create_task
 from ldm.train.trainer import train_model
 
 STEPS, WARMUP, RATE = 50, 5, 2e-4
@@ -24,7 +24,7 @@ def batches(task):
     for k in range(STEPS):
         batch = task.make_batch(k, range(task.recipe.train_batch_size))
         index = (batch["t"] * 1000 - 1).round().long()
-        yield batch["x0"], batch["noise"], index, task._encode_text(batch["ids"]).context.float()
+        yield task.sample_latents(batch), batch["noise"], index, task.encode_text(batch["captions"]).context.float()
 
 
 def plain_losses(unet, scheduler, data):

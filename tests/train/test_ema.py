@@ -7,6 +7,7 @@ from torch import nn
 from trainings import go
 
 from ldm.checkpoints.tensors import DIFFUSERS_WEIGHTS_NAME
+from ldm.commands.train import average
 from ldm.train.ema import (
     SIGMA_RELS,
     EMAModel,
@@ -19,7 +20,6 @@ from ldm.train.ema import (
     sigma_rel_to_gamma,
     solve_posthoc_coefficients,
 )
-from ldm.train.setup import export_posthoc_ema
 
 STEPS, EVERY = 4000, 250
 
@@ -32,7 +32,7 @@ def test_an_exponential_average_follows_its_formula():
         ema.update(model, step)
         decay = min(0.5, (1 + step) / (10 + step))
         expected = decay * expected + (1 - decay) * model.weight.item()
-    assert ema.model.weight.item() == pytest.approx(expected, rel=1e-6)
+    assert ema.tensors["weight"].item() == pytest.approx(expected, rel=1e-6)
 
 
 @pytest.mark.parametrize("sigma_rel", [0.02, 0.05, 0.1, 0.25])
@@ -43,7 +43,7 @@ def test_a_power_average_weighs_the_past_by_its_profile_which_has_the_deviation(
         model.weight.data = nn.functional.one_hot(torch.tensor([step - 1]), 1000).float()
         ema.update(model, step)
     edges = torch.arange(1001, dtype=torch.float64) / 1000
-    torch.testing.assert_close(ema.model.weight[0].double(), (edges**exponent).diff(), rtol=1e-4, atol=1e-9)
+    torch.testing.assert_close(ema.tensors["weight"][0].double(), (edges**exponent).diff(), rtol=1e-4, atol=1e-9)
     profile, middle = (edges**exponent).diff(), (edges[1:] + edges[:-1]) / 2
     mean = (profile * middle).sum()
     assert (profile * (middle - mean) ** 2).sum().sqrt() == pytest.approx(sigma_rel, rel=1e-3)
@@ -86,10 +86,10 @@ def test_averages_made_afterwards_are_those_that_were_tracked(tmp_path):
             ema.update(model, step)
         if step % EVERY == 0:
             for s, ema in kept.items():
-                save_ema_snapshot(tmp_path, step, s, ema.model, torch.float16)
+                save_ema_snapshot(tmp_path, step, s, ema.tensors, torch.float16)
     last = flat(model.state_dict())
     for s, ema in wanted.items():
-        tracked, made = flat(ema.model.state_dict()), flat(reconstruct_posthoc_ema(tmp_path, s))
+        tracked, made = flat(ema.tensors), flat(reconstruct_posthoc_ema(tmp_path, s))
         assert (made - tracked).norm() < 0.01 * tracked.norm()
         assert (made - tracked).norm() < 0.01 * (last - tracked).norm()
 
@@ -105,9 +105,10 @@ def test_no_snapshots_no_average(tmp_path):
 
 def test_a_run_is_exported_with_an_average_made_afterwards(recipe_file, tmp_path):
     go(recipe_file("diffusion", posthoc_steps=2))
-    out = export_posthoc_ema(tmp_path / "run", 0.08, tmp_path / "model")
+    out = tmp_path / "model"
+    average(tmp_path / "run", 0.08, out)
     made = load_file(out / "unet" / DIFFUSERS_WEIGHTS_NAME)  # float16
     for name, value in reconstruct_posthoc_ema(tmp_path / "run", 0.08).items():
         torch.testing.assert_close(made[name], value, rtol=1e-3, atol=1e-6, check_dtype=False)
     with pytest.raises(ValueError, match="not a training's folder"):
-        export_posthoc_ema(tmp_path, 0.08, tmp_path / "other")
+        average(tmp_path, 0.08, tmp_path / "other")

@@ -145,7 +145,7 @@ def test_held_out_pairs_never_enter_training(folder, train):
         assert singles and all(module.is_held_out_style(sprite) == held for sprite in singles)
         colours = {m.groups() for m in map(painted.match, said) if m}
         assert colours and all(module.is_held_out_color(*pair) == held for pair in colours)
-    assert not set(train.pools["count"].rows) & set(held_out.pools["single"].sprite_indices)
+    assert not set(train.pools["count"].sprite_indices) & set(held_out.pools["single"].sprite_indices)
     assert set(held_out.pools) == {"single", "recoloured"}
 
 

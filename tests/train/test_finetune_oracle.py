@@ -14,10 +14,10 @@ from safetensors.torch import load_file
 from trainings import FULL, LORA, WORD, go
 from transformers import CLIPTokenizer
 
+from ldm.commands.train import create_task
 from ldm.config import load_recipe
 from ldm.pipeline.pipeline import Pipeline
 from ldm.pipeline.request import Request
-from ldm.train.setup import create_task
 
 CALL = {"height": 40, "width": 56, "num_inference_steps": 9, "guidance_scale": 3.0, "negative_prompt": NEGATIVE}
 BRIEF = {
@@ -159,9 +159,9 @@ def test_the_loss_is_that_of_diffusers_scripts(model, data, objective, schedule,
     for k in range(4):
         batch = task.make_batch(k, range(4))
         batch["t"][0] = 1.0
-        visits = task.dataset.batch_sampler[k]
-        corners |= {task.dataset.choose_augmentation(visit).crop_corner for visit in visits}
-        wanted = script_losses(twin, batch, [task.dataset.samples[v.row] for v in visits], shown(task, visits))
+        visits = task.dataset.images.batch_sampler[k]
+        corners |= {task.dataset.images.choose_augmentation(visit).crop_corner for visit in visits}
+        wanted = script_losses(twin, batch, [task.dataset.images.samples[v.row] for v in visits], shown(task, visits))
         torch.testing.assert_close(task.compute_loss(task.model, batch)[0], wanted, rtol=2e-4, atol=0)
     assert (len(corners) > 2) == ("center_crop" in data)
 
@@ -180,7 +180,7 @@ def shown(task, visits):
     """The pixels of some visits from their files, and what SDXL is told of them: original size, corner, target."""
     pictures, ids = [], []
     for visit in visits:
-        data, view = task.dataset, task.dataset.choose_augmentation(visit)
+        data, view = task.dataset.images, task.dataset.images.choose_augmentation(visit)
         (width, height), resized = data.image_infos[visit.row].placement
         picture = Image.open(io.BytesIO(data.samples[visit.row].read_image()))
         whole = picture.resize(resized, Image.Resampling.LANCZOS)
