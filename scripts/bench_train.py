@@ -37,7 +37,7 @@ from ldm.diffusion.sde import BETA_SCHEDULES, VPSDE
 from ldm.files import read_json
 from ldm.hardware import best_device, resolve_mixed_precision, to_device
 from ldm.nn.unet import UNet, UNetConfig
-from ldm.train.task import Batch, TrainingTask
+from ldm.train.task import Batch
 from ldm.train.trainer import Trainer, create_accelerator, iterate_batches
 
 from diffusers import DDPMScheduler, UNet2DConditionModel  # isort: skip
@@ -47,7 +47,7 @@ RATE, DECAY = 1e-4, 0.999
 LORA = Path(__file__).resolve().parents[1] / "configs" / "tune-lora.yaml"
 
 
-class Step(TrainingTask):
+class Step:
     """A task whose batch is always the same."""
 
     supports_accumulation = True
@@ -73,7 +73,7 @@ def ours(model: UNet, batch: Batch, precision: str) -> Callable[[], object]:
             "mixed_precision": precision,
         }
     )
-    learner = Trainer(recipe, Step(model), create_accelerator(mixed_precision=precision))
+    learner = Trainer(recipe, Step(model), create_accelerator(mixed_precision=precision))  # type: ignore[arg-type]
     learner.prepare()
     return lambda: learner.train_step([batch], False)
 

@@ -51,7 +51,7 @@ def read_sprites(folder: Path) -> tuple[list[Sprite], np.ndarray]:
     """The records, and the pixels as a memory map."""
     sprites = []
     for line in (folder / "sprites.jsonl").read_text().splitlines():
-        fields = {key: tuple(v) if isinstance(v, list) else v for key, v in json.loads(line).items()}
+        fields: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in json.loads(line).items()}
         sprites.append(Sprite(**fields))
     return sprites, np.load(folder / "sprites.npy", mmap_mode="r")
 
