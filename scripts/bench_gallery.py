@@ -33,22 +33,7 @@ from ldm.pipeline.request import Request
 NUM_DISTINCT = 512  # images
 SHEET, SCREEN, SIDE = 64, 60, 128  # thumbnails per sheet and per screen; pixels of a side
 REQUEST = Request("", height=SIDE, width=SIDE, num_inference_steps=30, guidance_scale=2.5)
-WORDS = [
-    "red",
-    "green",
-    "small",
-    "large",
-    "round",
-    "apple",
-    "banana",
-    "car",
-    "cat",
-    "house",
-    "star",
-    "moon",
-    "on",
-    "under",
-]
+VOCABULARY = "red green small large round apple banana car cat house star moon on under"
 FRAMES = """(async () => {
   const gaps = [];
   await new Promise(requestAnimationFrame);
@@ -75,7 +60,9 @@ def write_job(folder: Path, count: int) -> None:
     names = [f"{rng.getrandbits(96):024x}" for _ in range(count)]
     lines = []
     for k, name in enumerate(names):
-        request = replace(REQUEST, prompt=" ".join(rng.choices(WORDS, k=12)), seed=k % 1000, eta=rng.randrange(3) / 2)
+        request = replace(
+            REQUEST, prompt=" ".join(rng.choices(VOCABULARY.split(), k=12)), seed=k % 1000, eta=rng.randrange(3) / 2
+        )
         line: dict[str, Any] = {"id": name, "status": "done", "file": f"images/{name[:2]}/{name}.png", "sha256": ""}
         lines.append(line | {"line": k + 1, "seconds": 0.4, "request": request.to_record()})
         files = folder / str(line["file"]), gallery.thumbnail_path(folder, line)

@@ -102,7 +102,8 @@ class LocalEngine:
         if self._stopping:
             return None
         if self._restarts_left == 0:
-            cause = describe_exit_code(process.exitcode)
+            code = process.exitcode
+            cause = signal.Signals(-code).name if code < 0 else f"exit status {code}"
             self.errors.append(f"workers died {MAX_RESTARTS} times each, the last by {cause}")
             return None
         self._restarts_left -= 1
@@ -127,10 +128,6 @@ def stop_when_orphaned(stop: threading.Event) -> None:
     if parent is not None:
         wait([parent.sentinel])
         stop.set()
-
-
-def describe_exit_code(code: int | None) -> str:
-    return signal.Signals(-code).name if code is not None and code < 0 else f"exit status {code}"
 
 
 class RayEngine:

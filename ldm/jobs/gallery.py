@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from PIL import Image
 
@@ -33,14 +33,6 @@ GENERATE_OPTIONS = {  # of `ldm generate`; images are named beside the command, 
 }
 
 
-class GalleryTable(NamedTuple):
-    """The images' values: those that all have in common, and columns and rows of those that differ."""
-
-    common: dict[str, Any]
-    columns: list[str]
-    rows: list[list[Any]]
-
-
 def write_gallery(folder: Path) -> Path:
     """Write the page of a job's finished images, `index.html`; returns its path.
 
@@ -50,17 +42,17 @@ def write_gallery(folder: Path) -> Path:
     folder = Path(folder)
     done, failed = read_finished_records(folder)
     make_thumbnails(folder, done)
-    table = build_gallery_table([build_gallery_entry(folder, record) for record in done])
-    chunks = write_row_chunks(folder / GALLERY_DATA, table.rows)
+    common, columns, rows = build_gallery_table([build_gallery_entry(folder, record) for record in done])
+    chunks = write_row_chunks(folder / GALLERY_DATA, rows)
     title, model, cli_args = read_job_info(folder)
     header = {
         "title": title,
         "words": cli_args,
-        "summary": " · ".join([model, *summarize_settings(table.common)]),
+        "summary": " · ".join([model, *summarize_settings(common)]),
         "count": len(done),
         "failed": failed,
-        "common": {**table.common, "model": model},
-        "columns": table.columns,
+        "common": {**common, "model": model},
+        "columns": columns,
         "fields": list_gallery_fields(),
         "record": RECORD_FIELDS,
         "defaults": Request("").to_record(),
@@ -106,14 +98,14 @@ def read_clip_skip(file: Path) -> str | None:
         return None
 
 
-def build_gallery_table(entries: Sequence[Mapping[str, Any]]) -> GalleryTable:
-    """Entries as common values and columns; `id` and `file` are always columns."""
+def build_gallery_table(entries: Sequence[Mapping[str, Any]]) -> tuple[dict[str, Any], list[str], list[list[Any]]]:
+    """The values that all entries have in common, and columns and rows of the others; `id` and `file` are columns."""
     names = list(dict.fromkeys(name for entry in entries for name in entry))
     first = entries[0] if entries else {}
     shared = {n for n in names if n not in ("id", "file") and all(e.get(n) == first.get(n) for e in entries)}
     columns = [name for name in names if name not in shared]
     rows = [[entry.get(name) for name in columns] for entry in entries]
-    return GalleryTable({name: first.get(name) for name in names if name in shared}, columns, rows)
+    return {name: first.get(name) for name in names if name in shared}, columns, rows
 
 
 def read_job_info(folder: Path) -> tuple[str, str, list[str]]:

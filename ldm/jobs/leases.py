@@ -78,7 +78,7 @@ class Leases:
             older = self._lease_files(name)
             if older and self._has_live_owner(older[-1]):
                 return False
-            path = self.folder / f"{name}.{parse_lease_generation(older[-1]) + 1 if older else 0}"
+            path = self.folder / f"{name}.{int(older[-1].suffix[1:]) + 1 if older else 0}"
             try:
                 fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
             except FileExistsError:
@@ -154,7 +154,7 @@ class Leases:
     def _lease_files(self, name: str) -> list[Path]:
         """The files of a lease, the one that counts last."""
         paths = (self.folder / entry for entry in os.listdir(self.folder) if entry.startswith(f"{name}."))
-        return sorted((p for p in paths if p.name[len(name) + 1 :].isdecimal()), key=parse_lease_generation)
+        return sorted((p for p in paths if p.name[len(name) + 1 :].isdecimal()), key=lambda p: int(p.suffix[1:]))
 
     def _has_live_owner(self, path: Path) -> bool:
         """Whether the owner of a lease is alive; a file without an owner counts while it is younger than `timeout`."""
@@ -195,10 +195,6 @@ class Leases:
         while not self._stop_event.wait(min(HEARTBEAT_INTERVAL, self.timeout / 4)):
             with contextlib.suppress(OSError):  # at worst others take this worker for dead
                 self._write_heartbeat(self._heartbeat_fd)
-
-
-def parse_lease_generation(path: Path) -> int:
-    return int(path.suffix[1:])
 
 
 def parse_heartbeat(data: bytes) -> dict[str, Any]:

@@ -174,11 +174,11 @@ def compact_manifest(folder: Path, leases: Leases, verify_hashes: bool = False, 
         joined = folder / MANIFEST_FILE
         for path in [joined, *ended] if joined.exists() else ended:
             for record, span in iter_manifest_rows(stack.enter_context(path.open("rb"))):
-                name, row = record["id"], (record["line"], span)
+                name, row, image = record["id"], (record["line"], span), folder / record.get("file", "")
                 if record["status"] == "failed":
                     if name not in retry:
                         failed[name] = row
-                elif is_image_intact(folder, record, existing, verify_hashes):
+                elif image.name in existing and not (verify_hashes and file_sha256(image) != record["sha256"]):
                     done[name] = row
                 else:
                     lost.add(name)
@@ -192,12 +192,6 @@ def compact_manifest(folder: Path, leases: Leases, verify_hashes: bool = False, 
             remove_path(path)
         leases.remove_stale(done)
         return len(lost - done.keys())
-
-
-def is_image_intact(folder: Path, record: dict[str, Any], existing_files: Container[str], verify_hash: bool) -> bool:
-    """Whether the image of a finished item exists and, with `verify_hash`, is the one that was written."""
-    path = folder / record["file"]
-    return path.name in existing_files and (not verify_hash or file_sha256(path) == record["sha256"])
 
 
 def scan_image_files(folder: Path, leases: Leases) -> set[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import codecs
 import csv
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import count, product
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -33,23 +33,6 @@ class ParseError(ValueError):
         self.line = line
 
 
-class RawLine(NamedTuple):
-    """The bytes of a line with its end, and its number, from 1."""
-
-    number: int
-    data: bytes
-
-    def decode(self) -> str:
-        """The line's text; ParseError where it is not UTF-8 or holds a NUL."""
-        try:
-            text = self.data.decode()
-        except UnicodeDecodeError as error:
-            raise ParseError(self.number, f"byte {error.start + 1} is not UTF-8") from None
-        if "\0" in text:
-            raise ParseError(self.number, f"character {text.index(chr(0)) + 1} is a NUL")
-        return text
-
-
 class PromptRow(NamedTuple):
     """The line at which a record begins, and its values or what is wrong with them."""
 
@@ -68,8 +51,8 @@ def parse_row(line: int, parse: Callable[..., FieldValues], *args: Any) -> Promp
         return PromptRow(line, error)
 
 
-def read_lines(file: BinaryIO) -> Iterator[RawLine]:
-    """Lines of a UTF-8 file of any size, less its byte-order mark; ParseError for one over `MAX_LINE_BYTES`."""
+def read_lines(file: BinaryIO) -> Iterator[tuple[int, bytes]]:
+    """(number from 1, bytes) of each line of a file, less a UTF-8 mark; ParseError for one over `MAX_LINE_BYTES`."""
     for number in count(1):
         data = file.readline(MAX_LINE_BYTES + 1)
         if number == 1:
@@ -79,26 +62,43 @@ def read_lines(file: BinaryIO) -> Iterator[RawLine]:
         if len(data) > MAX_LINE_BYTES:
             raise ParseError(number, f"longer than {MAX_LINE_BYTES} bytes")
         if data:
-            yield RawLine(number, data)
+            yield number, data
         elif number > 1:
             return
 
 
+def decode_line(number: int, data: bytes) -> str:
+    """The text of a line; ParseError where it is not UTF-8 or holds a NUL."""
+    try:
+        text = data.decode()
+    except UnicodeDecodeError as error:
+        raise ParseError(number, f"byte {error.start + 1} is not UTF-8") from None
+    if "\0" in text:
+        raise ParseError(number, f"character {text.index(chr(0)) + 1} is a NUL")
+    return text
+
+
 def read_text_rows(file: BinaryIO) -> Iterator[PromptRow]:
     """A prompt per line, with options as `parse_prompt_line` reads them; # begins a comment line."""
-    for line in read_lines(file):
-        if line.data.strip() and not line.data.lstrip().startswith(b"#"):
-            yield parse_row(line.number, lambda line: parse_record(parse_prompt_line(line.decode())), line)
+    for number, data in read_lines(file):
+        if data.strip() and not data.lstrip().startswith(b"#"):
+            yield parse_row(number, parse_text_line, number, data)
+
+
+def parse_text_line(number: int, data: bytes) -> FieldValues:
+    return parse_record(parse_prompt_line(decode_line(number, data)))
 
 
 def read_jsonl_rows(file: BinaryIO) -> Iterator[PromptRow]:
     """A JSON object per line."""
-    return (parse_row(line.number, parse_json_line, line) for line in read_lines(file) if line.data.strip())
+    for number, data in read_lines(file):
+        if data.strip():
+            yield parse_row(number, parse_json_line, number, data)
 
 
-def parse_json_line(line: RawLine) -> FieldValues:
+def parse_json_line(number: int, data: bytes) -> FieldValues:
     """The values of a JSON object; ValueError where the line is none."""
-    record = parse_json(line.decode())
+    record = parse_json(decode_line(number, data))
     if not isinstance(record, dict):
         raise ValueError("not a JSON object")
     return parse_record(record)
@@ -106,7 +106,7 @@ def parse_json_line(line: RawLine) -> FieldValues:
 
 def read_csv_rows(file: BinaryIO) -> Iterator[PromptRow]:
     """CSV below a header of field names; an empty cell leaves the field at its default."""
-    reader = csv.reader((line.decode() for line in read_lines(file)), strict=True)
+    reader = csv.reader((decode_line(*line) for line in read_lines(file)), strict=True)
     header: list[str] = []
     while True:
         line = reader.line_num + 1
@@ -190,7 +190,7 @@ def read_yaml_rows(file: BinaryIO) -> Iterator[PromptRow]:
 def compose_yaml_mapping(file: BinaryIO) -> yaml.MappingNode:
     """The root node of a YAML file; ParseError where it is no mapping."""
     try:
-        node = yaml.compose("".join(decode_bounded_lines(read_lines(file))), Loader=yaml.SafeLoader)
+        node = yaml.compose("".join(decode_bounded_lines(file)), Loader=yaml.SafeLoader)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         raise ParseError(mark.line + 1 if mark else 0, f"not YAML: {error.problem or error.context}") from None
@@ -201,13 +201,13 @@ def compose_yaml_mapping(file: BinaryIO) -> yaml.MappingNode:
     return node
 
 
-def decode_bounded_lines(file: Iterable[RawLine]) -> Iterator[str]:
+def decode_bounded_lines(file: BinaryIO) -> Iterator[str]:
     size = 0
-    for line in file:
-        size += len(line.data)
+    for number, data in read_lines(file):
+        size += len(data)
         if size > MAX_YAML_BYTES:
-            raise ParseError(line.number, f"more than {MAX_YAML_BYTES} bytes: use .txt or .jsonl for longer lists")
-        yield line.decode()
+            raise ParseError(number, f"more than {MAX_YAML_BYTES} bytes: use .txt or .jsonl for longer lists")
+        yield decode_line(number, data)
 
 
 def iter_yaml_fields(node: yaml.MappingNode) -> Iterator[tuple[str, str, yaml.Node]]:

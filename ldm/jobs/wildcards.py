@@ -18,7 +18,7 @@ from itertools import accumulate, groupby
 from pathlib import Path
 
 from ldm.errors import error_text, suggest
-from ldm.jobs.readers import ParseError, read_lines
+from ldm.jobs.readers import ParseError, decode_line, read_lines
 from ldm.jobs.schema import short_repr
 from ldm.rng import derive_uniform
 
@@ -226,7 +226,7 @@ class WildcardManager:
             raise ValueError(f"wildcard __{name}__: {path} has more than {MAX_WILDCARD_FILE_BYTES} bytes")
         try:
             with path.open("rb") as file:
-                options = [self._parse_line(line.number, line.decode().strip()) for line in read_lines(file)]
+                options = [self._parse_line(*line) for line in read_lines(file)]
         except OSError as error:
             raise ValueError(f"{path}: {error_text(error)}") from None
         except ParseError as error:
@@ -235,7 +235,8 @@ class WildcardManager:
             raise ValueError(f"wildcard __{name}__: {path} has no lines")
         return build_variant_options(option for option in options if option)
 
-    def _parse_line(self, number: int, text: str) -> tuple[float, TemplateParts] | None:
+    def _parse_line(self, number: int, data: bytes) -> tuple[float, TemplateParts] | None:
+        text = decode_line(number, data).strip()
         if not text or text.startswith("#"):
             return None
         try:
