@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Callable
 from dataclasses import replace
 from functools import lru_cache, partial
 from pathlib import Path
-from threading import Lock
 from typing import NamedTuple
 
 import torch
@@ -18,6 +15,7 @@ from ldm.checkpoints.formats import Checkpoint
 from ldm.checkpoints.networks import TEXT_ENCODERS
 from ldm.conditioning import Conditioning
 from ldm.files import file_sha256
+from ldm.nn.blocks import TransformerBlock
 from ldm.nn.text_encoders import PromptChunk, join_text_embeddings, tokenize, tokenize_prompt
 from ldm.pipeline.request import Request, get_add_time_ids
 
@@ -52,7 +50,8 @@ class PromptEncoder:
         self._placeholder_tokens: dict[str, range] = {}
         tokenize_cached = partial(tokenize_prompt_or_zeros, model, self._placeholder_tokens)
         self.tokenize_prompt = lru_cache(PROMPT_CACHE_SIZE)(tokenize_cached)
-        self._encode_chunk = LRUCache(partial(encode_chunk, model))
+        max_chunks = max(1, EMBEDDING_CACHE_BYTES // encoded_chunk_nbytes(model))
+        self._encode_chunk = lru_cache(max_chunks)(partial(encode_chunk, model))
 
     def __call__(
         self, prompt: str | None, num_chunks: int = 1, *, clip_skip: int = 0, time_ids: Tensor | None = None
@@ -87,7 +86,7 @@ class PromptEncoder:
     def clear(self) -> None:
         """Empty the caches."""
         self.tokenize_prompt.cache_clear()
-        self._encode_chunk.clear()
+        self._encode_chunk.cache_clear()
 
     def add_embedding(self, token: str, path: Path) -> None:
         """Add a placeholder token with the vectors in a file (textual inversion, Gal et al. 2022, arXiv:2208.01618).
@@ -131,44 +130,6 @@ class PromptEncoder:
         self.clear()
 
 
-class LRUCache:
-    """The latest encoded chunks, at most `max_bytes` of them, or one; threads may share it."""
-
-    def __init__(
-        self, function: Callable[[PromptChunk, int], EncodedChunk], max_bytes: int = EMBEDDING_CACHE_BYTES
-    ) -> None:
-        self.function, self.max_bytes, self.lock = function, max_bytes, Lock()
-        self.entries: OrderedDict[tuple[PromptChunk, int], tuple[EncodedChunk, int]] = OrderedDict()
-        self.nbytes = 0
-
-    def __call__(self, chunk: PromptChunk, clip_skip: int) -> EncodedChunk:
-        key = chunk, clip_skip
-        with self.lock:
-            if key in self.entries:
-                self.entries.move_to_end(key)
-                return self.entries[key][0]
-        encoded = self.function(chunk, clip_skip)
-        with self.lock:
-            if key not in self.entries:
-                self.entries[key] = encoded, (size := chunk_nbytes(encoded))
-                self.nbytes += size
-            while self.nbytes > self.max_bytes and len(self.entries) > 1:
-                self.nbytes -= self.entries.popitem(last=False)[1][1]
-        return encoded
-
-    def clear(self) -> None:
-        with self.lock:
-            self.entries.clear()
-            self.nbytes = 0
-
-
-def chunk_nbytes(encoded: EncodedChunk) -> int:
-    """The bytes of the tensors of an encoded chunk."""
-    sizes: list[int] = []
-    encoded[0].map(lambda a: sizes.append(a.nbytes))
-    return sum(sizes)
-
-
 def tokenize_prompt_or_zeros(
     model: Checkpoint, placeholder_tokens: dict[str, range], prompt: str | None
 ) -> tuple[PromptChunk, ...]:
@@ -185,3 +146,10 @@ def encode_chunk(model: Checkpoint, chunk: PromptChunk, clip_skip: int) -> Encod
         if chunk == ZERO_CHUNK:
             context, pooled = torch.zeros_like(context), None if pooled is None else torch.zeros_like(pooled)
         return model.unet.compute_kv_cache(Conditioning(context)), pooled
+
+
+def encoded_chunk_nbytes(model: Checkpoint) -> int:
+    """The bytes of an encoded chunk: its states, and the keys and values of every cross-attention."""
+    kv_width = sum(2 * m.norm2.weight.numel() for m in model.unet.modules() if isinstance(m, TransformerBlock))
+    width = model.unet.config.cross_attention_dim + kv_width
+    return model.text_encoders[0].tokenizer.model_max_length * width * model.unet.dtype.itemsize

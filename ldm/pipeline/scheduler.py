@@ -124,25 +124,19 @@ class MicroBatcher:
         while True:
             size = min(self.max_rows, len(rows[0]))
             try:
-                return self._call_in_micro_batches(rows)
+                outputs = [self._call_micro_batch(rows, start) for start in range(0, len(rows[0]), self.max_rows)]
+                return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
             except torch.OutOfMemoryError:
                 if size == 1 or self.pad_to:
                     raise
             self.max_rows = size // 2  # outside of `except`, whose traceback holds tensors
 
-    def _call_in_micro_batches(self, rows: Sequence[Any]) -> Tensor:
-        count = len(rows[0])
-        if count <= self.max_rows and not self.pad_to:
-            return self.function(*rows)
-        outputs = []
-        for start in range(0, count, self.max_rows):
-            batch = [row[start : start + self.max_rows] for row in rows]
-            size = len(batch[0])
-            if self.pad_to:
-                indices = [*range(size), *[size - 1] * (self.pad_to - size)]
-                batch = [row[indices] for row in batch]
-            outputs.append(self.function(*batch)[:size])
-        return torch.cat(outputs)
+    def _call_micro_batch(self, rows: Sequence[Any], start: int) -> Tensor:
+        batch = [row[start : start + self.max_rows] for row in rows]
+        size = len(batch[0])
+        if self.pad_to:
+            batch = [row[[*range(size), *[size - 1] * (self.pad_to - size)]] for row in batch]
+        return self.function(*batch)[:size]
 
 
 class BatchScheduler:

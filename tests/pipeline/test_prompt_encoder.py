@@ -3,7 +3,7 @@
 import copy
 import gc
 from dataclasses import replace
-from functools import cache, partial
+from functools import cache
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ from ldm.checkpoints.families import FAMILIES
 from ldm.checkpoints.formats import Checkpoint
 from ldm.nn.text_encoders import TextEncoder, build_clip_tokenizer, build_text_encoder, load_clip_tokenizer
 from ldm.nn.unet import UNet, UNetConfig
-from ldm.pipeline.prompt_encoder import LRUCache, PromptEncoder, encode_chunk, tokenize_prompt_or_zeros
+from ldm.pipeline.prompt_encoder import EMBEDDING_CACHE_BYTES, PromptEncoder, encoded_chunk_nbytes
 from ldm.pipeline.request import Request
 
 SMALL = {"intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 2, "projection_dim": 24}
@@ -183,21 +183,16 @@ def test_towers_of_two_vocabularies_are_refused(xl, tiny):
         PromptEncoder(replace(xl, text_encoders=(xl.text_encoders[0], other)))
 
 
-def test_what_is_kept_is_bounded_by_bytes(model):
-    kept = LRUCache(partial(encode_chunk, model))
-    chunks = [tokenize_prompt_or_zeros(model, {}, f"a cat {k}")[0] for k in range(5)]
-    kept(chunks[0], 0)
-    kept.max_bytes = 3 * kept.nbytes
-    for chunk in chunks[1:3]:
-        kept(chunk, 0)
-    assert kept(chunks[0], 0) is kept(chunks[0], 0)  # now the latest
-    for chunk in chunks[3:]:
-        kept(chunk, 0)
-    assert [chunk for chunk, _ in kept.entries] == [chunks[0], *chunks[3:]] and kept.nbytes == kept.max_bytes
-    pairs = kept(chunks[0], 0)[0].kv_cache
-    assert kept.nbytes / 3 >= sum(a.nbytes for pair in pairs for a in pair)
-    kept.clear()
-    assert not kept.entries and kept.nbytes == 0
+def test_the_cache_of_encoded_chunks_is_bounded_by_bytes(model, texts):
+    sizes = []
+    texts("a cat").map(lambda a: sizes.append(a.nbytes))
+    assert encoded_chunk_nbytes(model) == sum(sizes)
+    cache = texts._encode_chunk
+    assert cache.cache_info().maxsize == EMBEDDING_CACHE_BYTES // sum(sizes) and cache.cache_info().currsize == 1
+    texts("a cat")
+    assert cache.cache_info().misses == 1
+    texts.clear()
+    assert cache.cache_info().currsize == 0
 
 
 def vectors(model, n, seed=0):
