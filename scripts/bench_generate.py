@@ -55,7 +55,7 @@ def main() -> None:
     prompts = (PROMPTS * args.batch)[: args.batch]
     ours = Pipeline.from_pretrained(PICTO_PATH, device="cpu", dtype=dtype, batch_size=args.batch)
     native = ours.resolve(Request(prompts[0]))
-    shape = args.batch, *latent_shape(ours.model.vae, native.height, native.width)
+    shape = args.batch, *latent_shape(ours.model.vae, native.height or 0, native.width or 0)
     noise = torch.randn(shape, generator=torch.Generator().manual_seed(0))
 
     def draw(pipe: Pipeline) -> list:

@@ -150,15 +150,15 @@ class Pipeline:
         """
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         seeds = [seed] * len(prompts) if isinstance(seed, int | np.integer) else list(seed)
-        one_negative = negative_prompt is None or isinstance(negative_prompt, str)
-        negatives = [negative_prompt] * len(prompts) if one_negative else list(negative_prompt or ())
-        lists: dict[str, Sequence[Any]] = {"seed": seeds, "negative_prompt": negatives}
+        if negative_prompt is None or isinstance(negative_prompt, str):
+            negative_prompt = [negative_prompt] * len(prompts)
+        lists: dict[str, Sequence[Any]] = {"seed": seeds, "negative_prompt": negative_prompt}
         for name, values in lists.items():
             if len(values) != len(prompts):
                 raise ValueError(f"{name}: {len(values)} given for {len(prompts)} prompts")
         requests = [
             Request(text, negative, int(first) + k, **settings)
-            for text, negative, first in zip(prompts, negatives, seeds, strict=True)
+            for text, negative, first in zip(prompts, negative_prompt, seeds, strict=True)
             for k in range(num_images_per_prompt)
         ]
         if latents is not None:

@@ -247,7 +247,7 @@ class BatchScheduler:
             replace(self.denoiser, network=self.batched_unet),
             self.prompt_encoder,
             [member.request for member in members],
-            [edit and edit.concat for edit in edits],
+            [edit.concat if edit else None for edit in edits],
         )
         if all(member.request.mask is None for member in members):
             return denoise
