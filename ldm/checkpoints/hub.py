@@ -64,31 +64,27 @@ def _select_vae_files(names: Sequence[str], variant: str | None) -> list[str]:
         if f"{folder}config.json" in names:
             own = [name.removeprefix(folder) for name in names if name.startswith(folder)]
             return [f"{folder}{name}" for name in select_component_files(own, "vae", variant)]
-    return _select_only_safetensors(names)
+    return _select_first(names)
 
 
-def _select_adapter_files(names: Sequence[str], variant: str | None) -> list[str]:
-    if LORA_WEIGHT_NAME_SAFE in names:
-        return [LORA_WEIGHT_NAME_SAFE]
-    peft = [PEFT_LORA_NAME, PEFT_CONFIG_NAME]
-    return peft if {*peft} <= {*names} else _select_only_safetensors(names)
-
-
-def _select_embedding_files(names: Sequence[str], variant: str | None) -> list[str]:
-    return [TEXT_INVERSION_NAME_SAFE] if TEXT_INVERSION_NAME_SAFE in names else _select_only_safetensors(names)
-
-
-def _select_only_safetensors(names: Sequence[str]) -> list[str]:
-    """The weights, if they are one file."""
-    found = [name for name in names if name.endswith(".safetensors")]
-    return found if len(found) == 1 else []
+def _select_first(names: Sequence[str], *groups: list[str]) -> list[str]:
+    """The first group of files that is complete, else the weights, if they are one file."""
+    weights = [name for name in names if name.endswith(".safetensors")]
+    complete = (group for group in groups if {*group} <= {*names})
+    return next(complete, weights if len(weights) == 1 else [])
 
 
 REPO_CONTENTS = {
     "model": RepoContent(f"a model (no {MODEL_INDEX_NAME})", _select_model_files),
     "vae": RepoContent("an autoencoder", _select_vae_files),
-    "adapter": RepoContent(f"an adapter (no {LORA_WEIGHT_NAME_SAFE})", _select_adapter_files),
-    "embedding": RepoContent(f"an embedding (no {TEXT_INVERSION_NAME_SAFE})", _select_embedding_files),
+    "adapter": RepoContent(
+        f"an adapter (no {LORA_WEIGHT_NAME_SAFE})",
+        lambda names, variant: _select_first(names, [LORA_WEIGHT_NAME_SAFE], [PEFT_LORA_NAME, PEFT_CONFIG_NAME]),
+    ),
+    "embedding": RepoContent(
+        f"an embedding (no {TEXT_INVERSION_NAME_SAFE})",
+        lambda names, variant: _select_first(names, [TEXT_INVERSION_NAME_SAFE]),
+    ),
 }
 
 

@@ -86,63 +86,39 @@ DIFFUSERS_KEY_ALIASES = {
 }
 
 
-def unet_from_config(config: Mapping[str, Any]) -> UNet:
-    """Our U-Net, by the fields of a `unet/config.json`."""
-    fields = UNetConfig.from_dict(config)
-    for width in fields.block_out_channels:
-        if width < 1:
-            raise ValueError(f"U-Net block_out_channels {width}: at least 1 is needed")
-    return UNet(fields)
-
-
-def vae_from_config(config: Mapping[str, Any]) -> vae.AutoencoderKL:
-    """The autoencoder of a `vae/config.json`."""
-    VAE_CONFIG_SCHEMA.validate(config)
-    return vae.build_vae(config)
-
-
-def text_encoder_from_config(config: Mapping[str, Any], with_projection: bool = False) -> text_encoders.CLIPTextModel:
-    """The text encoder of a `text_encoder/config.json`."""
-    TEXT_ENCODER_CONFIG_SCHEMA.validate(config)
-    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-        if config.get(name) is not None and not 0 <= config[name] < config.get("vocab_size", 49408):
-            raise ValueError(f"text encoder {name} {config[name]}: vocab_size is {config.get('vocab_size', 49408)}")
-    return text_encoders.build_text_encoder(config, with_projection)
-
-
-NETWORK_BUILDERS: dict[str, Callable[[Mapping[str, Any]], Any]] = {  # by component
-    "unet": unet_from_config,
-    "vae": vae_from_config,
-    "text_encoder": text_encoder_from_config,
-    "text_encoder_2": lambda config: text_encoder_from_config(config, with_projection=True),
-}
-
-
 def build_meta_network(component: str, config: Mapping[str, Any]) -> Any:
-    """A component's network on the meta device; ValueError for a field or value that is not supported."""
+    """A component's network on the meta device, by the fields of its config.json; ValueError for unsupported values."""
     for name in LAYER_COUNT_FIELDS:
         values = config.get(name, 1)
         for depth in values if isinstance(values, list | tuple) else (values,):
             if type(depth) is not int or not 0 <= depth <= MAX_LAYERS:
                 raise ValueError(f"{name} {depth!r}: must be a whole number from 0 to {MAX_LAYERS}")
     with torch.device("meta"):
-        return NETWORK_BUILDERS[component](config)
+        if component == "unet":
+            fields = UNetConfig.from_dict(config)
+            if (width := min(fields.block_out_channels, default=1)) < 1:
+                raise ValueError(f"U-Net block_out_channels {width}: at least 1 is needed")
+            return UNet(fields)
+        if component == "vae":
+            VAE_CONFIG_SCHEMA.validate(config)
+            return vae.build_vae(config)
+        TEXT_ENCODER_CONFIG_SCHEMA.validate(config)
+        size = config.get("vocab_size", 49408)
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            if config.get(name) is not None and not 0 <= config[name] < size:
+                raise ValueError(f"text encoder {name} {config[name]}: vocab_size is {size}")
+        return text_encoders.build_text_encoder(config, with_projection=component == "text_encoder_2")
 
 
 def build_meta_state_dicts(family: ModelFamily) -> dict[str, dict[str, Tensor]]:
     """A family's tensors by component, on the meta device, under the names of the published directories."""
-    return {
-        component: {
-            diffusers_key(component, name): tensor
-            for name, tensor in build_meta_network(component, config).state_dict().items()
-        }
-        for component, config in family.configs.items()
-    }
+    networks = {component: build_meta_network(component, config) for component, config in family.configs.items()}
+    return {c: {diffusers_key(c, n): a for n, a in network.state_dict().items()} for c, network in networks.items()}
 
 
 def diffusers_key(component: str, name: str) -> str:
     """The name of a component's tensor in the published directories, from an alias or from our module's state dict."""
-    return _resolve_alias(f"{component}/{name}", DIFFUSERS_KEY_ALIASES).removeprefix(f"{component}/")
+    return resolve_key_alias(f"{component}/{name}", DIFFUSERS_KEY_ALIASES).removeprefix(f"{component}/")
 
 
 def map_unet_modules(config: UNetConfig) -> Iterator[tuple[str, str]]:
@@ -337,13 +313,14 @@ def resolve_key_aliases(names: Iterable[str], aliases: Mapping[str, str]) -> dic
     """The names in a file by those of `build_key_mappings`; ValueError where two are the same."""
     found: dict[str, str] = {}
     for given in names:
-        if (name := _resolve_alias(given, aliases)) in found:
+        if (name := resolve_key_alias(given, aliases)) in found:
             raise ValueError(f"{name} is given twice, once as another name ({given})")
         found[name] = given
     return found
 
 
-def _resolve_alias(name: str, aliases: Mapping[str, str]) -> str:
+def resolve_key_alias(name: str, aliases: Mapping[str, str]) -> str:
+    """The name with each pattern of `aliases` at its beginning replaced."""
     for pattern, replacement in aliases.items():
         name = re.sub(rf"\A{pattern}", replacement, name)
     return name

@@ -17,14 +17,7 @@ from typing import Any
 from torch import Tensor
 
 from ldm.checkpoints import detect, keys
-from ldm.checkpoints.families import (
-    FAMILIES,
-    LoadOptions,
-    ModelFamily,
-    TextEncoderSpec,
-    build_from_config,
-    get_config_number,
-)
+from ldm.checkpoints.families import FAMILIES, LoadOptions, ModelFamily, build_from_config, get_config_number
 from ldm.checkpoints.networks import (
     TEXT_ENCODERS,
     ModelSpec,
@@ -86,12 +79,8 @@ WEIGHT_FILE_STEMS = {  # by component
     **dict.fromkeys(TEXT_ENCODERS, "model"),
 }
 TOKENIZER_FILES = (
-    "vocab.json",
-    "merges.txt",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
+    *("vocab.json", "merges.txt", "tokenizer.json"),
+    *("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
 )
 LOSS_PREFIX = "loss."  # of the training loss's tensors in an autoencoder's own file
 
@@ -116,33 +105,35 @@ def read_directory(folder: Path, options: LoadOptions = LoadOptions()) -> ModelS
     schedule = load_scheduler_config(folder / "scheduler" / "scheduler_config.json", **overrides)
     unet = networks["unet"].config
     family = find_family_by_unet(unet, schedule.prediction)
-    own = FAMILIES[family].text_encoders if family else {}
-    factories = {}
-    for name, spec in pipeline.text_encoders.items():
-        spec = replace(spec, num_dropped_layers=own[name].num_dropped_layers if name in own else 0)
-        tokenizer = load_matching_tokenizer(folder / TOKENIZER_FOLDERS[name], networks[name].config)
-        factories[name] = _text_encoder_factory(spec, tokenizer)
+    tokenizers = {
+        name: load_matching_tokenizer(folder / TOKENIZER_FOLDERS[name], networks[name].config)
+        for name in pipeline.text_encoders
+    }
     return ModelSpec(
         networks,
         tuple(groups),
-        factories,
+        _text_encoder_factories(pipeline, tokenizers, FAMILIES[family] if family else pipeline),
         lambda probe: ResolvedConfig(schedule, family, unet),
         {**pipeline.generation_defaults, **read_generation_config(folder)},
         index.get("force_zeros_for_empty_prompt", pipeline.force_zeros_for_empty_prompt),
     )
 
 
-def _text_encoder_factory(
-    spec: TextEncoderSpec, tokenizer: text_encoders.CLIPTokenizer
-) -> Callable[[Any], text_encoders.TextEncoder]:
-    return partial(
-        text_encoders.TextEncoder,
-        tokenizer=tokenizer,
-        layer_idx=spec.layer_idx,
-        final_norm=spec.final_norm,
-        with_projection=spec.with_projection,
-        num_dropped_layers=spec.num_dropped_layers,
-    )
+def _text_encoder_factories(
+    family: ModelFamily, tokenizers: Mapping[str, text_encoders.CLIPTokenizer], trained: ModelFamily
+) -> dict[str, Callable[[Any], text_encoders.TextEncoder]]:
+    """Factories of a family's text encoders; the layers that were dropped are those of the family `trained`."""
+    factories = {}
+    for name, spec in family.text_encoders.items():
+        factories[name] = partial(
+            text_encoders.TextEncoder,
+            tokenizer=tokenizers[name],
+            layer_idx=spec.layer_idx,
+            final_norm=spec.final_norm,
+            with_projection=spec.with_projection,
+            num_dropped_layers=trained.text_encoders.get(name, spec).num_dropped_layers,
+        )
+    return factories
 
 
 def read_component(folder: Path, name: str, variant: str | None = None) -> tuple[Any, tuple[WeightFile, ...]]:
@@ -355,13 +346,11 @@ def read_single_file(path: Path, options: LoadOptions = LoadOptions()) -> ModelS
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
 
+    tokenizers = {n: text_encoders.build_clip_tokenizer(spec.pad_token_id) for n, spec in family.text_encoders.items()}
     return ModelSpec(
         {component: keys.build_meta_network(component, config) for component, config in family.configs.items()},
         ((WeightFile(file, {name: mapping for name, mapping in mappings.items() if name in tensors}),),),
-        {
-            name: _text_encoder_factory(spec, text_encoders.build_clip_tokenizer(spec.pad_token_id))
-            for name, spec in family.text_encoders.items()
-        },
+        _text_encoder_factories(family, tokenizers, family),
         resolve,
         family.generation_defaults,
         family.force_zeros_for_empty_prompt,

@@ -24,10 +24,7 @@ from ldm.nn.text_encoders import TextEncoder
 from ldm.nn.unet import UNetConfig
 
 TEXT_ENCODERS = "text_encoder", "text_encoder_2"
-IGNORED_KEY_SUFFIX = "position_ids"  # the numbers 0 to 76: directories may hold them, no network does
-BUFFER_INITIALIZERS: dict[str, Callable[[Tensor], Tensor]] = {  # of buffers that no file holds, by the end of the name
-    "position_ids": lambda like: torch.arange(like.shape[-1]).expand(like.shape),
-}
+POSITION_IDS = "position_ids"  # a buffer with the numbers 0 to 76, which directories may hold and no network loads
 
 
 class WeightFile(NamedTuple):
@@ -81,7 +78,7 @@ def match_weight_files(component: str, network: nn.Module, files: Iterable[Safet
     for file in files:
         tensors, mappings = file.meta_tensors(), {}
         for name in tensors:
-            if name.endswith(IGNORED_KEY_SUFFIX):
+            if name.endswith(POSITION_IDS):
                 continue
             if (key := diffusers_key(component, name)) in actual:
                 raise ValueError(f"{file.path}: {key} is given twice")
@@ -150,10 +147,10 @@ def _split_and_cast(mapping: KeyMapping, tensor: Tensor, device: torch.device, d
 
 
 def _init_buffers(network: nn.Module, device: torch.device) -> None:
-    """Initialize the buffers that are in no file."""
+    """Initialize the position ids, the only buffers that are in no file."""
     for name, buffer in list(network.named_buffers()):
-        if buffer.is_meta:
-            owner, _, last = name.rpartition(".")
-            setattr(network.get_submodule(owner), last, BUFFER_INITIALIZERS[last](buffer).to(device))
+        if buffer.is_meta and name.endswith(POSITION_IDS):
+            values = torch.arange(buffer.shape[-1]).expand(buffer.shape)
+            setattr(network.get_submodule(name.rpartition(".")[0]), POSITION_IDS, values.to(device))
     left = [name for name, a in [*network.named_parameters(), *network.named_buffers()] if a.is_meta]
     assert not left, f"{left} have no values"
