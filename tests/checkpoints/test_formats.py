@@ -4,12 +4,10 @@ import hashlib
 import json
 import shutil
 
-import diffusers
 import pytest
 import torch
 from diffusers import (
     AutoencoderKL,
-    DDIMScheduler,
     EulerDiscreteScheduler,
     PNDMScheduler,
     StableDiffusionPipeline,
@@ -28,9 +26,7 @@ from ldm.checkpoints import formats
 from ldm.checkpoints.families import FAMILIES, LoadOptions
 from ldm.checkpoints.formats import PICTO_PATH
 from ldm.checkpoints.layouts import choose_weight_files
-from ldm.checkpoints.schedule import DIFFUSERS_SCHEDULERS, compute_alphas_cumprod, parse_scheduler_config
 from ldm.diffusion.prediction import PREDICTIONS
-from ldm.diffusion.samplers import SAMPLERS
 from ldm.nn.text_encoders import load_clip_tokenizer, tokenize_captions
 
 CPU = torch.device("cpu")
@@ -111,7 +107,7 @@ def test_every_weight_arrives(tiny):
         assert all(torch.equal(network.state_dict()[key], value.float()) for key, value in saved.items())
 
 
-def test_text_is_embedded_as_transformers_does(tiny):
+def test_text_is_encoded_as_transformers_does(tiny):
     theirs = CLIPTokenizer.from_pretrained(tiny / "tokenizer"), CLIPTextModel.from_pretrained(tiny / "text_encoder")
     prompts = ["a red apple", "", "two stars to the left of a cat on a blue background and far too many words to fit"]
     ids = theirs[0](prompts, padding="max_length", truncation=True, max_length=16, return_tensors="pt").input_ids
@@ -239,7 +235,7 @@ def test_the_weights_of_a_variant(names, variant, chosen):
     assert choose_weight_files(names, "m", variant) == chosen
 
 
-def test_old_names_are_known(theirs, tmp_path):
+def test_old_key_names_are_known(theirs, tmp_path):
     """Of the first diffusers (attention of the autoencoder) and of transformers 4 (text_model, position_ids)."""
     theirs["plain"].save_pretrained(tmp_path)
     old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
@@ -283,75 +279,13 @@ def test_an_autoencoder_of_another_folder(vae_config, tiny, tmp_path):
         formats.load_checkpoint(tiny, CPU, torch.float32, LoadOptions(vae=tmp_path / "wide"))
 
 
-@pytest.mark.parametrize(
-    "name, config",
-    [
-        ("PNDMScheduler", {}),
-        ("DDIMScheduler", {"timestep_spacing": "trailing", "rescale_betas_zero_snr": True}),
-        ("DDPMScheduler", {"trained_betas": [0.1, 0.2, 0.3, 0.4], "num_train_timesteps": 4}),
-        ("HeunDiscreteScheduler", {"use_karras_sigmas": True}),
-        ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++", "use_lu_lambdas": True}),
-        ("DPMSolverMultistepScheduler", {"solver_order": 3, "timestep_spacing": "leading"}),
-        ("UniPCMultistepScheduler", {"beta_schedule": "squaredcos_cap_v2", "use_beta_sigmas": True}),
-    ],
-)
-def test_a_scheduler_is_heeded(name, config):
-    theirs = getattr(diffusers, name)(**config)
-    drawn = {"PNDMScheduler": "dpmpp_2m", "DDIMScheduler": "ddim", "DDPMScheduler": "ddpm"}
-    drawn |= {"HeunDiscreteScheduler": "heun", "UniPCMultistepScheduler": "unipc"}
-    expected = drawn.get(name, "dpmpp_3m" if "solver_order" in config else "dpmpp_2m_sde")
-    spacings = {"use_karras_sigmas": "karras", "use_lu_lambdas": "log_snr", "use_beta_sigmas": "beta"}
-    asked = [spacings[field] for field in config if field in spacings]
-    schedule = parse_scheduler_config({"_class_name": name, **theirs.config})
-    assert schedule.sampler == expected and schedule.prediction is PREDICTIONS["eps"]
-    assert schedule.spacing == (asked[0] if asked else theirs.config.timestep_spacing)
-    t = (torch.arange(len(theirs.alphas_cumprod), dtype=torch.float64) + 1) / len(theirs.alphas_cumprod)
-    alphas = torch.exp(2 * schedule.sde.log_alpha(t))
-    torch.testing.assert_close(alphas.float(), theirs.alphas_cumprod, rtol=1e-4, atol=1e-7)
-
-
-@pytest.mark.parametrize("name", DIFFUSERS_SCHEDULERS)
-def test_every_field_of_a_scheduler_is_known(name):
-    """As diffusers itself makes it, with all its fields; and a class's own defaults are its."""
-    theirs = getattr(diffusers, name)()
-    schedule = parse_scheduler_config({"_class_name": name, **theirs.config})
-    assert schedule == parse_scheduler_config({"_class_name": name})._replace(sde=schedule.sde)
-    assert torch.equal(compute_alphas_cumprod({"_class_name": name}), compute_alphas_cumprod(theirs.config))
-    assert schedule.spacing == theirs.config.get("timestep_spacing", "linspace")
-    assert schedule.sampler in SAMPLERS
-
-
-@pytest.mark.parametrize(
-    "config",
-    [
-        {"_class_name": "LCMScheduler"},
-        {"_class_name": "FlowMatchEulerDiscreteScheduler"},
-        {"prediction_type": "flow_prediction"},
-        {"use_flow_sigmas": True},
-        {"thresholding": True},
-        {"timestep_type": "continuous"},
-        {"variance_type": "learned_range"},
-        {"beta_start": "0.1"},
-        {"beta_end": float("inf")},
-        {"num_train_timesteps": 2},
-        {"num_train_timesteps": 10**9},
-        {"trained_betas": [0.1, 0.2]},
-        {"use_karras_sigmas": True, "use_beta_sigmas": True},
-        {"a_field_of_the_future": 1},
-    ],
-)
-def test_what_a_scheduler_may_not_say_is_refused(config):
-    with pytest.raises(ValueError, match=next(iter(config))):
-        parse_scheduler_config({"_class_name": "EulerDiscreteScheduler", **config})
-
-
-def test_the_user_overrules_the_schedule(tiny):
+def test_load_options_override_the_schedule(tiny):
     model = formats.load_checkpoint(tiny, CPU, torch.float32, LoadOptions(prediction="x0", zero_snr=True))
     assert model.prediction is PREDICTIONS["x0"] and model.sde.level(1.0).alpha == 0
     assert load(tiny).prediction is PREDICTIONS["v"] and load(tiny).sde.level(1.0).alpha > 0
 
 
-def test_what_the_makers_recommend_counts_most(tiny, copy):
+def test_generation_config_overrides_the_defaults(tiny, copy):
     assert load(tiny).generation_defaults == {
         "num_inference_steps": 6,
         "guidance_scale": 3.0,
@@ -363,21 +297,6 @@ def test_what_the_makers_recommend_counts_most(tiny, copy):
     assert load(copy).generation_defaults == defaults
 
 
-def test_picto_draws_as_it_did():
+def test_picto_recommends_its_sampler_and_spacing():
     picto = formats.load_checkpoint(PICTO_PATH, CPU, torch.float32)
     assert (picto.generation_defaults["sampler"], picto.generation_defaults["spacing"]) == ("dpmpp_2m", "trailing")
-
-
-@pytest.mark.parametrize(
-    "config",
-    [
-        {},
-        {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012},
-        {"beta_schedule": "squaredcos_cap_v2"},
-        {"trained_betas": [0.1, 0.2, 0.3, 0.4], "num_train_timesteps": 4},
-        {"beta_schedule": "scaled_linear", "rescale_betas_zero_snr": True},
-    ],
-)
-def test_the_table_is_diffusers(config):
-    expected = DDIMScheduler.from_config(config).alphas_cumprod
-    torch.testing.assert_close(compute_alphas_cumprod(config).float(), expected, rtol=1e-4, atol=1e-7)
