@@ -54,9 +54,7 @@ def model(request, tiny, tmp_path_factory):
 
 def read_by_diffusers(kind, folder):
     pipe = kind.from_pretrained(folder, local_files_only=True, **({} if "XL" in kind.__name__ else UNCHECKED))
-    pipe.batch_scheduler = DDIMScheduler.from_config(
-        pipe.batch_scheduler.config, timestep_spacing="leading", set_alpha_to_one=True
-    )
+    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, timestep_spacing="leading", set_alpha_to_one=True)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -195,7 +193,7 @@ def shown(task, visits):
 @torch.no_grad()
 def script_losses(pipe, batch, samples, seen):
     """train_text_to_image.py's and train_text_to_image_sdxl.py's loss of each row, with the batch's noise and times."""
-    scheduler = DDPMScheduler.from_config(pipe.batch_scheduler.config)
+    scheduler = DDPMScheduler.from_config(pipe.scheduler.config)
     index = (batch["t"] * 1000 - 1).round().long()
     posterior = pipe.vae.encode(seen[0]).latent_dist
     x0 = (posterior.mean + posterior.std * batch["posterior"]) * pipe.vae.config.scaling_factor
