@@ -12,13 +12,13 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = ["Pipeline", "PipelineOutput", "Request", "__version__"]
 EXPORTS = {
-    "PipelineOutput": "ldm.pipeline.pipeline",
     "Pipeline": "ldm.pipeline.pipeline",
+    "PipelineOutput": "ldm.pipeline.pipeline",
     "Request": "ldm.pipeline.request",
 }
 
 
 def __getattr__(name: str) -> Any:
-    if name in EXPORTS:  # torch is imported with the first of these, not with `ldm`
+    if name in EXPORTS:  # imports torch with the first of these, not with `ldm`
         return getattr(import_module(EXPORTS[name]), name)
     raise AttributeError(f"module 'ldm' has no attribute {name!r}")

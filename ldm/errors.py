@@ -8,14 +8,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from typing import Any, TypeVar
 
+Key = TypeVar("Key")
 Value = TypeVar("Value")
 MAX_ERROR_LENGTH = 500  # characters
 
 
-def choose(table: Mapping[str, Value], name: str, what: str) -> Value:
+def choose(table: Mapping[Key, Value], name: Key, what: str) -> Value:
     """table[name]; ValueError lists the choices where there is no such name."""
     if name not in table:
-        raise ValueError(f"{what} {name!r}: choose from {', '.join(table)}")
+        raise ValueError(f"{what} {name!r}: choose from {', '.join(map(str, table))}")
     return table[name]
 
 

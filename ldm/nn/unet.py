@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ldm.conditioning import Conditioning
+from ldm.errors import choose
 from ldm.nn.attention import get_attention_backend
 from ldm.nn.blocks import (
     Attention,
@@ -125,8 +126,7 @@ class UNetConfig:
         for name, table in UNET_FIELD_CHOICES.items():
             value = getattr(self, name)
             for choice in value if isinstance(value, tuple) else (value,):
-                if choice not in table:
-                    raise ValueError(f"U-Net {name} {choice!r}: choose from {', '.join(map(str, table))}")
+                choose(table, choice, f"U-Net {name}")
         for name in PER_LEVEL_FIELDS:
             self.per_level(name)  # checks their number
         for name in ("addition_time_embed_dim", "projection_class_embeddings_input_dim"):
