@@ -19,7 +19,7 @@ from ldm.image_io import (
     read_mask,
     to_pil,
 )
-from ldm.metadata import read_png_texts
+from ldm.metadata import read_image_and_metadata
 from ldm.pipeline.request import Request
 
 
@@ -38,7 +38,7 @@ def test_rounding_is_to_nearest_and_what_lies_outside_is_clipped():
 def test_what_is_no_picture_is_refused_by_name(tmp_path):
     (tmp_path / "x.png").write_text("no")
     for name in ("x.png", "absent.png"):
-        for read in (read_png_texts, read_image, read_mask):
+        for read in (read_image_and_metadata, read_image, read_mask):
             with pytest.raises(ValueError, match=name):
                 read(tmp_path / name)
 
@@ -116,7 +116,7 @@ def test_whatever_is_wrong_with_a_file_is_one_line_with_its_name(tmp_path, form)
         places = rng.integers(0, reach, rng.integers(1, 6))
         data[places] = rng.integers(0, 256, len(places))
         path.write_bytes(data[: rng.integers(len(data)) if k % 3 == 0 else None].tobytes())
-        for read in (read_image, read_mask, read_png_texts):
+        for read in (read_image, read_mask, read_image_and_metadata):
             try:
                 read(path)
             except ValueError as error:

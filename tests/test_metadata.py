@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ldm.metadata import create_infotext, parse_generation_parameters, quote, read_png_texts, save_png, unquote
+from ldm.metadata import create_infotext, parse_generation_parameters, quote, read_image_and_metadata, save_png, unquote
 from ldm.pipeline.request import Request
 
 RECORD = Request("a red apple", "", 7, 32, 64, 20, 3.0, "dpmpp_2m", "karras").to_record()
@@ -88,7 +88,7 @@ def test_a_png_keeps_pixels_and_texts_and_its_bytes_are_a_function_of_them(tmp_p
     texts = {"parameters": "é 雪\nsecond line", "ldm": "{}"}
     for name in ("a.png", "b.png"):
         save_png(picture, tmp_path / name, texts)
-    assert read_png_texts(tmp_path / "a.png") == texts
+    assert read_image_and_metadata(tmp_path / "a.png")[1] == texts
     assert Image.open(tmp_path / "a.png").tobytes() == picture.tobytes()
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.png", "b.png"]

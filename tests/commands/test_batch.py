@@ -19,7 +19,7 @@ from ldm.adapters.lora_saving import save_adapter
 from ldm.checkpoints.formats import load_checkpoint
 from ldm.commands.options import ModelOptions, parse_embedding, parse_lora
 from ldm.jobs import contact_sheets, gallery
-from ldm.metadata import read_png_texts
+from ldm.metadata import read_image_and_metadata
 
 PROMPTS = "a cat --d 7\ntwo stars\n# no prompt\na cat --d 7\na dog --w 48\n"
 
@@ -59,7 +59,7 @@ def test_a_file_is_drawn_once_and_the_same_command_again_does_what_is_missing(ba
     drawn = pipe("two stars", seed=3, num_inference_steps=2).images[0]
     with Image.open(files[1]) as picture:
         assert np.abs(np.asarray(picture, int) - np.asarray(drawn, int)).max() <= 1
-    assert json.loads(read_png_texts(files[1])["ldm"])["request"] == lines[1]["request"]
+    assert json.loads(read_image_and_metadata(files[1])[1]["ldm"])["request"] == lines[1]["request"]
 
 
 def test_syntax_that_is_drawn_as_text_is_told_once_with_its_first_line(batch, file):

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from ldm.commands.generate import generate_images
-from ldm.metadata import read_png_texts
+from ldm.metadata import read_image_and_metadata
 from ldm.pipeline.pipeline import Pipeline
 from ldm.pipeline.request import Request
 
@@ -32,7 +32,7 @@ def test_a_file_s_metadata_reproduces_it(ldm_, tiny, pipe, tmp_path):
     words = [prompt, "--negative", "a dog", "--sampler", "heun", "--width", 48, "--seed", 3, "--guidance", 2.5]
     _, out, _ = ldm_("generate", *words, "--model", tiny, "--out", tmp_path, "--json")
     (image,) = json.loads(out)["images"]
-    texts = read_png_texts(image["file"])
+    texts = read_image_and_metadata(image["file"])[1]
     record = json.loads(texts["ldm"])
     with Image.open(image["file"]) as drawn:
         assert pipe.generate([Request(**record["request"])])[0].tobytes() == drawn.tobytes()
@@ -61,7 +61,7 @@ def test_two_runs_at_once_into_one_folder_write_over_nothing(ldm_, tiny, tmp_pat
     assert status == 0 and ours == sorted(ours) and sorted(ours + theirs) == sorted(map(str, tmp_path.iterdir()))
     assert len({os.path.basename(file)[:4] for file in ours + theirs}) == 5
     for files, steps, seeds in ((ours, 6, [0, 1, 2]), (theirs, 2, [1, 2])):
-        drawn = [json.loads(read_png_texts(file)["ldm"])["request"] for file in files]
+        drawn = [json.loads(read_image_and_metadata(file)[1]["ldm"])["request"] for file in files]
         assert [(r["num_inference_steps"], r["seed"]) for r in drawn] == [(steps, seed) for seed in seeds]
 
 

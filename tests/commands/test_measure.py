@@ -10,7 +10,7 @@ from PIL import Image
 from safetensors import safe_open
 
 from ldm.analysis.inversion import bdia_decode, ode_decode
-from ldm.metadata import read_png_texts
+from ldm.metadata import read_image_and_metadata
 from ldm.pipeline.scheduler import make_time_grid
 
 SMALL = ["--steps", "4", "--probes", "3", "--device", "cpu"]
@@ -89,7 +89,7 @@ def test_the_likelihood_table_says_what_the_record_says(ldm_, tiny, image_file):
     [
         (["no.png"], "no.png"),
         (["TEXT"], "not an image"),
-        (["ODD"], "odd.png: picture of 30x32: one size, in multiples of 4"),
+        (["ODD"], "odd.png: image of 30x32: one size, in multiples of 4"),
         (["PICTURE", "--method", "exact"], "--method exact: choose from ode, elbo, both"),
         (["PICTURE", "--steps", "1"], "--steps 1"),
         (["PICTURE", "--probes", "1"], "--probes 1"),
@@ -129,7 +129,7 @@ def test_the_exact_scheme_returns_the_latent_and_its_file_leads_back(ldm_, tiny,
         denoise = pipe.cfg_denoiser(["a cat"], [""], float(guidance))
         returned = bdia_decode(denoise, state, make_time_grid(pipe.model.sde, "log_snr", 7))
     torch.testing.assert_close(returned, z.double(), rtol=0, atol=1e-10)
-    assert json.loads(read_png_texts(back)["ldm-invert"])["scheme"] == "exact"
+    assert json.loads(read_image_and_metadata(back)[1]["ldm-invert"])["scheme"] == "exact"
     assert record["picture_rms_error"] == record["picture_rms_error_of_vae"]  # nothing was lost on the way
     assert record["evaluations"] == 8 + 6
 

@@ -15,7 +15,7 @@ from ldm.adapters.lora import Adapter, LoRA, ModuleDelta
 from ldm.adapters.lora_saving import save_adapter
 from ldm.checkpoints.formats import PICTO_PATH, load_checkpoint
 from ldm.commands.options import parse_lora
-from ldm.metadata import parse_generation_parameters, read_png_texts
+from ldm.metadata import parse_generation_parameters, read_image_and_metadata
 from ldm.pipeline.pipeline import Pipeline
 from ldm.pipeline.request import Request
 
@@ -55,7 +55,7 @@ def draw(ldm_, tiny, tmp_path):
         status, out, err = ldm_("generate", "a cat", "--model", tiny, *QUICK, "--out", tmp_path / "out", *words)
         assert status == 0, err
         with Image.open(out.strip()) as drawn:
-            return np.asarray(drawn.convert("RGB"), int), read_png_texts(out.strip())
+            return np.asarray(drawn.convert("RGB"), int), read_image_and_metadata(out.strip())[1]
 
     return run
 
@@ -125,7 +125,7 @@ def test_the_model_is_loaded_again_from_the_record_alone(ldm_, tiny, tmp_path):
         json.loads(ldm_(*words, "--out", tmp_path / "out", "--json", *more)[1])["images"]
         for more in ([], ["--prediction", "eps", "--vae", other])
     )
-    record = json.loads(read_png_texts(changed["file"])["ldm"])
+    record = json.loads(read_image_and_metadata(changed["file"])[1]["ldm"])
     assert record["load"] == {"path": str(tiny), "prediction": "eps", "vae": str(other)}
     pipe = Pipeline.from_pretrained(**record["load"], dtype=record["dtype"], device="cpu")
     again = pipe.generate([Request(**record["request"])])[0]

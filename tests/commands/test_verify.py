@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from ldm.adapters.lora import Adapter, LoRA, ModuleDelta
 from ldm.adapters.lora_saving import save_adapter
 from ldm.checkpoints.formats import load_checkpoint
-from ldm.metadata import read_png_texts, save_png
+from ldm.metadata import read_image_and_metadata, save_png
 
 STEPS = "--steps", 2
 TARGET = "unet/down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_v"
@@ -67,7 +67,7 @@ def test_a_picture_regenerates_and_one_changed_pixel_shows(draw, verify, tmp_pat
     with Image.open(file) as picture:
         pixels = np.asarray(picture).copy()
     pixels[3, 5, 1] = np.where(pixels[3, 5, 1] > 100, pixels[3, 5, 1] - 9, pixels[3, 5, 1] + 9)
-    save_png(Image.fromarray(pixels), tmp_path / "wrong.png", read_png_texts(file))
+    save_png(Image.fromarray(pixels), tmp_path / "wrong.png", read_image_and_metadata(file)[1])
     status, out = verify(tmp_path / "wrong.png", "--json")
     found = json.loads(out)
     assert status == 1 and found["worst"] == 9 and found["share"] == 1 / (48 * 32) and not found["equal"]
@@ -75,7 +75,7 @@ def test_a_picture_regenerates_and_one_changed_pixel_shows(draw, verify, tmp_pat
 
 
 def test_the_version_is_named_where_pixels_differ(draw, verify, tmp_path):
-    texts = read_png_texts(draw())
+    texts = read_image_and_metadata(draw())[1]
     texts["ldm"] = json.dumps({**json.loads(texts["ldm"]), "version": "0.0.1"})
     save_png(Image.new("RGB", (32, 32)), tmp_path / "old.png", texts)
     status, out = verify(tmp_path / "old.png")
@@ -137,7 +137,7 @@ def test_a_job_s_folder_is_verified_file_by_file(ldm_, verify, tiny, tmp_path, k
         options = {"exif": picture.getexif()} if kind != "png" else {}
         changed = Image.fromarray(255 - np.asarray(picture.convert("RGB")))
     if kind == "png":
-        save_png(changed, first, read_png_texts(first))
+        save_png(changed, first, read_image_and_metadata(first)[1])
     else:
         changed.save(first, **options)
     Image.new("RGB", (8, 8)).save(job / f"stray.{suffix}")
@@ -158,7 +158,7 @@ def test_what_says_nothing_of_itself_is_refused(refused, tiny, tmp_path, record)
 
 @pytest.mark.parametrize("change", [{"height": "a"}, {"colour": 1}, {"seed": None}, {"num_inference_steps": 0}])
 def test_settings_that_cannot_be_drawn_are_said(draw, verify, tmp_path, change):
-    texts = read_png_texts(draw())
+    texts = read_image_and_metadata(draw())[1]
     record = json.loads(texts["ldm"])
     record["request"] |= change
     save_png(Image.new("RGB", (32, 32)), tmp_path / "x.png", {"ldm": json.dumps(record)})
