@@ -7,7 +7,7 @@ import sys
 
 import typer
 
-from ldm.commands import batch, check, generate, measure, models, train, verify
+from ldm.commands import batch, generate, measure, models, train, verify
 from ldm.commands.options import normalize_option
 
 app = typer.Typer(
@@ -22,7 +22,7 @@ COMMANDS = (
     batch.batch,
     batch.export,
     train.train,
-    check.check,
+    train.check,
     train.average,
     measure.likelihood,
     measure.invert,

@@ -1,4 +1,4 @@
-"""Metadata of image files: the text and the sampler names of AUTOMATIC1111's web UI, and texts in PNG files."""
+"""Image files with metadata: the text and the sampler names of AUTOMATIC1111's web UI, PNG texts and EXIF."""
 
 from __future__ import annotations
 
@@ -140,12 +140,9 @@ def unquote(value: str) -> str:
 
 
 def save_png(
-    image: Image.Image,
-    path: Path,
-    texts: Mapping[str, str],
-    rename: Callable[[Path, Path], object] = os.replace,
+    image: Image.Image, path: Path, texts: Mapping[str, str], rename: Callable[[Path, Path], object] = os.replace
 ) -> None:
-    """Publish a PNG with texts in it (iTXt, UTF-8); the same picture and texts give the same bytes."""
+    """Publish a PNG with texts in it (iTXt, UTF-8); the same image and texts give the same bytes."""
     info = PngInfo()
     for key, value in texts.items():
         info.add_itxt(key, value)

@@ -87,7 +87,7 @@ def ldm_(monkeypatch, capsys):
 
 @pytest.fixture
 def refused(ldm_):
-    """Asserts that `ldm WORDS...` is refused: status 2, nothing on stdout, one `error:` line that says `format_lora_weight`."""
+    """Asserts that `ldm WORDS...` is refused: status 2, nothing on stdout, one `error:` line with `said` in it."""
 
     def run(*words, said=""):
         status, out, err = ldm_(*words)

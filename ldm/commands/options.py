@@ -182,12 +182,12 @@ def load_pipeline_and_request(
     from ldm.metadata import resolve_a1111_sampler
 
     values = resolve_a1111_sampler(vars(options))
-    tables = {"sampler": SAMPLERS, "spacing": SPACINGS}
     readers = {"image": read_image, "mask": read_mask, "guidance_interval": parse_interval}
     values |= {name: read(values[name]) for name, read in readers.items() if values[name] is not None}
-    for name, table in tables.items():
-        if values[name] is not None:
-            choose(table, values[name], name)
+    if values["sampler"] is not None:
+        choose(SAMPLERS, values["sampler"], "sampler")
+    if values["spacing"] is not None:
+        choose(SPACINGS, values["spacing"], "spacing")
     pipe = model.load_pipeline(device, batch_size)
     if values["clip_skip"] is not None:
         values["clip_skip"] = pipe.convert_clip_skip(values["clip_skip"])

@@ -205,7 +205,7 @@ class Request:
         return {name: image_digest(v) if isinstance(v, Image.Image) else v for name, v in values.items()}
 
 
-NUMBER_TYPES = {"int": (int,), "float": (float, int)}  # by the annotation of a field
+NUMBER_TYPES: dict[str, tuple[Any, ...]] = {"int": (int,), "float": (float, int)}  # by the annotation of a field
 REQUEST_FIELDS: dict[str, FieldSpec] = {
     f.name: f.metadata["spec"]._replace(option=f.metadata["spec"].option or f.name)
     for f in fields(Request)

@@ -11,7 +11,7 @@ import yaml
 from faulty_dataset import beside, file, sound
 from PIL import Image
 
-from ldm.commands.check import preflight
+from ldm.commands.train import preflight
 from ldm.config import load_recipe
 
 
@@ -57,7 +57,7 @@ class Page(HTMLParser):
 
 def test_of_a_sound_folder_nothing_is_said_and_the_status_is_0(ldm_, recipe, tmp_path):
     status, out, err = ldm_("check", recipe)
-    assert status == 0 and err == "" and "nothing to complain about" in out
+    assert status == 0 and err == "" and "No issues found." in out
     assert (tmp_path / "runs" / "check.html").is_file() and not (tmp_path / "runs" / "mine").exists()
     found = json.loads(ldm_("check", recipe, "--json", "--latents")[1])
     assert found["findings"] == [] and found["page"] == str(tmp_path / "runs" / "check.html")
@@ -69,7 +69,9 @@ def test_of_a_sound_folder_nothing_is_said_and_the_status_is_0(ldm_, recipe, tmp
 def test_a_warning_is_status_0_and_an_error_status_2_in_one_line(ldm_, recipe, tmp_path):
     beside(tmp_path / "data", "none.png", file(90), "None")
     status, out, err = ldm_("check", recipe)
-    assert status == 0 and err == "" and "warning" in out and "none.png: 'None' describes nothing" in " ".join(out.split())
+    assert (
+        status == 0 and err == "" and "warning" in out and "none.png: 'None' describes nothing" in " ".join(out.split())
+    )
     beside(tmp_path / "data", "torn.png", b"x")
     status, out, err = ldm_("check", recipe, "--json")
     assert status == 2 and err == "error: torn.png: not an image\n"
