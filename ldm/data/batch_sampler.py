@@ -4,22 +4,27 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Generic, NamedTuple, TypeVar
 
 import numpy as np
 
 from ldm.rng import derive_seed
 
+SampleId = TypeVar("SampleId", int, str)
 
-class SampleIndex(NamedTuple):
-    """One use of a sample: its row in the dataset, and how often it was used before."""
 
-    row: int
+class SampleKey(NamedTuple, Generic[SampleId]):
+    """One use of a sample: its row in a dataset or its name, and how often it was used before.
+
+    With the seed and a purpose it is the key of a random number.
+    """
+
+    sample_id: SampleId
     times_seen: int
 
 
 class BucketBatchSampler:
-    """Batches from one bucket each: `sampler[k]` is the list of `batch_size` SampleIndex of step k = 0, 1, ...
+    """Batches from one bucket each: `sampler[k]` is the list of `batch_size` SampleKey of step k = 0, 1, ...
 
     Every bucket is an endless stream of passes over its samples, each `repeats` times per pass and shuffled anew every
     pass, cut into batches. Epoch e holds the batches that end within every bucket's pass e, shuffled. So no use is lost
@@ -47,12 +52,12 @@ class BucketBatchSampler:
         beyond = (k + len(self.pass_lengths) + 1) * self.batch_size // int(self.pass_lengths.sum()) + 2
         return bisect_right(range(beyond), k, key=self.first_step) - 1
 
-    def __getitem__(self, k: int) -> list[SampleIndex]:
+    def __getitem__(self, k: int) -> list[SampleKey[int]]:
         epoch = self.epoch_of_step(k)
         if self._epoch[0] != epoch:
             batches = np.concatenate([self._bucket_batches(bucket, epoch) for bucket in range(len(self.passes))])
             self._epoch = epoch, batches[self._permutation(len(batches), "epoch", epoch)]
-        return [SampleIndex(*index) for index in self._epoch[1][k - self.first_step(epoch)].tolist()]
+        return [SampleKey(*index) for index in self._epoch[1][k - self.first_step(epoch)].tolist()]
 
     def _bucket_batches(self, bucket: int, epoch: int) -> np.ndarray:
         """A bucket's batches of an epoch, in the stream's order: (row, times_seen) int64 [steps, batch_size, 2]."""

@@ -13,7 +13,7 @@ from PIL import Image
 from ldm.config import FinetuneObjective, ImageDataConfig, Recipe
 from ldm.data import augment
 from ldm.data.augment import Augmentation, downsample_mask, resize_and_crop
-from ldm.data.batch_sampler import BucketBatchSampler, SampleIndex
+from ldm.data.batch_sampler import BucketBatchSampler, SampleKey
 from ldm.data.buckets import AspectRatioBuckets, BucketPlacement, ImageSize, format_size
 from ldm.data.folders import open_image_sources
 from ldm.data.latent_cache import LatentCache, blake2b_hexdigest
@@ -90,7 +90,7 @@ class CachedEncoder(NamedTuple):
 class ImageDataset:
     """Batches of captioned images: `dataset[k]` is that of step k, a function of k and the seed alone.
 
-    A batch holds, row by row: `indices`, SampleIndex each; `keys` of the samples; `captions`; `pixels` uint8
+    A batch holds, row by row: `indices`, SampleKey each; `keys` of the samples; `captions`; `pixels` uint8
     [B, H, W, 3], or `latents` [B, ...] where they are cached; `masks` float32 [B, 1, H / f, W / f] with f the
     `vae_scale_factor`, the part of each latent's area where the loss counts; `original_sizes` and `crops` int64 [B, 2]:
     height and width of the file's image, top and left of the crop of the resized one (SDXL's time ids). All rows are of
@@ -125,9 +125,9 @@ class ImageDataset:
     def __getitem__(self, k: int) -> Mapping[str, Any]:
         return self.load_batch(self.batch_sampler[k])
 
-    def load_batch(self, indices: Sequence[SampleIndex]) -> Mapping[str, Any]:
+    def load_batch(self, indices: Sequence[SampleKey[int]]) -> Mapping[str, Any]:
         """The batch of some samples of one bucket, such as a part of `dataset.batch_sampler[k]`."""
-        rows = [index.row for index in indices]
+        rows = [index.sample_id for index in indices]
         augmentations = [self.choose_augmentation(index) for index in indices]
         pairs = list(zip(rows, augmentations, strict=True))
         images = {"latents": self._load_latents(pairs)} if self.cached_encoder else {"pixels": self._load_pixels(pairs)}
@@ -141,17 +141,17 @@ class ImageDataset:
             **images,
         }
 
-    def choose_augmentation(self, index: SampleIndex) -> Augmentation:
+    def choose_augmentation(self, index: SampleKey[int]) -> Augmentation:
         """Flip and crop of one use of a sample."""
-        seed = self.seed, self.samples[index.row].key, index.times_seen
-        margin = self.image_infos[index.row].placement.crop_margin
+        seed = self.seed, self.samples[index.sample_id].key, index.times_seen
+        margin = self.image_infos[index.sample_id].placement.crop_margin
         center = self.data_config.center_crop
         corner = augment.center_crop_corner(margin) if center else augment.random_crop_corner(margin, *seed)
         return Augmentation(self.data_config.random_flip and augment.should_flip(*seed), corner)
 
-    def augment_caption(self, index: SampleIndex) -> str:
+    def augment_caption(self, index: SampleKey[int]) -> str:
         """The caption of one use of a sample: dropped, shuffled, or as it is."""
-        sample, data = self.samples[index.row], self.data_config
+        sample, data = self.samples[index.sample_id], self.data_config
         seed = self.seed, sample.key, index.times_seen
         if augment.should_drop_caption(self.caption_dropout, *seed):
             return ""

@@ -11,13 +11,14 @@ from torch.nn import functional as F
 
 from ldm.checkpoints.tensors import save_module
 from ldm.config import AutoencoderObjective, Recipe
+from ldm.data.batch_sampler import SampleKey
 from ldm.hardware import autocast
 from ldm.image_io import from_uint8
 from ldm.nn import vae
 from ldm.picto.scenes import make_scene_dataset
 from ldm.rng import derive_seed
 from ldm.train.score_matching import sample_normal
-from ldm.train.task import Batch, Metrics, SampleKey, TrainingTask
+from ldm.train.task import Batch, Metrics, TrainingTask
 
 NUM_VALIDATION_IMAGES = 256
 

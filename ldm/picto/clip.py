@@ -25,11 +25,12 @@ from transformers import (
 
 from ldm.checkpoints.tensors import TRANSFORMERS_WEIGHTS_NAME, save_module, save_tensors
 from ldm.config import ClipObjective, Recipe
+from ldm.data.batch_sampler import SampleKey
 from ldm.hardware import autocast
 from ldm.image_io import from_uint8
 from ldm.nn.text_encoders import build_clip_vocab, save_clip_tokenizer, tokenize_captions, warn_about_truncation
 from ldm.picto.scenes import SceneDataset, make_scene_dataset
-from ldm.train.task import Batch, Metrics, SampleKey, TrainingTask
+from ldm.train.task import Batch, Metrics, TrainingTask
 
 NUM_VALIDATION_PAIRS = 512
 MAX_LOGIT_SCALE = 4.6052  # ln 100, the cap on the temperature of Radford et al. 2021, section 2.5

@@ -20,6 +20,7 @@ from ldm.checkpoints.schedule import build_scheduler_config, parse_scheduler_con
 from ldm.checkpoints.tensors import save_module
 from ldm.conditioning import Conditioning
 from ldm.config import DiffusionObjective, Recipe
+from ldm.data.batch_sampler import SampleKey
 from ldm.diffusion.prediction import PREDICTIONS
 from ldm.errors import choose
 from ldm.files import atomic_write, write_json
@@ -31,7 +32,7 @@ from ldm.nn.vae import AutoencoderKL, encode_images
 from ldm.picto.scenes import SceneDataset, Split, make_scene_dataset
 from ldm.train.diffusion import DiffusionTask
 from ldm.train.score_matching import sample_uniform
-from ldm.train.task import Batch, SampleKey
+from ldm.train.task import Batch
 from ldm.train.trainable import TokenizedCaptions, encode_captions
 
 NUM_VALIDATION_LATENTS = 512

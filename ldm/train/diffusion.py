@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ldm.checkpoints.formats import Checkpoint
 from ldm.conditioning import Conditioning
 from ldm.config import Recipe, ScoreMatchingObjective
+from ldm.data.batch_sampler import SampleKey
 from ldm.hardware import autocast
 from ldm.image_io import contact_sheet, from_uint8
 from ldm.nn.prompts import PlaceholderTokens
@@ -20,7 +21,7 @@ from ldm.nn.vae import AutoencoderKL, encode_images, latent_shape
 from ldm.pipeline.pipeline import Pipeline
 from ldm.pipeline.request import Request
 from ldm.train.score_matching import NUM_VALIDATION_LEVELS, ScoreMatchingLoss, summarize_level_losses
-from ldm.train.task import Batch, Metrics, SampleKey, TrainingTask
+from ldm.train.task import Batch, Metrics, TrainingTask
 from ldm.train.trainable import TokenizedCaptions, encode_captions, tokenize_for_training
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ldm.checkpoints.formats import Checkpoint, load_checkpoint
 from ldm.config import FinetuneObjective, ImageDataConfig, Recipe
-from ldm.data.batch_sampler import SampleIndex
+from ldm.data.batch_sampler import SampleKey
 from ldm.data.image_dataset import CachedEncoder, ImageDataset, validation_data_config
 from ldm.data.latent_cache import LatentCache, blake2b_hexdigest, hash_network_weights
 from ldm.files import atomic_write
@@ -28,7 +28,7 @@ from ldm.train.card import write_model_card
 from ldm.train.diffusion import DiffusionTask, encode_latent_moments, validation_requests
 from ldm.train.methods import FINETUNE_METHODS, base_load_options, base_model_path, load_base_pipeline
 from ldm.train.score_matching import NUM_VALIDATION_LEVELS
-from ldm.train.task import Batch, SampleKey
+from ldm.train.task import Batch
 from ldm.train.trainable import CachedTextEncoder, TrainableModel, cast_frozen_parameters, text_encoder_settings
 
 OnProgress = Callable[[int, int], None]  # (images encoded, of how many)
@@ -47,8 +47,8 @@ class FinetuneDataset:
         part = indices[rows.start : rows.stop]
         data = self.images.load_batch(part)
         arrays = {name: torch.from_numpy(data[name]) for name in ("latents", "pixels", "masks") if name in data}
-        weights = self.loss_weights[[index.row for index in part]]
-        keys = [SampleKey(self.images.samples[index.row].key, index.times_seen) for index in indices]
+        weights = self.loss_weights[[index.sample_id for index in part]]
+        keys = [SampleKey(self.images.samples[index.sample_id].key, index.times_seen) for index in indices]
         return keys, {**arrays, **self._text_inputs(self.images, data), "weights": weights}
 
     def _text_inputs(self, images: ImageDataset, data: Batch) -> Batch:
@@ -61,7 +61,7 @@ class FinetuneDataset:
         """One image at all levels each, with noise seeded by its name."""
         for row in range(len(self.validation.samples) if self.validation else 0):
             assert self.validation
-            data = self.validation.load_batch([SampleIndex(row, 0)])
+            data = self.validation.load_batch([SampleKey(row, 0)])
             mean = torch.from_numpy(data["latents"][:, 0]).float()
             seeds = [derive_seed("held out", data["keys"][0], level) for level in range(NUM_VALIDATION_LEVELS)]
             yield mean.expand(NUM_VALIDATION_LEVELS, -1, -1, -1), self._text_inputs(self.validation, data), seeds

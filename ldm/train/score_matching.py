@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ldm.conditioning import Conditioning
 from ldm.config import ScoreMatchingObjective
+from ldm.data.batch_sampler import SampleKey
 from ldm.diffusion.denoiser import Denoiser, Network
 from ldm.diffusion.objective import TIME_SAMPLERS, WEIGHTINGS, diffusion_loss
 from ldm.diffusion.prediction import Prediction
@@ -17,7 +18,7 @@ from ldm.diffusion.sde import VPSDE, append_dims
 from ldm.errors import choose
 from ldm.hardware import autocast
 from ldm.rng import Noise, derive_seed, derive_uniform
-from ldm.train.task import Batch, SampleKey
+from ldm.train.task import Batch
 
 NUM_VALIDATION_LEVELS = 8  # noise levels of the validation loss
 

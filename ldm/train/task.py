@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import torch
 from PIL import Image
@@ -12,13 +12,6 @@ from torch import Tensor, nn
 
 Batch = Mapping[str, Any]
 Metrics = Mapping[str, Tensor]  # [B] each
-
-
-class SampleKey(NamedTuple):
-    """A sample and how often it was seen before: with the seed and a purpose, the key of a random number."""
-
-    sample_id: int | str
-    times_seen: int
 
 
 class TrainingTask(Protocol):

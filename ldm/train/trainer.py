@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from ldm.config import Recipe
+from ldm.data.batch_sampler import SampleKey
 from ldm.errors import error_text
 from ldm.files import atomic_write, remove_path
 from ldm.hardware import to_device
@@ -27,7 +28,7 @@ from ldm.train.ema import SIGMA_RELS, EMAModel, exponential_ema_rate, power_ema_
 from ldm.train.optimizers import compute_lr_factor, create_optimizer
 from ldm.train.progress import MetricLogger, filter_installed_trackers, log_sample_image
 from ldm.train.state import TrainState, resolve_recipe, resume_from_checkpoint, save_checkpoint
-from ldm.train.task import Batch, SampleKey, TrainingTask
+from ldm.train.task import Batch, TrainingTask
 
 
 def get_partial_state() -> PartialState:

@@ -41,15 +41,15 @@ def test_no_visit_is_lost_or_comes_twice_and_an_epoch_is_short_of_less_than_a_ba
                 epoch
             }
             for k in range(visits.first_step(epoch), visits.first_step(epoch + 1)):
-                assert len(visits[k]) == batch and len({buckets[v.row] for v in visits[k]}) == 1
+                assert len(visits[k]) == batch and len({buckets[v.sample_id] for v in visits[k]}) == 1
                 seen.update(visits[k])
             for bucket in set(buckets.tolist()):
                 due = (epoch + 1) * repeats[buckets == bucket].sum()
-                had = sum(n for visit, n in seen.items() if buckets[visit.row] == bucket)
+                had = sum(n for visit, n in seen.items() if buckets[visit.sample_id] == bucket)
                 assert due - batch < had <= due  # the remainder, and it is never too much
         assert set(seen.values()) == {1}
         for sample, times in enumerate(repeats):
-            numbers = sorted(visit.times_seen for visit in seen if visit.row == sample)
+            numbers = sorted(visit.times_seen for visit in seen if visit.sample_id == sample)
             assert set(range((epochs - batch) * times)) <= set(numbers) and numbers[-1] < epochs * times
 
 
@@ -60,31 +60,31 @@ def test_an_epoch_of_whole_batches_shows_each_sample_its_repeats_exactly(batch):
     assert visits.first_step(1) * batch == repeats.sum()
     for epoch in range(5):
         steps = range(visits.first_step(epoch), visits.first_step(epoch + 1))
-        shown = Counter(visit.row for k in steps for visit in visits[k])
+        shown = Counter(visit.sample_id for k in steps for visit in visits[k])
         assert [shown[sample] for sample in range(7)] == repeats.tolist()
 
 
 def test_epochs_and_seeds_differ_and_a_seed_tells_all():
     orders = [
-        [v.row for k in range(e * 10, e * 10 + 10) for v in BucketBatchSampler([1] * 40, [0] * 40, 4, seed)[k]]
+        [v.sample_id for k in range(e * 10, e * 10 + 10) for v in BucketBatchSampler([1] * 40, [0] * 40, 4, seed)[k]]
         for seed in (0, 1)
         for e in range(3)
     ]
     assert len(set(map(tuple, orders))) == 6 and all(sorted(order) == list(range(40)) for order in orders)
     again = BucketBatchSampler([1] * 40, [0] * 40, 4, 1)
-    assert [v.row for k in range(20, 30) for v in again[k]] == orders[-1]
+    assert [v.sample_id for k in range(20, 30) for v in again[k]] == orders[-1]
 
 
 def test_batches_of_all_buckets_are_mixed():
     visits = BucketBatchSampler([1] * 400, [0] * 200 + [1] * 200, 4, 0)
-    firsts = [visits[k][0].row < 200 for k in range(100)]
+    firsts = [visits[k][0].sample_id < 200 for k in range(100)]
     turns = sum(a != b for a, b in pairwise(firsts))
     assert sum(firsts) == 50 and 30 < turns < 70  # 49.5 on average, deviation 5
 
 
 def first_order(n, seed):
     sampler = BucketBatchSampler([1] * n, [0] * n, 1, seed)
-    return [sampler[k][0].row for k in range(n)]
+    return [sampler[k][0].sample_id for k in range(n)]
 
 
 @pytest.mark.parametrize("n", [2, 3, 4])
@@ -117,7 +117,7 @@ def test_a_million_samples_at_any_step():
     assert visits.first_step(epoch) <= far < visits.first_step(epoch + 1)
     assert visits[far] == BucketBatchSampler(np.ones(n, int), np.arange(n) % 29, 8, 0)[far]
     some = list(chain.from_iterable(visits[k] for k in range(300)))
-    assert len(set(some)) == 2400 and uniform(Counter(v.row * 10 // n for v in some).values(), 10)
+    assert len(set(some)) == 2400 and uniform(Counter(v.sample_id * 10 // n for v in some).values(), 10)
 
 
 def test_nothing_to_see_is_refused():
@@ -128,7 +128,7 @@ def test_nothing_to_see_is_refused():
 
 def test_what_shares_a_batch_and_which_batch_comes_first_change_from_epoch_to_epoch():
     one, many = BucketBatchSampler([1] * 40, [0] * 40, 4, 1), BucketBatchSampler([1] * 40, list(range(10)) * 4, 4, 1)
-    shared = [{frozenset(v.row for v in one[k]) for k in range(e * 10, e * 10 + 10)} for e in range(3)]
+    shared = [{frozenset(v.sample_id for v in one[k]) for k in range(e * 10, e * 10 + 10)} for e in range(3)]
     assert not shared[0] & shared[1] and not shared[1] & shared[2]
-    turns = [tuple(many[k][0].row % 10 for k in range(e * 10, e * 10 + 10)) for e in range(3)]
+    turns = [tuple(many[k][0].sample_id % 10 for k in range(e * 10, e * 10 + 10)) for e in range(3)]
     assert len(set(turns)) == 3

@@ -63,7 +63,7 @@ def test_a_row_is_its_file_resized_to_cover_mirrored_then_cropped(folder):
         assert len({pixels.shape for pixels in batch["pixels"]}) == 1
         for row, visit in enumerate(batch["indices"]):
             number = int(batch["keys"][row][0])
-            (width, height), resized = found.image_infos[visit.row].placement
+            (width, height), resized = found.image_infos[visit.sample_id].placement
             whole = Image.fromarray(noise(*SIZES[number], number))
             if number == 5:
                 whole = Image.fromarray(noise(100, 200, 5)).rotate(-90, expand=True)

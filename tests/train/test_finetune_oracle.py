@@ -54,7 +54,9 @@ def model(request, tiny, tmp_path_factory):
 
 def read_by_diffusers(kind, folder):
     pipe = kind.from_pretrained(folder, local_files_only=True, **({} if "XL" in kind.__name__ else UNCHECKED))
-    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, timestep_spacing="leading", set_alpha_to_one=True)
+    pipe.scheduler = DDIMScheduler.from_config(
+        pipe.scheduler.config, timestep_spacing="leading", set_alpha_to_one=True
+    )
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -159,7 +161,9 @@ def test_the_loss_is_that_of_diffusers_scripts(model, data, objective, schedule,
         batch["t"][0] = 1.0
         visits = task.dataset.images.batch_sampler[k]
         corners |= {task.dataset.images.choose_augmentation(visit).crop_corner for visit in visits}
-        wanted = script_losses(twin, batch, [task.dataset.images.samples[v.row] for v in visits], shown(task, visits))
+        wanted = script_losses(
+            twin, batch, [task.dataset.images.samples[v.sample_id] for v in visits], shown(task, visits)
+        )
         torch.testing.assert_close(task.compute_loss(task.model, batch)[0], wanted, rtol=2e-4, atol=0)
     assert (len(corners) > 2) == ("center_crop" in data)
 
@@ -179,8 +183,8 @@ def shown(task, visits):
     pictures, ids = [], []
     for visit in visits:
         data, view = task.dataset.images, task.dataset.images.choose_augmentation(visit)
-        (width, height), resized = data.image_infos[visit.row].placement
-        picture = Image.open(io.BytesIO(data.samples[visit.row].read_image()))
+        (width, height), resized = data.image_infos[visit.sample_id].placement
+        picture = Image.open(io.BytesIO(data.samples[visit.sample_id].read_image()))
         whole = picture.resize(resized, Image.Resampling.LANCZOS)
         if view.flip:
             whole = whole.transpose(Image.Transpose.FLIP_LEFT_RIGHT)

@@ -11,12 +11,12 @@ from trainings import ROOT, go
 
 from ldm.commands.train import create_task
 from ldm.config import load_recipe
+from ldm.data.batch_sampler import SampleKey
 from ldm.nn.text_encoders import tokenize_captions
 from ldm.picto.autoencoder import image_gradient_loss
 from ldm.picto.clip import contrastive_targets
 from ldm.picto.diffusion import shuffle_sample_keys
 from ldm.pipeline.pipeline import Pipeline
-from ldm.train.task import SampleKey
 
 
 def test_the_exported_folder_is_a_model(recipe_file):
