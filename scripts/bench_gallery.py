@@ -1,7 +1,7 @@
 """How fast a job's gallery is made, opens and scrolls in a headless Chromium; and its figure for the README.
 
     python scripts/bench_gallery.py [--counts 10000 100000] [--size 512]
-    python scripts/bench_gallery.py --figure JOB --out configs/figures/gallery.png [--address '#sort=seed']
+    python scripts/bench_gallery.py --figure JOB --out docs/figures/gallery.png [--address '#sort=seed']
 
 The jobs are synthetic: their thumbnails are links to 512 different ones, which the browser cannot know. A frame lasts
 from one callback of requestAnimationFrame to the next; the row `page at rest` is what no scrolling can beat. Last,
@@ -197,7 +197,7 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=512, help="pixels a side of the images that thumbnails are made of")
     parser.add_argument("--figure", type=Path, metavar="JOB")
     parser.add_argument("--address", default="", help="the state of the page in the figure")
-    parser.add_argument("--out", type=Path, default=Path("configs/figures/gallery.png"))
+    parser.add_argument("--out", type=Path, default=Path("docs/figures/gallery.png"))
     args = parser.parse_args()
     program = find_browser()
     if program is None:
