@@ -47,9 +47,13 @@ from typing import Any, NamedTuple
 SPANS = {  # "file:qualified name" of the functions that begin and end the span of a run; spellings old|new
     "train": (r"train/\w+\.py:\w+Task\.batch", r"train/\w+\.py:\w+Task\.loss"),
     "batch": (r"jobs/leases\.py:\w+\.acquire", r"jobs/manifest\.py:(append|append_\w+)"),
-    "load": (r"checkpoints/tensors\.py:open_\w+", r"checkpoints/networks\.py:(fill|fill_\w+)"),
+    "load": (r"checkpoints/tensors\.py:open_\w+", r"checkpoints/networks\.py:(fill|load_weights)"),
 }
-SINGLE_FILE = ["FAMILIES"], ["to_single", "to_single_file"], ["skeleton", "meta_tensors"]  # each the first that exists
+SINGLE_FILE = (
+    ["FAMILIES"],
+    ["to_single", "convert_to_original"],
+    ["skeleton", "build_meta_state_dicts"],
+)  # each the first that exists
 FLOORS = """ground | diffusion nn | checkpoints | adapters data | pipeline
 | train jobs evaluate audit convert analysis | serve picto | commands | cli"""  # DESIGN.md, section 2, from the lowest
 LEVEL = {room: level for level, rooms in enumerate(FLOORS.split("|")) for room in rooms.split()}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from stat import S_ISDIR, S_ISREG
 from typing import Any, NamedTuple
@@ -14,7 +14,7 @@ from torch import nn
 from ldm.checkpoints import detect, hub
 from ldm.checkpoints.families import LoadOptions
 from ldm.checkpoints.layouts import read_component, read_directory, read_single_file, replace_vae
-from ldm.checkpoints.networks import TEXT_ENCODERS, ModelSpec, load_weights
+from ldm.checkpoints.networks import TEXT_ENCODERS, ModelSpec, check_model_spec, load_weights
 from ldm.conditioning import Conditioning
 from ldm.diffusion.prediction import Prediction
 from ldm.diffusion.sde import VPSDE
@@ -39,7 +39,6 @@ MODEL_INDEX = {  # the model_index.json of a diffusers.StableDiffusionPipeline
 }
 CPU_DEVICE = torch.device("cpu")
 PICTO_PATH = find_picto()  # the shipped model
-NUM_TIME_IDS = 6  # of SDXL: original size, crop, target size
 PROBE_LATENT_SIZE = 32  # latents a side
 
 
@@ -94,10 +93,27 @@ def load_checkpoint(
     In float16 an autoencoder with `force_upcast` stays in float32. ValueError in one line names the file and what is
     missing, unknown, truncated or of another shape.
     """
-    model = read_model_spec(source, options)
+    spec = read_model_spec(source, options)
+    networks, dtypes = spec.networks, dict.fromkeys(spec.networks, dtype)
+    if dtype == torch.float16 and networks["vae"].config.force_upcast:
+        dtypes["vae"] = torch.float32
+    hashes = load_weights(networks, spec.shard_groups, device, dtypes)
+    for network in networks.values():
+        network.eval().requires_grad_(False)
+    unet = networks["unet"]
+    encoders = tuple(factory(networks[name]) for name, factory in spec.text_encoder_factories.items())
+    schedule, family, unet.config = spec.resolve_config(lambda sde: probe_unet(unet, encoders, sde))
     path = {} if source == PICTO_PATH else {"path": str(source)}
-    return replace(
-        build_checkpoint(model, device, dtype),
+    return Checkpoint(
+        unet,
+        networks["vae"],
+        encoders,
+        schedule.sde,
+        schedule.prediction,
+        {"sampler": schedule.sampler, "spacing": schedule.spacing, **spec.generation_defaults},
+        hashes,
+        spec.force_zeros_for_empty_prompt,
+        family,
         vae_name=None if options.vae is None else Path(options.vae).name,
         load_options={**path, **options.to_record()},
     )
@@ -109,11 +125,11 @@ def read_model_spec(source: str | Path, options: LoadOptions = LoadOptions()) ->
     layout = "folder" if path.is_dir() else "single file"
     if unsupported := FORMATS[layout].unsupported_options & options.to_record().keys():
         raise ValueError(f"{path}: {' and '.join(sorted(unsupported))} does not apply to a {layout}")
-    model = FORMATS[layout].read(path, options)
+    spec = FORMATS[layout].read(path, options)
     if options.vae is not None:
-        model = replace_vae(model, locate_weights(options.vae, LoadOptions(token=options.token), "vae"))
-    check_model_spec(model, path)
-    return model
+        spec = replace_vae(spec, locate_weights(options.vae, LoadOptions(token=options.token), "vae"))
+    check_model_spec(spec, path)
+    return spec
 
 
 def locate_weights(source: str | Path, options: LoadOptions = LoadOptions(), kind: str = "model") -> Path:
@@ -140,48 +156,6 @@ def check_local_path(source: str | Path) -> Path:
     if not (S_ISDIR(mode) or S_ISREG(mode)):
         raise ValueError(f"{source}: neither a folder nor a file")
     return path
-
-
-def check_model_spec(model: ModelSpec, path: Path) -> None:
-    """ValueError where a network has no weights, or networks do not fit together."""
-    given = {mapping.component for file in model.weight_files for mapping in file.key_mappings.values()}
-    for component in model.networks.keys() - given:
-        raise ValueError(f"{path}: no {component} in it; give one by --{component}")
-    unet, encoders = model.networks["unet"].config, [model.networks[n].config for n in model.text_encoder_factories]
-    widths = {
-        "text of": (unet.cross_attention_dim, sum(encoder.hidden_size for encoder in encoders)),
-        "latents of": (unet.out_channels, model.networks["vae"].config.latent_channels),
-    }
-    if unet.addition_embed_type:
-        pooled = unet.projection_class_embeddings_input_dim - NUM_TIME_IDS * unet.addition_time_embed_dim
-        widths["pooled text of"] = (pooled, encoders[-1].projection_dim)
-    for what, (expected, actual) in widths.items():
-        if expected != actual:
-            raise ValueError(f"{path}: the U-Net takes {what} {expected} channels, and is given {actual}")
-
-
-def build_checkpoint(model: ModelSpec, device: torch.device, dtype: torch.dtype) -> Checkpoint:
-    """The model with its weights on a device; ValueError where a file ends early or the prediction is not known."""
-    dtypes = dict.fromkeys(model.networks, dtype)
-    if dtype == torch.float16 and model.networks["vae"].config.force_upcast:
-        dtypes["vae"] = torch.float32
-    hashes = load_weights(model.networks, model.shard_groups, device, dtypes)
-    for network in model.networks.values():
-        network.eval().requires_grad_(False)
-    unet = model.networks["unet"]
-    encoders = tuple(factory(model.networks[name]) for name, factory in model.text_encoder_factories.items())
-    schedule, family, unet.config = model.resolve_config(lambda sde: probe_unet(unet, encoders, sde))
-    return Checkpoint(
-        unet,
-        model.networks["vae"],
-        encoders,
-        schedule.sde,
-        schedule.prediction,
-        {"sampler": schedule.sampler, "spacing": schedule.spacing, **model.generation_defaults},
-        hashes,
-        model.force_zeros_for_empty_prompt,
-        family,
-    )
 
 
 def probe_checkpoint(path: Path, options: LoadOptions = LoadOptions()) -> detect.ProbeResult:

@@ -121,7 +121,7 @@ def read_directory(folder: Path, options: LoadOptions = LoadOptions()) -> ModelS
 
 def _text_encoder_factories(
     family: ModelFamily, tokenizers: Mapping[str, text_encoders.CLIPTokenizer], trained: ModelFamily
-) -> dict[str, Callable[[Any], text_encoders.TextEncoder]]:
+) -> Mapping[str, Callable[[Any], text_encoders.TextEncoder]]:
     """Factories of a family's text encoders; the layers that were dropped are those of the family `trained`."""
     factories = {}
     for name, spec in family.text_encoders.items():

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -24,6 +25,7 @@ from ldm.nn.text_encoders import TextEncoder
 from ldm.nn.unet import UNetConfig
 
 TEXT_ENCODERS = "text_encoder", "text_encoder_2"
+NUM_TIME_IDS = 6  # of SDXL: original size, crop, target size
 POSITION_IDS = "position_ids"  # a buffer with the numbers 0 to 76, which directories may hold and no network loads
 
 
@@ -65,6 +67,24 @@ class ModelSpec:
     def weight_files(self) -> list[WeightFile]:
         """All files, those of one network after those of another."""
         return [file for group in self.shard_groups for file in group]
+
+
+def check_model_spec(spec: ModelSpec, path: Path) -> None:
+    """ValueError where a network has no weights, or networks do not fit together."""
+    given = {mapping.component for file in spec.weight_files for mapping in file.key_mappings.values()}
+    for component in spec.networks.keys() - given:
+        raise ValueError(f"{path}: no {component} in it; give one by --{component}")
+    unet, encoders = spec.networks["unet"].config, [spec.networks[n].config for n in spec.text_encoder_factories]
+    widths = {
+        "text of": (unet.cross_attention_dim, sum(encoder.hidden_size for encoder in encoders)),
+        "latents of": (unet.out_channels, spec.networks["vae"].config.latent_channels),
+    }
+    if unet.addition_embed_type:
+        pooled = unet.projection_class_embeddings_input_dim - NUM_TIME_IDS * unet.addition_time_embed_dim
+        widths["pooled text of"] = (pooled, encoders[-1].projection_dim)
+    for what, (expected, actual) in widths.items():
+        if expected != actual:
+            raise ValueError(f"{path}: the U-Net takes {what} {expected} channels, and is given {actual}")
 
 
 def match_weight_files(component: str, network: nn.Module, files: Iterable[SafetensorsFile]) -> tuple[WeightFile, ...]:

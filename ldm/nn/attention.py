@@ -51,17 +51,20 @@ ATTENTION: dict[str, AttentionFn] = {"sdpa": sdpa, "math": math, "xformers": xfo
 
 def check_attention_backends() -> dict[str, str | None]:
     """Every backend by name: None if it can run on this machine, else the reason why not."""
-    reasons: dict[str, str | None] = dict.fromkeys(ATTENTION)
-    if importlib.util.find_spec("xformers") is None:
-        reasons["xformers"] = f"xformers is not installed ({install_command('xformers')})"
-    elif not torch.cuda.is_available():
-        reasons["xformers"] = "xformers' kernels need a CUDA device, and none is visible"
-    return reasons
+    return {name: _unavailable_reason(name) for name in ATTENTION}
+
+
+def _unavailable_reason(name: str) -> str | None:
+    if name == "xformers" and importlib.util.find_spec("xformers") is None:
+        return f"xformers is not installed ({install_command('xformers')})"
+    if name == "xformers" and not torch.cuda.is_available():
+        return "xformers' kernels need a CUDA device, and none is visible"
+    return None
 
 
 def get_attention_backend(name: str) -> AttentionFn:
     """ATTENTION[name]; ValueError for an unknown name and for a backend that cannot run on this machine."""
     attention_fn = choose(ATTENTION, name, "attention")
-    if reason := check_attention_backends()[name]:
+    if reason := _unavailable_reason(name):
         raise ValueError(f"attention {name!r}: {reason}")
     return attention_fn
