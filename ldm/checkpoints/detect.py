@@ -139,15 +139,15 @@ def detect_model(
     name, for contradictions and for what is not supported.
     """
     fitting = detect_families(tensors)
-    found, evidence = detect_prediction(tensors, metadata, family=family, prediction=prediction)
-    if found is None:
-        found, measured = classify_probe(probe())
+    prediction, evidence = detect_prediction(tensors, metadata, family=family, prediction=prediction)
+    if prediction is None:
+        prediction, measured = classify_probe(probe())
         evidence = (*evidence, measured)
     zero, reason = detect_zero_snr(tensors, metadata, fitting[0], zero_snr)
-    if zero and found == "eps":
+    if zero and prediction == "eps":
         raise ValueError(f"prediction eps and zero terminal SNR ({reason}) exclude each other: say --no-zero-snr")
     evidence = (describe_family_evidence(tensors, fitting), *evidence, reason)
-    return Detection(family or select_family(fitting, found), found, zero, evidence)
+    return Detection(family or select_family(fitting, prediction), prediction, zero, evidence)
 
 
 def detect_prediction(
@@ -271,10 +271,10 @@ def detect_families(tensors: Mapping[str, Tensor]) -> tuple[str, ...]:
     if not alike:
         raise ValueError(f"of no known family: its U-Net reads {dims[1]} channels and a context of width {dims[0]}")
     specs = {name: FAMILIES[name].text_encoders.values() for name in alike}
-    found = [name for name in alike if prefixes <= _text_encoder_prefixes(spec.prefix for spec in specs[name])]
-    if not found:
+    matches = [name for name in alike if prefixes <= _text_encoder_prefixes(spec.prefix for spec in specs[name])]
+    if not matches:
         raise ValueError(f"its U-Net is of {' or '.join(alike)}, its text is encoded by {' and '.join(prefixes)}")
-    return tuple(found)
+    return tuple(matches)
 
 
 def unsupported_reason(tensors: Mapping[str, Tensor]) -> str | None:

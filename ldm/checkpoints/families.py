@@ -38,8 +38,8 @@ class LoadOptions:
 
     def to_record(self) -> dict[str, Any]:
         """The options that are set, as JSON values; never the token."""
-        given = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
-        return {n: str(value) if isinstance(value, Path) else value for n, value in given.items() if n != "token"}
+        options = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
+        return {n: str(value) if isinstance(value, Path) else value for n, value in options.items() if n != "token"}
 
 
 @dataclass(frozen=True)

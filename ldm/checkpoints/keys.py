@@ -269,9 +269,9 @@ def map_single_file_keys(
     names = resolve_key_aliases((name for name in tensors if not ignored_reason(name, family)), SINGLE_FILE_KEY_ALIASES)
     if ema:
         names |= _map_ema_keys(tensors)
-    actual = {name: tensors[given] for name, given in names.items()}
+    actual = {name: tensors[alias] for name, alias in names.items()}
     check_keys_and_shapes(actual, {name: mapping.original_tensor for name, mapping in mappings.items()})
-    return {given: mappings[name] for name, given in names.items()}
+    return {alias: mappings[name] for name, alias in names.items()}
 
 
 def map_diffusers_keys(components: ComponentStateDicts, family: ModelFamily) -> dict[str, tuple[KeyMapping, str]]:
@@ -282,17 +282,17 @@ def map_diffusers_keys(components: ComponentStateDicts, family: ModelFamily) -> 
     flat = {f"{component}/{name}": a for component, tensors in components.items() for name, a in tensors.items()}
     parts = {f"{m.component}/{name}": (m, name) for m in build_key_mappings(family) for name in m.parts}
     names = resolve_key_aliases((name for name in flat if not ignored_reason(name, family)), DIFFUSERS_KEY_ALIASES)
-    actual = {name: flat[given] for name, given in names.items()}
+    actual = {name: flat[alias] for name, alias in names.items()}
     check_keys_and_shapes(actual, {name: mapping.parts[part] for name, (mapping, part) in parts.items()})
-    return {given: parts[name] for name, given in names.items()}
+    return {alias: parts[name] for name, alias in names.items()}
 
 
 def convert_to_diffusers(tensors: Mapping[str, Tensor], family: ModelFamily) -> dict[str, dict[str, Tensor]]:
     """The tensors of a single file by component, under the names of the published directories; errors likewise."""
-    found: dict[str, dict[str, Tensor]] = defaultdict(dict)
+    components: dict[str, dict[str, Tensor]] = defaultdict(dict)
     for name, mapping in map_single_file_keys(tensors, family).items():
-        found[mapping.component].update(mapping.to_diffusers(tensors[name]))
-    return dict(found)
+        components[mapping.component].update(mapping.to_diffusers(tensors[name]))
+    return dict(components)
 
 
 def convert_to_original(components: ComponentStateDicts, family: ModelFamily) -> dict[str, Tensor]:
@@ -302,8 +302,8 @@ def convert_to_original(components: ComponentStateDicts, family: ModelFamily) ->
     """
     parts: dict[str, dict[str, Tensor]] = defaultdict(dict)
     mappings: dict[str, KeyMapping] = {}
-    for given, (mapping, name) in map_diffusers_keys(components, family).items():
-        component, _, key = given.partition("/")
+    for alias, (mapping, name) in map_diffusers_keys(components, family).items():
+        component, _, key = alias.partition("/")
         mappings[mapping.original_key] = mapping
         parts[mapping.original_key][name] = components[component][key]
     return {key: mapping.to_original(parts[key]) for key, mapping in mappings.items()}
@@ -311,12 +311,12 @@ def convert_to_original(components: ComponentStateDicts, family: ModelFamily) ->
 
 def resolve_key_aliases(names: Iterable[str], aliases: Mapping[str, str]) -> dict[str, str]:
     """The names in a file by those of `build_key_mappings`; ValueError where two are the same."""
-    found: dict[str, str] = {}
-    for given in names:
-        if (name := resolve_key_alias(given, aliases)) in found:
-            raise ValueError(f"{name} is given twice, once as another name ({given})")
-        found[name] = given
-    return found
+    names_by_key: dict[str, str] = {}
+    for alias in names:
+        if (name := resolve_key_alias(alias, aliases)) in names_by_key:
+            raise ValueError(f"{name} is given twice, once as another name ({alias})")
+        names_by_key[name] = alias
+    return names_by_key
 
 
 def resolve_key_alias(name: str, aliases: Mapping[str, str]) -> str:
@@ -345,13 +345,13 @@ def _map_ema_keys(names: Iterable[str]) -> dict[str, str]:
 
     ValueError where the file has none, or not all of them.
     """
-    given = set(names)
-    weights = (name for name in given if name.startswith(UNET_PREFIX))
-    found = {name: EMA_PREFIX + name.removeprefix("model.").replace(".", "") for name in weights}
-    for name, average in found.items():
-        if average not in given:
+    present = set(names)
+    weights = (name for name in present if name.startswith(UNET_PREFIX))
+    averages = {name: EMA_PREFIX + name.removeprefix("model.").replace(".", "") for name in weights}
+    for name, average in averages.items():
+        if average not in present:
             raise ValueError(f"no moving average of {name} ({average})")
-    return found
+    return averages
 
 
 def check_keys_and_shapes(actual: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:

@@ -198,21 +198,21 @@ def choose_weight_files(names: Iterable[str], stem: str, variant: str | None = N
     pattern = re.compile(
         rf"{stem}(?:\.(\w+))?(?P<shard>-\d{{5}}-of-\d{{5}})?(?:\.(\w+))?\.safetensors(?P<index>\.index(?:\.(\w+))?\.json)?"
     )
-    found: dict[str, list[str]] = defaultdict(list)  # by variant; an index first
+    variants: dict[str, list[str]] = defaultdict(list)  # by variant; an index first
     pickles = []
     for name in sorted(names):
         if match := pattern.fullmatch(name):
-            own = found[next(filter(None, match.group(1, 3, 5)), "")]
+            own = variants[next(filter(None, match.group(1, 3, 5)), "")]
             own.insert(0 if match["index"] else len(own), name)
         elif name.startswith(stem) and name.endswith(PICKLE_SUFFIXES):
             pickles.append(name)
-    if pickles and not found:
+    if pickles and not variants:
         raise ValueError(f"{pickles[0]}: {PICKLE_MESSAGE.format(what='a pickle')}")
-    chosen = variant or ("" if "" in found or len(found) != 1 else next(iter(found)))
-    if chosen not in found:
-        known = ", ".join(name or "the plain one" for name in found) or "none"
-        raise ValueError(f"{stem}.{f'{chosen}.' if chosen else ''}safetensors: no such file; variants here: {known}")
-    files = found[chosen]
+    key = variant or ("" if "" in variants or len(variants) != 1 else next(iter(variants)))
+    if key not in variants:
+        known = ", ".join(name or "the plain one" for name in variants) or "none"
+        raise ValueError(f"{stem}.{f'{key}.' if key else ''}safetensors: no such file; variants here: {known}")
+    files = variants[key]
     if whole := [name for name in files if not re.search(r"-\d{5}-of-|\.index\.", name)]:
         return whole[:1]
     if not files[0].endswith(".json"):
@@ -333,16 +333,16 @@ def read_single_file(path: Path, options: LoadOptions = LoadOptions()) -> ModelS
 
     def resolve(probe: UNetProbe) -> ResolvedConfig:
         try:
-            found = detect.detect_model(
+            detection = detect.detect_model(
                 tensors,
                 file.metadata,
                 lambda: probe(parse_scheduler_config(family.scheduler).sde),
                 **own,
                 zero_snr=options.zero_snr,
             )
-            detected = FAMILIES[found.family]  # with the same tensors, but maybe another native size
-            config = family_scheduler_config(detected, found.prediction, found.zero_snr)
-            return ResolvedConfig(parse_scheduler_config(config), found.family, UNetConfig.from_dict(detected.unet))
+            sibling = FAMILIES[detection.family]  # with the same tensors, but maybe another native size
+            config = family_scheduler_config(sibling, detection.prediction, detection.zero_snr)
+            return ResolvedConfig(parse_scheduler_config(config), detection.family, UNetConfig.from_dict(sibling.unet))
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
 

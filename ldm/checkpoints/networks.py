@@ -71,8 +71,8 @@ class ModelSpec:
 
 def check_model_spec(spec: ModelSpec, path: Path) -> None:
     """ValueError where a network has no weights, or networks do not fit together."""
-    given = {mapping.component for file in spec.weight_files for mapping in file.key_mappings.values()}
-    for component in spec.networks.keys() - given:
+    components = {mapping.component for file in spec.weight_files for mapping in file.key_mappings.values()}
+    for component in spec.networks.keys() - components:
         raise ValueError(f"{path}: no {component} in it; give one by --{component}")
     unet, encoders = spec.networks["unet"].config, [spec.networks[n].config for n in spec.text_encoder_factories]
     widths = {
