@@ -69,7 +69,7 @@ def test_a_word_that_was_learnt_is_what_a_pipeline_reads(tuning, tmp_path):
     pipe = create_task(load_recipe(tuning(**WORD))).method.load_pipeline(load_recipe(tuning(**WORD)).objective, export)
     ema = load_file(tmp_path / "run" / "checkpoint-6" / "ema.safetensors")
     (vectors,) = ema.values()
-    assert torch.equal(pipe.prompt_encoder.embeddings["zorb"][0], vectors) and len(vectors) == 2
+    assert torch.equal(pipe.prompt_encoder.embeddings["zorb"].vectors[0], vectors) and len(vectors) == 2
     assert list(ema) == ["text_encoder.embeddings.token_embedding.vectors"]
 
 
