@@ -22,8 +22,8 @@ MAX_CELL_SIDE, CELL_GAP, SHEET_MARGIN, ROW_LABEL_WIDTH = 256, 8, 16, 200  # pixe
 CHAR_WIDTH, LINE_HEIGHT, FONT_SIZE = 7, 18, 14  # pixels; a character's width on average
 BACKGROUND_COLOR, TEXT_COLOR, MISSING_COLOR = "white", "#1b1b1f", "#d4d4d4"
 
-T = TypeVar("T")
-Cells = dict[tuple[str, str], T]  # by the labels of row and column
+Content = TypeVar("Content")  # of a cell
+Cells = dict[tuple[str, str], Content]  # by the labels of row and column
 
 
 def render_contact_sheet(cells: Mapping[tuple[str, str], Path], prefixes: Sequence[str], title: str) -> Image.Image:
@@ -99,13 +99,15 @@ def parse_grid_axes(option: str) -> list[str]:
     return axes
 
 
-def layout_sheets(entries: Iterable[tuple[Mapping[str, Any], T]], axes: Sequence[str]) -> list[tuple[str, Cells[T]]]:
+def layout_sheets(
+    entries: Iterable[tuple[Mapping[str, Any], Content]], axes: Sequence[str]
+) -> list[tuple[str, Cells[Content]]]:
     """The title and the cells of each sheet, from (request's record, content of its cell).
 
     A title is the prompt and what differs between sheets. ValueError beyond `MAX_SHEETS` or `MAX_CELLS`.
     """
     others = [name for name in list_gallery_fields() if name not in axes]
-    sheets: dict[tuple[str, ...], Cells[T]] = {}
+    sheets: dict[tuple[str, ...], Cells[Content]] = {}
     for record, content in entries:
         values = {**record, "size": f"{record['width']} × {record['height']}"}
         column, row = [format_field_value(values[name]) for name in axes] + [""] * (2 - len(axes))

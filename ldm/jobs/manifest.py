@@ -17,7 +17,7 @@ MANIFEST_FILE = "manifest.jsonl"
 FOLDER_LEASE = "folder"  # held while one publishes files in a job's folder itself
 DRAFT_SUFFIX = ".part"  # of the names that `atomic_write` gives
 
-T = TypeVar("T")
+Row = TypeVar("Row")
 
 
 class Manifest:
@@ -110,8 +110,8 @@ def parse_manifest_line(line: bytes) -> dict[str, Any] | None:
 
 
 def read_finished_rows(
-    folder: Path, keep: Callable[[dict[str, Any], RowSpan], T], stack: ExitStack
-) -> tuple[list[T], int]:
+    folder: Path, keep: Callable[[dict[str, Any], RowSpan], Row], stack: ExitStack
+) -> tuple[list[Row], int]:
     """`keep(record, span)` of each finished image, in the order of the job's source, and the number of failed items.
 
     A finished image wins over a failure, and a later line over an earlier one. Files stay open until `stack` closes,
@@ -126,7 +126,7 @@ def read_finished_rows(
             continue
     if not files:
         raise ValueError(f"{folder}: no {MANIFEST_FILE}, so not a job's folder")
-    done, failed = dict[str, tuple[tuple[int, int, str], T]](), set[str]()
+    done, failed = dict[str, tuple[tuple[int, int, str], Row]](), set[str]()
     for file in reversed(files):
         for record, span in iter_manifest_rows(file):
             if record["status"] == "failed":

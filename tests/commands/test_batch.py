@@ -99,7 +99,7 @@ def test_shards_formats_and_strictness(batch, tmp_path):
     "words, said",
     [
         (["--engine", "slurm"], "--engine 'slurm': choose from inline, local, ray"),
-        (["--workers", "2"], "--workers 2: the engine inline has one"),
+        (["--workers", "2"], "--workers 2: engine inline has one worker"),
         (["--workers", "0"], "--workers 0"),
         (["--shard", "2/2"], "--shard 2/2: must be I/N"),
         (["--shard", "-1/2"], "--shard -1/2"),

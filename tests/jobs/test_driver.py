@@ -153,7 +153,7 @@ def test_a_changed_image_is_found_by_check_and_generated_again(folder, pipe, und
     with pytest.raises(AssertionError):
         outcome(folder)
     assert go(job_in(folder, pipe), pipe, check=True) == 0 and outcome(folder) == undisturbed
-    assert "1 finished pictures are missing or changed" in capsys.readouterr().err
+    assert "1 finished images are missing or changed" in capsys.readouterr().err
 
 
 IN_THE_WAY = {
