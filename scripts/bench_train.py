@@ -73,9 +73,9 @@ def ours(model: UNet, batch: Batch, precision: str) -> Callable[[], object]:
             "mixed_precision": precision,
         }
     )
-    learner = Trainer(recipe, Step(model), create_accelerator(mixed_precision=precision))  # type: ignore[arg-type]
-    learner.prepare()
-    return lambda: learner.train_step([batch], False)
+    trainer = Trainer(recipe, Step(model), create_accelerator(mixed_precision=precision))  # type: ignore[arg-type]
+    trainer.prepare()
+    return lambda: trainer.train_step([batch], False)
 
 
 def bare(model: UNet, batch: Batch, precision: str) -> Callable[[], object]:
@@ -125,8 +125,10 @@ def diffusers_step(model: UNet2DConditionModel, batch: Batch, precision: str) ->
     return step
 
 
-def tuning(args: argparse.Namespace, folder: Path, cached: bool) -> tuple[Callable[[], object], Callable[[], object]]:
-    """Some steps of LoRA on one batch that is there, and as many of the whole loop; `folder` takes what is cached."""
+def make_finetuning(
+    args: argparse.Namespace, folder: Path, cached: bool
+) -> tuple[Callable[[], object], Callable[[], object]]:
+    """Some LoRA steps on one batch in memory, and as many of the whole loop; `folder` is for caches."""
     values = {
         "data.train_data_dir": args.pictures,
         "data.center_crop": cached,
@@ -139,18 +141,18 @@ def tuning(args: argparse.Namespace, folder: Path, cached: bool) -> tuple[Callab
     }
     recipe = load_recipe(LORA, [f"{name}={value}" for name, value in values.items()])
     task = create_task(recipe)
-    learner = Trainer(recipe, task, create_accelerator(mixed_precision=args.precision))
-    learner.prepare()
-    same = [task.make_batch(0, rows) for rows in learner.row_ranges]
-    stream = iterate_batches(task, 0, recipe, learner.row_ranges)
+    trainer = Trainer(recipe, task, create_accelerator(mixed_precision=args.precision))
+    trainer.prepare()
+    same = [task.make_batch(0, rows) for rows in trainer.row_ranges]
+    stream = iterate_batches(task, 0, recipe, trainer.row_ranges)
 
     def alone() -> None:
         for _ in range(args.steps):
-            learner.train_step(same, False)
+            trainer.train_step(same, False)
 
     def loop() -> None:
         for parts in islice(stream, args.steps):
-            learner.train_step(parts, False)
+            trainer.train_step(parts, False)
 
     return alone, loop
 
@@ -159,7 +161,7 @@ def loading(args: argparse.Namespace) -> None:
     """Print how much of the step's own speed is left with loading."""
     with TemporaryDirectory() as folder:
         kinds = {"latents cached": True, "latents not cached": False}
-        pairs = {kind: tuning(args, Path(folder), cached) for kind, cached in kinds.items()}
+        pairs = {kind: make_finetuning(args, Path(folder), cached) for kind, cached in kinds.items()}
         contestants = {f"{kind}, {k}": run for kind, pair in pairs.items() for k, run in enumerate(pair)}
         seconds = alternate(contestants, args.rounds, clock("wall"))
     for kind in pairs:

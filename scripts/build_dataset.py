@@ -1,4 +1,4 @@
-"""Fetch, render and name the emoji data set: data/emoji, about 730 MB on disk from a download of 46 MB."""
+"""Build the emoji dataset: data/emoji, about 730 MB on disk from a download of 46 MB."""
 
 import argparse
 import sys
@@ -9,7 +9,7 @@ from ldm.picto.emoji import DownloadError, build_emoji_dataset
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, default=Path("data/emoji"), help="folder to make")
+    parser.add_argument("--out", type=Path, default=Path("data/emoji"), help="output folder")
     parser.add_argument("--size", type=int, default=128, help="side of a sprite in pixels")
     options = parser.parse_args()
     try:

@@ -1,10 +1,10 @@
-"""Make the sample folders that the recipes of `configs/` tune on: a new style and a new object, 128 x 128.
+"""Make the example datasets that the recipes of `configs/` fine-tune on: a new style and a new object, 128 x 128.
 
     python scripts/make_samples.py [--out data]
 
-`style` has 32 things that picto draws, redrawn as blueprints; `object` has 32 pictures of a zorb, a creature that there
-is not. `style-held-out` and `object-held-out` have 32 others each, for scores. `plain` has the 32 things as picto draws
-them, to be learnt beside the new, lest they be forgotten. The same call gives the same pictures.
+`style` has 32 of picto's images turned into blueprints, `object` 32 images of a zorb, an invented creature.
+`style-held-out` and `object-held-out` have 32 others each, for evaluation. `plain` has the unchanged images, to train on
+beside the new ones against forgetting. The output is deterministic.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from PIL import Image, ImageChops, ImageDraw, ImageFilter
 from ldm import Pipeline, Request
 from ldm.files import atomic_write
 
-SIDE, FINE = 128, 4  # pixels a side of a picture, and how much finer it is drawn
+SIDE, FINE = 128, 4  # side of an image in pixels, and the factor of supersampling
 THINGS = """
 apple, banana, lemon, strawberry, pizza, carrot, mushroom, cat face, dog face, panda, penguin, fish, butterfly, car,
 bus, rocket, house, tree, cactus, star, red heart, moon, umbrella, guitar, bicycle, airplane, sailboat, sunflower, sun,
@@ -28,7 +28,7 @@ key, book, smiling face
 """
 OTHERS = "ice cream, hamburger, doughnut, rabbit face, owl, whale, bee, crown"
 PAPER, FILL, INK = (20, 62, 148), (44, 96, 186), (236, 244, 255)
-MARK = (1, 254, 3)  # a colour that nothing has
+MARK = (1, 254, 3)  # a colour that occurs nowhere else
 COLOURS = {
     "red": (226, 74, 70),
     "orange": (245, 150, 60),
@@ -50,9 +50,9 @@ def article(name: str) -> str:
     return f"{'an' if name[0] in 'aeiou' else 'a'} {name}"
 
 
-def blueprint(picture: Image.Image) -> Image.Image:
-    """A picture on a plain ground as white lines on blue paper: the edges of its colours, and its silhouette."""
-    smooth = picture.filter(ImageFilter.MedianFilter(3)).convert("RGB")
+def to_blueprint(image: Image.Image) -> Image.Image:
+    """An image on a plain background as white lines on blue paper: its edges and its silhouette."""
+    smooth = image.filter(ImageFilter.MedianFilter(3)).convert("RGB")
     outside = Image.new("RGB", (SIDE + 2, SIDE + 2), smooth.getpixel((1, 1)))
     outside.paste(smooth, (1, 1))
     ImageDraw.floodfill(outside, (0, 0), MARK, thresh=60)
@@ -73,19 +73,19 @@ def blueprint(picture: Image.Image) -> Image.Image:
     return page
 
 
-def plain(names: Sequence[str], seeds: Sequence[int]) -> list[Captioned]:
-    """What picto draws on white."""
-    asked = [Request(article(name), seed=seed) for name in names for seed in seeds]
-    pictures = Pipeline.from_pretrained().generate(asked)
-    return [(picture, request.prompt) for picture, request in zip(pictures, asked, strict=True)]
+def generate_plain(names: Sequence[str], seeds: Sequence[int]) -> list[Captioned]:
+    """picto's images of some objects."""
+    requests = [Request(article(name), seed=seed) for name in names for seed in seeds]
+    images = Pipeline.from_pretrained().generate(requests)
+    return [(image, request.prompt) for image, request in zip(images, requests, strict=True)]
 
 
-def style(things: Iterable[Captioned]) -> Iterator[Captioned]:
-    """Their blueprints."""
-    return ((blueprint(picture), f"{thing} in blueprint style") for picture, thing in things)
+def to_blueprints(samples: Iterable[Captioned]) -> Iterator[Captioned]:
+    """The blueprints of images."""
+    return ((to_blueprint(image), f"{caption} in blueprint style") for image, caption in samples)
 
 
-def zorb(draw: ImageDraw.ImageDraw, x: float, y: float, r: float, look: float) -> None:
+def draw_zorb(draw: ImageDraw.ImageDraw, x: float, y: float, r: float, look: float) -> None:
     """A zorb of radius r about (x, y): a turquoise ball on two legs, one eye that looks aside, two orange horns."""
 
     def ball(dx: float, dy: float, rx: float, ry: float, colour: tuple[int, int, int]) -> None:
@@ -103,8 +103,8 @@ def zorb(draw: ImageDraw.ImageDraw, x: float, y: float, r: float, look: float) -
     draw.arc([x - 0.35 * r, y + 0.1 * r, x + 0.35 * r, y + 0.6 * r], 20, 160, (20, 60, 70), max(1, int(0.07 * r)))
 
 
-def objects(count: int, seed: int) -> Iterator[Captioned]:
-    """Zorbs, one in six of them in pairs, of many sizes in many places on grounds of one colour."""
+def draw_zorbs(count: int, seed: int) -> Iterator[Captioned]:
+    """Zorbs of random sizes and places on a background of one colour, every sixth image with two."""
     rng = np.random.default_rng(seed)
     for k in range(count):
         colour = [*COLOURS][(k * 5 + seed) % len(COLOURS)]
@@ -114,18 +114,18 @@ def objects(count: int, seed: int) -> Iterator[Captioned]:
             r = rng.uniform(0.15, 0.2) if pair else rng.uniform(0.2, 0.36)
             left, right = ((0.25, 0.28) if number == 0 else (0.72, 0.75)) if pair else (r + 0.05, 0.95 - r)
             x, y = rng.uniform(left, right), rng.uniform(1.35 * r + 0.03, 0.97 - 1.25 * r)
-            zorb(draw, x * page.width, y * page.height, r * page.width, rng.uniform(-1, 1))
+            draw_zorb(draw, x * page.width, y * page.height, r * page.width, rng.uniform(-1, 1))
         what = "two zorbs" if pair else "a zorb"
         yield page.resize((SIDE, SIDE), Image.Resampling.LANCZOS), f"{what} on {article(colour)} background"
 
 
-def write(folder: Path, samples: Iterable[Captioned]) -> None:
-    """Pictures and their captions as a folder with metadata.jsonl."""
+def write_dataset(folder: Path, samples: Iterable[Captioned]) -> None:
+    """Write images and their captions to a folder with metadata.jsonl."""
     with atomic_write(folder) as draft:
         draft.mkdir()
         lines = []
-        for k, (picture, caption) in enumerate(samples):
-            picture.save(draft / f"{k:02d}.png")
+        for k, (image, caption) in enumerate(samples):
+            image.save(draft / f"{k:02d}.png")
             lines.append(json.dumps({"file_name": f"{k:02d}.png", "text": caption}))
         (draft / "metadata.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
     print(folder)
@@ -136,11 +136,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("data"))
     out = parser.parse_args().out
     known, others = ([" ".join(name.split()) for name in names.split(",")] for names in (THINGS, OTHERS))
-    write(out / "object", objects(32, 0))
-    write(out / "object-held-out", objects(32, 1))
-    write(out / "plain", things := plain(known, [7]))
-    write(out / "style", style(things))
-    write(out / "style-held-out", style(plain(others, range(8, 12))))
+    write_dataset(out / "object", draw_zorbs(32, 0))
+    write_dataset(out / "object-held-out", draw_zorbs(32, 1))
+    write_dataset(out / "plain", images := generate_plain(known, [7]))
+    write_dataset(out / "style", to_blueprints(images))
+    write_dataset(out / "style-held-out", to_blueprints(generate_plain(others, range(8, 12))))
 
 
 if __name__ == "__main__":

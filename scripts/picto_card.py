@@ -1,4 +1,4 @@
-"""Copy a trained picto to weights/picto and draw the curves of its three trainings into it.
+"""Copy a trained picto to weights/picto and plot the curves of its three trainings there.
 
     python scripts/picto_card.py [--runs runs/picto] [--out weights/picto]
 

@@ -1,8 +1,8 @@
-"""Draw the README's grids: forty easy prompts, two seeds each, and 24 with colours, grounds, styles and pairs.
+"""Generate the README's grids: forty simple prompts, two seeds each, and 24 with colours, styles, counts and pairs.
 
     python scripts/picto_grids.py [--model weights/picto] [--out weights/picto]
 
-Nothing is picked: the seeds are 0 and 1, and 0.
+Nothing is cherry-picked: the seeds are 0 and 1, and 0.
 """
 
 from __future__ import annotations

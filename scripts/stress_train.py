@@ -20,8 +20,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=20)
     kills = parser.parse_args().kills
-    words = [sys.executable, "-m", "pytest", "-q", "-W", "ignore", "-k", "killed_anywhere", str(TEST)]
-    sys.exit(subprocess.call(words, env={**os.environ, "LDM_STRESS_KILLS": str(kills)}, cwd=TEST.parents[2]))
+    command = [sys.executable, "-m", "pytest", "-q", "-W", "ignore", "-k", "killed_anywhere", str(TEST)]
+    sys.exit(subprocess.call(command, env={**os.environ, "LDM_STRESS_KILLS": str(kills)}, cwd=TEST.parents[2]))
 
 
 if __name__ == "__main__":
