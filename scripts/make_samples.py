@@ -3,8 +3,8 @@
     python scripts/make_samples.py [--out data]
 
 `style` has 32 of picto's images turned into blueprints, `object` 32 images of a zorb, an invented creature.
-`style-held-out` and `object-held-out` have 32 others each, for evaluation. `plain` has the unchanged images, to train on
-beside the new ones against forgetting. The output is deterministic.
+`style-held-out` and `object-held-out` have 32 others each, for evaluation. `plain` has the unchanged images, to train
+on beside the new ones against forgetting. The output is deterministic.
 """
 
 from __future__ import annotations
