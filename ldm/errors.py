@@ -21,7 +21,7 @@ def choose(table: Mapping[Key, Value], name: Key, what: str) -> Value:
 
 
 def suggest(name: str, names: Iterable[str], cutoff: float = 0.6) -> str:
-    """ "; did you mean 'x'?" with the nearest of `names`, whatever its case; "" where none is near (difflib's ratio)."""
+    """ "; did you mean 'x'?" with the nearest of `names`, ignoring case; "" if none is near (difflib's ratio)."""
     by_lower_case = {known.lower(): known for known in names}
     nearest = get_close_matches(name.strip().lower(), by_lower_case, 1, cutoff)
     return f"; did you mean {by_lower_case[nearest[0]]!r}?" if nearest else ""

@@ -24,7 +24,7 @@ def derive_seed(*parts: int | str) -> int:
 
 
 def derive_uniform(*parts: int | str) -> float:
-    """A number in [0, 1), a function of the parts alone: `derive_seed` over 2^63, rounded down to a float64's 53 bits."""
+    """A number in [0, 1), a function of the parts alone: `derive_seed` / 2^63, rounded down to 53 bits."""
     return (derive_seed(*parts) >> 10) / 2**53
 
 

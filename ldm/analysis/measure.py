@@ -129,7 +129,7 @@ def invert_image(
     guidance: float,
     **options: float,
 ) -> InversionResult:
-    """An image's latent z to its noise and back by an `INVERSION_SCHEMES` row; errors are of z, and in levels of 255."""
+    """An image's latent z to its noise and back by a row of `INVERSION_SCHEMES`; errors of z, and in levels of 255."""
     chosen, grid = choose(INVERSION_SCHEMES, scheme, "scheme"), log_snr(pipe.model.sde, steps)
     denoise = CountNFE(prompt_denoiser(pipe, prompt, z, guidance))
     trip = measure_round_trip(chosen, denoise, z, grid, **options)

@@ -118,7 +118,7 @@ def integrate_adaptive(
 
 
 def integrate_rk4(drift: Drift, x: Tensor, sde: VPSDE, levels: Sequence[NoiseLevel]) -> Tensor:
-    """x [B, ...] carried along noise levels by dx/dphi = drift, a classic Runge-Kutta step of order 4 between each two."""
+    """x [B, ...] carried along noise levels by dx/dphi = drift, with a classic Runge-Kutta step between each two."""
     angles = [level.angle for level in levels]
     middles = sde.levels_at_angles([(a + b) / 2 for a, b in pairwise(angles)])
     for (level, next_level), (a, b), middle in zip(pairwise(levels), pairwise(angles), middles, strict=True):
