@@ -13,6 +13,7 @@ from PIL import Image
 
 from ldm.config import Recipe
 from ldm.data.image_dataset import ImageDataset
+from ldm.files import atomic_write
 from ldm.image_io import contact_sheet
 
 PLOT_WIDTH, PLOT_HEIGHT, PLOT_MARGIN = 420, 220, 44
@@ -25,10 +26,12 @@ def write_model_card(
     recipe: Recipe,
     dataset: ImageDataset,
     samples: Mapping[str, Sequence[Image.Image]],
-    prompts: Sequence[str],
     folder: Path,
 ) -> None:
-    """Write MODEL_CARD.md about the recipe and the data, with curves.svg and a contact sheet of each of `samples`."""
+    """Write MODEL_CARD.md about the recipe and the data, with curves.svg and a contact sheet of each of `samples`.
+
+    `samples` are images of the recipe's validation prompts, by the name of their sheet.
+    """
     options = recipe.model_dump(mode="json", exclude_defaults=True)
     parts = [f"# {recipe.output_dir.name}", f"## Recipe\n\n```yaml\n{yaml.safe_dump(options, sort_keys=False)}```"]
     parts.append(f"## Images\n\n{summarize_dataset(dataset)}")
@@ -38,9 +41,10 @@ def write_model_card(
         (folder / "curves.svg").write_text(render_figure({"loss (log scale)": curves}), encoding="utf-8")
         parts.append("## Curves\n\n![curves](curves.svg)")
     for name, images in samples.items():
-        contact_sheet(images, prompts, 8).save(folder / f"{name}.png")
+        contact_sheet(images, recipe.validation_prompts, 8).save(folder / f"{name}.png")
         parts.append(f"## {name.capitalize()}\n\n![{name}]({name}.png)")
-    (folder / "MODEL_CARD.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+    with atomic_write(folder / "MODEL_CARD.md") as draft:
+        draft.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
 
 
 def summarize_dataset(dataset: ImageDataset) -> str:

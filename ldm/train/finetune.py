@@ -9,6 +9,7 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from ldm.checkpoints.formats import Checkpoint, load_checkpoint
@@ -109,16 +110,26 @@ class FinetuneTask(DiffusionTask):
             return self.method.load_pipeline(self.objective, Path(folder), Pipeline(self.base_model))
 
     def export(self, folder: Path) -> None:
-        """Write what was trained, as the method does, and a model card."""
+        """Write what was trained, as the method does, and a model card without samples."""
         self.method.export(self.full_model, self.objective, folder)
-        images = self.dataset.images
-        prompts = self.recipe.validation_prompts or tuple(dict.fromkeys(s.caption for s in images.samples))[:4]
-        pipes = {
-            "before": load_base_pipeline(self.objective),
-            "after": self.method.load_pipeline(self.objective, folder, None),
-        }
-        samples = {name: pipe.generate(validation_requests(self.recipe, prompts)) for name, pipe in pipes.items()}
-        write_model_card(self.recipe, images, samples, prompts, folder)
+        write_model_card(self.recipe, self.dataset.images, {}, folder)
+
+    def export_samples(self, folder: Path) -> None:
+        """Add samples of the validation prompts, before and after the training, to the card; without prompts none.
+
+        The training's own networks are freed first, and one pipeline is in memory at a time.
+        """
+        if not self.recipe.validation_prompts:
+            return
+        free_networks(self.full_model, self.base_model)
+        before = self._sample(load_base_pipeline(self.objective))
+        after = self._sample(self.method.load_pipeline(self.objective, folder, None))
+        write_model_card(self.recipe, self.dataset.images, {"before": before, "after": after}, folder)
+
+    def _sample(self, pipe: Pipeline) -> list[Image.Image]:
+        images = pipe.generate(validation_requests(self.recipe, self.recipe.validation_prompts))
+        free_networks(pipe.model)
+        return images
 
 
 def prepare_dataset(
@@ -169,6 +180,12 @@ def load_base_model(objective: FinetuneObjective, device: torch.device) -> Check
         raise ValueError(f"{path}: an inpainting model cannot be fine-tuned")
     model.unet.attention = objective.attention
     return model
+
+
+def free_networks(*models: Checkpoint) -> None:
+    """Give back the memory of models' weights, whoever still refers to their networks."""
+    for network in (network for model in models for network in model.networks.values()):
+        nn.Module.to(network, device="meta")
 
 
 def make_placeholder_tokens(model: Checkpoint, objective: FinetuneObjective) -> PlaceholderTokens:

@@ -47,6 +47,10 @@ class TrainingTask(Protocol):
         """Write the weights that the model has now to a new folder, as `weights/` holds them."""
         ...
 
+    def export_samples(self, folder: Path) -> None:
+        """Add samples to the folder of published weights; the weights in memory may be freed: nothing comes after."""
+        return None
+
 
 def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """The parameters that require a gradient, by name."""

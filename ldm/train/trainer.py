@@ -53,19 +53,28 @@ def train_model(recipe: Recipe, task: TrainingTask) -> Path:
     recipe = resolve_recipe(recipe, get_partial_state().device)
     accelerator = setup_accelerator(recipe)
     try:
-        trainer = Trainer(recipe, task, accelerator)
-        resume_from_checkpoint(trainer.state, recipe)
-        trainer.prepare()
+        export = train_and_publish(recipe, task, accelerator)
+        accelerator.free_memory()  # it holds the optimizer and the model
         if accelerator.is_main_process:
-            prepare_output_dir(recipe)
-        training_loop(recipe, trainer)
-        export = recipe.output_dir / "export"
-        if accelerator.is_main_process:
-            with atomic_write(export) as draft, trainer.state.ema_models["ema"].applied_to(task.model):
-                task.export(draft)
+            task.export_samples(export)
         return export
     finally:
         accelerator.end_training()
+
+
+def train_and_publish(recipe: Recipe, task: TrainingTask, accelerator: Accelerator) -> Path:
+    """The training and the export of its averaged weights; the optimizer and the averages are freed at its end."""
+    trainer = Trainer(recipe, task, accelerator)
+    resume_from_checkpoint(trainer.state, recipe)
+    trainer.prepare()
+    if accelerator.is_main_process:
+        prepare_output_dir(recipe)
+    training_loop(recipe, trainer)
+    export = recipe.output_dir / "export"
+    if accelerator.is_main_process:
+        with atomic_write(export) as draft, trainer.state.ema_models["ema"].applied_to(task.model):
+            task.export(draft)
+    return export
 
 
 def setup_accelerator(recipe: Recipe) -> Accelerator:

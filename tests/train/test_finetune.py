@@ -3,6 +3,7 @@
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
+from PIL import Image
 from safetensors.torch import load_file
 from trainings import FULL, LORA, WORD, assert_goes_on, go
 
@@ -13,6 +14,7 @@ from ldm.config import load_recipe
 from ldm.pipeline.pipeline import Pipeline
 from ldm.train.ema import EMAModel
 from ldm.train.task import trainable_parameters
+from ldm.train.trainer import train_model
 
 
 @pytest.mark.parametrize("method", [FULL, LORA, WORD], ids=lambda method: method["method"])
@@ -95,3 +97,39 @@ def test_the_prior_counts_by_its_weight_however_many_pictures_it_has(tuning):
 def test_what_cannot_be_tuned_is_refused_in_words(objective, said, tuning):
     with pytest.raises(ValueError, match=said):
         create_task(load_recipe(tuning(**objective)))
+
+
+@pytest.mark.parametrize("method", [FULL, LORA, WORD], ids=lambda method: method["method"])
+def test_weights_are_published_before_any_sample_of_them_is_generated(method, tuning, tmp_path, monkeypatch):
+    """A process that is killed for its memory while it samples has published; no two models are in memory at a time."""
+    alive, load = [], Pipeline.from_pretrained.__func__
+    nbytes = lambda task: sum(p.nbytes for p in task.model.parameters() if not p.is_meta)
+    task = create_task(load_recipe(tuning(**method)))
+
+    def from_pretrained(cls, *words, **options):
+        alive.append([nbytes(task), *(p.model.unet.conv_in.weight.is_meta for p in pipes)])
+        pipes.append(load(cls, *words, **options))
+        return pipes[-1]
+
+    def generate(pipe, requests):
+        if len(pipes) == 2:
+            raise MemoryError
+        return [Image.new("RGB", (32, 32)) for _ in requests]
+
+    pipes = []
+    monkeypatch.setattr(Pipeline, "from_pretrained", classmethod(from_pretrained))
+    monkeypatch.setattr(task, "generate_samples", lambda: None)
+    monkeypatch.setattr(Pipeline, "generate", generate)
+    with pytest.raises(MemoryError):
+        train_model(task.recipe, task)
+    export = tmp_path / "run" / "export"
+    assert [*export.rglob("*.safetensors")] and "before" not in (export / "MODEL_CARD.md").read_text()
+    assert alive == [[0], [0, True]]
+
+
+def test_without_validation_prompts_no_model_is_loaded_for_samples(tuning, monkeypatch):
+    export = go(tuning(**LORA, changes={"validation_prompts": []}))
+    assert not [*export.glob("*.png")] and "## Images" in (export / "MODEL_CARD.md").read_text()
+    shown = go(tuning(**LORA))
+    assert {path.name for path in shown.glob("*.png")} == {"before.png", "after.png"}
+    assert "![after](after.png)" in (shown / "MODEL_CARD.md").read_text()

@@ -54,9 +54,7 @@ def model(request, tiny, tmp_path_factory):
 
 def read_by_diffusers(kind, folder):
     pipe = kind.from_pretrained(folder, local_files_only=True, **({} if "XL" in kind.__name__ else UNCHECKED))
-    pipe.scheduler = DDIMScheduler.from_config(
-        pipe.scheduler.config, timestep_spacing="leading", set_alpha_to_one=True
-    )
+    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, timestep_spacing="leading", set_alpha_to_one=True)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
