@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageChops, ImageCms, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageCms, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 
 from ldm.errors import error_text
@@ -20,7 +20,9 @@ ALPHA_BACKGROUND = (255, 255, 255)
 MAX_IMAGE_PIXELS = 2 * 89_478_485  # Pillow's own bound against decompression bombs
 TRANSPOSED_ORIENTATIONS = {5, 6, 7, 8}  # EXIF orientations that exchange width and height
 EXIF_ORIENTATION = 0x0112
+TIFF_WIDTH, TIFF_LENGTH = 256, 257
 HEIC_BRANDS = {b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"mif1", b"msf1"}
+NEARLY_WHITE = 245  # of 255
 SRGB_PROFILE = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB"))
 ICC_MODES = {"GRAY": "L", "RGB ": "RGB", "CMYK": "CMYK"}  # ICC colour spaces and the modes that hold them
 
@@ -38,11 +40,19 @@ def read_image_size(data: bytes) -> tuple[int, int]:
     try:
         with Image.open(io.BytesIO(data)) as image:
             _check_pixel_count(image)
-            width, height = image.size
+            width, height = _stored_size(image)
             transposed = image.getexif().get(EXIF_ORIENTATION) in TRANSPOSED_ORIENTATIONS
     except Exception as error:
         raise ValueError(_decode_error(data, error)) from None
     return (height, width) if transposed else (width, height)
+
+
+def _stored_size(image: Image.Image) -> tuple[int, int]:
+    """Width and height as the file stores them, before EXIF's orientation: Pillow swaps those of a TIFF by itself."""
+    if image.format == "TIFF":
+        tags = image.tag_v2  # type: ignore[attr-defined]
+        return int(tags[TIFF_WIDTH]), int(tags[TIFF_LENGTH])
+    return image.size
 
 
 def decode_image(data: bytes) -> DecodedImage:
@@ -173,16 +183,45 @@ def read_mask(path: Path) -> Image.Image:
 
 
 def inpaint_mask(mask: DecodedImage) -> Image.Image:
-    """A mask as grey (L), white where to regenerate: the image's brightness or, with transparency, its holes.
+    """A mask as grey (L), white where to regenerate: the image's brightness or, where it has real holes, these.
 
-    ComfyUI takes the holes too, which is what erasing a region leaves. White strokes on a transparent background are
-    regenerated themselves. (AUTOMATIC1111's web UI regenerates what is opaque, whatever its colour.)
+    ComfyUI takes the holes too, which is what erasing a region leaves. What is white wherever it is visible (strokes on
+    a transparent background) is regenerated itself. A black-and-white mask whose frame alone is transparent, as turning
+    it in an editor leaves it, and one that is nowhere less than half opaque keep the meaning of their brightness, with
+    what is transparent as black. (AUTOMATIC1111's web UI regenerates what is opaque, whatever its colour.)
     """
-    grey = mask.rgb.convert("L")
-    if mask.alpha is None or mask.alpha.getextrema()[0] == 255:
-        return grey
-    all_white = grey.getextrema()[0] == 255  # composited on white
-    return mask.alpha if all_white else ImageChops.invert(mask.alpha)
+    if mask.alpha is None:
+        return mask.rgb.convert("L")
+    alpha = np.asarray(mask.alpha)
+    if 0 < alpha.max() < 128:  # a faint layer
+        alpha = (alpha * (255 / alpha.max())).astype(np.uint8)
+    visible, brightness = alpha >= 128, _brightness_without_background(mask)
+    if visible.any() and brightness[visible].min() >= NEARLY_WHITE:
+        return Image.fromarray(alpha)
+    if visible.all() or _is_turned_mask(np.asarray(mask.rgb), brightness, visible):
+        return Image.fromarray(np.rint(brightness * (alpha / np.float32(255))).astype(np.uint8))
+    return Image.fromarray(255 - alpha)
+
+
+def _brightness_without_background(image: DecodedImage) -> np.ndarray:
+    """The brightness (uint8) before the image was composited on white: (c - 255 (1 - a)) / a, exact to 1 / a."""
+    assert image.alpha is not None
+    opacity = np.maximum(np.asarray(image.alpha), 1) / np.float32(255)
+    composited = np.asarray(image.rgb.convert("L")).astype(np.float32)
+    return np.rint(np.clip(255 - (255 - composited) / opacity, 0, 255)).astype(np.uint8)
+
+
+def _is_turned_mask(rgb: np.ndarray, brightness: np.ndarray, visible: np.ndarray) -> bool:
+    """Is what is visible a black-and-white mask, in one piece in each row and column?"""
+    for rows in (visible, visible.T):
+        pieces = rows[:, 0] + (rows[:, 1:] & ~rows[:, :-1]).sum(1)
+        if pieces.max() > 1:
+            return False
+    shown, colours = brightness[visible], rgb[visible]
+    if not shown.size or (colours.max(-1) - colours.min(-1)).max() > 8:
+        return False
+    black, white = (shown <= 255 - NEARLY_WHITE).mean(), (shown >= NEARLY_WHITE).mean()
+    return bool(min(black, white) > 0 and black + white >= 0.5)
 
 
 def _decode_file(path: Path) -> DecodedImage:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from image_files import encoded, noise
-from PIL import Image, ImageCms
+from PIL import Image, ImageCms, ImageFilter
 
 from ldm.image_io import (
     contact_sheet,
@@ -73,6 +73,53 @@ def test_a_mask_is_read_whatever_its_mode(tmp_path, name):
     assert np.array_equal(np.asarray(read_mask(tmp_path / "mask.png")), wanted)
     with Image.open(tmp_path / "mask.png") as opened:
         assert np.array_equal(np.asarray(Request("", mask=opened).mask), wanted)
+
+
+def stray(alpha):
+    """Opaque but for one corner."""
+    levels = np.full_like(HALF, 255)
+    levels[-1, -1] = alpha
+    return levels
+
+
+def turned(photo):
+    """A 64 x 64 image with a white square in it, turned by 30 degrees on a transparent canvas."""
+    image = Image.fromarray(photo).convert("RGBA")
+    return image.rotate(30, Image.Resampling.BICUBIC, expand=True)
+
+
+SQUARE = np.zeros((64, 64), np.uint8)
+SQUARE[20:40, 10:30] = 255
+FEATHERED = np.asarray(Image.fromarray(SQUARE).filter(ImageFilter.GaussianBlur(3)))
+INSIDE_SQUARE = np.asarray(Image.fromarray(SQUARE).rotate(30, Image.Resampling.BICUBIC, expand=True)) >= 128
+DIM_HALF = np.where(HALF > 0, 40, 255).astype(np.uint8)
+
+
+@pytest.mark.parametrize(
+    "mask, wanted",
+    [
+        (cut(HALF[..., None], stray(254)), HALF > 0),
+        (cut(HALF[..., None], stray(130)), HALF > 0),
+        (cut(HALF[..., None], stray(0)), HALF > 0),
+        (cut(HALF[..., None], np.where(HALF > 0, 200, 255).astype(np.uint8)), HALF > 0),
+        (cut(HALF[..., None], np.where(HALF > 0, 255, 200).astype(np.uint8)), HALF > 0),
+        (cut(HALF[..., None], np.full_like(HALF, 150)), HALF > 0),
+        (cut(HALF[..., None], np.full_like(HALF, 60)), HALF > 0),
+        (cut(np.full(3, 255), np.where(HALF > 0, 90, 0).astype(np.uint8)), HALF > 0),
+        (cut(np.zeros(3), HALF), HALF == 0),
+        (cut(COLOURS, DIM_HALF), HALF > 0),
+        (cut(COLOURS, np.zeros_like(HALF)), np.full(HALF.shape, True)),
+        (turned(SQUARE), INSIDE_SQUARE),
+        (turned(FEATHERED), INSIDE_SQUARE),
+    ],
+    ids=[
+        *("stray 254", "stray 130", "stray hole", "white at 200", "black at 200", "a layer at 150", "a layer at 60"),
+        *("faint strokes", "black strokes", "dim holes", "nothing visible", "turned", "turned, feathered"),
+    ],
+)
+def test_alpha_decides_only_where_a_mask_has_real_holes(mask, wanted):
+    regenerated = np.asarray(Request("", mask=mask).mask) >= 128
+    assert (regenerated != wanted).mean() < 0.01
 
 
 def test_a_soft_mask_keeps_its_levels(tmp_path):
@@ -148,6 +195,9 @@ def test_what_keeps_pixels_keeps_them(form):
     assert np.array_equal(pixels(encoded(PIXELS, form)), PIXELS)
 
 
+TIFF_COMPRESSIONS = [None, "packbits", "tiff_lzw", "tiff_adobe_deflate"]
+
+
 @pytest.mark.parametrize("turn", range(1, 9))
 def test_a_picture_is_shown_upright(turn):
     """Undone by numpy, from the table of EXIF 2.3, section 4.6.4: which edges of the file are top and left."""
@@ -163,8 +213,11 @@ def test_a_picture_is_shown_upright(turn):
     }[turn]
     exif = Image.Exif()
     exif[0x0112] = turn
-    data = encoded(np.ascontiguousarray(file), "PNG", exif=exif)
-    assert np.array_equal(pixels(data), PIXELS) and read_image_size(data) == (9, 6)
+    for form, options in [("PNG", {})] + [("TIFF", {"compression": name}) for name in TIFF_COMPRESSIONS]:
+        data = encoded(np.ascontiguousarray(file), form, exif=exif, **options)
+        assert np.array_equal(pixels(data), PIXELS) and read_image_size(data) == (9, 6), (form, options)
+    jpeg = encoded(np.ascontiguousarray(file), "TIFF", exif=exif, compression="jpeg")
+    assert decode_image(jpeg).rgb.size == read_image_size(jpeg) == (9, 6)
 
 
 @pytest.mark.parametrize("form", ["PNG", "TIFF", "PPM"])
