@@ -5,13 +5,13 @@ from __future__ import annotations
 import io
 import json
 import os
-import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, TiffTags, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
+from PIL.TiffImagePlugin import ImageFileDirectory_v2
 
 from ldm.files import atomic_write
 
@@ -36,8 +36,7 @@ A1111_SPACINGS = {
     "trailing": "SGM Uniform",
     "leading": "DDIM",
 }
-# name: value, as the web UI reads it
-INFOTEXT_PATTERN = re.compile(r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)')
+MIN_INFOTEXT_PAIRS = 3  # a last line of fewer belongs to the prompts
 NEGATIVE_PREFIX = "Negative prompt:"
 
 
@@ -115,14 +114,55 @@ def parse_generation_parameters(text: str) -> dict[str, str]:
     with a line that begins with "Negative prompt:".
     """
     *lines, last = text.strip().split("\n")
-    pairs = INFOTEXT_PATTERN.findall(last)
-    if len(pairs) < 3:
+    pairs = list(split_pairs(last))
+    if len(pairs) < MIN_INFOTEXT_PAIRS:
         lines, pairs = [*lines, last], []
     lines = [line.strip() for line in lines]
     start = next((k for k, line in enumerate(lines) if line.startswith(NEGATIVE_PREFIX)), len(lines))
     negative = [line.removeprefix(NEGATIVE_PREFIX).strip() for line in lines[start:]]
     prompts = {"Prompt": "\n".join(lines[:start]), NEGATIVE_PREFIX[:-1]: "\n".join(negative)}
     return {**prompts, **{name: unquote(value) for name, value in pairs}}
+
+
+def split_pairs(line: str) -> Iterator[tuple[str, str]]:
+    """The `name: value` pairs of a line: it is split at commas outside of JSON strings, which stand for whole values.
+
+    A name has two characters or more: letters, digits, blanks and _ - /. Parts without a name are passed over.
+    """
+    start = 0
+    while start < len(line):
+        end = find_or_end(line, ",", start)
+        name, colon, _ = line[start:end].partition(":")
+        value = start + len(name) + 1
+        value += len(line[value:]) - len(line[value:].lstrip())
+        if colon and line.startswith('"', value):
+            end = json_string_end(line, value) or end
+        if colon and is_infotext_name(name.strip()):
+            yield name.strip(), line[value:end].strip()
+        start = end + 1
+
+
+def is_infotext_name(name: str) -> bool:
+    first, rest = name[:1], name[1:]
+    return bool(rest) and is_word(first) and all(is_word(c) or c in " -/" for c in rest)
+
+
+def is_word(character: str) -> bool:
+    return character.isalnum() or character == "_"
+
+
+def json_string_end(line: str, start: int) -> int | None:
+    """The index of the comma, or of the line's end, after the JSON string that begins at `start`; None if none does."""
+    try:
+        _, end = json.JSONDecoder().raw_decode(line, start)
+    except ValueError:
+        return None
+    comma = find_or_end(line, ",", end)
+    return None if line[end:comma].strip() else comma
+
+
+def find_or_end(text: str, part: str, start: int) -> int:
+    return len(text) if (k := text.find(part, start)) < 0 else k
 
 
 def quote(value: str) -> str:
@@ -150,8 +190,9 @@ def save_png(
         image.save(draft, "PNG", pnginfo=info)
 
 
-# EXIF 2.32: the tags of the Exif IFD, of UserComment and of ImageDescription.
-EXIF_IFD, EXIF_USER_COMMENT, EXIF_IMAGE_DESCRIPTION = 0x8769, 0x9286, 0x010E
+# EXIF 2.32: the tags of the Exif IFD, of ExifVersion and UserComment in it, and of ImageDescription.
+EXIF_IFD, EXIF_VERSION, EXIF_USER_COMMENT, EXIF_IMAGE_DESCRIPTION = 0x8769, 0x9000, 0x9286, 0x010E
+TIFF_HEADER = b"MM\0*\0\0\0\x08"  # big-endian, the first directory follows
 USER_COMMENT_UNICODE = b"UNICODE\0"  # a UserComment in UTF-16, big-endian, as the web UI writes it
 
 
@@ -180,13 +221,20 @@ def save_image(image: Image.Image, path: Path, texts: Mapping[str, str], image_f
         image.save(draft, image_format, exif=build_exif(texts), **IMAGE_FORMATS[image_format].options)
 
 
-def build_exif(texts: Mapping[str, str]) -> Image.Exif:
-    """`parameters` as the UserComment that the web UI writes; `ldm`, which is ASCII, as the image's description."""
-    exif = Image.Exif()
-    exif[EXIF_IMAGE_DESCRIPTION] = texts["ldm"]
-    comment = texts["parameters"].encode("utf-16-be", "surrogatepass")
-    exif.get_ifd(EXIF_IFD)[EXIF_USER_COMMENT] = USER_COMMENT_UNICODE + comment
-    return exif
+def build_exif(texts: Mapping[str, str]) -> bytes:
+    """`parameters` as the UserComment that the web UI writes; `ldm`, which is ASCII, as the image's description.
+
+    A UserComment is of type UNDEFINED (EXIF 2.32, section 4.6.5), which Pillow's `Image.Exif` cannot express.
+    """
+    comment = USER_COMMENT_UNICODE + texts["parameters"].encode("utf-16-be", "surrogatepass")
+    main, sub = ImageFileDirectory_v2(prefix=b"MM"), ImageFileDirectory_v2(prefix=b"MM")
+    sub.tagtype |= {EXIF_VERSION: TiffTags.UNDEFINED, EXIF_USER_COMMENT: TiffTags.UNDEFINED}
+    sub[EXIF_VERSION], sub[EXIF_USER_COMMENT] = b"0232", comment
+    main.tagtype |= {EXIF_IMAGE_DESCRIPTION: TiffTags.ASCII, EXIF_IFD: TiffTags.LONG}
+    main[EXIF_IMAGE_DESCRIPTION], main[EXIF_IFD] = texts["ldm"], 0
+    start = len(TIFF_HEADER) + len(main.tobytes(len(TIFF_HEADER)))
+    main[EXIF_IFD] = start
+    return b"Exif\0\0" + TIFF_HEADER + main.tobytes(len(TIFF_HEADER)) + sub.tobytes(start)
 
 
 def read_image_and_metadata(path: Path) -> tuple[Image.Image, dict[str, str]]:

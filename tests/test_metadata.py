@@ -1,12 +1,22 @@
 """Generation parameters in image files are what other tools read, and are read back."""
 
-import re
+import io
+import struct
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from ldm.metadata import create_infotext, parse_generation_parameters, quote, read_image_and_metadata, save_png, unquote
+from ldm.metadata import (
+    create_infotext,
+    parse_generation_parameters,
+    quote,
+    read_image_and_metadata,
+    save_image,
+    save_png,
+    split_pairs,
+    unquote,
+)
 from ldm.pipeline.request import Request
 
 RECORD = Request("a red apple", "", 7, 32, 64, 20, 3.0, "dpmpp_2m", "karras").to_record()
@@ -21,13 +31,13 @@ NASTY = [
 ]
 
 
-def test_the_web_ui_s_own_pattern_reads_our_parameters():
+def test_the_parameters_are_the_web_ui_s():
     text = create_infotext({**RECORD, "negative_prompt": "a dog"}, "my, model", "0123456789abcdef", "1.0")
     prompt, negative, last = text.split("\n")
-    pairs = dict(re.findall(r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)', last))
+    pairs = dict(pair.split(": ", 1) for pair in last.replace("my, model", "my; model").split(", "))
     assert (prompt, negative) == ("a red apple", "Negative prompt: a dog")
     assert pairs["Sampler"] == "DPM++ 2M" and pairs["Schedule type"] == "Karras" and pairs["CFG scale"] == "3"
-    assert pairs["Size"] == "64x32" and pairs["Model"] == '"my, model"' and pairs["Model hash"] == "0123456789"
+    assert pairs["Size"] == "64x32" and pairs["Model"] == '"my; model"' and pairs["Model hash"] == "0123456789"
     assert "Negative" not in create_infotext(RECORD, "m", "h", "1")
 
 
@@ -92,3 +102,69 @@ def test_a_png_keeps_pixels_and_texts_and_its_bytes_are_a_function_of_them(tmp_p
     assert Image.open(tmp_path / "a.png").tobytes() == picture.tobytes()
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.png", "b.png"]
+
+
+@pytest.mark.parametrize(
+    "line, wanted",
+    [
+        ("Steps: 20, Size: 64x32", [("Steps", "20"), ("Size", "64x32")]),
+        ('Model: "a, b: c", Seed: 1', [("Model", '"a, b: c"'), ("Seed", "1")]),
+        ('Model: "a \\" , b"  , Seed: 1', [("Model", '"a \\" , b"'), ("Seed", "1")]),
+        ('Model: 5" disk, Seed: 1', [("Model", '5" disk'), ("Seed", "1")]),
+        ('Model: "open, Seed: 1', [("Model", '"open'), ("Seed", "1")]),
+        ('Model: "a" b, Seed: 1', [("Model", '"a" b'), ("Seed", "1")]),
+        ("Version: v1: beta,, ,Seed:1,", [("Version", "v1: beta"), ("Seed", "1")]),
+        ("a cat, (dog:1.2), a: b, : c, -x: 1, Hires/up_2-scale: 2", [("Hires/up_2-scale", "2")]),
+        ("\u00c9tapes: 20, RNG:", [("\u00c9tapes", "20"), ("RNG", "")]),
+        ("", []),
+    ],
+)
+def test_a_line_is_split_at_commas_outside_of_quotes(line, wanted):
+    assert list(split_pairs(line)) == wanted
+
+
+def read_as_sd_prompt_reader(path):
+    """Prompt, negative prompt and settings by sd-prompt-reader's rules: a PNG's `parameters`, else piexif's comment."""
+    piexif = pytest.importorskip("piexif")
+    from piexif.helper import UserComment
+
+    with Image.open(path) as image:
+        if image.format == "PNG":
+            raw = image.info["parameters"]
+        else:
+            raw = UserComment.load(piexif.load(image.info["exif"])["Exif"][piexif.ExifIFD.UserComment])
+    prompts, settings = raw.split("\nSteps:")
+    prompt, _, negative = prompts.partition("\nNegative prompt:")
+    values = dict(pair.split(": ", 1) for pair in f"Steps:{settings}".split(", "))
+    return prompt.strip(), negative.strip(), values
+
+
+@pytest.mark.parametrize("image_format", ["png", "jpeg", "webp"])
+@pytest.mark.parametrize(
+    "prompt, ldm", [("a red apple", "{}"), ("\u00e9 \u96ea \U0001f388, 2 lines\nof it", "{'a': 1}" * 99), ("", "")]
+)
+def test_other_readers_find_the_parameters_of_every_format(tmp_path, image_format, prompt, ldm):
+    infotext = create_infotext({**RECORD, "prompt": prompt, "negative_prompt": "a dog"}, "m", "f" * 64, "1.0")
+    texts, path = {"parameters": infotext, "ldm": ldm}, tmp_path / "image"
+    save_image(Image.new("RGB", (8, 8), "red"), path, texts, image_format)
+    found_prompt, negative, values = read_as_sd_prompt_reader(path)
+    assert (found_prompt, negative) == (prompt, "a dog")
+    assert values["Steps"] == "20" and values["Sampler"] == "DPM++ 2M" and values["Size"] == "64x32"
+    assert read_image_and_metadata(path)[1] == texts
+
+
+@pytest.mark.parametrize("image_format", ["jpeg", "webp"])
+def test_a_user_comment_is_of_type_undefined(tmp_path, image_format):
+    save_image(Image.new("RGB", (8, 8)), tmp_path / "x", {"parameters": "a", "ldm": "{}"}, image_format)
+    entry = struct.pack(">HHI", 0x9286, 7, len(b"UNICODE\0") + 2)
+    assert (tmp_path / "x").read_bytes().count(entry) == 1
+
+
+def test_comments_of_type_byte_are_read_too(tmp_path):
+    """Written by older versions of ours."""
+    exif = Image.Exif()
+    exif.get_ifd(0x8769)[0x9286] = b"UNICODE\0" + "a cat".encode("utf-16-be")
+    file = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(file, "JPEG", exif=exif)
+    (tmp_path / "x.jpg").write_bytes(file.getvalue())
+    assert read_image_and_metadata(tmp_path / "x.jpg")[1]["parameters"] == "a cat"
