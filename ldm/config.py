@@ -171,6 +171,7 @@ class Recipe(FrozenConfig):
     dataloader_num_workers: int = Field(1, ge=0)
     checkpointing_steps: int = Field(500, gt=0)
     checkpoints_total_limit: int = Field(2, gt=0)
+    resume_changed_data: bool = False  # go on from a checkpoint of other images or captions
     logging_steps: int = Field(20, gt=0)
     report_to: tuple[str, ...] = ("tensorboard",)  # accelerate's trackers, beside log.jsonl
     validation_steps: int = Field(500, gt=0)

@@ -141,6 +141,13 @@ class ImageDataset:
             **images,
         }
 
+    def sample_digests(self) -> dict[str, str]:
+        """A digest of each sample's image, size, caption and repeats, by its key; paths of folders are no part."""
+        return {
+            sample.key: blake2b_hexdigest(info.digest, json.dumps([info.size, sample.caption, sample.repeats]))[:16]
+            for sample, info in zip(self.samples, self.image_infos, strict=True)
+        }
+
     def choose_augmentation(self, index: SampleKey[int]) -> Augmentation:
         """Flip and crop of one use of a sample."""
         seed = self.seed, self.samples[index.sample_id].key, index.times_seen

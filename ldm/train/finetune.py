@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -101,6 +101,9 @@ class FinetuneTask(DiffusionTask):
         model = TrainableModel(full_model)
         encode_text = cache or (lambda captions: captions)  # text encoders that are trained encode in `forward`
         super().__init__(recipe, objective, model, full_model, dataset, encode_text, placeholder_tokens)
+
+    def sample_digests(self) -> Mapping[str, str]:
+        return self.dataset.images.sample_digests()
 
     def make_pipeline(self) -> Pipeline:
         if not self.placeholder_tokens:

@@ -20,21 +20,33 @@ from ldm.hardware import resolve_frozen_dtype, resolve_mixed_precision
 from ldm.train.ema import EMAModel
 from ldm.train.task import copy_tensors, trainable_parameters
 
-IMMUTABLE_RECIPE_KEYS = ("objective", "data", "seed", "train_batch_size", "optimizer")  # fixed for a training
-MUTABLE_RECIPE_KEYS = ("objective.attention",)
+IMMUTABLE_RECIPE_KEYS = ("objective", "data", "seed", "optimizer")  # fixed for a training
+# folders may be renamed: data are compared by their content
+MUTABLE_RECIPE_KEYS = ("objective.attention", "objective.validation_data_dir", "data.train_data_dir")
+MAX_NAMED_SAMPLES = 3  # of each kind of change
 OPTIMIZER_FILE = "optimizer.safetensors"
 CHECKSUMS_FILE = "sha256.json"  # of every other file
 
 
+class ChangedDataError(ValueError):
+    """A checkpoint's images or captions are not those of the recipe."""
+
+
 @dataclass
 class TrainState:
-    """Everything that changes from step to step; `ema_models` are named after their files."""
+    """Everything that changes from step to step; `ema_models` are named after their files.
+
+    The batch of a step is number `step + batch_offset`: a resumed training with another batch size keeps its position
+    in samples. `sample_digests` are the task's.
+    """
 
     model: nn.Module
     ema_models: Mapping[str, EMAModel]
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler | None = None
     step: int = 0
+    batch_offset: int = 0
+    sample_digests: Mapping[str, str] = field(default_factory=dict)
     pending_metrics: list[dict[str, float]] = field(default_factory=list)  # of the steps since the last line of the log
 
     def tensors_by_file(self) -> dict[str, Mapping[str, Tensor]]:
@@ -52,6 +64,9 @@ def save_checkpoint(state: TrainState, recipe: Recipe) -> None:
         optimizer_tensors: dict[str, Tensor] = {}
         record = {
             "step": state.step,
+            "batch_offset": state.batch_offset,
+            "train_batch_size": recipe.train_batch_size,
+            "samples": dict(state.sample_digests),
             "recipe": select_immutable_options(recipe),
             "optimizer": tree_to_json(state.optimizer.state_dict(), optimizer_tensors),
             "scaler": state.scaler and state.scaler.state_dict(),
@@ -69,12 +84,14 @@ def resume_from_checkpoint(state: TrainState, recipe: Recipe) -> None:
     """Load the newest whole checkpoint of this recipe; do nothing where there is no checkpoint.
 
     A checkpoint that is torn, damaged or of another training is skipped with a warning that says what is wrong.
-    ValueError where all are.
+    ValueError where all are, or where its data are others and the recipe does not say `resume_changed_data`.
     """
     skipped = []
     for path in reversed(list_checkpoints(recipe.output_dir)):
         try:
             return _load_checkpoint(state, path, recipe)
+        except ChangedDataError:
+            raise
         except (OSError, SafetensorError, RuntimeError, LookupError, TypeError, ValueError) as error:
             skipped.append(f"{path}: not a checkpoint of this recipe ({' '.join(str(error).split())})")
             warnings.warn(skipped[-1], stacklevel=2)
@@ -123,6 +140,7 @@ def _load_checkpoint(state: TrainState, path: Path, recipe: Recipe) -> None:
     for name, value in record["recipe"].items():
         if name in options and options[name] != value:
             raise ValueError(f"its {name} is {value!r}, the recipe's {options[name]!r}")
+    _check_samples(record.get("samples") or {}, state.sample_digests, path, recipe)
     tensors = {name: load_file(path / f"{name}.safetensors") for name in state.tensors_by_file()}
     optimizer_tensors = load_file(path / OPTIMIZER_FILE)
     for name, target in state.tensors_by_file().items():
@@ -132,6 +150,36 @@ def _load_checkpoint(state: TrainState, path: Path, recipe: Recipe) -> None:
     if state.scaler and record["scaler"]:
         state.scaler.load_state_dict(record["scaler"])
     state.pending_metrics, state.step = record["figures"], record["step"]
+    num_samples = (state.step + record.get("batch_offset", 0)) * _recorded_batch_size(record, recipe)
+    state.batch_offset = num_samples // recipe.train_batch_size - state.step
+
+
+def _recorded_batch_size(record: Mapping[str, Any], recipe: Recipe) -> int:
+    """A checkpoint's batch size; older ones hold it among the options of the recipe."""
+    return record.get("train_batch_size") or record["recipe"].get("train_batch_size") or recipe.train_batch_size
+
+
+def _check_samples(before: Mapping[str, str], now: Mapping[str, str], path: Path, recipe: Recipe) -> None:
+    """ChangedDataError, or a warning where the recipe allows it, if samples were added, removed or changed."""
+    if not before or not (change := describe_change(before, now)):
+        return
+    if not recipe.resume_changed_data:
+        raise ChangedDataError(f"{path}: the data changed: {change}; --set resume_changed_data=true goes on with them")
+    warnings.warn(f"{path}: the data changed: {change}", stacklevel=2)
+
+
+def describe_change(before: Mapping[str, str], now: Mapping[str, str]) -> str:
+    """How many samples were added, removed and changed, with the names of the first; empty where none was."""
+    changes = {
+        "added": sorted(now.keys() - before.keys()),
+        "removed": sorted(before.keys() - now.keys()),
+        "changed": sorted(key for key in before.keys() & now.keys() if before[key] != now[key]),
+    }
+    parts = []
+    for verb, keys in changes.items():
+        more = ", ..." if len(keys) > MAX_NAMED_SAMPLES else ""
+        parts += [f"{len(keys)} {verb} ({', '.join(keys[:MAX_NAMED_SAMPLES])}{more})"] if keys else []
+    return ", ".join(parts)
 
 
 def tree_to_json(tree: Any, tensors: dict[str, Tensor], name: str = "") -> Any:

@@ -31,6 +31,10 @@ class TrainingTask(Protocol):
         """
         ...
 
+    def sample_digests(self) -> Mapping[str, str]:
+        """A digest of each sample's content by its key, by which a resumed training knows whether its data changed."""
+        return {}
+
     def compute_loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Metrics]:
         """The loss of each row [B], whose mean is minimised, and other metrics; `model` may be a parallel wrapper."""
         ...

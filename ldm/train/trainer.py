@@ -104,7 +104,7 @@ def training_loop(recipe: Recipe, trainer: Trainer) -> None:
     accelerator.init_trackers("events", init_kwargs={"tensorboard": {"purge_step": state.step + 1}})
     logger = MetricLogger(recipe.output_dir / "log.jsonl", state.step, recipe, accelerator.log, is_main)
     with logger, InterruptHandler() as interrupt:
-        for micro_batches in iterate_batches(trainer.task, state.step, recipe, trainer.row_ranges):
+        for micro_batches in iterate_batches(trainer.task, state.step, recipe, trainer.row_ranges, state.batch_offset):
             stop = trainer.train_step(micro_batches, interrupt.stop_requested)
             logger.update_progress(state.step)
             if state.step % recipe.logging_steps == 0:
@@ -165,11 +165,14 @@ class _BatchDataset(Dataset):
 
 
 def iterate_batches(
-    task: TrainingTask, start_step: int, recipe: Recipe, row_ranges: Sequence[range]
+    task: TrainingTask, start_step: int, recipe: Recipe, row_ranges: Sequence[range], batch_offset: int = 0
 ) -> Iterator[list[Batch]]:
-    """A process's parts of the batches of steps `start_step` to the last, made ahead by worker processes."""
+    """A process's parts of the batches of steps `start_step` to the last, made ahead by worker processes.
+
+    The batch of a step is number `step + batch_offset`.
+    """
     workers, steps = recipe.dataloader_num_workers, range(start_step, recipe.max_train_steps)
-    parts: Any = ((step, rows) for step in steps for rows in row_ranges)
+    parts: Any = ((step + batch_offset, rows) for step in steps for rows in row_ranges)
     ignore = _ignore_signals if workers else None
     batches = iter(DataLoader(_BatchDataset(task), None, sampler=parts, num_workers=workers, worker_init_fn=ignore))
     for _ in steps:
@@ -245,7 +248,8 @@ class Trainer:
             for unet in unets:
                 unet.gradient_checkpointing = True
         optimizer = create_optimizer(task.model, recipe)
-        self.state = TrainState(task.model, create_ema_models(task, recipe), optimizer, accelerator.scaler)
+        emas, digests = create_ema_models(task, recipe), task.sample_digests()
+        self.state = TrainState(task.model, emas, optimizer, accelerator.scaler, sample_digests=digests)
 
     def prepare(self) -> None:
         """Wrap model and optimizer for this process, after their state is loaded."""
@@ -308,7 +312,8 @@ class Trainer:
         ranges = self.row_ranges
         if self.task.supports_accumulation:
             ranges = [range(i, i + 1) for rows in ranges for i in rows]
-        return [key for rows in ranges for key in self._find_bad_rows(self.task.make_batch(self.state.step, rows))]
+        batch = self.state.step + self.state.batch_offset
+        return [key for rows in ranges for key in self._find_bad_rows(self.task.make_batch(batch, rows))]
 
     def _find_bad_rows(self, batch: Batch) -> Sequence[SampleKey]:
         self.task.model.zero_grad()

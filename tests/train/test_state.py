@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 from trainings import (
     FULL,
@@ -198,7 +200,6 @@ def test_one_flipped_bit_is_told_by_the_file_and_the_checkpoint_before_it_used(s
     "changes, said",
     [
         ({"seed": 1}, "its seed is 0, the recipe's 1"),
-        ({"train_batch_size": 5}, "its train_batch_size is 4, the recipe's 5"),
         ({"optimizer": "prodigy"}, "its optimizer is 'adamw', the recipe's 'prodigy'"),
         ({"data": {"sprites": "others"}}, "its data.sprites is 'none', the recipe's 'others'"),
         ({"objective": {"kind": "autoencoder", "model": {}, "crop": 8}}, "its objective.crop is None, the recipe's 8"),
@@ -260,3 +261,64 @@ def test_moments_keep_the_layout_of_their_parameter(tmp_path):
     state.resume_from_checkpoint(other, recipe)
     assert other.optimizer.state[model.weight]["momentum"].stride() == model.weight.stride()
     assert tensors_of(tmp_path).keys() >= {"model.safetensors weight"}
+
+
+@pytest.mark.parametrize("sizes, batches", [((4, 2), 4), ((4, 3), 2), ((4, 8), 1), ((4, 3, 4), 1)])
+def test_another_batch_size_keeps_the_position_in_samples(small, tmp_path, sizes, batches):
+    """Two steps of four samples are four of two; the rest of a batch that is cut comes again."""
+    for size in sizes[1:]:
+        recipe = recipe_of(output_dir=str(tmp_path), train_batch_size=size)
+        now = fresh(recipe)
+        state.resume_from_checkpoint(now, recipe)
+        state.save_checkpoint(now, recipe)
+    assert now.step == 2 and now.step + now.batch_offset == batches
+
+
+def added(folder):
+    Image.new("RGB", (32, 32)).save(folder / "new.png")
+    with (folder / "metadata.jsonl").open("a") as lines:
+        lines.write('{"file_name": "new.png", "text": "a new zorb"}')
+
+
+def removed(folder):
+    lines = (folder / "metadata.jsonl").read_text().splitlines()
+    (folder / "metadata.jsonl").write_text("\n".join(lines[1:]))
+    (folder / "red.png").unlink()
+
+
+def recaptioned(folder):
+    text = (folder / "metadata.jsonl").read_text()
+    (folder / "metadata.jsonl").write_text(text.replace("a red zorb", "a pink zorb"))
+
+
+def painted_over(folder):
+    Image.new("RGB", (32, 32)).save(folder / "red.png")
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        (added, "1 added (new.png)"),
+        (removed, "1 removed (red.png)"),
+        (recaptioned, "1 changed (red.png)"),
+        (painted_over, "1 changed (red.png)"),
+    ],
+)
+def test_other_images_or_captions_are_named_and_need_a_word(change, said, tuning, tmp_path):
+    go(tuning(**LORA, changes={"max_train_steps": 3}))
+    change(tmp_path / "pictures")
+    with pytest.raises(ValueError, match=re.escape(f"the data changed: {said}; --set resume_changed_data=true")):
+        go(tuning(**LORA))
+    with pytest.warns(UserWarning, match=re.escape(said)):
+        go(tuning(**LORA), "resume_changed_data=true")
+    go(tuning(**LORA), "max_train_steps=7")  # whose checkpoint holds the data that it went on with
+    assert log_of(tmp_path / "run")[-1]["step"] == 7
+
+
+def test_another_folder_with_the_same_content_and_a_validation_set_are_no_change(tuning, tmp_path):
+    go(tuning(**LORA, changes={"max_train_steps": 3}))
+    shutil.copytree(tmp_path / "pictures", tmp_path / "held-out")
+    moved = (tmp_path / "pictures").rename(tmp_path / "renamed")
+    path = tuning(**LORA, validation_data_dir=str(tmp_path / "held-out"), data={"train_data_dir": str(moved)})
+    go(path)
+    assert log_of(tmp_path / "run")[-1]["step"] == 6
