@@ -46,12 +46,12 @@ def xformers(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
     return memory_efficient_attention(split_heads(q, heads), split_heads(k, heads), split_heads(v, heads)).flatten(2)
 
 
-ATTENTION: dict[str, AttentionFn] = {"sdpa": sdpa, "math": math, "xformers": xformers}
+ATTENTION_BACKENDS: dict[str, AttentionFn] = {"sdpa": sdpa, "math": math, "xformers": xformers}
 
 
 def check_attention_backends() -> dict[str, str | None]:
     """Every backend by name: None if it can run on this machine, else the reason why not."""
-    return {name: _unavailable_reason(name) for name in ATTENTION}
+    return {name: _unavailable_reason(name) for name in ATTENTION_BACKENDS}
 
 
 def _unavailable_reason(name: str) -> str | None:
@@ -63,8 +63,8 @@ def _unavailable_reason(name: str) -> str | None:
 
 
 def get_attention_backend(name: str) -> AttentionFn:
-    """ATTENTION[name]; ValueError for an unknown name and for a backend that cannot run on this machine."""
-    attention_fn = choose(ATTENTION, name, "attention")
+    """ATTENTION_BACKENDS[name]; ValueError for an unknown name and for a backend that cannot run on this machine."""
+    attention_fn = choose(ATTENTION_BACKENDS, name, "attention")
     if reason := _unavailable_reason(name):
         raise ValueError(f"attention {name!r}: {reason}")
     return attention_fn

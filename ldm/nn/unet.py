@@ -142,7 +142,7 @@ class UNetConfig:
         value, levels = getattr(self, name), len(self.block_out_channels)
         values = value if isinstance(value, tuple) else (value,) * levels
         if len(values) != levels:
-            raise ValueError(f"U-Net {name} {value!r}: {levels} needed, one for each of block_out_channels")
+            raise ValueError(f"U-Net {name} {value!r}: expected {levels} values, one per entry of block_out_channels")
         return values
 
     @classmethod
@@ -205,9 +205,10 @@ def apply_layer(layer: UNetLayer, x: Tensor, emb: Tensor, kv_pairs: Sequence[KVP
 class UNet(nn.Module):
     """The network of a `Denoiser`: (x [B, C, H, W], t [B], cond) -> [B, C', H, W] in the dtype of its weights.
 
-    H and W are free, odd sizes included; t is from 0 to 999 and may be fractional. `cond.concat`, in a network for
-    inpainting, follows the channels of x. `attention` names a row of `ATTENTION`. ValueError for a backend that cannot
-    run here, and for channels or a `cond.vector` that do not fit the configuration.
+    H and W are free, odd sizes included; t is the timestep, from 0 to `num_train_timesteps` - 1, and may be fractional.
+    `cond.concat`, in a network for inpainting, follows the channels of x. `attention` is a key of `ATTENTION_BACKENDS`.
+    ValueError for a backend that cannot run here, and for channels or a `cond.vector` that do not fit the
+    configuration.
     """
 
     def __init__(self, config: UNetConfig, attention: str = "sdpa") -> None:
@@ -278,6 +279,7 @@ class UNet(nn.Module):
     def make_vector(self, pooled: Tensor, time_ids: Tensor) -> Tensor:
         """`Conditioning.vector` [B, P + n width], float32: pooled text [B, P] and the embedded time ids [B, n].
 
+        They are diffusers' `added_cond_kwargs`, text_embeds and time_ids (addition_embed_type "text_time").
         SDXL's ids are the original height and width, the crop's top and left, the target height and width, in pixels
         (Podell et al. 2023, arXiv:2307.01952, sec. 2.2). ValueError if the U-Net takes none, or another number of them.
         """
