@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from ldm.diffusion.denoiser import CountNFE
+from ldm.diffusion.denoiser import NFECounter
 from ldm.diffusion.samplers import SAMPLERS, predictor_corrector, rk45, sample
 from ldm.diffusion.sde import VPSDE, linear_alphas_cumprod, scaled_linear_alphas_cumprod
 from ldm.diffusion.timesteps import SPACINGS, TimeGrid
@@ -94,7 +94,7 @@ def adaptive() -> list[dict[str, Any]]:
     noisy = TimeGrid(grid.sde, grid[:-1])
     exact, rows = GAUSSIAN_MIXTURE.probability_flow(X, grid[0], grid[-2]), []
     for tolerance in [1e-3, 1e-4, 1e-5, 1e-6, 1e-8, 1e-10]:
-        denoise = CountNFE(GAUSSIAN_MIXTURE.denoise)
+        denoise = NFECounter(GAUSSIAN_MIXTURE.denoise)
         end = sample(partial(rk45, atol=tolerance, rtol=tolerance), denoise, X, noisy, Noise([0, 1]))
         error = (end - exact).abs().max().item()
         rows.append({"atol = rtol": f"{tolerance:g}", "questions": denoise.nfe, "error": f"{error:.1e}"})
@@ -105,7 +105,7 @@ def overhead() -> list[dict[str, Any]]:
     """Questions and milliseconds of Python per step of fifty, and the source."""
     grid, rows = SPACINGS["trailing"](SCHEDULES["scaled linear table"], 50), []
     for name, solver in FIXED.items():
-        denoise = CountNFE(GAUSSIAN.denoise)
+        denoise = NFECounter(GAUSSIAN.denoise)
         sample(solver.function, denoise, X, grid, Noise([0, 1]))
         per_step = {
             "questions per step": denoise.nfe / 50,

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ldm.diffusion.denoiser import CountNFE, Denoise
+from ldm.diffusion.denoiser import Denoise, NFECounter
 from ldm.diffusion.ode import Drift, integrate_adaptive, integrate_rk4, velocity
 from ldm.diffusion.sde import CLEAN_LEVEL, VPSDE, NoiseLevels, alpha_sigma, clamp_levels
 from ldm.diffusion.timesteps import TimeGrid
@@ -139,7 +139,7 @@ def log_likelihood(
     Classic Runge-Kutta steps, order 4, from the image x [B, ...] up to grid[0]; four evaluations each. `prior` is
     N(0, I), from which sampling starts; the law of data diffused to a positive SNR differs a little.
     """
-    counter = CountNFE(denoise)
+    counter = NFECounter(denoise)
     drift, state = _augmented_flow(counter, x, grid.sde, trace)
     return _estimate(x, integrate_rk4(drift, state, grid.sde, grid[::-1]), prior, counter)
 
@@ -153,7 +153,7 @@ def log_likelihood_adaptive(
     tolerance: float = 1e-4,
 ) -> LikelihoodEstimate:
     """`log_likelihood` of x [B, ...] by `integrate_adaptive`, to a tolerance, relative and absolute."""
-    counter = CountNFE(denoise)
+    counter = NFECounter(denoise)
     drift, state = _augmented_flow(counter, x, sde, trace)
     end = integrate_adaptive(drift, state, sde, CLEAN_LEVEL, sde.level(1.0), tolerance, tolerance)
     return _estimate(x, end, prior, counter)
@@ -180,7 +180,7 @@ def _augmented_flow(denoise: Denoise, x: Tensor, sde: VPSDE, trace: TraceEstimat
     return drift, torch.cat([x.flatten(1).double(), x.new_zeros(len(x), trace.num_estimates).double()], 1)
 
 
-def _estimate(x: Tensor, state: Tensor, prior: LogProb, counter: CountNFE) -> LikelihoodEstimate:
+def _estimate(x: Tensor, state: Tensor, prior: LogProb, counter: NFECounter) -> LikelihoodEstimate:
     dim = x[0].numel()
     return LikelihoodEstimate(prior(state[:, :dim].view(x.shape))[:, None] + state[:, dim:], dim, counter.nfe)
 
@@ -250,7 +250,7 @@ def estimate_elbo(
     dim, (first, lowest) = x[0].numel(), (grid[0], grid[-2])
     prior = (first.alpha * x.flatten(1).double()).square().sum(1) - dim * (first.alpha**2 + 2 * math.log(first.sigma))
     constant = dim / 2 * math.log(2 * math.pi * (lowest.sigma / lowest.alpha) ** 2)
-    counter = CountNFE(denoise)
+    counter = NFECounter(denoise)
     terms = torch.stack(
         [_elbo_terms(counter, x, grid, noise, time_sampler) for _ in range(num_samples)]
     )  # [S, B, n + 1]

@@ -25,7 +25,7 @@ from ldm.analysis.likelihood import (
     log_likelihood_adaptive,
     sigma_vae_log_prob,
 )
-from ldm.diffusion.denoiser import CountNFE, Denoise
+from ldm.diffusion.denoiser import Denoise, NFECounter
 from ldm.diffusion.timesteps import log_snr
 from ldm.errors import choose
 from ldm.files import atomic_write
@@ -131,7 +131,7 @@ def invert_image(
 ) -> InversionResult:
     """An image's latent z to its noise and back by a row of `INVERSION_SCHEMES`; errors of z, and in levels of 255."""
     chosen, grid = choose(INVERSION_SCHEMES, scheme, "scheme"), log_snr(pipe.model.sde, steps)
-    denoise = CountNFE(prompt_denoiser(pipe, prompt, z, guidance))
+    denoise = NFECounter(prompt_denoiser(pipe, prompt, z, guidance))
     trip = measure_round_trip(chosen, denoise, z, grid, **options)
     through_vae, back = to_pil(decode_latents(pipe.model.vae, torch.cat([z, trip.x0.to(z)])))
     noise = trip.state[0]

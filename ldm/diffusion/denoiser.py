@@ -17,7 +17,7 @@ Network = Callable[[Tensor, Tensor, Conditioning], Tensor]  # (x, timesteps [B] 
 
 
 @dataclass
-class CountNFE:
+class NFECounter:
     """A denoiser that counts its evaluations."""
 
     denoise: Denoise
@@ -41,7 +41,8 @@ class Denoiser:
         """E[x_0 | x] [B, ...], float32. ValueError where the output does not determine it: eps at SNR 0."""
         t, alpha, sigma = torch.tensor(as_level_list(levels), dtype=torch.float64).unbind(1)
         if not self.prediction.jacobian(alpha, sigma).isfinite().all():
-            raise ValueError("a network of eps or score cannot start at zero SNR: choose spacing karras or log_snr")
+            network = "a network that predicts eps or the score"
+            raise ValueError(f"{network} cannot start at zero terminal SNR: choose spacing karras or log_snr")
         x, output = x.float(), self.network_output(x, t, cond)
         return self.prediction.to_x0(output, x, append_dims(alpha, x), append_dims(sigma, x))
 

@@ -16,7 +16,7 @@ from ldm.analysis.inversion import (
     solve_probability_flow,
 )
 from ldm.conditioning import Conditioning
-from ldm.diffusion.denoiser import CountNFE, Denoiser, as_level_list
+from ldm.diffusion.denoiser import Denoiser, NFECounter, as_level_list
 from ldm.diffusion.guidance import classifier_free_guidance
 from ldm.diffusion.prediction import PREDICTIONS
 from ldm.diffusion.sde import CLEAN_LEVEL, VPSDE, scaled_linear_alphas_cumprod
@@ -50,7 +50,7 @@ def test_a_tighter_tolerance_asks_more_and_dormand_prince_is_of_order_five():
     """Questions grow as tolerance^(-1/5)."""
     asked = []
     for tolerance in (1e-7, 1e-12):
-        denoise = CountNFE(exact_answer)
+        denoise = NFECounter(exact_answer)
         solve_probability_flow(denoise, X0[:1], SD, SD.level(1e-3), SD.level(1.0), tolerance, tolerance)
         asked.append(denoise.nfe)
     assert math.log10(asked[1] / asked[0]) == pytest.approx(1, abs=0.35)

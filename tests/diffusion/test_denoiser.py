@@ -135,7 +135,7 @@ def test_network_runs_in_its_dtype_and_the_answer_is_float32():
 def test_eps_and_score_at_zero_snr_are_refused_and_v_is_not():
     cosine, x = VPSDE.cosine(), randn(1, 4)
     for name in ("eps", "score"):
-        with pytest.raises(ValueError, match="cannot start at zero SNR"):
+        with pytest.raises(ValueError, match="cannot start at zero terminal SNR"):
             Denoiser(lambda x, t, cond: x, cosine, PREDICTIONS[name])(x, cosine.level(1.0), NOTHING)
     torch.testing.assert_close(
         Denoiser(lambda x, t, cond: x, cosine, PREDICTIONS["v"])(x, cosine.level(1.0), NOTHING), -x

@@ -8,7 +8,7 @@ import torch
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
 
 from ldm.conditioning import Conditioning
-from ldm.diffusion.denoiser import CountNFE, Denoiser
+from ldm.diffusion.denoiser import Denoiser, NFECounter
 from ldm.diffusion.guidance import autoguidance, classifier_free_guidance
 from ldm.diffusion.prediction import PREDICTIONS
 from ldm.diffusion.sde import VPSDE
@@ -215,7 +215,7 @@ def test_guidance_of_gaussian_data_has_the_score_of_the_product_of_powers(predic
 
 
 def test_autoguidance_is_the_good_model_led_away_from_the_bad_one():
-    good, bad = CountNFE(GAUSSIAN.denoise), CountNFE(WIDE.denoise)
+    good, bad = NFECounter(GAUSSIAN.denoise), NFECounter(WIDE.denoise)
     x, point = randn(3, 2).double(), SDE.level(0.4)
     scale = torch.tensor([1.0, 2.0, 0.5])
     answer = autoguidance(good, bad, scale)(x, point)

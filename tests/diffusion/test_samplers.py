@@ -22,7 +22,7 @@ from diffusers import (
 )
 
 from ldm.conditioning import Conditioning
-from ldm.diffusion.denoiser import CountNFE, Denoiser
+from ldm.diffusion.denoiser import Denoiser, NFECounter
 from ldm.diffusion.prediction import PREDICTIONS
 from ldm.diffusion.samplers import (
     SAMPLERS,
@@ -218,7 +218,7 @@ def test_rk45_keeps_its_tolerance_and_has_order_five(sde):
     exact = GAUSSIAN_MIXTURE.probability_flow(X, grid[0], grid[-1])
     errors, questions = [], []
     for tolerance in [1e-4, 1e-6, 1e-8, 1e-10]:
-        denoise = CountNFE(GAUSSIAN_MIXTURE.denoise)
+        denoise = NFECounter(GAUSSIAN_MIXTURE.denoise)
         end = sample(partial(rk45, atol=tolerance, rtol=tolerance), denoise, X, TimeGrid(sde, grid), nothing)
         errors.append((end - exact).abs().max().item())
         questions.append(denoise.nfe)
@@ -422,13 +422,13 @@ def test_where_diffusers_steps_by_the_wrong_stride_ours_is_the_gaussian_s_flow(s
 def test_no_step_asks_the_device_anything(name):
     """On the meta device there are no numbers to ask for: fifty steps run, and `checked` asks when all are done."""
     grid, x = SPACINGS["trailing"](VPSDE.cosine(), 50), torch.empty(2, 4, 8, 8, device="meta")
-    denoise = CountNFE(lambda x, point: x)
+    denoise = NFECounter(lambda x, point: x)
     steps = FUNCTIONS[name](x, grid, NoOpNoise())
     question = next(steps)
     with pytest.raises(StopIteration):
         while True:
             question = steps.send(denoise(*question))
-    once = CountNFE(lambda x, point: x)
+    once = NFECounter(lambda x, point: x)
     with pytest.raises((NotImplementedError, RuntimeError), match="meta"):
         sample(FUNCTIONS[name], once, x, grid, NoOpNoise())
     assert once.nfe == denoise.nfe >= 50
