@@ -64,7 +64,7 @@ def read_curve(log: Path, key: str) -> Curve:
 
 
 def render_figure(panels: Mapping[str, Mapping[str, Curve]]) -> str:
-    """Panels side by side as one SVG document: named curves by the panel's title, `(log scale)` in which is heeded."""
+    """Panels side by side as one SVG document: named curves by title; "(log scale)" in it gives a logarithmic axis."""
     head = f'<svg xmlns="http://www.w3.org/2000/svg" width="{PLOT_WIDTH * len(panels)}" height="{PLOT_HEIGHT}"'
     parts = [render_panel(title, curves, k * PLOT_WIDTH) for k, (title, curves) in enumerate(panels.items())]
     return "\n".join([f'{head} font-family="sans-serif" font-size="12">', *parts, "</svg>\n"])

@@ -40,9 +40,9 @@ class LatentDataset(Protocol):
         ...
 
     def validation_batches(self) -> Iterator[tuple[Tensor, Batch, Sequence[int]]]:
-        """Held-out latents [B, C, h, w], the `captions` of all rows or of one that is all, and the rows' noise seeds.
+        """Held-out latents [B, C, h, w], one of `captions` per row, or one for all rows, and the rows' noise seeds.
 
-        Row i is for level i mod 8.
+        Row i has the noise level i mod `NUM_VALIDATION_LEVELS`.
         """
         ...
 
@@ -97,7 +97,7 @@ class DiffusionTask(TrainingTask):
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
-        """The unweighted loss on held-out samples with fixed noise: over all times, and in the middle of each eighth.
+        """The unweighted loss on held-out samples with fixed noise: over all times, and at each of the fixed levels.
 
         Each with its standard error `_se` over samples. Nothing where none are held out.
         """

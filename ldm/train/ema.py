@@ -1,6 +1,6 @@
-"""Exponential and power-function moving averages (EMA) of the weights, and averages of any length after the training.
+"""Exponential and power-function moving averages (EMA) of the weights, and post-hoc EMA of any length.
 
-The latter are made from snapshots of two: Karras et al. 2024 (arXiv:2312.02696), section 3.
+The latter is made from snapshots of two: Karras et al. 2024 (arXiv:2312.02696), section 3.
 """
 
 from __future__ import annotations

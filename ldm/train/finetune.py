@@ -202,8 +202,8 @@ def make_placeholder_tokens(model: Checkpoint, objective: FinetuneObjective) -> 
 def generate_class_images(pipe: Pipeline, recipe: Recipe, objective: FinetuneObjective) -> Path:
     """The folder of the model's own images of a class, which are generated unless it exists."""
     prompt, count, side = objective.class_prompt or "", objective.num_class_images, recipe.image_data.resolution
-    stamp = blake2b_hexdigest(prompt, f"{count} {side} {recipe.seed}", pipe.model.weight_hashes["unet"])[:8]
-    folder = recipe.output_dir / f"class-images-{stamp}"
+    digest = blake2b_hexdigest(prompt, f"{count} {side} {recipe.seed}", pipe.model.weight_hashes["unet"])[:8]
+    folder = recipe.output_dir / f"class-images-{digest}"
     if folder.is_dir():
         return folder
     seeds = [derive_seed(recipe.seed, "class", k) for k in range(count)]

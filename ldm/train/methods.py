@@ -109,11 +109,11 @@ def prepare_inversion(model: Checkpoint, objective: FinetuneObjective) -> Checkp
 def extend_text_encoder(text_encoder: TextEncoder, initializer_ids: Sequence[int], num_vectors: int) -> TextEncoder:
     """A text encoder with new trainable vectors, which start as those of some tokens in turn."""
     shared: dict[int, object] = {id(a): a for a in (*text_encoder.model.parameters(), *text_encoder.model.buffers())}
-    twin = replace(text_encoder, model=copy.deepcopy(text_encoder.model, shared))
-    embeddings = twin.text_model.embeddings
+    extended = replace(text_encoder, model=copy.deepcopy(text_encoder.model, shared))
+    embeddings = extended.text_model.embeddings
     first = embeddings.token_embedding.weight[[initializer_ids[k % len(initializer_ids)] for k in range(num_vectors)]]
     embeddings.token_embedding = ExtendedEmbedding(embeddings.token_embedding, first)
-    return twin
+    return extended
 
 
 def export_inversion(model: Checkpoint, objective: FinetuneObjective, folder: Path) -> None:

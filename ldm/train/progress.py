@@ -40,7 +40,7 @@ class MetricLogger:
         self.progress_task = self.progress_bar.add_task("training", total=recipe.max_train_steps, completed=start_step)
         self._reset_clock(start_step)
         if is_main_process:
-            *lines, _ = path.read_text().split("\n") if path.exists() else [""]  # the last one is empty or torn
+            *lines, _ = path.read_text().split("\n") if path.exists() else [""]  # the last one is empty or incomplete
             kept = [line + "\n" for line in lines if json.loads(line)["step"] <= start_step]
             path.write_text("".join(kept))
 

@@ -48,8 +48,8 @@ class ScoreMatchingLoss:
 
         A time may depend on the place of its row in the whole batch, whose keys are `all_keys`.
         """
-        seed, objective, here = self.seed, self.objective, slice(rows.start, rows.stop)
-        keys = all_keys[here]
+        seed, objective, row_slice = self.seed, self.objective, slice(rows.start, rows.stop)
+        keys = all_keys[row_slice]
         t, importance = self.time_sampler(self.sde, sample_uniform(seed, all_keys, "time"))
         noise, perturbation = sample_normal(seed, keys, "noise", shape), torch.zeros(1)
         if objective.noise_offset:
@@ -58,7 +58,7 @@ class ScoreMatchingLoss:
             perturbation = objective.input_perturbation * sample_normal(seed, keys, "perturbation", shape)
         posterior = sample_normal(seed, keys, "posterior", shape)
         values = {"noise": noise, "perturbation": perturbation, "posterior": posterior}
-        return {"sample_keys": keys, "t": t[here], "importance": importance[here], **values}
+        return {"sample_keys": keys, "t": t[row_slice], "importance": importance[row_slice], **values}
 
     def compute_losses(
         self, network: Network, x0: Tensor, cond: Conditioning, batch: Batch, loss_mask: Tensor | None = None
@@ -71,7 +71,10 @@ class ScoreMatchingLoss:
         return losses * append_dims(batch["importance"], losses)
 
     def compute_level_losses(self, network: Network, x0: Tensor, cond: Conditioning, seeds: Sequence[int]) -> Tensor:
-        """The unweighted losses [B] of rows with noise of fixed seeds, row i in the middle of eighth i mod 8."""
+        """The unweighted losses [B] of rows with noise of fixed seeds.
+
+        Row i has t = (i mod L + 1/2) / L, L = `NUM_VALIDATION_LEVELS`.
+        """
         t = (torch.arange(len(x0)) % NUM_VALIDATION_LEVELS + 0.5) / NUM_VALIDATION_LEVELS
         with autocast(x0.device):
             return diffusion_loss(Denoiser(network, self.sde, self.prediction), x0, cond, t, Noise(seeds)(x0)).cpu()

@@ -83,7 +83,7 @@ def save_checkpoint(state: TrainState, recipe: Recipe) -> None:
 def resume_from_checkpoint(state: TrainState, recipe: Recipe) -> None:
     """Load the newest whole checkpoint of this recipe; do nothing where there is no checkpoint.
 
-    A checkpoint that is torn, damaged or of another training is skipped with a warning that says what is wrong.
+    A checkpoint that is incomplete, damaged or of another training is skipped with a warning that says what is wrong.
     ValueError where all are, or where its data are others and the recipe does not say `resume_changed_data`.
     """
     skipped = []
@@ -96,7 +96,7 @@ def resume_from_checkpoint(state: TrainState, recipe: Recipe) -> None:
             skipped.append(f"{path}: not a checkpoint of this recipe ({' '.join(str(error).split())})")
             warnings.warn(skipped[-1], stacklevel=2)
     if skipped:
-        raise ValueError(f"{skipped[0]}, nor is any other there: give another output_dir, or move them away")
+        raise ValueError(f"{skipped[0]}; no other checkpoint fits either: give another output_dir, or move them away")
 
 
 def list_checkpoints(folder: Path) -> list[Path]:

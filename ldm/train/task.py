@@ -48,7 +48,7 @@ class TrainingTask(Protocol):
         return None
 
     def export(self, folder: Path) -> None:
-        """Write the weights that the model has now to a new folder, as `weights/` holds them."""
+        """Write the weights that the model has now to a new folder, in diffusers' layout."""
         ...
 
     def export_samples(self, folder: Path) -> None:
@@ -66,6 +66,6 @@ def copy_tensors(source: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> 
     """Copy values into tensors of the same names and shapes; ValueError, with nothing changed, where these differ."""
     for name in sorted(source.keys() | target.keys()):
         if name not in source or name not in target or source[name].shape != target[name].shape:
-            raise ValueError(f"{name}: not a tensor of both, of one shape")
+            raise ValueError(f"{name}: missing on one side, or shapes differ")
     for name, value in target.items():
         value.copy_(source[name])

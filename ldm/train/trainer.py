@@ -78,7 +78,7 @@ def train_and_publish(recipe: Recipe, task: TrainingTask, accelerator: Accelerat
 
 
 def setup_accelerator(recipe: Recipe) -> Accelerator:
-    """accelerate for a recipe, in its output folder, which is made; ValueError where it cannot be."""
+    """The Accelerator of a recipe, whose output folder is made; ValueError where it cannot be."""
     try:
         recipe.output_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -100,7 +100,7 @@ def training_loop(recipe: Recipe, trainer: Trainer) -> None:
     """All remaining steps, with logging, validation, snapshots and checkpoints between them."""
     accelerator, state = trainer.accelerator, trainer.state
     is_main = accelerator.is_main_process
-    # TensorBoard drops what it was given beyond this step before a kill
+    # purge_step: drop events after this step, written before the run was killed
     accelerator.init_trackers("events", init_kwargs={"tensorboard": {"purge_step": state.step + 1}})
     logger = MetricLogger(recipe.output_dir / "log.jsonl", state.step, recipe, accelerator.log, is_main)
     with logger, InterruptHandler() as interrupt:
@@ -117,7 +117,7 @@ def training_loop(recipe: Recipe, trainer: Trainer) -> None:
             if stop or is_due(state.step, recipe.checkpointing_steps, recipe):
                 if is_main:
                     save_checkpoint(state, recipe)
-                accelerator.wait_for_everyone()  # a launcher ends the others where one leaves
+                accelerator.wait_for_everyone()  # torchrun kills the other ranks when one exits
             if stop:
                 raise KeyboardInterrupt
 
@@ -217,7 +217,7 @@ def split_rows(recipe: Recipe, task: TrainingTask, rank: int, num_processes: int
             f"train_batch_size {size}: fewer than {num_processes} processes times {parts} accumulation steps"
         )
     if n > 1 and not task.supports_accumulation:
-        raise ValueError("this loss compares the rows of a batch: one process, gradient_accumulation_steps 1")
+        raise ValueError("this loss needs the whole batch: use one process and gradient_accumulation_steps 1")
     return [range(i * size // n, (i + 1) * size // n) for i in range(rank * parts, (rank + 1) * parts)]
 
 
@@ -297,15 +297,16 @@ class Trainer:
         """The metrics of the whole batch on the host, and whether any process was asked to stop."""
         values = torch.stack([*sums.values(), sums["loss"].new_tensor(float(stop_requested))])
         values = self.accelerator.reduce(values, "sum")
-        *totals, votes, norm = torch.cat([values, grad_norm.detach().to(values).reshape(1)]).tolist()
-        return {**dict(zip(sums, totals, strict=True)), "gradient_norm": norm}, votes > 0
+        *totals, stop_requests, norm = torch.cat([values, grad_norm.detach().to(values).reshape(1)]).tolist()
+        return {**dict(zip(sums, totals, strict=True)), "gradient_norm": norm}, stop_requests > 0
 
     def _raise_not_finite(self, metrics: Mapping[str, float]) -> None:
-        bad = [f"{key.sample_id} (visit {key.times_seen})" for key in self._find_bad_samples()]
-        names = ", ".join(gather_object(bad)) or "no sample by itself"
+        bad = [f"{key.sample_id} (seen {key.times_seen} times before)" for key in self._find_bad_samples()]
+        names = ", ".join(gather_object(bad))
+        blame = f"not finite: {names}" if names else "no single sample is not finite by itself"
         self.optimizer.zero_grad()
         values = f"the loss is {metrics['loss']:g} and its gradient's norm {metrics['gradient_norm']:g}"
-        raise ValueError(f"step {self.state.step + 1}: {values}; not finite: {names}; nothing was changed")
+        raise ValueError(f"step {self.state.step + 1}: {values}; {blame}; the weights are unchanged")
 
     def _find_bad_samples(self) -> list[SampleKey]:
         """This process's rows whose loss or gradient is not finite when they are alone."""

@@ -100,7 +100,9 @@ def test_what_is_not_finite_stops_before_the_weights_move_and_names_the_samples(
     plain = create_task(recipe)
     visit = plain.make_batch(4, range(4))["sample_keys"][2]
     task = poisoned(plain, {visit.sample_id}, gradient_only)
-    with pytest.raises(ValueError, match=rf"step 5: .*not finite: {visit.sample_id} \(visit 0\); nothing was changed"):
+    with pytest.raises(
+        ValueError, match=rf"step 5: .*not finite: {visit.sample_id} \(seen 0 times before\); the weights are unchanged"
+    ):
         train_model(recipe, task)
     moved = {name: value.clone() for name, value in task.model.state_dict().items()}
     assert [line["step"] for line in log_of(tmp_path / "run")] == [1, 2, 3, 4]

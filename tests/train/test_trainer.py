@@ -123,7 +123,7 @@ def test_a_batch_that_cannot_be_shared_is_refused(size, parts, divisible, said):
 
 
 def test_a_contrastive_batch_is_not_accumulated(recipe_file):
-    with pytest.raises(ValueError, match="compares the rows"):
+    with pytest.raises(ValueError, match="needs the whole batch"):
         go(recipe_file("clip"), "gradient_accumulation_steps=2")
 
 
