@@ -27,7 +27,7 @@ class SceneDataConfig(FrozenConfig):
 
 
 class ImageDataConfig(FrozenConfig):
-    """A captioned image dataset; options are named as in diffusers' scripts, or else as in kohya's."""
+    """A captioned image dataset; options are named as in diffusers' scripts, otherwise as in kohya's."""
 
     train_data_dir: Annotated[tuple[Path, ...], BeforeValidator(lambda v: (v,) if isinstance(v, str | Path) else v)]
     image_column: str | None = None  # None: file_name in a metadata file, image in a saved dataset
@@ -72,8 +72,8 @@ class ClipObjective(FrozenConfig):
 class ScoreMatchingObjective(FrozenConfig):
     """Options of all trainings by denoising score matching."""
 
-    weighting: str = "uniform"
-    times: str = "stratified"
+    weighting: str = "uniform"  # of ldm.diffusion.objective.WEIGHTINGS: min_snr is diffusers' snr_gamma = 5
+    times: str = "stratified"  # timestep sampling, of ldm.diffusion.objective.TIME_SAMPLERS
     caption_dropout: float = Field(0.1, ge=0, le=1)
     noise_offset: float = Field(0, ge=0)  # standard deviation of noise that is constant in a channel (Guttenberg 2023)
     input_perturbation: float = Field(0, ge=0)  # standard deviation of noise in the input only (Ning et al. 2023)
@@ -85,7 +85,7 @@ class DiffusionObjective(ScoreMatchingObjective):
 
     kind: Literal["diffusion"]
     vae: Path
-    text: Path
+    text: Path  # the folder above tokenizer/ and text_encoder/
     unet: dict[str, Any] | Path  # diffusers' UNet2DConditionModel configuration, or a folder of initial weights
     prediction: str = "v"
     schedule: str = "squaredcos_cap_v2"
@@ -166,7 +166,7 @@ class Recipe(FrozenConfig):
     max_grad_norm: float = 1.0
     ema_decay: float = Field(0.999, ge=0, lt=1)
     posthoc_steps: int = Field(0, ge=0)  # interval of snapshots for post-hoc EMA; 0: none
-    posthoc_dtype: Literal["float16", "bfloat16", "float32"] = "float16"
+    posthoc_dtype: Literal["float16", "bfloat16", "float32"] = "float16"  # of the snapshots
     mixed_precision: MixedPrecision = "auto"  # auto: bf16 where the hardware supports it
     dataloader_num_workers: int = Field(1, ge=0)
     checkpointing_steps: int = Field(500, gt=0)

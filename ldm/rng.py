@@ -18,7 +18,8 @@ MAX_BROWNIAN_TREE_DEPTH = 44
 def derive_seed(*parts: int | str) -> int:
     """A seed of 63 bits, BLAKE2b over the parts: the same in every process, machine and version.
 
-    Random numbers of a sample are keyed by (seed, sample, visit, purpose), so that they depend on no batch or process.
+    Random numbers of a sample are keyed by (seed, sample, times seen, purpose), so that they do not depend on batch or
+    process.
     """
     return int.from_bytes(hashlib.blake2b(json.dumps(parts).encode(), digest_size=8).digest(), "big") >> 1
 
@@ -56,7 +57,7 @@ class Noise:
         """
         self._check_batch_size(like)
         shape = like.shape[1:]
-        gain = 1 / to_sigma**2 - 1 / sigma**2  # of SNR
+        gain = 1 / to_sigma**2 - 1 / sigma**2  # SNR at to_sigma minus SNR at sigma
         ends = [(path.value_at(sigma, shape), path.value_at(to_sigma, shape)) for path in self.brownian_paths]
         return (torch.stack([b - a for a, b in ends]) / math.sqrt(gain)).to(like, non_blocking=True)
 

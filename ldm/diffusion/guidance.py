@@ -34,31 +34,32 @@ def classifier_free_guidance(
     Everything else shares one call of the network. ValueError for a rescale outside [0, 1] and an interval that is not
     0 <= low < high.
     """
-    scales, shares = (torch.as_tensor(value, dtype=torch.float32).expand(len(cond)) for value in (scale, rescale))
+    scales, rescales = (torch.as_tensor(value, dtype=torch.float32).expand(len(cond)) for value in (scale, rescale))
     bounds = torch.as_tensor(interval, dtype=torch.float64).expand(len(cond), 2).tolist()
-    _check_guidance(shares.tolist(), bounds)
+    _check_guidance(rescales.tolist(), bounds)
     eligible = (scales != 1).nonzero().flatten().tolist()
 
     @lru_cache(maxsize=4)
-    def joined(rows: tuple[int, ...]) -> tuple[Tensor, Conditioning]:
+    def cat_cond_uncond(rows: tuple[int, ...]) -> tuple[Tensor, Conditioning]:
         with torch.inference_mode(False):  # kept for later calls, which may want gradients
-            extra = torch.tensor(rows).to(cond.context.device, non_blocking=True)
-            return extra, Conditioning.cat([cond, uncond[extra]])
+            guided_rows = torch.tensor(rows).to(cond.context.device, non_blocking=True)
+            return guided_rows, Conditioning.cat([cond, uncond[guided_rows]])
 
     def denoise(x: Tensor, levels: NoiseLevels) -> Tensor:
         level = as_level_list(levels)
-        of_row = level if len(level) > 1 else [level[0]] * len(x)
-        rows = [i for i in eligible if bounds[i][0] < of_row[i].sigma_over_alpha <= bounds[i][1]]
+        row_levels = level if len(level) > 1 else [level[0]] * len(x)
+        rows = [i for i in eligible if bounds[i][0] < row_levels[i].sigma_over_alpha <= bounds[i][1]]
         if not rows:
             return denoiser(x, levels, cond)
-        extra, both = joined(tuple(rows))
-        extra_levels = [of_row[i] for i in rows]
-        doubled = level if len(level) == 1 else [*level, *extra_levels]
-        c, u = denoiser(torch.cat([x, x[extra]]), doubled, both).split([len(x), len(rows)])
-        guided = u + append_dims(scales[rows], u) * (c[extra] - u)
-        if shares[rows].any():
-            guided = rescale_cfg(guided, c[extra], x[extra], extra_levels, denoiser.prediction, shares[rows])
-        return c.index_copy(0, extra, guided)
+        guided_rows, both = cat_cond_uncond(tuple(rows))
+        guided_levels = [row_levels[i] for i in rows]
+        all_levels = level if len(level) == 1 else [*level, *guided_levels]
+        c, u = denoiser(torch.cat([x, x[guided_rows]]), all_levels, both).split([len(x), len(rows)])
+        c_guided, x_guided = c[guided_rows], x[guided_rows]
+        guided = u + append_dims(scales[rows], u) * (c_guided - u)
+        if rescales[rows].any():
+            guided = rescale_cfg(guided, c_guided, x_guided, guided_levels, denoiser.prediction, rescales[rows])
+        return c.index_copy(0, guided_rows, guided)
 
     return denoise
 
@@ -66,11 +67,11 @@ def classifier_free_guidance(
 def rescale_cfg(
     x0: Tensor, x0_cond: Tensor, x: Tensor, levels: NoiseLevels, prediction: Prediction, rescale: Tensor
 ) -> Tensor:
-    """Guided output o scaled towards the deviation of the conditional c: share std(c)/std(o) o + (1 - share) o.
+    """Rescale the guided output o towards the standard deviation of the conditional c: phi std(c)/std(o) o + (1-phi) o.
 
     Lin et al. 2024 (arXiv 2305.08891), eqs. 15 and 16, on the network's own output, for each image separately.
-    The output is (x0 - base) / jacobian, base the x0 of output 0, so that scaling it is scaling x0 - base. Guided x0,
-    conditional x0 and x [B, ...]; share [B] on the host.
+    The output is (x0 - base) / jacobian, base the x0 of output 0, so that scaling it is scaling x0 - base. `x0` is
+    guided; `x0`, `x0_cond` and `x` [B, ...]; phi = `rescale` [B], on the host.
     """
     base = prediction.to_x0(torch.zeros_like(x0), x.to(x0), *alpha_sigma(levels, x0))
     ratio = (x0_cond - base).flatten(1).std(1) / (x0 - base).flatten(1).std(1)
@@ -96,9 +97,9 @@ def autoguidance(good: Denoise, bad: Denoise, scale: float | Tensor) -> Denoise:
 
 
 def _check_guidance(rescales: Sequence[float], intervals: Sequence[Sequence[float]]) -> None:
-    for share in rescales:
-        if not 0 <= share <= 1:
-            raise ValueError(f"guidance rescale {share:g}: between 0 and 1 is needed")
+    for rescale in rescales:
+        if not 0 <= rescale <= 1:
+            raise ValueError(f"guidance rescale {rescale:g}: between 0 and 1 is needed")
     for low, high in intervals:
         if not 0 <= low < high:
             raise ValueError(f"guidance interval ({low:g}, {high:g}): 0 <= low < high is needed, in sigma/alpha")

@@ -29,7 +29,7 @@ def uniform_weighting(prediction: Prediction, sde: VPSDE, t: Tensor) -> Tensor:
 
 
 def snr_weighting(weight: Callable[[Tensor], Tensor]) -> Weighting:
-    """The weight of |output - target|^2 that is w(SNR) on |x0' - x0|^2: w(SNR) (d x0 / d output)^2."""
+    """Convert a weight w(SNR) on |x0' - x0|^2 to one on |output - target|^2: w(SNR) (d x0 / d output)^2."""
 
     def on_target(prediction: Prediction, sde: VPSDE, t: Tensor) -> Tensor:
         alpha, sigma = sde.marginal(t)
@@ -42,8 +42,8 @@ def snr_weighting(weight: Callable[[Tensor], Tensor]) -> Weighting:
 def likelihood_weighting(prediction: Prediction, sde: VPSDE, t: Tensor) -> Tensor:
     """lambda = beta(t), on x0 -dSNR/dt = SNR beta / sigma^2: maximum likelihood (Song et al. 2021b, theorem 1).
 
-    Half the loss, times the dimensions of an image, is the continuous ELBO's (Kingma et al. 2021, eq. 15). The rate on
-    eps has a pole at either end: choose time samplers that avoid them. ValueError at zero SNR, where it is infinite.
+    Half the loss, times the dimensions of an image, is the continuous ELBO's (Kingma et al. 2021, eq. 15). The weight
+    on eps diverges at both ends: choose time samplers that avoid them. ValueError at zero SNR, where it is infinite.
     """
     weight = WEIGHTINGS["snr"](prediction, sde, t) * sde.beta(t) / sde.marginal(t)[1] ** 2
     if not weight.isfinite().all():
@@ -90,18 +90,18 @@ def diffusion_loss(
     t: Tensor,
     noise: Tensor,
     weighting: Weighting = uniform_weighting,
-    input_perturbation: Tensor | float = 0.0,
+    perturbation: Tensor | float = 0.0,
     loss_mask: Tensor | None = None,
 ) -> Tensor:
     """w(t) mean |output(x_t, t) - target|^2 of each image (Ho et al. 2020, eq. 14, generalised).
 
     x0 and noise [B, ...]; t [B] in (0, 1], on the host. Returns [B], float32; the caller takes the mean.
-    `input_perturbation` is noise that x_t has beyond the target's: x_t = alpha x_0 + sigma (noise + perturbation) (Ning
-    et al. 2023, eq. 9). `loss_mask` [B, 1, h, w] weights the squared errors.
+    `perturbation` is noise that x_t has beyond the target's: x_t = alpha x_0 + sigma (noise + perturbation) (Ning et
+    al. 2023, eq. 9). `loss_mask` [B, 1, h, w] weights the squared errors.
     """
     alpha, sigma = denoiser.sde.marginal(t)
     target = denoiser.prediction.target(x0, noise, append_dims(alpha, x0), append_dims(sigma, x0))
-    output = denoiser.network_output(denoiser.sde.perturb(x0, noise + input_perturbation, t), t, cond)
+    output = denoiser.network_output(denoiser.sde.perturb(x0, noise + perturbation, t), t, cond)
     squares = (output - target.float()).square()
     error = (squares if loss_mask is None else loss_mask * squares).flatten(1).mean(1)
     return error * append_dims(weighting(denoiser.prediction, denoiser.sde, t), error)
@@ -126,7 +126,7 @@ def logit_normal_times(sde: VPSDE, u: Tensor) -> Tensor:
 
 @with_unit_weights
 def discrete_times(sde: VPSDE, u: Tensor) -> Tensor:
-    """(k + 1) / steps, k uniform in 0..steps-1: the times of a table, as DDPM trains."""
+    """(k + 1) / N, k uniform in 0..N-1, N = `num_train_timesteps`: the times of a discrete schedule, as DDPM trains."""
     return ((u.double() * sde.num_train_timesteps).floor() + 1) / sde.num_train_timesteps
 
 
@@ -153,7 +153,8 @@ def importance_sampled_times(sde: VPSDE, u: Tensor) -> tuple[Tensor, Tensor]:
 TIME_SAMPLERS: dict[str, TimeSampler] = {
     "uniform": with_unit_weights(lambda sde, u: 1 - u.double()),
     "stratified": stratified_times,
-    "log_normal": logit_normal_times,
+    "logit_normal": logit_normal_times,
+    "log_normal": logit_normal_times,  # its former name, in older recipes
     "discrete": discrete_times,
     "truncated": truncated_times,
     "importance": importance_sampled_times,

@@ -38,7 +38,10 @@ MIN_ANGLE_STEP = 1e-5  # shorter steps see nothing but rounding
 
 
 def velocity(x: Tensor, x0: Tensor, levels: NoiseLevels) -> Tensor:
-    """v = (alpha x - x0) / sigma, the drift of the probability flow in phi."""
+    """v = (alpha x - x0) / sigma, the drift of the probability flow in phi.
+
+    The target of v-prediction (diffusers' `get_velocity`) is in `ldm.diffusion.prediction`.
+    """
     if isinstance(levels, NoiseLevel):
         return (levels.alpha * x - x0) / levels.sigma
     alpha, sigma = alpha_sigma(levels, x)
@@ -56,9 +59,9 @@ def weighted_sum(weights: Sequence[float], tensors: Sequence[Tensor]) -> Tensor:
 def drive(coroutine: Generator[tuple, Tensor, Result], evaluate: Callable[..., Tensor]) -> Result:
     """Send `evaluate(*what it yields)` back to a coroutine until it returns; its result."""
     try:
-        request = next(coroutine)
+        yielded = next(coroutine)
         while True:
-            request = coroutine.send(evaluate(*request))
+            yielded = coroutine.send(evaluate(*yielded))
     except StopIteration as end:
         return end.value
 
@@ -72,8 +75,8 @@ def dopri5_step(
 ) -> Generator[tuple[Tensor, Levels], Tensor, tuple[Tensor, Tensor, Tensor]]:
     """A step h (or one per row, shaped like x) from x, where the slope is known; `levels` are those of the nodes.
 
-    Yields (x, levels) and is sent what `to_slope(x, sent, levels)` makes dx/dphi of; returns x and the slope at the end
-    of the step, and the error estimate.
+    Yields (x, levels); `to_slope(x, value, levels)` turns the value that is sent into dx/dphi. Returns x and the slope
+    at the end of the step, and the error estimate.
     """
     slopes, y = [slope], x
     for row, level in zip(DOPRI5_MATRIX, levels, strict=True):

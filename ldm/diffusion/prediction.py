@@ -21,8 +21,8 @@ class Prediction:
         jacobian(alpha, sigma) -> d x0 / d output
 
     alpha and sigma broadcast against x. |x0' - x0|^2 is jacobian^2 |output - target|^2. Where the jacobian is infinite
-    (eps and score at alpha = 0) the output says nothing about x0; where it is 0 (all but x0 at sigma = 0), x0 is x and
-    says nothing about the output.
+    (eps and score at alpha = 0) the output does not determine x0; where it is 0 (all but x0 at sigma = 0), x0 is x and
+    does not determine the output.
     """
 
     to_x0: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -34,8 +34,8 @@ class Prediction:
         return self.target(x0, (x - alpha * x0) / sigma, alpha, sigma)
 
 
-PREDICTIONS: dict[str, Prediction] = {
-    "eps": Prediction(  # Ho et al. 2020, eq. 15; says nothing about x0 where alpha = 0
+PREDICTIONS: dict[str, Prediction] = {  # eps, v, x0: diffusers' prediction types epsilon, v_prediction, sample
+    "eps": Prediction(  # Ho et al. 2020, eq. 15; does not determine x0 where alpha = 0
         to_x0=lambda eps, x, alpha, sigma: (x - sigma * eps) / alpha,
         target=lambda x0, noise, alpha, sigma: noise,
         jacobian=lambda alpha, sigma: -sigma / alpha,
@@ -65,8 +65,8 @@ def convert_prediction(output: Tensor, x: Tensor, alpha: Tensor, sigma: Tensor, 
     """
     have, want = choose(PREDICTIONS, source, "prediction"), choose(PREDICTIONS, target, "prediction")
     if not have.jacobian(alpha, sigma).isfinite().all():
-        raise ValueError(f"prediction {source!r} says nothing about x0 at zero SNR (alpha = 0)")
+        raise ValueError(f"prediction {source!r} does not determine x0 at zero SNR (alpha = 0)")
     if not want.jacobian(alpha, sigma).all():
-        raise ValueError(f"prediction {target!r} does not follow from x0 in a clean image (sigma = 0)")
+        raise ValueError(f"prediction {target!r} is not determined by x0 in a clean image (sigma = 0)")
     alpha, sigma = append_dims(alpha, x), append_dims(sigma, x)
     return want.to_output(have.to_x0(output, x, alpha, sigma), x, alpha, sigma)

@@ -4,10 +4,11 @@ The deterministic ones move x to the next noise level as the probability-flow OD
 
     x' = sigma'/sigma x + alpha' (1 - rho) x0,      rho = (sigma'/alpha') / (sigma/alpha) = exp(-h),
 
-where h is half the gain of log-SNR, and differ in their estimate of x0. Exact is the mean of x0 over the step: at s =
-log(alpha/sigma) past its start with the weight e^s, or e^(2 s) for the reverse SDE (Lu et al. 2022 (DPM-Solver++),
-proposition 4.1 and, for SDEs, section 5). Both from zero SNR (alpha = 0) and to the clean image (sigma' = 0) rho is 0
-and all formulas are finite; such steps take x0 as it is. Coefficients are host floats, and x keeps its dtype.
+where h is half the gain of log-SNR, and differ in their estimate of x0. The exact step uses the mean of x0 over it,
+weighted by e^s, s = the gain of log(alpha/sigma) since its start, or by e^(2 s) for the reverse SDE (Lu et al. 2022
+(DPM-Solver++), proposition 4.1 and, for SDEs, section 5). Both from zero SNR (alpha = 0) and to the clean image (sigma'
+= 0) rho is 0 and all formulas are finite; such steps take x0 as it is. Coefficients are host floats, and x keeps its
+dtype.
 """
 
 from __future__ import annotations
@@ -114,7 +115,10 @@ def _multistep_weights(nodes: Sequence[float], end: float, rate: float) -> list[
 
 
 def _mean_of_interpolant(history: History, level: NoiseLevel, next_level: NoiseLevel, rate: float = 1.0) -> Tensor:
-    """The mean over the step of the polynomial in log(alpha/sigma) through the whole history."""
+    """The mean over the step of the polynomial in log(alpha/sigma) through the whole history.
+
+    `rate` of the weight e^(rate s) is 1 for the ODE and 2 for the SDE.
+    """
     weights = _multistep_weights([_h(level, past) for past, _ in history], _h(level, next_level), rate)
     return weighted_sum(weights, [x0 for _, x0 in history])
 
@@ -209,7 +213,7 @@ def lms(x: Tensor, grid: TimeGrid, noise: Noise) -> SamplerCoroutine:
 
         x'/alpha' = x/alpha + int_u^u' p,      p the cubic through the last four slopes e = (x - alpha x0) / sigma
 
-    The steps have order 4, but the start is Euler's: its error, of second order, is that of the whole. Written as
+    The steps have order 4, but the start is Euler's, so the method is of order 2 overall. Written as
     Euler's step and what the mean slope adds to it; from zero SNR nothing is added.
     """
     past: list[tuple[float, Tensor]] = []
@@ -310,7 +314,7 @@ def unipc(x: Tensor, grid: TimeGrid, noise: Noise, order: int = 2) -> SamplerCor
 
     Zhao et al. 2023 (UniPC), algorithms 1 and 2 for x0, with B(h) = e^h - 1: both take the mean over the step of the
     polynomial through the outputs, of which the corrector has one more; the middle of the line through two. The
-    corrector lifts the order 2 to 3; 3 stays 3, because the first step is a trapezoid's, with an error of third order.
+    corrector lifts UniPC-2 to order 3; UniPC-3 stays at 3: its first step is the trapezoidal rule.
     """
     history: History = []
     start = x
@@ -318,8 +322,8 @@ def unipc(x: Tensor, grid: TimeGrid, noise: Noise, order: int = 2) -> SamplerCor
         x0 = yield x, now
         if history:
             before, x0_before = history[0]
-            many = len(history) > 1
-            mean = _mean_of_interpolant([(now, x0), *history], before, now) if many else (x0 + x0_before) / 2
+            use_interpolant = len(history) > 1
+            mean = _mean_of_interpolant([(now, x0), *history], before, now) if use_interpolant else (x0 + x0_before) / 2
             x = _ode_step(start, mean, before, now)
         start = x
         if _h(now, to) < math.inf:

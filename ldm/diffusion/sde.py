@@ -56,7 +56,7 @@ def append_dims(values: Tensor | Sequence[float], like: Tensor) -> Tensor:
 def clamp_levels(levels: NoiseLevels, lowest: NoiseLevel) -> NoiseLevels:
     """Levels, none of less noise than the lowest."""
     if isinstance(levels, NoiseLevel):
-        return max(levels, lowest)  # of time, which comes first
+        return max(levels, lowest)  # tuples compare by t, their first field
     return [max(level, lowest) for level in levels]
 
 
@@ -70,7 +70,7 @@ def alpha_sigma(levels: NoiseLevels, like: Tensor) -> tuple[Tensor, Tensor]:
 class VPSDE:
     """The SDE of a schedule: `log_alpha` maps float64 times to log alpha (-inf at t = 1: zero terminal SNR).
 
-    Networks know times as 0-based indices of a table of `num_train_timesteps`: index k is t = (k + 1) /
+    Networks know times as 0-based indices of `num_train_timesteps` discrete steps: index k is t = (k + 1) /
     num_train_timesteps.
     """
 
@@ -88,11 +88,11 @@ class VPSDE:
         return NoiseLevel(t, alpha.item(), sigma.item())
 
     def level_at_timestep(self, k: float) -> NoiseLevel:
-        """The level of the table's index k, which may be fractional."""
+        """The level of timestep k of the discrete schedule, which may be fractional."""
         return self.level((k + 1) / self.num_train_timesteps)
 
     def timestep(self, t: Time) -> Time:
-        """The network's timestep of time t: the (fractional) table index, whatever the schedule."""
+        """The network's timestep of time t: the (fractional) index, whatever the schedule."""
         return self.num_train_timesteps * t - 1
 
     def log_snr(self, t: Tensor) -> Tensor:
@@ -155,19 +155,19 @@ class VPSDE:
     def scaled_linear(
         cls, beta_start: float = 0.00085, beta_end: float = 0.012, num_train_timesteps: int = 1000
     ) -> VPSDE:
-        """sqrt(beta(t) / steps) linear in t: the closed form behind the table of Rombach et al. 2022.
+        """sqrt(beta(t) / N) linear in t: the closed form of the discrete schedule of Rombach et al. 2022, of N steps.
 
-        log alpha(t) = -steps/2 (b^2 t + b d t^2 + d^2 t^3 / 3), b = sqrt(beta_start), d = sqrt(beta_end) - b.
+        log alpha(t) = -N/2 (b^2 t + b d t^2 + d^2 t^3 / 3), b = sqrt(beta_start), d = sqrt(beta_end) - b.
         """
         b, d = math.sqrt(beta_start), math.sqrt(beta_end) - math.sqrt(beta_start)
         return cls(lambda t: -num_train_timesteps / 2 * t * (b**2 + b * d * t + d**2 * t**2 / 3), num_train_timesteps)
 
     @classmethod
     def tabulated(cls, alphas_cumprod: Tensor) -> VPSDE:
-        """A table alpha^2((k + 1) / N), k = 0..N-1, joined smoothly and monotonically, from alpha(0) = 1.
+        """`alphas_cumprod`[k] = alpha^2((k + 1) / N), k < N, joined smoothly and monotonically, from alpha(0) = 1.
 
         Interpolated is log alpha = -1/2 int beta: nearly a parabola, regular at t = 0 (log-SNR has a pole).
-        Where a table ends in 0 (zero terminal SNR), alpha falls linearly over the last step.
+        Where they end in 0 (zero terminal SNR), alpha falls linearly over the last step.
         Raises ValueError unless 1 > alphas_cumprod[0] > alphas_cumprod[1] > ... >= 0.
         """
         table = torch.cat([torch.ones(1, dtype=torch.float64), alphas_cumprod.double().cpu()])
@@ -244,8 +244,8 @@ def forward_markov_chain(x0: Tensor, alphas_cumprod: Tensor, noise: Callable[[Te
         yield x
 
 
-BetaSchedule = Callable[[float, float, int], Tensor]  # (beta_start, beta_end, n) -> alphas_cumprod [n], float64
-BETA_SCHEDULES: dict[str, BetaSchedule] = {  # by the names of diffusers' scheduler configurations
+AlphasCumprodFn = Callable[[float, float, int], Tensor]  # (beta_start, beta_end, n) -> alphas_cumprod [n], float64
+BETA_SCHEDULES: dict[str, AlphasCumprodFn] = {  # by the names of diffusers' scheduler configurations
     "linear": linear_alphas_cumprod,
     "scaled_linear": scaled_linear_alphas_cumprod,
     "squaredcos_cap_v2": cosine_alphas_cumprod,

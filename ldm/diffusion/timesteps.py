@@ -1,5 +1,5 @@
 """Time grids (timestep spacings): the noise levels at which a sampler evaluates the network; each is one function of
-times.
+times. N are the training timesteps (`num_train_timesteps`), n the sampling steps.
 """
 
 from __future__ import annotations
@@ -46,7 +46,8 @@ def make_spacing(times: Callable[..., Tensor]) -> Spacing:
         t = times(sde, n, **options)
         if not (t[0] <= 1 and t[-1] > 0 and (t.diff() < 0).all()):
             total = sde.num_train_timesteps
-            raise ValueError(f"{n} steps: {times.__name__!r} spacing does not have that many of {total}")
+            name = f"{times.__name__!r} spacing"
+            raise ValueError(f"{n} steps: {name} has at most {total}, the model's training timesteps")
         return TimeGrid(sde, (*map(sde.level, t.tolist()), CLEAN_LEVEL))
 
     return grid
@@ -60,29 +61,29 @@ def linspace(sde: VPSDE, n: int) -> Tensor:
 
 @make_spacing
 def leading(sde: VPSDE, n: int, offset: int = 1) -> Tensor:
-    """Every (steps // n)-th index from `offset` on (Song et al. 2021 (DDIM), appendix D.2)."""
+    """Every (N // n)-th index from `offset` on, N = `num_train_timesteps` (Song et al. 2021 (DDIM), appendix D.2)."""
     total = sde.num_train_timesteps
     return (torch.arange(n, dtype=torch.float64).flip(0) * (total // n) + offset + 1) / total
 
 
 @make_spacing
 def trailing(sde: VPSDE, n: int) -> Tensor:
-    """Indices steps (1 - i/n) - 1, rounded: the last one first (Lin et al. 2024, table 2)."""
+    """Indices N (1 - i/n) - 1, rounded: the last one first (Lin et al. 2024, table 2)."""
     total = sde.num_train_timesteps
-    stride = (total - total / n) - total  # numpy.arange's: halves round as in diffusers
+    stride = (total - total / n) - total  # as numpy.arange computes it, so that .5 rounds as in diffusers
     return torch.tensor([round(total + i * stride) for i in range(n)]).double() / total
 
 
 @make_spacing
 def karras(sde: VPSDE, n: int) -> Tensor:
-    """(sigma/alpha)^(1/7) equally spaced, t = 1 to 1/steps: Karras et al. 2022, eq. 5 with rho = 7."""
+    """(sigma/alpha)^(1/7) equally spaced, t = 1 to 1/N: Karras et al. 2022, eq. 5 with rho = 7."""
     start, end = torch.exp(-log_snr_range(sde) / 2 / 7).tolist()
     return sde.time_at_log_snr(-2 * 7 * torch.linspace(start, end, n, dtype=torch.float64).log())
 
 
 @make_spacing
 def log_snr(sde: VPSDE, n: int) -> Tensor:
-    """log-SNR equally spaced, t = 1 to 1/steps: Lu et al. 2022 (DPM-Solver).
+    """log-SNR equally spaced, t = 1 to 1/N: Lu et al. 2022 (DPM-Solver).
 
     log-SNR = -2 log(sigma/alpha): this is also k-diffusion's `exponential`, sigma/alpha in geometric progression.
     """
@@ -92,7 +93,7 @@ def log_snr(sde: VPSDE, n: int) -> Tensor:
 
 @make_spacing
 def beta(sde: VPSDE, n: int) -> Tensor:
-    """Indices 0 to steps - 1 by the quantiles of Beta(.6, .6), dense at both ends: Lee et al. 2024 (Beta Sampling).
+    """Indices 0 to N - 1 by the quantiles of Beta(.6, .6), dense at both ends: Lee et al. 2024 (Beta Sampling).
 
     Quantiles 1, 1 - 1/n, ..., 1/n as in ComfyUI; fractions of an index are kept.
     """
@@ -107,7 +108,7 @@ def uniform(sde: VPSDE, n: int) -> Tensor:
 
 
 def log_snr_range(sde: VPSDE) -> Tensor:
-    """log-SNR [2] at t = 1, or `MIN_LOG_SNR`, and at 1/steps, the lowest level that networks learn."""
+    """log-SNR [2] at t = 1, or `MIN_LOG_SNR`, and at 1/N, the lowest level that networks learn."""
     return sde.log_snr(torch.tensor([1, 1 / sde.num_train_timesteps], dtype=torch.float64)).clamp(min=MIN_LOG_SNR)
 
 

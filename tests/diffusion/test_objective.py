@@ -84,7 +84,7 @@ def test_a_perturbation_is_seen_and_not_predicted():
         return output
 
     for prediction in PREDICTIONS.values():
-        loss = diffusion_loss(Denoiser(network, SDE, prediction), X0, COND, T, NOISE, input_perturbation=more)
+        loss = diffusion_loss(Denoiser(network, SDE, prediction), X0, COND, T, NOISE, perturbation=more)
         plain = diffusion_loss(Denoiser(lambda x, t, cond: output, SDE, prediction), X0, COND, T, NOISE)
         assert torch.equal(loss, plain)
 
@@ -166,13 +166,14 @@ def test_discrete_times_are_the_table_s():
     assert k.min() >= 0 and k.max() <= 999 + 1e-9 and len(k.round().unique()) > 950
 
 
-def test_log_normal_has_a_standard_normal_logit():
-    t, weight = TIME_SAMPLERS["log_normal"](SDE, U)
+def test_logit_normal_has_a_standard_normal_logit():
+    t, weight = TIME_SAMPLERS["logit_normal"](SDE, U)
+    assert TIME_SAMPLERS["log_normal"] is TIME_SAMPLERS["logit_normal"]  # the former name
     assert (weight == 1).all()
     logit = t.logit().sort().values
     normal = torch.special.ndtr(logit)
     assert (normal - torch.arange(1, 4097) / 4096).abs().max() < 1.63 / 64
-    edges, _ = TIME_SAMPLERS["log_normal"](SDE, torch.tensor([0.0, 1 - 2**-24]))
+    edges, _ = TIME_SAMPLERS["logit_normal"](SDE, torch.tensor([0.0, 1 - 2**-24]))
     assert edges.min() > 0 and edges.max() <= 1
 
 

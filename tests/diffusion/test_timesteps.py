@@ -117,7 +117,7 @@ def test_less_than_one_step_is_refused(name):
 
 @pytest.mark.parametrize("name", ["leading", "trailing"])
 def test_more_steps_than_the_table_has_are_refused(name):
-    with pytest.raises(ValueError, match="does not have that many of 1000"):
+    with pytest.raises(ValueError, match="has at most 1000, the model's training timesteps"):
         SPACINGS[name](SD, 1001)
 
 
