@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
+TORCH_SEEDS = 2**32  # torch's CPU generator keeps the low 32 bits of a seed
 BROWNIAN_TREE_LEVELS = 18  # levels of the Brownian tree beyond the distance to the nearer end
 MAX_BROWNIAN_TREE_DEPTH = 44
 
@@ -29,6 +30,29 @@ def derive_uniform(*parts: int | str) -> float:
     return (derive_seed(*parts) >> 10) / 2**53
 
 
+def torch_seed(seed: int) -> int:
+    """A seed of 32 bits for torch's CPU generator, which keeps no more: from 2**32 on, a hash of the whole seed."""
+    return seed if 0 <= seed < TORCH_SEEDS else derive_seed("torch", seed) % TORCH_SEEDS
+
+
+def make_normal_stream(seed: int) -> Callable[[torch.Size], Tensor]:
+    """Consecutive draws of N(0, I), float32 on the CPU, from one seed of up to 64 bits.
+
+    Below 2**32 they are those of torch's CPU generator. That keeps the low 32 bits of a seed alone, so seeds above are
+    the keys of a Philox generator, in a stream (0) that no node of `BrownianPath` has.
+    """
+    if seed < TORCH_SEEDS:
+        generator = torch.Generator().manual_seed(seed)
+        return lambda shape: torch.randn(shape, generator=generator)
+    rng = philox(seed, 0)
+    return lambda shape: torch.from_numpy(rng.standard_normal(tuple(shape), np.float32))
+
+
+def philox(seed: int, stream: int) -> np.random.Generator:
+    """The generator of a numbered stream of a seed, each below 2**64."""
+    return np.random.Generator(np.random.Philox(key=np.array([seed, stream], np.uint64)))
+
+
 class Noise:
     """N(0, I) for a batch of images; row i comes from seed i alone, whatever the batch.
 
@@ -38,16 +62,16 @@ class Noise:
     """
 
     def __init__(self, seeds: Sequence[int]) -> None:
-        self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        self.streams = [make_normal_stream(seed) for seed in seeds]
         self.brownian_paths = [BrownianPath(seed) for seed in seeds]
 
     def __call__(self, like: Tensor) -> Tensor:
-        """New noise. Row i of the first call is diffusers' initial latent of seed i.
+        """New noise. Row i of the first call is diffusers' initial latent of seed i, for seeds below 2**32.
 
         That is `torch.randn([1, C, h, w], generator=torch.Generator().manual_seed(seed))`.
         """
         self._check_batch_size(like)
-        rows = [torch.randn(like.shape[1:], generator=g) for g in self.generators]
+        rows = [draw(like.shape[1:]) for draw in self.streams]
         return torch.stack(rows).to(like, non_blocking=True)
 
     def between(self, like: Tensor, sigma: float, to_sigma: float) -> Tensor:
@@ -62,8 +86,8 @@ class Noise:
         return (torch.stack([b - a for a, b in ends]) / math.sqrt(gain)).to(like, non_blocking=True)
 
     def _check_batch_size(self, like: Tensor) -> None:
-        if len(like) != len(self.generators):
-            raise ValueError(f"{len(like)} images, but {len(self.generators)} noise streams")
+        if len(like) != len(self.streams):
+            raise ValueError(f"{len(like)} images, but {len(self.streams)} noise streams")
 
 
 class BrownianPath:
@@ -96,7 +120,7 @@ class BrownianPath:
         depth = min(MAX_BROWNIAN_TREE_DEPTH, BROWNIAN_TREE_LEVELS - math.floor(math.log2(nearer))) if nearer > 0 else 0
         for _ in range(depth):
             middle = (low + high) / 2
-            rng = np.random.Generator(np.random.Philox(key=np.array([self.seed, node], np.uint64)))
+            rng = philox(self.seed, node)
             spread = np.float32(math.sqrt(high - low) / 2)
             value = (left + right) / 2 + spread * rng.standard_normal(shape, np.float32)
             if u < middle:

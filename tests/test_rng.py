@@ -5,15 +5,42 @@ from itertools import pairwise
 import pytest
 import torch
 
-from ldm.rng import BrownianPath, Noise, derive_seed, derive_uniform
+from ldm.rng import BrownianPath, Noise, derive_seed, derive_uniform, torch_seed
 
 SHAPE = torch.Size([40_000])
 
 
 def test_first_draw_is_the_latent_that_a_cpu_generator_of_that_seed_gives():
-    drawn = Noise([3, 2**40, 7])(torch.empty(3, 4, 8, 8))
-    for row, seed in zip(drawn, [3, 2**40, 7], strict=True):
+    seeds = [3, 2**32 - 1, 7]
+    drawn = Noise(seeds)(torch.empty(3, 4, 8, 8))
+    for row, seed in zip(drawn, seeds, strict=True):
         assert torch.equal(row[None], torch.randn([1, 4, 8, 8], generator=torch.Generator().manual_seed(seed)))
+
+
+@pytest.mark.parametrize("low", [0, 5, 2**32 - 1])
+def test_every_bit_of_a_seed_of_64_bits_counts(low):
+    """torch's CPU generator reads 32 of them: seeds 5 and 5 + 2**32 would give one image."""
+    seeds = [low + (high << 32) for high in (0, 1, 2, 2**31 - 1, 2**31, 2**32 - 1)]
+    noise, like = Noise(seeds), torch.empty(len(seeds), 10_000)
+    for drawn in (noise(like), noise(like), noise.between(like, 0.9, 0.5)):
+        cov = drawn.corrcoef()
+        assert (cov - torch.eye(len(seeds))).abs().max() < 0.05
+        assert drawn.mean(1).abs().max() < 0.05 and (drawn.std(1) - 1).abs().max() < 0.05
+
+
+def test_keyed_draws_come_from_more_than_32_bits():
+    """Two keys whose derived seeds have equal low halves are different streams."""
+    seed = derive_seed(0, "a", "noise")
+    assert seed >= 2**32
+    like = torch.empty(2, 1000)
+    a, b = Noise([seed, seed ^ (1 << 40)])(like)
+    assert abs(torch.dot(a, b) / 1000) < 0.2
+
+
+def test_torch_seed_keeps_small_seeds_and_tells_large_ones_apart():
+    assert [torch_seed(k) for k in (0, 5, 2**32 - 1)] == [0, 5, 2**32 - 1]
+    large = [torch_seed(5 + (k << 32)) for k in range(1, 100)] + [torch_seed(2**70)]
+    assert len({5, *large}) == 101 and max(large) < 2**32
 
 
 def test_rows_are_pure_in_any_batch_and_order():

@@ -16,7 +16,7 @@ from ldm.hardware import autocast
 from ldm.image_io import from_uint8
 from ldm.nn import vae
 from ldm.picto.scenes import make_scene_dataset
-from ldm.rng import derive_seed
+from ldm.rng import derive_seed, torch_seed
 from ldm.train.score_matching import sample_normal
 from ldm.train.task import Batch, Metrics, TrainingTask
 
@@ -43,7 +43,7 @@ class AutoencoderTask(TrainingTask):
 
     def __init__(self, recipe: Recipe, objective: AutoencoderObjective) -> None:
         self.recipe, self.objective = recipe, objective
-        torch.manual_seed(recipe.seed)  # the initial weights
+        torch.manual_seed(torch_seed(recipe.seed))  # the initial weights
         self.model = ReconstructionModel(vae.build_vae(objective.model)).train()
         vae.init_weights(self.model.vae)
         self.scenes = make_scene_dataset(recipe.scene_data, recipe.seed)

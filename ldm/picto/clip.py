@@ -30,6 +30,7 @@ from ldm.hardware import autocast
 from ldm.image_io import from_uint8
 from ldm.nn.text_encoders import build_clip_vocab, save_clip_tokenizer, tokenize_captions, warn_about_truncation
 from ldm.picto.scenes import SceneDataset, make_scene_dataset
+from ldm.rng import torch_seed
 from ldm.train.task import Batch, Metrics, TrainingTask
 
 NUM_VALIDATION_PAIRS = 512
@@ -121,7 +122,7 @@ class ClipTask(TrainingTask):
         captions = list(iterate_tokenizer_corpus(self.scenes))
         self.tokenizer = train_tokenizer(captions, objective.vocab_size, objective.context_length)
         warn_about_truncation(self.tokenizer, captions)
-        torch.manual_seed(recipe.seed)  # the initial weights
+        torch.manual_seed(torch_seed(recipe.seed))  # the initial weights
         clip = build_clip(objective.text, objective.vision, objective.projection_dim, self.tokenizer)
         self.model = CLIPDualEncoder(clip).train()
         self.pool_size = recipe.scene_data.size // objective.vision["image_size"]

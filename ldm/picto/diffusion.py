@@ -30,6 +30,7 @@ from ldm.nn.text_encoders import TextEncoder, warn_about_truncation
 from ldm.nn.unet import UNet, UNetConfig
 from ldm.nn.vae import AutoencoderKL, encode_images
 from ldm.picto.scenes import SceneDataset, Split, make_scene_dataset
+from ldm.rng import torch_seed
 from ldm.train.diffusion import DiffusionTask
 from ldm.train.score_matching import sample_uniform
 from ldm.train.task import Batch
@@ -160,7 +161,7 @@ def initialize_unet(objective: DiffusionObjective, seed: int) -> UNet:
         unet = load_component(objective.unet, "unet").train()
         unet.attention = objective.attention
         return unet
-    torch.manual_seed(seed)
+    torch.manual_seed(torch_seed(seed))
     return UNet(UNetConfig.from_dict(objective.unet), attention=objective.attention)
 
 

@@ -24,7 +24,7 @@ from ldm.nn.text_encoders import warn_about_truncation
 from ldm.nn.vae import vae_scale_factor
 from ldm.pipeline.pipeline import Pipeline
 from ldm.pipeline.request import Request
-from ldm.rng import derive_seed
+from ldm.rng import derive_seed, torch_seed
 from ldm.train.card import write_model_card
 from ldm.train.diffusion import DiffusionTask, encode_latent_moments, validation_requests
 from ldm.train.methods import FINETUNE_METHODS, base_load_options, base_model_path, load_base_pipeline
@@ -90,7 +90,7 @@ class FinetuneTask(DiffusionTask):
         if objective.prior_preservation:
             folder = generate_class_images(Pipeline(self.base_model), recipe, objective)
             data = data.model_copy(update={"train_data_dir": (*data.train_data_dir, folder)})
-        torch.manual_seed(recipe.seed)  # initial weights of adapters
+        torch.manual_seed(torch_seed(recipe.seed))  # initial weights of adapters
         full_model = self.method.prepare(self.base_model, objective)
         dtype = resolve_frozen_dtype(objective.frozen_dtype, device)
         for network in full_model.networks.values():
