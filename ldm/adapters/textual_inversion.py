@@ -2,57 +2,120 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from ldm.checkpoints.tensors import SafetensorsFile, open_safetensors, save_tensors
+from ldm.checkpoints.tensors import open_safetensors, save_tensors
 from ldm.errors import list_some
 
 SDXL_EMBEDDING_KEYS = {"clip_l": "text_encoder", "clip_g": "text_encoder_2"}  # key: text encoder
+ENCODER_KEYS = {  # keys that name a text encoder: ComfyUI's and kohya's, and those of Replicate's trainer
+    **SDXL_EMBEDDING_KEYS,
+    "clip_h": "text_encoder",
+    "text_encoders_0": "text_encoder",
+    "text_encoders_1": "text_encoder_2",
+}
+BUNDLE_PREFIX = "bundle_emb."  # OneTrainer's, of embeddings in the file of a LoRA
 WEBUI_EMBEDDING_KEY = "emb_params"  # the only tensor of AUTOMATIC1111's files
+PARAM_PREFIX = "string_to_param."  # of pickles of the web UI and of Gal et al., written as safetensors
+IGNORED_EMBEDDING_KEYS = re.compile(r"(.+_out|string_to_token\..+|step|global_step)")
+NETWORK_KEYS = re.compile(r".*\.(weight|bias|alpha|diff\w*|\w+_scale)|(lora|lycoris)_.*")  # of no embedding
+
+Embeddings = dict[str, dict[str, Tensor]]  # by placeholder token, "" where the file names none, and text encoder
 
 
-def load_embeddings(path: Path) -> dict[str, Tensor]:
-    """Vectors [n, C], float32, by the text encoder that they are for.
+def load_embeddings(path: Path, token: str | None = None) -> dict[str, Tensor]:
+    """Vectors [n, C], float32, of one placeholder token, by the text encoder that they are for.
 
-    A file holds `clip_l` and `clip_g` (SDXL), or one tensor for the only text encoder: `emb_params` (AUTOMATIC1111's
-    web UI, kohya) or named by its placeholder token (diffusers). ValueError for any other file, a pickle too.
+    ValueError as `read_embeddings`; `token` is needed where the file has several.
+    """
+    embeddings = read_embeddings(path)
+    if token in embeddings:
+        return embeddings[token]
+    if len(embeddings) > 1:
+        raise ValueError(f"{path}: holds {len(embeddings)} tokens: choose from {', '.join(embeddings)}")
+    return next(iter(embeddings.values()))
+
+
+def read_embeddings(path: Path) -> Embeddings:
+    """The embeddings in a file, by placeholder token and text encoder.
+
+    A key names a text encoder (`clip_l`, `clip_g`), or else is the token of vectors for the only text encoder
+    (diffusers); `emb_params` and `string_to_param.*` (the web UI, kohya) name neither. OneTrainer's LoRAs have keys
+    `bundle_emb.TOKEN.clip_l` beside theirs. ValueError for any other file, a pickle too.
     """
     file = open_safetensors(path)
-    keys = _text_encoders_by_key(file)
+    keys = parse_embedding_keys(file.tensor_infos)
+    if not keys:
+        names = list_some(sorted(file.tensor_infos)) or "nothing"
+        expected = f"one tensor, or {' and '.join(SDXL_EMBEDDING_KEYS)}"
+        raise ValueError(f"{path}: not an embedding: holds {names}, expected {expected}")
     for name in keys:
         dtype, shape = file.tensor_infos[name][:2]
-        if not dtype.is_floating_point or len(shape) not in (1, 2) or 0 in shape:
+        if not dtype.is_floating_point or len(_vectors_shape(shape)) not in (1, 2) or 0 in shape:
             raise ValueError(f"{path}: {name} is {dtype} of shape {list(shape)}, expected real vectors [n, width]")
-    tensors = dict(file.iter_tensors())
-    embeddings = {component: torch.atleast_2d(tensors[name].float()) for name, component in keys.items()}
-    if len({len(vectors) for vectors in embeddings.values()}) > 1:
-        raise ValueError(f"{path}: {' and '.join(f'{len(a)} vectors for {name}' for name, a in embeddings.items())}")
-    if not all(vectors.isfinite().all() for vectors in embeddings.values()):
-        raise ValueError(f"{path}: holds numbers that are not finite")
+    embeddings: Embeddings = {}
+    for name, tensor in file.iter_tensors():
+        if name in keys:
+            token, component = keys[name]
+            vectors = torch.atleast_2d(tensor.float().reshape(_vectors_shape(tuple(tensor.shape))))
+            if component in (own := embeddings.setdefault(token, {})):
+                raise ValueError(f"{path}: {name} is given twice")
+            own[component] = vectors
+    embeddings = {token: dict(sorted(own.items())) for token, own in embeddings.items()}
+    for own in embeddings.values():
+        if len({len(vectors) for vectors in own.values()}) > 1:
+            raise ValueError(f"{path}: {' and '.join(f'{len(a)} vectors for {name}' for name, a in own.items())}")
+        if not all(vectors.isfinite().all() for vectors in own.values()):
+            raise ValueError(f"{path}: holds numbers that are not finite")
     return embeddings
 
 
-def _text_encoders_by_key(file: SafetensorsFile) -> dict[str, str]:
-    names = set(file.tensor_infos)
-    if names == set(SDXL_EMBEDDING_KEYS):
-        return SDXL_EMBEDDING_KEYS
-    if len(names) == 1 and not names & set(SDXL_EMBEDDING_KEYS):
-        return dict.fromkeys(names, "text_encoder")
-    raise ValueError(
-        f"{file.path}: not an embedding: holds {list_some(sorted(names)) or 'nothing'}, expected one tensor, "
-        f"or {' and '.join(SDXL_EMBEDDING_KEYS)}"
-    )
+def parse_embedding_keys(names: Iterable[str]) -> dict[str, tuple[str, str]]:
+    """The placeholder token and text encoder of each key of an embedding; nothing where a key is of no embedding."""
+    names = list(names)
+    if bundled := [name for name in names if name.startswith(BUNDLE_PREFIX)]:
+        parts = ((name, *name.removeprefix(BUNDLE_PREFIX).rpartition(".")[::2]) for name in bundled)
+        return {name: (token, ENCODER_KEYS[key]) for name, token, key in parts if key in ENCODER_KEYS}
+    used = [name for name in names if not IGNORED_EMBEDDING_KEYS.fullmatch(name)]
+    if any(NETWORK_KEYS.fullmatch(name) for name in used):
+        return {}
+    if encoders := [name for name in used if name in ENCODER_KEYS]:
+        return {name: ("", ENCODER_KEYS[name]) for name in encoders} if encoders == used else {}
+    return {name: (_token_of_key(name), "text_encoder") for name in used}
+
+
+def _token_of_key(name: str) -> str:
+    token = name.removeprefix(PARAM_PREFIX)
+    return "" if token in ("*", WEBUI_EMBEDDING_KEY) else token
+
+
+def _vectors_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """A shape [n, 1, C] or [1, n, C] as [n, C]; another as it is."""
+    return (shape[0] * shape[1], shape[2]) if len(shape) == 3 and 1 in shape[:2] else shape
+
+
+def count_ignored_embedding_keys(path: Path) -> int:
+    """The number of a file's tensors that are not read: output embeddings of OneTrainer, counters."""
+    names = open_safetensors(path).tensor_infos
+    return len(names) - len(parse_embedding_keys(names))
+
+
+def read_placeholder_tokens(path: Path) -> dict[str, str]:
+    """The tokens of a file by its own names for them ("" for none): these, or the name in its header, or its stem."""
+    file = open_safetensors(path)
+    tokens = [token for token, _ in parse_embedding_keys(file.tensor_infos).values()]
+    return {token: token or file.metadata.get("name", "*").replace("*", "") or path.stem for token in tokens}
 
 
 def read_placeholder_token(path: Path) -> str:
-    """The token of a file: the key of its tensor (diffusers), or the name in its header, or else the file's stem."""
-    file = open_safetensors(path)
-    names = [name for name in _text_encoders_by_key(file) if name not in (*SDXL_EMBEDDING_KEYS, WEBUI_EMBEDDING_KEY)]
-    return next(iter(names), file.metadata.get("name", "*").replace("*", "") or path.stem)
+    """The token of a file with one; ValueError as `read_embeddings`."""
+    read_embeddings(path)
+    return next(iter(read_placeholder_tokens(path).values()))
 
 
 def save_embeddings(path: Path, placeholder_token: str, embeddings: Mapping[str, Tensor]) -> None:

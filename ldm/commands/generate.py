@@ -56,9 +56,10 @@ def generate(
     check_range("--batch-size", batch_size, 1, 100_000)
     check_out_folder(out, make=False)
     pipe, request = load_pipeline_and_request(model, options, batch_size=batch_size)
-    for embedding, token in zip(map(parse_embedding, model.embedding or []), pipe.embedding_hashes, strict=True):
-        if embedding.token is None:
-            print(f"{embedding.source}: its token is {token}", file=sys.stderr)
+    given = {embedding.token for embedding in map(parse_embedding, model.embedding or [])}
+    for token, embedding in pipe.prompt_encoder.embeddings.items():
+        if token not in given:
+            print(f"{embedding.path}: its token is {token}", file=sys.stderr)
     requests = [
         pipe.resolve(replace(request, prompt=text, seed=request.seed + k)) for text in texts for k in range(count)
     ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from torch import Tensor
 from ldm import __version__
 from ldm.adapters.lora import AdapterMerger, AdapterWeight
 from ldm.adapters.lora_loading import load_adapter
-from ldm.adapters.textual_inversion import read_placeholder_token
+from ldm.adapters.textual_inversion import read_placeholder_tokens
 from ldm.checkpoints import hub
 from ldm.checkpoints.families import LoadOptions
 from ldm.checkpoints.formats import PICTO_PATH, Checkpoint, is_hub_source, load_checkpoint, locate_weights
@@ -111,15 +111,31 @@ class Pipeline:
         self.prompt_encoder.clear()
 
     def load_textual_inversion(self, path: str | Path, token: str | None = None) -> str:
-        """Add the embedding in a file, or of a hub id, under a placeholder token of prompts, which is returned.
+        """Add the embeddings in a file, or of a hub id, under placeholder tokens, and return the first of these.
 
-        The token is the file's own (`read_placeholder_token`) unless `token` is given. ValueError as
-        `PromptEncoder.add_embedding`.
+        A token is the file's own (`read_placeholder_tokens`), or the file's stem where the vocabulary has that word;
+        `token` names that of a file with one. ValueError as `PromptEncoder.add_embedding`.
         """
         file = locate_weights(path, kind="embedding")
-        token = read_placeholder_token(file) if token is None else token
-        self.prompt_encoder.add_embedding(token, file)
-        return token
+        tokens = read_placeholder_tokens(file) or {"": file.stem}
+        if token is not None and len(tokens) > 1:
+            raise ValueError(f"{file}: holds {len(tokens)} tokens ({', '.join(tokens)}), which are not renamed")
+        added = self._add_embeddings(file, tokens if token is None else dict.fromkeys(tokens, token), token is None)
+        return added[0]
+
+    def _add_embeddings(self, file: Path, tokens: Mapping[str, str], may_rename: bool) -> list[str]:
+        """Add all of a file's embeddings, by its own names for their tokens, or none."""
+        added: list[str] = []
+        try:
+            for own, token in tokens.items():
+                known = may_rename and len(tokens) == 1 and self.prompt_encoder.is_in_vocabulary(token)
+                self.prompt_encoder.add_embedding(file.stem if known else token, file, own)
+                added.append(file.stem if known else token)
+        except ValueError:
+            for token in added:
+                self.prompt_encoder.remove_embedding(token)
+            raise
+        return added
 
     def unload_textual_inversion(self, token: str) -> None:
         """Remove a placeholder token."""

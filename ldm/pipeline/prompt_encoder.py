@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Container, Sequence, Set
 from dataclasses import replace
 from functools import lru_cache, partial
 from pathlib import Path
@@ -10,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ldm.adapters.textual_inversion import load_embeddings
+from ldm.adapters.textual_inversion import count_ignored_embedding_keys, load_embeddings
 from ldm.checkpoints.formats import Checkpoint
 from ldm.checkpoints.networks import TEXT_ENCODERS
 from ldm.conditioning import Conditioning
@@ -27,10 +29,11 @@ EncodedChunk = tuple[Conditioning, Tensor | None]  # with keys and values; the p
 
 
 class PlaceholderEmbedding(NamedTuple):
-    """The vectors [n, C] of a placeholder token for each text encoder, and the SHA-256 of their file."""
+    """The vectors [n, C] of a placeholder token for each text encoder (None: it does not see it), and their file."""
 
-    vectors: tuple[Tensor, ...]
+    vectors: tuple[Tensor | None, ...]
     sha256: str
+    path: Path
 
 
 class PromptEncoder:
@@ -48,10 +51,11 @@ class PromptEncoder:
         self.model = model
         self.embeddings: dict[str, PlaceholderEmbedding] = {}
         self._placeholder_tokens: dict[str, range] = {}
+        self._absent_ids: tuple[set[int], ...] = tuple(set() for _ in model.text_encoders)  # that it does not see
         tokenize_cached = partial(tokenize_prompt_or_zeros, model, self._placeholder_tokens)
         self.tokenize_prompt = lru_cache(PROMPT_CACHE_SIZE)(tokenize_cached)
         max_chunks = max(1, EMBEDDING_CACHE_BYTES // encoded_chunk_nbytes(model))
-        self._encode_chunk = lru_cache(max_chunks)(partial(encode_chunk, model))
+        self._encode_chunk = lru_cache(max_chunks)(partial(encode_chunk, model, self._absent_ids))
 
     def __call__(
         self, prompt: str | None, num_chunks: int = 1, *, clip_skip: int = 0, time_ids: Tensor | None = None
@@ -88,30 +92,48 @@ class PromptEncoder:
         self.tokenize_prompt.cache_clear()
         self._encode_chunk.cache_clear()
 
-    def add_embedding(self, token: str, path: Path) -> None:
+    def is_in_vocabulary(self, token: str) -> bool:
+        """Whether a token is one of the model's own, and so cannot be a placeholder."""
+        return len(tokenize(self.model.text_encoders[0].tokenizer, token)) < 2
+
+    def add_embedding(self, token: str, path: Path, own_token: str | None = None) -> None:
         """Add a placeholder token with the vectors in a file (textual inversion, Gal et al. 2022, arXiv:2208.01618).
 
-        In prompts it is matched in any case, weighted like any word, and never split between chunks. ValueError if the
-        vocabulary has it already, and if the vectors do not have the widths of the model's text encoders.
+        In prompts it is matched in any case, weighted like any word, and never split between chunks. A text encoder
+        that the file has no vectors for does not see it, as in ComfyUI. `own_token` is the file's name for it, needed
+        where it holds several. ValueError if the vocabulary has it already, and if the vectors do not have the widths
+        of the model's text encoders.
         """
         encoders = dict(zip(TEXT_ENCODERS, self.model.text_encoders, strict=False))
         tokenizer = self.model.text_encoders[0].tokenizer
-        known = token.lower() in map(str.lower, self.embeddings) or len(tokenize(tokenizer, token)) < 2
+        known = token.lower() in map(str.lower, self.embeddings) or self.is_in_vocabulary(token)
         if known or token != token.strip():
-            raise ValueError(f"embedding {token!r}: must be a word that the model does not have yet")
-        vectors = load_embeddings(path)
-        if set(vectors) != set(encoders):
+            hint = "" if not token.strip() else f": say TOKEN={path}"
+            raise ValueError(f"embedding {token!r}: must be a word that the model does not have yet{hint}")
+        vectors = load_embeddings(path, own_token)
+        if not set(vectors) & set(encoders):
             raise ValueError(
                 f"{path}: an embedding for {' and '.join(vectors)}; this model has {' and '.join(encoders)}"
             )
-        for name, encoder in encoders.items():
-            (n, width), expected = vectors[name].shape, encoder.model.config.hidden_size
+        for name in encoders.keys() & vectors.keys():
+            (n, width), expected = vectors[name].shape, encoders[name].model.config.hidden_size
             if width != expected:
                 raise ValueError(f"{path}: vectors of width {width} for {name}, expected {expected}")
             if n > (limit := tokenizer.model_max_length - 2):
                 raise ValueError(f"{path}: {n} vectors, at most {limit} fit in a chunk")
-        self.embeddings[token] = PlaceholderEmbedding(tuple(vectors[name] for name in encoders), file_sha256(path))
+        self._warn_of_partial_use(path, vectors.keys(), encoders.keys())
+        self.embeddings[token] = PlaceholderEmbedding(tuple(map(vectors.get, encoders)), file_sha256(path), path)
         self._update_placeholders()
+
+    @staticmethod
+    def _warn_of_partial_use(path: Path, given: Set[str], encoders: Set[str]) -> None:
+        """A warning that names text encoders without vectors, vectors without a text encoder, and what is not read."""
+        notes = [f"{name} does not see it (no vectors)" for name in sorted(encoders - given)]
+        notes += [f"its vectors for {name} have no use in this model" for name in sorted(given - encoders)]
+        if count := count_ignored_embedding_keys(path):
+            notes.append(f"{count} of its tensors are not read")
+        if notes:
+            warnings.warn(f"embedding {path}: {'; '.join(notes)}", stacklevel=3)
 
     def remove_embedding(self, token: str) -> None:
         """Undo `add_embedding`: without placeholder tokens the text encoders are as loaded, bit for bit."""
@@ -123,10 +145,19 @@ class PromptEncoder:
     def _update_placeholders(self) -> None:
         start = self.model.text_encoders[0].model.config.vocab_size
         self._placeholder_tokens.clear()
-        for token, (vectors, _) in self.embeddings.items():
-            self._placeholder_tokens[token] = range(start, start := start + len(vectors[0]))
+        for token, (vectors, *_) in self.embeddings.items():
+            count = max(len(a) for a in vectors if a is not None)
+            self._placeholder_tokens[token] = range(start, start := start + count)
         for k, encoder in enumerate(self.model.text_encoders):
-            encoder.set_placeholder_embeddings([vectors[k] for vectors, _ in self.embeddings.values()])
+            absent = self._absent_ids[k]
+            absent.clear()
+            rows = []
+            for (vectors, *_), ids in zip(self.embeddings.values(), self._placeholder_tokens.values(), strict=True):
+                if (own := vectors[k]) is None:
+                    absent.update(ids)
+                    own = torch.zeros(len(ids), encoder.model.config.hidden_size)
+                rows.append(own)
+            encoder.set_placeholder_embeddings(rows)
         self.clear()
 
 
@@ -139,13 +170,27 @@ def tokenize_prompt_or_zeros(
     return tokenize_prompt(model.text_encoders[0].tokenizer, prompt or "", placeholder_tokens)
 
 
-def encode_chunk(model: Checkpoint, chunk: PromptChunk, clip_skip: int) -> EncodedChunk:
-    """A chunk [1, T, C] with the keys and values of every cross-attention, and its pooled vector [1, P]."""
+def encode_chunk(
+    model: Checkpoint, absent_ids: Sequence[Container[int]], chunk: PromptChunk, clip_skip: int
+) -> EncodedChunk:
+    """A chunk [1, T, C] with the keys and values of every cross-attention, and its pooled vector [1, P].
+
+    Each text encoder reads it without its `absent_ids`.
+    """
+    seen = [drop_tokens(chunk, absent) for absent in absent_ids]
     with torch.inference_mode(False), torch.no_grad():  # cached for later calls, which may want gradients in x
-        context, pooled = join_text_embeddings(encoder.encode(chunk, clip_skip) for encoder in model.text_encoders)
+        context, pooled = join_text_embeddings(
+            encoder.encode(own, clip_skip) for encoder, own in zip(model.text_encoders, seen, strict=True)
+        )
         if chunk == ZERO_CHUNK:
             context, pooled = torch.zeros_like(context), None if pooled is None else torch.zeros_like(pooled)
         return model.unet.compute_kv_cache(Conditioning(context)), pooled
+
+
+def drop_tokens(chunk: PromptChunk, ids: Container[int]) -> PromptChunk:
+    """A chunk without the tokens of these ids."""
+    pairs = [(k, weight) for k, weight in zip(chunk.ids, chunk.weights, strict=True) if k not in ids]
+    return PromptChunk(tuple(k for k, _ in pairs), tuple(weight for _, weight in pairs))
 
 
 def encoded_chunk_nbytes(model: Checkpoint) -> int:

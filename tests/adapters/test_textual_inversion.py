@@ -4,7 +4,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from ldm.adapters.textual_inversion import load_embeddings, read_placeholder_token
+from ldm.adapters.textual_inversion import load_embeddings, read_placeholder_token, read_placeholder_tokens
 
 ONE, MANY = torch.randn(768, generator=torch.Generator().manual_seed(0)), torch.arange(2304.0).reshape(3, 768)
 WIDE = torch.arange(3840.0).reshape(3, 1280)
@@ -19,8 +19,18 @@ WIDE = torch.arange(3840.0).reshape(3, 1280)
         ({"emb_params": MANY.bfloat16()}, {"text_encoder": MANY.bfloat16().float()}),
         ({"clip_l": MANY, "clip_g": WIDE}, {"text_encoder": MANY, "text_encoder_2": WIDE}),
         ({"clip_g": WIDE[0], "clip_l": ONE}, {"text_encoder": ONE[None], "text_encoder_2": WIDE[:1]}),
+        ({"clip_l": MANY}, {"text_encoder": MANY}),
+        ({"clip_g": WIDE}, {"text_encoder_2": WIDE}),
+        ({"clip_l": MANY, "clip_l_out": MANY + 1}, {"text_encoder": MANY}),
+        ({"text_encoders_0": MANY, "text_encoders_1": WIDE}, {"text_encoder": MANY, "text_encoder_2": WIDE}),
+        ({"string_to_param.*": MANY, "string_to_token.*": torch.tensor(265)}, {"text_encoder": MANY}),
+        ({"emb_params": MANY[:, None]}, {"text_encoder": MANY}),
+        ({"emb_params": MANY[None]}, {"text_encoder": MANY}),
     ],
-    ids=["web ui", "diffusers", "diffusers of many vectors", "half", "sdxl", "sdxl of one vector"],
+    ids=[
+        *("web ui", "diffusers", "diffusers of many vectors", "half", "sdxl", "sdxl of one vector", "clip_l alone"),
+        *("clip_g alone", "OneTrainer", "Replicate", "a pickle's names", "[n, 1, C]", "[1, n, C]"),
+    ],
 )
 def test_every_format_gives_its_vectors(tmp_path, tensors, expected):
     save_file(tensors, tmp_path / "word.safetensors")
@@ -33,12 +43,11 @@ def test_every_format_gives_its_vectors(tmp_path, tensors, expected):
     "tensors, match",
     [
         ({}, "not an embedding: holds nothing, expected one tensor, or clip_l and clip_g"),
-        ({"clip_l": MANY}, "not an embedding: holds clip_l, expected"),
         ({"clip_l": MANY, "clip_g": WIDE, "t5": ONE}, "not an embedding: holds clip_g, clip_l, t5, expected"),
         ({f"layer{k}.weight": ONE for k in range(5)}, r"layer0\.weight, layer1\.weight, layer2\.weight and 2 more"),
         ({"clip_l": MANY, "clip_g": WIDE[:2]}, "3 vectors for text_encoder and 2 vectors for text_encoder_2"),
         ({"emb_params": MANY.long()}, r"emb_params is torch\.int64 of shape \[3, 768\], expected real vectors"),
-        ({"emb_params": MANY[None]}, r"emb_params is torch\.float32 of shape \[1, 3, 768\]"),
+        ({"emb_params": MANY.reshape(2, 3, 384)}, r"emb_params is torch\.float32 of shape \[2, 3, 384\]"),
         ({"emb_params": MANY[:0]}, r"of shape \[0, 768\]"),
         ({"emb_params": torch.tensor(1.0)}, r"of shape \[\]"),
         ({"emb_params": MANY / 0}, "numbers that are not finite"),
@@ -58,6 +67,9 @@ def test_what_is_no_embedding_is_refused_by_name(tmp_path, tensors, match):
         ({"emb_params": ONE}, {"name": "toy-1"}, "toy-1"),
         ({"emb_params": ONE}, None, "word"),
         ({"clip_l": MANY, "clip_g": WIDE}, {"name": "*"}, "word"),
+        ({"string_to_param.*": ONE}, None, "word"),
+        ({"string_to_param.<cat>": ONE}, None, "<cat>"),
+        ({"*": ONE}, None, "word"),
     ],
 )
 def test_a_file_names_its_token(tmp_path, tensors, metadata, word):
@@ -76,3 +88,15 @@ def test_the_web_ui_s_pickle_names_the_way_to_convert_it(tmp_path):
     torch.save({"string_to_param": {"*": MANY}, "name": "word"}, tmp_path / "word.pt")
     with pytest.raises(ValueError, match=r"word\.pt: a zip archive.*ldm convert --trust"):
         load_embeddings(tmp_path / "word.pt")
+
+
+def test_a_file_of_several_tokens_gives_each(tmp_path):
+    path = tmp_path / "word.safetensors"
+    save_file({"<s0>": MANY, "<s1>": ONE, "bundle": ONE + 1}, path)
+    assert read_placeholder_tokens(path) == {"<s0>": "<s0>", "<s1>": "<s1>", "bundle": "bundle"}
+    assert torch.equal(load_embeddings(path, "<s0>")["text_encoder"], MANY)
+    with pytest.raises(ValueError, match="holds 3 tokens: choose from"):
+        load_embeddings(path)
+    save_file({"bundle_emb.zorb.clip_l": MANY, "bundle_emb.zorb.clip_g": WIDE, "lora_te1_a.alpha": ONE[0]}, path)
+    assert read_placeholder_tokens(path) == {"zorb": "zorb"}
+    assert load_embeddings(path)["text_encoder_2"].shape == WIDE.shape

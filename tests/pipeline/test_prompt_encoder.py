@@ -304,16 +304,32 @@ def test_a_word_that_is_none_or_there_is_refused(texts, embedding, word):
         texts.remove_embedding("<there>")
 
 
+def test_a_text_encoder_without_vectors_reads_the_prompt_without_the_word(model, texts, tmp_path):
+    both = vectors(model, 2)
+    if len(both) == 1:  # the reverse: vectors for a text encoder that the model does not have
+        both, warning = {"clip_l": both["emb_params"], "clip_g": torch.ones(2, 48)}, "text_encoder_2 have no use"
+        kept = dict(both)
+    else:
+        warning, kept = "text_encoder_2 does not see it", {"clip_l": both["clip_l"]}
+    save_file(kept, tmp_path / "half.safetensors")
+    with pytest.warns(UserWarning, match=warning):
+        texts.add_embedding("<cat-toy>", tmp_path / "half.safetensors")
+    width = model.text_encoders[0].model.config.hidden_size
+    ours, plain = texts("a <cat-toy> here").context, texts("a here").context
+    assert not torch.equal(ours[..., :width], plain[..., :width])
+    assert torch.equal(ours[..., width:], plain[..., width:])
+    texts.remove_embedding("<cat-toy>")
+
+
 def test_vectors_that_do_not_fit_are_refused_by_name(model, texts, tmp_path):
-    first, *second = (tower.model.config.hidden_size for tower in model.text_encoders)
-    other = (
-        {"clip_l": torch.ones(2, first), "clip_g": torch.ones(2, 48)}
-        if not second
-        else {"emb_params": torch.ones(2, 32)}
-    )
+    _, *second = (tower.model.config.hidden_size for tower in model.text_encoders)
+    other = {"clip_g" if not second else "<word>": torch.ones(2, 48)}
     wide = {name: torch.ones(2, 40) for name in vectors(model, 1)}
     for tensors, said in (
-        (other, "an embedding for text_encoder.*; this model has text_encoder"),
+        (
+            other,
+            "vectors of width 48 for" if second else "an embedding for text_encoder_2; this model has text_encoder",
+        ),
         (wide, "vectors of width 40 for text_encoder, expected 32"),
         (vectors(model, 76), "76 vectors, at most 75 fit in a chunk"),
     ):
