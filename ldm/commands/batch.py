@@ -102,6 +102,8 @@ def batch(
         lease_timeout=expiry,
     )
     unsupported.print_warning()
+    for notice in source.wildcards.notices:
+        print(f"notice: {notice}", file=sys.stderr)
     with exit_on_failure():
         status = run_job(
             job, pipe, source.name, lambda job: start(job, devices), check, timeout, as_json, model.cli_args()

@@ -18,7 +18,8 @@ from PIL import Image
 from ldm.image_io import read_image, read_mask
 from ldm.jobs.readers import MAX_IMAGES_PER_RECORD, MAX_LINE_BYTES, PROMPT_READERS, ParseError, PromptReader, PromptRow
 from ldm.jobs.schema import short_repr
-from ldm.jobs.wildcards import PromptTemplate, WildcardManager
+from ldm.jobs.wildcard_files import WildcardManager
+from ldm.jobs.wildcards import PromptTemplate
 from ldm.pipeline.request import Request
 
 WILDCARD_EXPANSIONS = ("one", "all", "none")  # one text per seed, every text, or wildcards left as they are

@@ -143,7 +143,16 @@ CASES = [  # file, content, line (0: the file as a whole), what is said
     ("p.txt", "a}\n", 1, "wildcards: } at character 2 closes nothing"),
     ("p.txt", "{{a}|b\n", 1, "wildcards: { at character 1 is not closed"),
     ("p.txt", "{0::a|0::b}\n", 1, "must not all be 0"),
-    ("p.txt", "{2$$a|b}\n", 1, "wildcards: $$, for several at once, is not supported"),
+    ("p.txt", "{two$$a|b}\n", 1, "wildcards: $$ at character 5 is not understood"),
+    ("p.txt", "{3-2$$a|b|c}\n", 1, "wildcards: 3-2$$: must run upwards"),
+    ("p.txt", "%{x ... y$$ {a|b}}\n", 1, "wildcards: $$ at character 10 is not understood"),
+    ("p.txt", "a ${c}\n", 1, "wildcards: ${c}: no such variable is set"),
+    ("p.txt", "a ${1}\n", 1, "wildcards: ${ at character 3 is not understood"),
+    ("p.txt", "{${c=a}|b}\n", 1, "a variable cannot be set within braces"),
+    ("p.txt", "snake__case__name\n", 1, "wildcard __case__: no file"),
+    ("p.txt", "${c=a}__good/${c}__\n", 1, "wildcards: __ at character 7 is not understood"),
+    ("p.txt", "__no*__\n", 1, "wildcard __no*__: no file"),
+    ("p.txt", "__chain0__\n", 1, "wildcard __chain32__: nested more than 32 deep"),
     ("p.txt", "{" * 99 + "}" * 99, 1, "wildcards: nested more than 32 deep"),
     ("p.txt", "__none__\n", 1, "wildcard __none__: no file"),
     ("p.txt", "__god__\n", 1, "did you mean 'good'?"),
@@ -157,7 +166,7 @@ CASES = [  # file, content, line (0: the file as a whole), what is said
     ("p.txt", "__ring__\n", 1, "includes itself (ring > round > ring)"),
     ("p.txt", "__empty__\n", 1, "empty.txt has no lines"),
     ("p.txt", "__torn__\n", 1, "torn.txt:2: wildcards: { at character 3 is not closed"),
-    ("p.txt", "__latin__\n", 1, "latin.txt:1: byte 1 is not UTF-8"),
+    ("p.txt", "__nul__\n", 1, "nul.txt: holds a NUL"),
     ("p.txt", "__bomb9__\n", 1, "wildcards: up to"),
     ("p.jsonl", line(negative="{a"), 2, "wildcards: { at character 1"),
     # CSV
@@ -223,6 +232,8 @@ WILDCARDS = {
     "torn": "a\nb {c",
     "bomb0": "a" * 99,
     **BOMB,
+    "nul": "a\0",
+    **{f"chain{k}": f"__chain{k + 1}__" for k in range(400)},
 }
 
 
@@ -233,7 +244,6 @@ def folder(tmp_path_factory):
     (folder / "wildcards").mkdir()
     for name, content in WILDCARDS.items():
         (folder / "wildcards" / f"{name}.txt").write_text(content)
-    (folder / "wildcards" / "latin.txt").write_bytes(b"\xe9t\xe9")
     Image.effect_noise((64, 64), 50).save(folder / "good.png")
     (folder / "torn.png").write_bytes((folder / "good.png").read_bytes()[:500])
     for pipe in ("pipe", "wildcards/pipe.txt"):

@@ -249,7 +249,27 @@ TEMPLATES = [
     (r"\(x\) (y:1.2) \\{a} | z", [r"\(x\) (y:1.2) \\a | z"]),
     ("{only}", ["only"]),
     (r"a \__colour__ b", ["a __colour__ b"]),
-    ("snake__case__name, ____, __ x __, a_b", ["snake__case__name, ____, __ x __, a_b"]),
+    ("snake__case, ____, __ x __, a_b", ["snake__case, ____, __ x __, a_b"]),
+    ("100%{a|b} for $5", ["100%a for $5", "100%b for $5"]),
+    # as dynamicprompts 0.31 enumerates them
+    ("__hair colour__ __Colour__ish", [f"{a} {b}ish" for a in ("fair", "dark") for b in ("red", "blue é")]),
+    ("__colour____hair colour__", [f"{a}{b}" for a in ("red", "blue é") for b in ("fair", "dark")]),
+    ("x__colour__y", ["xredy", "xblue éy"]),
+    (r"__deep\tree/fir__, (__deep/tree/fir__:1.2)", ["green, (green:1.2)"]),
+    ("__*__", ["red", "blue é", "fair", "dark", "l", "sweet(ish)", "[none]"]),
+    ("__d??p/*__ __**/fir__", [f"{a} green" for a in ("dog", "red hen", "blue é hen", "x", "y")]),
+    ("__sweet(ish)__", ["sweet(ish)"]),
+    ("{2$$a|b|c}", ["a,b", "a,c", "b,a", "b,c", "c,a", "c,b"]),
+    ("{1-2$$ and $$a|b}", ["a", "b", "a and b", "b and a"]),
+    ("{0-1$$a|b}{-2$$|$$c|d}", [f"{x}{y}" for x in ("", "a", "b") for y in ("c", "d", "c|d", "d|c")]),
+    ("{9$$a|{b|c}}", ["a,b", "a,c", "b,a", "c,a"]),
+    ("{2$$__colour__}", ["red,blue é", "blue é,red"]),
+    ("${c={red|blue}}a ${c} ${c}", ["a red red", "a red blue", "a blue red", "a blue blue"]),
+    ("${c=!{red|blue}}a ${c} ${c}", ["a red red", "a blue blue"]),
+    ("${c=1}${c?=2}${d?=3}${c}${d:4}${e:{5|6}}", ["135", "136"]),
+    ("${c=!{x|y}}__use__${c}", ["[x]x", "[y]y"]),
+    ("__use(c={x|y})__ __use__", ["[x] [none]", "[y] [none]"]),
+    ("__pets/cat__ __pets/big/cat__ __list__", ["tabby lion l", "tom lion l"]),
     (
         "__colour__ {cat|__deep/pet__}",
         [f"{c} {p}" for c in ("red", "blue é") for p in ("cat", "dog", "red hen", "blue é hen")],
@@ -259,7 +279,18 @@ TEMPLATES = [
 
 @pytest.fixture
 def wildcards(tmp_path):
-    wild(tmp_path, colour="# colours\nred\n\n3::blue é\r\n", **{"deep/pet": "\ufeffdog\n__colour__ hen"})
+    wild(
+        tmp_path,
+        colour="# colours\nred\n\n3::blue é\r\n",
+        use="[${c:none}]",
+        **{"deep/pet": "\ufeffdog\n__colour__ hen"},
+    )
+    wild(
+        tmp_path,
+        **{"hair colour": "fair\rdark", "sweet(ish)": "sweet(ish)", "deep/tree/fir": "green", "deep/q": "x\ny"},
+    )
+    write(tmp_path / "wildcards" / "more.yaml", "pets:\n  cat: [tabby, 2::tom]\n  big:\n    cat: lion\n")
+    write(tmp_path / "wildcards" / "list.json", '["l"]')
     return tmp_path
 
 
@@ -292,6 +323,27 @@ def test_choices_have_their_weights_and_are_independent(tmp_path):
     for word, share in {"ac": 3 / 8, "ad": 3 / 8, "bc": 1 / 8, "bd": 1 / 8}.items():
         assert abs(seen[word] - n * share) < 4 * (n * share * (1 - share)) ** 0.5
     assert {p for p, _ in drawn(tmp_path, "{0::a|b}", count=50)} == {"b"}
+
+
+def test_several_of_a_choice_have_their_weights(tmp_path):
+    n = 4000
+    seen = Counter(p for p, _ in drawn(tmp_path, "{2$$3::a|b|0::c}", count=n))
+    assert set(seen) == {"a,b", "b,a"} and abs(seen["a,b"] - n * 3 / 4) < 4 * (n * 3 / 16) ** 0.5
+
+
+def test_marks_choose_in_turn_at_random_and_every_one(wildcards):
+    turns = [p for p, _ in drawn(wildcards, "{@red|blue} {!a|b} {!x|y} __@colour__ --d 0-3")]
+    assert turns == ["red a x red", "blue a y blue é", "red b x red", "blue b y blue é"]
+    every = drawn(wildcards, "{~red|blue} {a|b} {@x|y}", expand="all", count=40)
+    assert Counter(p.split()[1] for p, _ in every) == {"a": 40, "b": 40}
+    assert all(p[-1] == "xy"[seed % 2] for p, seed in every) and {p.split()[0] for p, _ in every} == {"red", "blue"}
+
+
+def test_a_latin_1_file_is_read_with_a_notice(wildcards, ldm_, tiny):
+    (wildcards / "wildcards" / "old.txt").write_bytes(b"\xe9t\xe9\r\n")
+    assert drawn(wildcards, "__old__") == [("été", 0)]
+    _, _, err = ldm_("batch", wildcards / "p.txt", "--model", tiny, "--out", wildcards / "job", "--steps", 2)
+    assert err == f"notice: {wildcards / 'wildcards' / 'old.txt'}: not UTF-8: read as Latin-1\n"
 
 
 def test_a_file_s_lines_have_their_weights(wildcards):
