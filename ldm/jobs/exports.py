@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from ldm.data.shards import import_pyarrow
 from ldm.files import atomic_write, read_json, rename_noreplace
 from ldm.jobs.manifest import RowSpan, read_finished_rows
-from ldm.pipeline.request import Request
+from ldm.pipeline.request import Request, complete_record
 
 ROW_GROUP_IMAGES, ROW_GROUP_BYTES = 100, 2**24  # whichever ends a parquet row group first; one is read as a whole
 INPUT_IMAGE_FIELDS = "image", "mask"
@@ -71,6 +71,7 @@ def export_job(
 def load_finished_image(folder: Path, span: RowSpan, model: str) -> ExportedImage:
     """The image of a manifest line; ValueError where its file has another hash than the line."""
     record = json.loads(span.read())
+    record["request"] = complete_record(record["request"])
     path = folder / record["file"]
     try:
         data = path.read_bytes()

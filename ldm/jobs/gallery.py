@@ -40,6 +40,7 @@ def write_gallery(folder: Path) -> Path:
     Written again, it makes only the thumbnails that are missing. ValueError where the folder holds no manifest.
     """
     folder = Path(folder)
+    check_no_links(folder)
     done, failed = read_finished_records(folder)
     make_thumbnails(folder, done)
     common, columns, rows = build_gallery_table([build_gallery_entry(folder, record) for record in done])
@@ -112,11 +113,25 @@ def read_job_info(folder: Path) -> tuple[str, str, list[str]]:
     """A job's title, the name of its model, and the arguments with which `ldm generate` loads the same model."""
     try:
         job = json.loads((folder / "job.json").read_bytes())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         job = {}
-    model = job.get("model") or "picto"
-    title = Path(job.get("source") or folder.resolve().name).stem
-    return title, model, job.get("words", [] if model == "picto" else ["--model", model])
+    job = job if isinstance(job, dict) else {}
+    texts = {name: value for name in ("model", "source") if isinstance(value := job.get(name), str)}
+    model = texts.get("model") or "picto"
+    title = Path(texts.get("source") or folder.resolve().name).stem
+    args = job.get("words")
+    if not isinstance(args, list) or not all(isinstance(arg, str) for arg in args):
+        args = [] if model == "picto" else ["--model", model]
+    return title, model, args
+
+
+def check_no_links(folder: Path) -> None:
+    """ValueError where a folder that the gallery writes in is a link, so that it might write outside of the job's."""
+    thumbnails = folder / THUMBNAIL_FOLDER
+    inner = thumbnails.iterdir() if thumbnails.is_dir() else ()
+    for path in (folder / GALLERY_DATA, thumbnails, *inner):
+        if path.is_symlink():
+            raise ValueError(f"{path}: a link: the gallery is written in folders only")
 
 
 def summarize_settings(common: Mapping[str, Any]) -> list[str]:

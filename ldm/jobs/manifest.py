@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 from collections.abc import Callable, Container, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -12,10 +13,13 @@ from typing import Any, BinaryIO, NamedTuple, TypeVar
 
 from ldm.files import atomic_write, file_sha256, remove_path
 from ldm.jobs.leases import Leases
+from ldm.pipeline.request import complete_record
 
 MANIFEST_FILE = "manifest.jsonl"
 FOLDER_LEASE = "folder"  # held while one publishes files in a job's folder itself
 DRAFT_SUFFIX = ".part"  # of the names that `atomic_write` gives
+ITEM_ID_PATTERN = re.compile(r"[0-9a-f]{1,64}")
+IMAGE_FILE_PATTERN = re.compile(r"images(/[\w-][\w.-]*)+", re.ASCII)  # no part is "..", none is hidden
 
 Row = TypeVar("Row")
 
@@ -25,7 +29,9 @@ class Manifest:
 
     Every worker appends to a file of its own, `manifest-WORKER.jsonl`, because a network file system does not order the
     appends of two writers; `compact_manifest` joins the files of workers that have ended. A line counts once its
-    newline is there; a malformed line is ignored, and its item is generated again. It keeps about 100 bytes per item.
+    newline is there; a malformed line is ignored, and its item is generated again. An id that is not hexadecimal and an
+    image that lies outside `images/` are malformed: what is read from a folder names no file outside it. It keeps about
+    100 bytes per item.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -87,14 +93,33 @@ def list_manifest_files(folder: Path) -> list[Path]:
     return [folder / MANIFEST_FILE, *list_worker_manifests(folder).values()]
 
 
-def iter_manifest_rows(file: BinaryIO, start: int = 0) -> Iterator[tuple[dict[str, Any], RowSpan]]:
-    """The records of an open manifest from the byte `start` on; torn and malformed lines are left out."""
+def iter_manifest_rows(
+    file: BinaryIO, start: int = 0, strict: bool = False
+) -> Iterator[tuple[dict[str, Any], RowSpan]]:
+    """The records of an open manifest from the byte `start` on; torn and malformed lines are left out.
+
+    With `strict`, ValueError for a whole line of an image that names a file outside `images/`.
+    """
     file.seek(start)
     for line in file:
         end = start + len(line)
-        if line.endswith(b"\n") and (record := parse_manifest_line(line)) is not None:
+        record = parse_manifest_line(line) if line.endswith(b"\n") else None
+        if record is not None:
             yield record, RowSpan(file, start, end)
+        elif strict and line.endswith(b"\n") and has_unsafe_name(line):
+            raise ValueError(f"{file.name}: byte {start}: an id that is not hexadecimal, or a file not below images/")
         start = end
+
+
+def has_unsafe_name(line: bytes) -> bool:
+    """Whether a whole line is one of a finished image but for an id or a file that no job of ours writes."""
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):
+        return False
+    if not isinstance(record, dict) or record.get("status") != "done":
+        return False
+    return not (_matches(ITEM_ID_PATTERN, record.get("id")) and _matches(IMAGE_FILE_PATTERN, record.get("file")))
 
 
 def parse_manifest_line(line: bytes) -> dict[str, Any] | None:
@@ -103,10 +128,18 @@ def parse_manifest_line(line: bytes) -> dict[str, Any] | None:
         record = json.loads(line)
     except (ValueError, RecursionError):
         return None
-    if not isinstance(record, dict) or not isinstance(record.get("id"), str) or type(record.get("line")) is not int:
+    if not isinstance(record, dict) or type(record.get("line")) is not int or abs(record["line"]) >= 2**63:
         return None
-    is_done = record.get("status") == "done" and all(isinstance(record.get(key), str) for key in ("file", "sha256"))
-    return record if is_done or record.get("status") == "failed" else None
+    if not _matches(ITEM_ID_PATTERN, record.get("id")):
+        return None
+    if record.get("status") == "failed":
+        return {name: value for name, value in record.items() if name != "file"}
+    is_done = record.get("status") == "done" and isinstance(record.get("sha256"), str)
+    return record if is_done and _matches(IMAGE_FILE_PATTERN, record.get("file")) else None
+
+
+def _matches(pattern: re.Pattern[str], value: Any) -> bool:
+    return isinstance(value, str) and len(value) < 256 and pattern.fullmatch(value) is not None
 
 
 def read_finished_rows(
@@ -116,7 +149,7 @@ def read_finished_rows(
 
     A finished image wins over a failure, and a later line over an earlier one. Files stay open until `stack` closes,
     and so keep their content while a running job replaces them; the compacted one is opened last, because it holds what
-    a worker's file held before it was removed. ValueError where there is no manifest, or a line has no request.
+    a worker's file held before it was removed. ValueError where there is no manifest, or a line has no valid request.
     """
     files: list[BinaryIO] = []
     for path in reversed(list_manifest_files(folder)) if folder.is_dir() else ():
@@ -128,14 +161,15 @@ def read_finished_rows(
         raise ValueError(f"{folder}: no {MANIFEST_FILE}, so not a job's folder")
     done, failed = dict[str, tuple[tuple[int, int, str], Row]](), set[str]()
     for file in reversed(files):
-        for record, span in iter_manifest_rows(file):
+        for record, span in iter_manifest_rows(file, strict=True):
             if record["status"] == "failed":
                 failed.add(record["id"])
                 continue
             try:
-                key = record["line"], record["request"]["seed"], record["id"]
-            except (KeyError, TypeError):
-                raise ValueError(f"{file.name}: the line of {record['id']} has no request") from None
+                record["request"] = complete_record(record.get("request"))
+            except ValueError as error:
+                raise ValueError(f"{file.name}: the line of {record['id']}: {error}") from None
+            key = record["line"], record["request"]["seed"], record["id"]
             done[record["id"]] = key, keep(record, span)
     return [value for _, value in sorted(done.values(), key=lambda row: row[0])], len(failed - done.keys())
 

@@ -216,6 +216,39 @@ REQUEST_FIELDS: dict[str, FieldSpec] = {
 IMAGE_COUNT = FieldSpec(parse_int, "Images per prompt.", "count", ("num_images", "num_images_per_prompt", "n_iter"))
 
 
+RECORD_TYPES: dict[str, Callable[[Any], bool]] = {  # of JSON values, by the annotation of a field
+    "str": lambda value: isinstance(value, str),
+    "int": lambda value: type(value) is int and abs(value) < 2**64,
+    "float": lambda value: type(value) in (int, float) and abs(value) < 1e300,  # NaN is not
+    "tuple[float": lambda value: _is_pair(value) and all(v is None or RECORD_TYPES["float"](v) for v in value),
+    "tuple[int": lambda value: _is_pair(value) and all(map(RECORD_TYPES["int"], value)),
+    "Image.Image": lambda value: isinstance(value, dict) and isinstance(value.get("sha256"), str),
+}
+
+
+def complete_record(values: Any) -> dict[str, Any]:
+    """The values of a `Request.to_record` that a file holds, what it lacks by its default.
+
+    ValueError for what is no object, has no prompt, an unknown field, or a value of another type.
+    """
+    if not isinstance(values, dict):
+        raise ValueError("no request")
+    types = {f.name: str(f.type) for f in fields(Request) if f.name != "latents"}
+    for name, value in values.items():
+        if name not in types:
+            raise ValueError(f"request: unknown field {name!r:.60}")
+        kind = next(kind for kind in RECORD_TYPES if types[name].startswith(kind))
+        if not RECORD_TYPES[kind](value) and not (value is None and types[name].endswith("None")):
+            raise ValueError(f"request: {name} {value!r:.60}: not of its type")
+    if "prompt" not in values:
+        raise ValueError("request: no prompt")
+    return {**Request("").to_record(), **values}
+
+
+def _is_pair(value: Any) -> bool:
+    return isinstance(value, list | tuple) and len(value) == 2
+
+
 def coerce_request(request: Request) -> Request:
     """The request with numbers of other libraries as Python's own; ValueError for what is no number or image."""
     from PIL import Image

@@ -173,10 +173,10 @@ def test_an_image_that_is_not_as_it_was_finished_is_named_and_nothing_is_written
         (lambda f: (f / "job.json").write_text("{}"), [], "job.json: names no model"),
         (
             lambda f: (f / "manifest.jsonl").write_text(
-                '{"id": "a", "line": 1, "status": "done", "file": "b", "sha256": "c"}\n'
+                '{"id": "a", "line": 1, "status": "done", "file": "images/b", "sha256": "c"}\n'
             ),
             [],
-            "the line of a has no request",
+            "the line of a: no request",
         ),
         (lambda f: None, ["--to", "zip"], "--to 'zip': choose from webdataset, parquet"),
         (lambda f: None, ["--shard-size", 0], "--shard-size 0"),

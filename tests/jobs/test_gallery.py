@@ -2,7 +2,7 @@
 
 import json
 import re
-import shlex
+import subprocess
 import tomllib
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -16,6 +16,7 @@ from typer.main import get_command
 
 from ldm import cli
 from ldm.jobs import contact_sheets, gallery
+from ldm.jobs.exports import export_job
 from ldm.metadata import save_png
 from ldm.pipeline.request import Request
 
@@ -395,11 +396,27 @@ def test_the_command_and_the_json_of_an_image_generate_it_again(show, ldm_, tiny
     for k, picture in enumerate(pictures):
         page.run(f"open({k})")
         command, data = page.run("[$('command').textContent, $('json').textContent]")
-        program, *words = shlex.split(command)
+        program, *words = split_by_shell(command)
         status, out, _ = ldm_(words[0], "--out", tmp_path / f"again-{k}", *words[1:])
         assert (program, status) == ("ldm", 0)
         assert Image.open(out.strip()).tobytes() == picture.tobytes(), command
         assert Request(**json.loads(data)) == requests[k]
+
+
+def split_by_shell(command):
+    """The words of a command, as bash reads them."""
+    said = subprocess.run(["bash", "-c", f"printf '%s\\0' {command}"], capture_output=True, check=True)
+    return said.stdout.decode().split("\0")[:-1]
+
+
+def test_no_control_character_is_in_a_command_and_the_shell_reads_the_prompt(show, tmp_path):
+    prompts = ["a\x15b", "\x1b[201~id\r", "it's \\ \x07'", "two\nlines\tand a tab", "\u202etac", "\x9b2J", "a cat"]
+    write_job(tmp_path, [replace(SETTLED, prompt=text, seed=k) for k, text in enumerate(prompts)], draw=False)
+    page = show()
+    for k, text in enumerate(prompts):
+        page.run(f"open({k})")
+        command = page.run("$('command').textContent")
+        assert command.isprintable() and split_by_shell(command)[-1] == text, command
 
 
 def test_what_a_command_cannot_say_stands_beside_it(show, tmp_path):
@@ -490,3 +507,54 @@ def test_every_control_has_a_name_and_every_text_the_contrast_of_wcag(show, mixe
         contrasts = page.run(CONTRASTS)
         assert len(contrasts) > 10 and [entry for entry in contrasts if entry[0] < 4.5] == []  # WCAG 2.2, 1.4.3
         assert page.run(f"{NAMELESS}.map((e) => e.outerHTML)") == []
+
+
+HOSTILE_LINES = {  # a change of a manifest's line: what is said of it
+    "an id that climbs": ({"id": "../../../../x"}, "an id that is not hexadecimal"),
+    "an id that is a path": ({"id": "/tmp/x"}, "an id that is not hexadecimal"),
+    "an id that is a number": ({"id": 5}, "an id that is not hexadecimal"),
+    "a file outside": ({"file": "../secret.txt"}, "a file not below images/"),
+    "a file that climbs out": ({"file": "images/../../secret.txt"}, "a file not below images/"),
+    "an absolute file": ({"file": "/etc/passwd"}, "a file not below images/"),
+    "the folder's own file": ({"file": "job.json"}, "a file not below images/"),
+    "no request": ({"request": None}, "no request"),
+    "a request that is a list": ({"request": []}, "no request"),
+    "a prompt that is a number": ({"request": {"prompt": 5}}, "request: prompt 5: not of its type"),
+    "a width that is text": ({"request": {"prompt": "a", "width": "x"}}, "width 'x': not of its type"),
+    "a scale beyond numbers": ({"request": {"prompt": "a", "guidance_scale": 10**400}}, "guidance_scale"),
+    "a field of nobody": ({"request": {"prompt": "a", "colour": 1}}, "unknown field 'colour'"),
+}
+
+
+@pytest.mark.parametrize("case", HOSTILE_LINES)
+@pytest.mark.parametrize("read", [gallery.write_gallery, lambda f: export_job(f, f.parent / "o", "parquet", 9, print)])
+def test_a_hostile_manifest_is_refused_and_writes_nothing(tmp_path, case, read):
+    change, said = HOSTILE_LINES[case]
+    folder = tmp_path / "a" / "job"
+    write_job(folder, [SETTLED, replace(SETTLED, seed=1)])
+    (tmp_path / "a" / "secret.txt").write_text("secret")
+    lines = [json.loads(line) for line in (folder / "manifest.jsonl").read_text().splitlines()]
+    (folder / "manifest.jsonl").write_text("".join(json.dumps({**line, **change}) + "\n" for line in lines))
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(ValueError, match=re.escape(said)):
+        read(folder)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("job", ["[]", "5", '{"model": 5, "source": [], "words": "x"}', '{"words": [1]}', "[" * 10**5])
+def test_an_odd_job_file_leaves_a_gallery_with_what_is_known(tmp_path, job):
+    write_job(tmp_path, [SETTLED])
+    (tmp_path / "job.json").write_text(job)
+    assert gallery.write_gallery(tmp_path).is_file()
+
+
+@pytest.mark.parametrize("link", ["thumbs", "thumbs/00", "index.data"])
+def test_a_gallery_is_not_written_through_a_link(tmp_path, link):
+    folder, other = tmp_path / "job", tmp_path / "other"
+    write_job(folder, [SETTLED])
+    other.mkdir()
+    (folder / link).parent.mkdir(exist_ok=True)
+    (folder / link).symlink_to(other)
+    with pytest.raises(ValueError, match="a link"):
+        gallery.write_gallery(folder)
+    assert not list(other.iterdir())
