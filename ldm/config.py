@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -12,9 +13,30 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Fiel
 
 from ldm.errors import error_text, suggest
 
+MAX_RESOLUTION = 16384  # of images and buckets, in pixels
+MAX_STEPS = 10**9
+
 
 class FrozenConfig(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+def _parse_resolution(value: Any) -> Any:
+    """kohya's "width,height", `512x512` or a list as the side of the square of that area, rounded up."""
+    if isinstance(value, str):
+        value = [part.strip() for part in re.split("[,x]", value.strip(" ()[]").lower())]
+    if isinstance(value, list | tuple) and 0 < len(value) <= 2 and all(re.fullmatch(r"\d{1,6}", str(v)) for v in value):
+        width, height = int(value[0]), int(value[-1])
+        return width if width == height else math.ceil(math.sqrt(width * height))
+    return value
+
+
+def _parse_name(value: Any) -> Any:
+    """A name as the tables have it: `AdamW`, `constant-with-warmup`, `Cosine` in small letters, with underscores."""
+    return value.strip().lower().replace("-", "_") if isinstance(value, str) else value
+
+
+OptionName = Annotated[str, BeforeValidator(_parse_name)]
 
 
 class SceneDataConfig(FrozenConfig):
@@ -35,10 +57,11 @@ class ImageDataConfig(FrozenConfig):
     mask_column: str = "mask"
     masks: Literal["none", "file", "alpha"] = "none"  # of the loss: <stem>.mask.png or the column, or alpha
     instance_prompt: str | None = None  # the caption of images without one
-    resolution: int = Field(512, gt=0)  # images have about its square in pixels
-    min_bucket_reso: int | None = Field(None, gt=0)  # the shortest side; None: half the resolution
-    max_bucket_reso: int | None = Field(None, gt=0)  # the longest side; None: twice the resolution
-    bucket_reso_steps: int = Field(64, gt=0)
+    # images have about its square in pixels; also "width,height"
+    resolution: Annotated[int, BeforeValidator(_parse_resolution)] = Field(512, gt=0, le=MAX_RESOLUTION)
+    min_bucket_reso: int | None = Field(None, gt=0, le=MAX_RESOLUTION)  # the shortest side; None: half the resolution
+    max_bucket_reso: int | None = Field(None, gt=0, le=2 * MAX_RESOLUTION)  # the longest; None: twice the resolution
+    bucket_reso_steps: int = Field(64, gt=0, le=MAX_RESOLUTION)
     bucket_no_upscale: bool = False
     center_crop: bool = False  # else random crops, whose latents are not cached
     random_flip: bool = False
@@ -73,11 +96,18 @@ class ScoreMatchingObjective(FrozenConfig):
     """Options of all trainings by denoising score matching."""
 
     weighting: str = "uniform"  # of ldm.diffusion.objective.WEIGHTINGS: min_snr is diffusers' snr_gamma = 5
+    snr_gamma: float | None = Field(None, gt=0)  # min-SNR weighting with this gamma (Hang et al. 2023): 5 is usual
     times: str = "stratified"  # timestep sampling, of ldm.diffusion.objective.TIME_SAMPLERS
     caption_dropout: float = Field(0.1, ge=0, le=1)
     noise_offset: float = Field(0, ge=0)  # standard deviation of noise that is constant in a channel (Guttenberg 2023)
     input_perturbation: float = Field(0, ge=0)  # standard deviation of noise in the input only (Ning et al. 2023)
     attention: str = "sdpa"
+
+    @model_validator(mode="after")
+    def _check_weighting(self) -> ScoreMatchingObjective:
+        if self.snr_gamma is not None and self.weighting not in ("uniform", "min_snr"):
+            raise ValueError(f"snr_gamma is of min_snr: it does not go with weighting {self.weighting!r}")
+        return self
 
 
 class DiffusionObjective(ScoreMatchingObjective):
@@ -108,6 +138,7 @@ class FinetuneObjective(ScoreMatchingObjective):
     targets: tuple[str, ...] = ("attention",)  # of ldm.adapters.lora_training
     prior_preservation: bool = False  # train on the model's own images of a class too (Ruiz et al. 2023)
     class_prompt: str | None = None
+    class_data_dir: Path | None = None  # images of the class; what lacks of num_class_images is generated
     num_class_images: int = Field(24, gt=0)
     prior_loss_weight: float = Field(1.0, ge=0)
     placeholder_token: str | None = None  # the new token, as it occurs in captions (Gal et al. 2022)
@@ -150,16 +181,19 @@ class Recipe(FrozenConfig):
     objective: Annotated[Objective, Field(discriminator="kind")]
     data: DataConfig
     output_dir: Path
-    seed: int = Field(0, ge=0)
-    max_train_steps: int = Field(gt=0)
-    train_batch_size: int = Field(gt=0)
+    seed: int = Field(0, ge=0, lt=2**64)
+    max_train_steps: int = Field(0, ge=0, le=MAX_STEPS)  # 0: by num_train_epochs
+    num_train_epochs: int | None = Field(None, gt=0, le=MAX_STEPS)  # passes over an image dataset
+    train_batch_size: int = Field(gt=0, le=1_000_000)
     gradient_accumulation_steps: int = Field(1, gt=0)
     gradient_checkpointing: bool = False  # recompute activations in the backward pass
     learning_rate: float = Field(gt=0)
-    lr_scheduler: str = "wsd"  # of ldm.train.optimizers
-    lr_warmup_steps: int = Field(0, ge=0)
+    lr_scheduler: OptionName = "wsd"  # of ldm.train.optimizers
+    lr_warmup_steps: int = Field(0, ge=0, le=MAX_STEPS)
+    lr_num_cycles: int = Field(1, gt=0, le=MAX_STEPS)  # cosine_with_restarts: cosines one after another
+    lr_power: float = Field(1.0, gt=0)  # polynomial
     lr_decay: float = Field(0.33, ge=0, le=1)  # wsd: the last fraction of the steps, in which the rate decays to 0
-    optimizer: str = "adamw"  # of ldm.train.optimizers
+    optimizer: OptionName = "adamw"  # of ldm.train.optimizers
     optimizer_options: dict[str, Any] = {}  # more arguments of its class
     adam_beta2: float = 0.99
     adam_weight_decay: float = 0.01
@@ -176,7 +210,13 @@ class Recipe(FrozenConfig):
     report_to: tuple[str, ...] = ("tensorboard",)  # accelerate's trackers, beside log.jsonl
     validation_steps: int = Field(500, gt=0)
     validation_prompts: tuple[str, ...] = ()
-    validation_guidance: float = 2.5
+    validation_guidance: float = Field(2.5, ge=0, le=1000)
+
+    @model_validator(mode="after")
+    def _check_length(self) -> Recipe:
+        if not self.max_train_steps and self.num_train_epochs is None:
+            raise ValueError("max_train_steps or num_train_epochs is needed")
+        return self
 
     @property
     def scene_data(self) -> SceneDataConfig:
@@ -216,8 +256,14 @@ def parse_yaml(text: str, name: str = "") -> Any:
     """The value of a YAML text; ValueError, in one line after `name`, for bad syntax or a repeated key."""
     try:
         return yaml.load(text, Loader=_RecipeLoader)
-    except (yaml.YAMLError, ValueError) as error:
-        raise ValueError(f"{name}: {' '.join(str(error).split())}") from None
+    except RecursionError:
+        raise ValueError(f"{name}: nested too deeply") from None
+    except (yaml.YAMLError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
+        # beside its own errors, PyYAML's constructors raise what int(), a table or a pattern's match raise
+        what = (
+            error_text(error) if isinstance(error, yaml.YAMLError | ValueError) else "a value is not of its tag's type"
+        )
+        raise ValueError(f"{name}: {what}") from None
 
 
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -231,9 +277,21 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     for item in overrides:
         _apply_override(values, item)
     try:
-        return Recipe.model_validate(values)
+        return Recipe.model_validate(_move_to_groups(values))
     except ValidationError as error:
         raise ValueError(f"{path}: {_format_validation_error(error)}") from None
+
+
+def _move_to_groups(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of a flat recipe, as those of diffusers' and kohya's tools are, in their groups."""
+    groups = {"objective": FinetuneObjective, "data": ImageDataConfig}
+    moved = dict(values)
+    for group, model in groups.items():
+        own = {name: moved[name] for name in model.model_fields if name in moved and name not in Recipe.model_fields}
+        inner = moved.get(group, {})
+        if own and isinstance(inner, dict) and not own.keys() & inner.keys():
+            moved = {name: value for name, value in moved.items() if name not in own} | {group: {**inner, **own}}
+    return moved
 
 
 def _apply_override(values: dict, override: str) -> None:
@@ -254,7 +312,7 @@ def _format_validation_error(error: ValidationError) -> str:
     tags = {"autoencoder", "clip", "diffusion", "tune", "scenes", "folder"}
     place = [str(p) for p in fault["loc"] if p not in tags]
     if fault["type"] != "extra_forbidden":
-        return f"{'.'.join(place)}: {fault['msg']}"
+        return ": ".join(filter(None, [".".join(place), fault["msg"].removeprefix("Value error, ")]))
     models: tuple[type[BaseModel], ...] = (Recipe, SceneDataConfig, ImageDataConfig, *get_args(Objective))
     names = sorted({name for model in models for name in model.model_fields})
     return f"{'.'.join(place)}: unknown option{suggest(place[-1], names)}"

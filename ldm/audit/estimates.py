@@ -37,7 +37,12 @@ from ldm.nn.unet import UNet
 from ldm.nn.vae import AutoencoderKL, vae_scale_factor
 
 FP32_BYTES, FP16_BYTES = 4, 2
-OPTIMIZER_STATE_BYTES = {"adamw8bit": 2, "prodigy": 4 * FP32_BYTES, "muon": FP32_BYTES}  # per parameter
+OPTIMIZER_STATE_BYTES = {
+    "adamw8bit": 2,
+    "prodigy": 4 * FP32_BYTES,
+    "muon": FP32_BYTES,
+    "lion": FP32_BYTES,
+}  # per parameter
 ADAM_STATE_BYTES = 2 * FP32_BYTES  # of all others
 
 

@@ -25,13 +25,24 @@ OverridesOption = Annotated[list[str] | None, typer.Option("--set", help="key.pa
 
 def train(recipe: RecipeArgument, overrides: OverridesOption = None) -> None:
     """Train from a recipe; the same command again resumes. Prints the folder of the trained weights."""
-    from ldm.config import load_recipe
-
-    loaded = load_recipe(recipe, overrides or [])
+    loaded = load_checked_recipe(recipe, overrides)
     preflight(loaded)
     from ldm.train.trainer import train_model
 
     print(train_model(loaded, create_task(loaded)))
+
+
+def load_checked_recipe(path: Path, overrides: list[str] | None) -> Recipe:
+    """A recipe whose names are known, with its steps; ValueError before anything is written."""
+    from ldm.config import load_recipe
+    from ldm.data.image_dataset import resolve_num_train_epochs
+    from ldm.train.optimizers import check_recipe
+
+    loaded = load_recipe(path, overrides or [])
+    check_recipe(loaded)
+    if loaded.num_train_epochs is not None and loaded.max_train_steps:
+        print("warning: max_train_steps overrides num_train_epochs", file=sys.stderr)
+    return resolve_num_train_epochs(loaded)
 
 
 def create_task(recipe: Recipe) -> TrainingTask:
@@ -111,10 +122,9 @@ def check(
     """
     from ldm.audit.audit import audit_dataset
     from ldm.audit.report import render_html_report
-    from ldm.config import load_recipe
     from ldm.files import atomic_write
 
-    loaded = load_recipe(recipe, overrides or [])
+    loaded = load_checked_recipe(recipe, overrides)
     with show_progress() as update:
         report = audit_dataset(loaded, latents, update)
     target = out or loaded.output_dir.parent / "check.html"

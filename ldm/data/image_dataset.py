@@ -39,6 +39,22 @@ def validation_data_config(recipe: Recipe) -> ImageDataConfig | None:
     return recipe.image_data.model_copy(update={**fixed, "train_data_dir": (objective.validation_data_dir,)})
 
 
+def resolve_num_train_epochs(recipe: Recipe) -> Recipe:
+    """The recipe with the steps of its `num_train_epochs`, which `max_train_steps` overrides, as in diffusers' scripts.
+
+    An epoch has as many steps as samples, repeats and the class's images included, fill batches. ValueError for data
+    without epochs.
+    """
+    if recipe.num_train_epochs is None or recipe.max_train_steps:
+        return recipe
+    num_samples = sum(sample.repeats for sample in open_image_sources(recipe.image_data).samples)
+    objective = recipe.objective
+    if isinstance(objective, FinetuneObjective) and objective.prior_preservation:
+        num_samples += objective.num_class_images
+    steps = max(1, -(-recipe.num_train_epochs * num_samples // recipe.train_batch_size))
+    return recipe.model_copy(update={"max_train_steps": steps})
+
+
 def buckets_from_config(data: ImageDataConfig) -> AspectRatioBuckets:
     """A recipe's buckets. ValueError as for AspectRatioBuckets."""
     min_size = data.min_bucket_reso or data.resolution // 2

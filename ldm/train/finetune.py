@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -17,6 +18,7 @@ from ldm.config import FinetuneObjective, ImageDataConfig, Recipe
 from ldm.data.batch_sampler import SampleKey
 from ldm.data.image_dataset import CachedEncoder, ImageDataset, validation_data_config
 from ldm.data.latent_cache import LatentCache, blake2b_hexdigest, hash_network_weights
+from ldm.data.sources import is_image_file
 from ldm.files import atomic_write
 from ldm.hardware import resolve_frozen_dtype, to_device
 from ldm.nn.prompts import PlaceholderTokens, split_on_tokens
@@ -200,19 +202,37 @@ def make_placeholder_tokens(model: Checkpoint, objective: FinetuneObjective) -> 
 
 
 def generate_class_images(pipe: Pipeline, recipe: Recipe, objective: FinetuneObjective) -> Path:
-    """The folder of the model's own images of a class, which are generated unless it exists."""
-    prompt, count, side = objective.class_prompt or "", objective.num_class_images, recipe.image_data.resolution
-    digest = blake2b_hexdigest(prompt, f"{count} {side} {recipe.seed}", pipe.model.weight_hashes["unet"])[:8]
+    """The folder of a class's images, those of `class_data_dir` and what lacks of them the model's own.
+
+    It is made unless it exists.
+    """
+    prompt, side = objective.class_prompt or "", recipe.image_data.resolution
+    own = list_class_images(objective.class_data_dir)
+    count = max(0, objective.num_class_images - len(own))
+    names = " ".join(map(str, own))
+    digest = blake2b_hexdigest(prompt, f"{count} {side} {recipe.seed}{names}", pipe.model.weight_hashes["unet"])[:8]
     folder = recipe.output_dir / f"class-images-{digest}"
     if folder.is_dir():
         return folder
     seeds = [derive_seed(recipe.seed, "class", k) for k in range(count)]
     with atomic_write(folder) as draft, torch.no_grad():
         draft.mkdir()
+        for k, path in enumerate(own):
+            shutil.copyfile(path, draft / f"own-{k:04d}{path.suffix}")
+            (draft / f"own-{k:04d}.txt").write_text(prompt + "\n", encoding="utf-8")
         for k, image in pipe.stream([Request(prompt, seed=seed, height=side, width=side) for seed in seeds]):
             image.save(draft / f"{k:04d}.png")
             (draft / f"{k:04d}.txt").write_text(prompt + "\n", encoding="utf-8")
     return folder
+
+
+def list_class_images(folder: Path | None) -> list[Path]:
+    """The images in a folder of a class, none without a folder; ValueError for a folder that is not there."""
+    if folder is None:
+        return []
+    if not folder.is_dir():
+        raise ValueError(f"class_data_dir {folder}: no such folder")
+    return sorted(path for path in folder.rglob("*") if path.is_file() and is_image_file(path.name))
 
 
 def compute_loss_weights(images: ImageDataset, objective: FinetuneObjective, num_folders: int) -> Tensor:

@@ -11,9 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ldm.config import Recipe
+from ldm.config import Recipe, ScoreMatchingObjective
+from ldm.diffusion.objective import TIME_SAMPLERS, WEIGHTINGS
 from ldm.errors import choose
 from ldm.installation import install_command
+from ldm.nn.attention import ATTENTION_BACKENDS
 from ldm.train.task import trainable_parameters
 
 NEWTON_SCHULZ_COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # a quintic whose iterates drive every singular value to about 1
@@ -25,6 +27,17 @@ def create_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
         return choose(OPTIMIZERS, recipe.optimizer, "optimizer")(model, recipe, **recipe.optimizer_options)
     except TypeError as error:
         raise ValueError(f"optimizer_options of {recipe.optimizer}: {error}") from None
+
+
+def check_recipe(recipe: Recipe) -> None:
+    """ValueError for a name or an option that a training would refuse after it has made its folder."""
+    create_optimizer(nn.Linear(1, 1), recipe)
+    choose(LR_SCHEDULES, recipe.lr_scheduler, "lr_scheduler")
+    objective = recipe.objective
+    if isinstance(objective, ScoreMatchingObjective):
+        choose(WEIGHTINGS, objective.weighting, "weighting")
+        choose(TIME_SAMPLERS, objective.times, "times")
+        choose(ATTENTION_BACKENDS, objective.attention, "attention")
 
 
 def adam_options(recipe: Recipe) -> dict[str, Any]:
@@ -46,6 +59,27 @@ def optim_extra(module: str, name: str, model: nn.Module, recipe: Recipe, **opti
         package = module.split(".")[0]
         raise ValueError(f"optimizer {recipe.optimizer!r} needs {package}: {install_command('optim')}") from None
     return make([*trainable_parameters(model).values()], **{**adam_options(recipe), **options})
+
+
+class Lion(torch.optim.Optimizer):
+    """The sign of interpolated momentum (Chen et al. 2023, algorithm 2): usual rates are 3 to 10 times below AdamW's."""
+
+    def __init__(
+        self, parameters: Iterable[Tensor], lr: float, betas: tuple[float, float], weight_decay: float
+    ) -> None:
+        super().__init__(parameters, {"lr": lr, "betas": tuple(betas), "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            lr, (beta1, beta2) = group["lr"], group["betas"]
+            for parameter in (p for p in group["params"] if p.grad is not None):
+                state = self.state[parameter]
+                if not state:
+                    state["momentum"] = torch.zeros_like(parameter)
+                parameter.mul_(1 - lr * group["weight_decay"])
+                parameter.sub_(state["momentum"].lerp(parameter.grad, 1 - beta1).sign_(), alpha=lr)
+                state["momentum"].lerp_(parameter.grad, 1 - beta2)
 
 
 class Muon(torch.optim.Optimizer):
@@ -107,6 +141,9 @@ OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {  # (model, recip
     "adamw": lambda model, recipe, **options: adamw([*trainable_parameters(model).values()], recipe, **options),
     "adamw8bit": partial(optim_extra, "bitsandbytes.optim", "AdamW8bit"),  # Dettmers et al. 2022
     "prodigy": partial(optim_extra, "prodigyopt", "Prodigy"),  # learning_rate is a factor of its own: Mishchenko 2024
+    "lion": lambda model, recipe, **options: Lion(
+        trainable_parameters(model).values(), **{**adam_options(recipe), **options}
+    ),
     "muon": Muon,
 }
 
@@ -129,9 +166,18 @@ def warmup_stable_decay(step: int, recipe: Recipe) -> float:
     return 0.5 * (1 - math.cos(math.pi * min(1.0, (recipe.max_train_steps - step) / decay_steps)))
 
 
+def cosine_with_restarts(step: int, recipe: Recipe) -> float:
+    """`lr_num_cycles` half cosines from 1 to 0, zero after the last."""
+    progress = _decay_progress(step, recipe)
+    return 0.5 * (1 + math.cos(math.pi * (recipe.lr_num_cycles * progress % 1.0))) if progress < 1 else 0.0
+
+
 LR_SCHEDULES: dict[str, Callable[[int, Recipe], float]] = {
     "constant": lambda step, recipe: 1.0,
+    "constant_with_warmup": lambda step, recipe: 1.0,  # lr_warmup_steps count for every schedule
     "linear": lambda step, recipe: 1 - _decay_progress(step, recipe),
+    "polynomial": lambda step, recipe: (1 - _decay_progress(step, recipe)) ** recipe.lr_power,
     "cosine": lambda step, recipe: 0.5 * (1 + math.cos(math.pi * _decay_progress(step, recipe))),
+    "cosine_with_restarts": cosine_with_restarts,
     "wsd": warmup_stable_decay,
 }

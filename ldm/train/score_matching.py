@@ -12,7 +12,7 @@ from ldm.conditioning import Conditioning
 from ldm.config import ScoreMatchingObjective
 from ldm.data.batch_sampler import SampleKey
 from ldm.diffusion.denoiser import Denoiser, Network
-from ldm.diffusion.objective import TIME_SAMPLERS, WEIGHTINGS, diffusion_loss
+from ldm.diffusion.objective import TIME_SAMPLERS, WEIGHTINGS, diffusion_loss, min_snr_weighting
 from ldm.diffusion.prediction import Prediction
 from ldm.diffusion.sde import VPSDE, append_dims
 from ldm.errors import choose
@@ -38,7 +38,8 @@ class ScoreMatchingLoss:
 
     def __init__(self, seed: int, objective: ScoreMatchingObjective, sde: VPSDE, prediction: Prediction) -> None:
         self.seed, self.objective, self.sde, self.prediction = seed, objective, sde, prediction
-        self.weighting = choose(WEIGHTINGS, objective.weighting, "weighting")
+        gamma = objective.snr_gamma
+        self.weighting = min_snr_weighting(gamma) if gamma else choose(WEIGHTINGS, objective.weighting, "weighting")
         self.time_sampler = choose(TIME_SAMPLERS, objective.times, "times")
 
     def sample_noise_and_times(

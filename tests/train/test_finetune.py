@@ -133,3 +133,16 @@ def test_without_validation_prompts_no_model_is_loaded_for_samples(tuning, monke
     shown = go(tuning(**LORA))
     assert {path.name for path in shown.glob("*.png")} == {"before.png", "after.png"}
     assert "![after](after.png)" in (shown / "MODEL_CARD.md").read_text()
+
+
+def test_a_folder_of_the_class_is_used_and_what_lacks_is_generated(tuning, tmp_path):
+    (tmp_path / "cats").mkdir()
+    for k in range(2):
+        Image.new("RGB", (32, 32), (90 * k, 50, 9)).save(tmp_path / "cats" / f"{k}.png")
+    prior = {"prior_preservation": True, "class_prompt": "a cat", "num_class_images": 3}
+    task = create_task(load_recipe(tuning(**LORA, **prior, class_data_dir=str(tmp_path / "cats"))))
+    added = [s for s in task.dataset.images.samples if s.key.startswith("2:")]
+    assert [s.key for s in added] == ["2:0000.png", "2:own-0000.png", "2:own-0001.png"]
+    assert {s.caption for s in added} == {"a cat"}
+    with pytest.raises(ValueError, match=r"class_data_dir .*: no such folder"):
+        create_task(load_recipe(tuning(**LORA, **prior, class_data_dir=str(tmp_path / "dogs"))))

@@ -174,3 +174,30 @@ def test_the_default_holds_and_then_falls_by_half_a_cosine():
 def test_an_unknown_schedule_is_named():
     with pytest.raises(ValueError, match="lr_scheduler 'cosin'"):
         compute_lr_factor(0, recipe_of(lr_scheduler="cosin"))
+
+
+def test_lion_moves_by_the_sign_of_interpolated_momentum():
+    """Chen et al. 2023, algorithm 2, in numbers: two steps of one weight."""
+    weight = nn.Linear(1, 1, bias=False)
+    nn.init.constant_(weight.weight, 2.0)
+    made = create_optimizer(
+        weight, recipe_of(optimizer="lion", learning_rate=0.1, adam_beta2=0.5, adam_weight_decay=0.5)
+    )
+    for gradient, value in ((1.0, 1.8), (-8.0, 1.81)):  # .95 * 2 - .1; then c = .9 * .5 + .1 * -8 < 0: .95 * 1.8 + .1
+        weight.weight.grad = torch.full((1, 1), gradient)
+        made.step()
+        assert weight.weight.item() == pytest.approx(value)
+
+
+@pytest.mark.parametrize("name", ["constant_with_warmup", "cosine_with_restarts", "polynomial"])
+def test_schedules_of_diffusers_are_theirs(name):
+    from diffusers.optimization import get_scheduler
+
+    recipe = recipe_of(lr_scheduler=name, lr_warmup_steps=5, max_train_steps=40, lr_num_cycles=3, lr_power=2.0)
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
+    theirs = get_scheduler(name, optimizer, num_warmup_steps=5, num_training_steps=40, num_cycles=3, power=2.0)
+    for step in range(5, 40):  # in the warm-up ours begins one step further: no step is lost
+        while theirs.last_epoch < step:
+            optimizer.step()
+            theirs.step()
+        assert compute_lr_factor(step, recipe) == pytest.approx(theirs.get_last_lr()[0], abs=1e-6)

@@ -6,10 +6,11 @@ import math
 import numpy as np
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 from trainings import ROOT, go
 
-from ldm.commands.train import create_task
+from ldm.commands.train import create_task, load_checked_recipe
 from ldm.config import load_recipe
 from ldm.data.batch_sampler import SampleKey
 from ldm.nn.text_encoders import tokenize_captions
@@ -68,7 +69,16 @@ def test_shipped_recipes_are_valid(path):
     [
         ("learning_rat=1", "learning_rat: unknown option; did you mean 'learning_rate'"),
         ("objective.kl_wait=1", "objective.kl_wait: unknown option; did you mean 'kl_weight'"),
-        ("max_train_steps=0", "max_train_steps: Input should be greater than 0"),
+        ("max_train_steps=0", "max_train_steps or num_train_epochs is needed"),
+        ("seed=!!bool foo", "--set seed=!!bool foo: a value is not of its tag's type"),
+        ("seed=!!timestamp foo", "--set seed=!!timestamp foo: a value is not of its tag's type"),
+        ("seed=!!int ''", "--set seed=!!int '': a value is not of its tag's type"),
+        ("seed=!!float x", "--set seed=!!float x: "),
+        ("seed=" + 5000 * "[", "nested too deeply"),
+        ("seed=18446744073709551616", "seed: Input should be less than"),
+        ("learning_rate=.inf", "learning_rate: Input should be a finite number"),
+        ("validation_guidance=.nan", "validation_guidance: Input should be "),
+        ("validation_guidance=1e4", "validation_guidance: Input should be less than or equal to 1000"),
         ("ema_decay=1", "ema_decay"),
         ("objective.kind=gan", "objective"),
         ("seed", "expected key.path=value"),
@@ -139,3 +149,65 @@ def test_zero_terminal_snr_is_trained_and_exported(recipe_file):
     assert config["rescale_betas_zero_snr"] is True
     with pytest.raises(ValueError, match="rescale_betas_zero_snr"):
         create_task(load_recipe(path, ["objective.rescale_betas_zero_snr=true", "objective.prediction=eps"]))
+
+
+@pytest.mark.parametrize(
+    "typed, meant",
+    [
+        ({"optimizer": "AdamW"}, {"optimizer": "adamw"}),
+        ({"optimizer": "AdamW8bit"}, {"optimizer": "adamw8bit"}),
+        ({"optimizer": "Prodigy"}, {"optimizer": "prodigy"}),
+        ({"optimizer": "Lion"}, {"optimizer": "lion"}),
+        ({"lr_scheduler": "Cosine_With_Restarts"}, {"lr_scheduler": "cosine_with_restarts"}),
+        ({"lr_scheduler": "constant-with-warmup"}, {"lr_scheduler": "constant_with_warmup"}),
+        ({"resolution": "64,64"}, {"data.resolution": 64}),
+        ({"resolution": [64, 64]}, {"data.resolution": 64}),
+        ({"resolution": "512x768"}, {"data.resolution": 628}),
+        ({"resolution": "64"}, {"data.resolution": 64}),
+        ({"snr_gamma": 5.0, "rank": 3}, {"objective.snr_gamma": 5.0, "objective.rank": 3}),
+        ({"random_flip": True}, {"data.random_flip": True}),
+        ({"num_train_epochs": 2}, {"num_train_epochs": 2}),
+    ],
+)
+def test_names_and_places_that_people_type(typed, meant, tmp_path):
+    values = yaml.safe_load((ROOT / "configs" / "tune-lora.yaml").read_text())
+    for name in typed:
+        values.pop(name, None), values["objective"].pop(name, None), values["data"].pop(name, None)
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump({**values, **typed}))
+    recipe = load_recipe(path).model_dump()
+    flat = {**recipe, **{f"{group}.{k}": v for group in ("objective", "data") for k, v in recipe[group].items()}}
+    assert {name: flat[name] for name in meant} == meant
+
+
+@pytest.mark.parametrize(
+    "override, said",
+    [
+        ("lr_scheduler=yes_", "lr_scheduler 'yes_': choose from constant"),
+        ("optimizer=adamx", "optimizer 'adamx': choose from adamw"),
+        ("optimizer_options.x=1", "optimizer_options of adamw"),
+        ("objective.weighting=x", "weighting 'x': choose from"),
+        ("objective.times=x", "times 'x': choose from"),
+        ("objective.attention=x", "attention 'x': choose from"),
+        ("data.resolution=100000000", "data.resolution: Input should be less than or equal to 16384"),
+        ("data.max_bucket_reso=10000000000", "data.max_bucket_reso: Input should be less"),
+        ("objective.snr_gamma=-1", "objective.snr_gamma: Input should be greater than 0"),
+    ],
+)
+@pytest.mark.parametrize("command", ["train", "check"])
+def test_a_name_that_is_not_known_is_refused_before_anything_is_written(
+    command, override, said, tuning, tmp_path, refused
+):
+    path = tuning()
+    before = {*tmp_path.rglob("*")}
+    refused(command, path, "--set", override, said=said)
+    assert {*tmp_path.rglob("*")} == before
+
+
+def test_epochs_are_steps_over_the_samples_and_max_train_steps_overrides_them(tuning):
+    path = tuning(changes={"num_train_epochs": 3, "max_train_steps": 0})
+    assert load_checked_recipe(path, []).max_train_steps == 8  # 30 uses of ten images, in batches of four
+    assert load_checked_recipe(path, ["max_train_steps=5"]).max_train_steps == 5
+    prior = {"prior_preservation": True, "class_prompt": "a cat", "num_class_images": 6}
+    path = tuning(changes={"num_train_epochs": 3, "max_train_steps": 0}, **prior)
+    assert load_checked_recipe(path, []).max_train_steps == 12
