@@ -45,7 +45,7 @@ from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 SPANS = {  # "file:qualified name" of the functions that begin and end the span of a run; spellings old|new
-    "train": (r"train/\w+\.py:\w+Task\.batch", r"train/\w+\.py:\w+Task\.loss"),
+    "train": (r"train/\w+\.py:\w+Task\.(batch|make_batch)", r"train/\w+\.py:\w+Task\.(loss|compute_loss)"),
     "batch": (r"jobs/leases\.py:\w+\.acquire", r"jobs/manifest\.py:(append|append_\w+)"),
     "load": (r"checkpoints/tensors\.py:open_\w+", r"checkpoints/networks\.py:(fill|load_weights)"),
 }
