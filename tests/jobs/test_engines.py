@@ -42,7 +42,7 @@ def test_workers_have_devices(monkeypatch):
         assign_devices("inline", 2, "auto")
 
 
-KILLS = int(os.environ.get("LDM_STRESS_KILLS", "20"))  # scripts/stress_batch.py asks for more
+KILLS = int(os.environ.get("LDM_STRESS_KILLS", "8"))  # scripts/stress_batch.py asks for hundreds
 RAY_KILLS = int(os.environ.get("LDM_STRESS_KILLS", "4"))  # each takes seconds
 
 
