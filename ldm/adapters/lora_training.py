@@ -10,7 +10,8 @@ from collections.abc import Sequence
 
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
-from torch import nn
+from peft.tuners.lora.dora import DoraConv2dLayer
+from torch import Tensor, nn
 
 from ldm.adapters.lora import LoRA, ModuleDelta
 from ldm.errors import choose
@@ -21,6 +22,14 @@ LORA_TARGET_PATTERNS = {  # ends of module paths: diffusers' names in the U-Net,
     "convolutions": r"\.(conv|conv1|conv2|conv_shortcut)$",
 }
 PEFT_ADAPTER_NAME = "default"  # peft's own
+
+
+class AnyLayoutDoRAConv(DoraConv2dLayer):
+    """peft's layer, which takes views of its factors and so fails where the optimizer keeps them in channels_last."""
+
+    def get_lora_weight(self, lora_A: nn.Conv2d, lora_B: nn.Conv2d, adapter_name: str | None = None) -> Tensor:
+        """B A as a matrix [out, in k k]."""
+        return lora_B.weight.flatten(1) @ lora_A.weight.flatten(1)
 
 
 def inject_lora(network: nn.Module, targets: Sequence[str], rank: int, alpha: float | None, use_dora: bool) -> None:
@@ -34,6 +43,9 @@ def inject_lora(network: nn.Module, targets: Sequence[str], rank: int, alpha: fl
     if paths := [path for path in layers if any(re.search(pattern, path) for pattern in patterns)]:
         config = LoraConfig(r=rank, lora_alpha=alpha or rank, target_modules=paths, use_dora=use_dora)
         inject_adapter_in_model(config, network)
+    for module in network.modules():
+        if type(module) is DoraConv2dLayer:
+            module.__class__ = AnyLayoutDoRAConv
 
 
 def extract_lora_deltas(network: nn.Module, component: str) -> dict[str, ModuleDelta]:

@@ -17,7 +17,7 @@ from ldm.train.task import trainable_parameters
 from ldm.train.trainer import train_model
 
 
-@pytest.mark.parametrize("method", [FULL, LORA, WORD], ids=lambda method: method["method"])
+@pytest.mark.parametrize("method", [FULL, LORA, {**LORA, "dora": True}, WORD], ids=["full", "lora", "dora", "word"])
 def test_a_killed_tuning_ends_with_the_bits_of_one_that_was_not(method, tuning, tmp_path):
     assert_goes_on(lambda folder: tuning(folder, **method), tmp_path)
 
@@ -99,7 +99,7 @@ def test_what_cannot_be_tuned_is_refused_in_words(objective, said, tuning):
         create_task(load_recipe(tuning(**objective)))
 
 
-@pytest.mark.parametrize("method", [FULL, LORA, WORD], ids=lambda method: method["method"])
+@pytest.mark.parametrize("method", [FULL, LORA, {**LORA, "dora": True}, WORD], ids=["full", "lora", "dora", "word"])
 def test_weights_are_published_before_any_sample_of_them_is_generated(method, tuning, tmp_path, monkeypatch):
     """A process that is killed for its memory while it samples has published; no two models are in memory at a time."""
     alive, load = [], Pipeline.from_pretrained.__func__
