@@ -19,7 +19,14 @@ from torch import Tensor
 from ldm.checkpoints import detect, formats, keys, layouts
 from ldm.checkpoints.families import FAMILIES, LoadOptions, ModelFamily
 from ldm.checkpoints.schedule import family_scheduler_config
-from ldm.checkpoints.tensors import PICKLE_SUFFIXES, SafetensorsFile, SafetensorsWriter, open_safetensors
+from ldm.checkpoints.tensors import (
+    PICKLE_SUFFIXES,
+    SafetensorsFile,
+    SafetensorsWriter,
+    add_dtype,
+    is_text_encoder_config,
+    open_safetensors,
+)
 from ldm.files import atomic_write, read_json, write_json
 from ldm.nn import text_encoders
 
@@ -85,7 +92,7 @@ def _write_configs(family: ModelFamily, detection: detect.Detection, folder: Pat
     for name, config in family.configs.items():
         library, (class_name, *_) = layouts.COMPONENT_CLASSES[name]
         own = {"architectures": [class_name], "model_type": "clip_text_model"} if library == "transformers" else {}
-        write_json({**config, **own}, folder / name / "config.json")
+        write_json(add_dtype({**config, **own}), folder / name / "config.json")
         index[name] = [library, class_name]
     for name, spec in family.text_encoders.items():
         tokenizer = text_encoders.build_clip_tokenizer(spec.pad_token_id)
@@ -132,6 +139,8 @@ def copy_weights(
                 raise ValueError(f"{file}: no weight_map")
             weight_map = {key: _safetensors_name(str(shard)) for key, shard in index["weight_map"].items()}
             write_json({**index, "weight_map": weight_map}, dst)
+        elif file.name == "config.json" and is_text_encoder_config(config := read_json(file)):
+            write_json(add_dtype(config), dst)
         elif file.suffix in COPIED_SUFFIXES:
             shutil.copyfile(file, dst)
         else:

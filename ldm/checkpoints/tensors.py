@@ -211,11 +211,28 @@ class SafetensorsWriter:
         assert kind or not self.pending, f"{[*self.pending][:3]} were not written"
 
 
+def add_dtype(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A component's configuration; a text encoder's with the dtype that it is loaded in where none is chosen.
+
+    transformers 5 would take that of the weights, and diffusers makes the U-Net beside it float32.
+    """
+    if not is_text_encoder_config(config):
+        return dict(config)
+    return {**{name: value for name, value in config.items() if name != "torch_dtype"}, "dtype": "float32"}
+
+
+def is_text_encoder_config(config: Mapping[str, Any]) -> bool:
+    """Whether a config.json is that of a CLIP text encoder."""
+    classes = config.get("architectures")
+    names = [config.get("model_type"), *(classes if isinstance(classes, list) else [])]
+    return any(isinstance(name, str) and name.lower().startswith(("clip_text", "cliptext")) for name in names)
+
+
 def save_module(module: nn.Module, config: Mapping[str, Any], folder: Path, name: str = DIFFUSERS_WEIGHTS_NAME) -> None:
     """Write `config.json` and the weights of one component to a folder."""
     folder.mkdir(parents=True, exist_ok=True)
     save_tensors(module.state_dict(), folder / name)
-    write_json(config, folder / "config.json")
+    write_json(add_dtype(config), folder / "config.json")
 
 
 def save_tensors(tensors: Mapping[str, Tensor], path: Path, dtype: torch.dtype = torch.float16) -> None:
