@@ -52,7 +52,7 @@ def parse_row(line: int, parse: Callable[..., FieldValues], *args: Any) -> Promp
 
 
 def read_lines(file: BinaryIO) -> Iterator[tuple[int, bytes]]:
-    """(number from 1, bytes) of each line of a file, less a UTF-8 mark; ParseError for one over `MAX_LINE_BYTES`."""
+    """(number from 1, bytes) of each line, without the UTF-8 BOM; ParseError for one over `MAX_LINE_BYTES`."""
     for number in count(1):
         data = file.readline(MAX_LINE_BYTES + 1)
         if number == 1:
@@ -86,7 +86,11 @@ def read_text_rows(file: BinaryIO) -> Iterator[PromptRow]:
 
 
 def parse_text_line(number: int, data: bytes) -> FieldValues:
-    return parse_record(parse_prompt_line(decode_line(number, data)))
+    """The values of a line of text, in which `clip_skip` is the web UI's."""
+    values = parse_record(parse_prompt_line(decode_line(number, data)))
+    if "clip_skip" in values:
+        values["a1111_clip_skip"] = values.pop("clip_skip")
+    return values
 
 
 def read_jsonl_rows(file: BinaryIO) -> Iterator[PromptRow]:

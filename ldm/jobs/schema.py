@@ -12,7 +12,7 @@ from ldm.errors import suggest
 from ldm.metadata import resolve_a1111_sampler
 from ldm.pipeline.request import IMAGE_COUNT, REQUEST_FIELDS
 
-FieldValues = dict[str, Any]  # by the names of Request, beside `count`
+FieldValues = dict[str, Any]  # by the names of Request, beside `count` and, in a line of text, `a1111_clip_skip`
 
 PROMPT_FIELDS = {**REQUEST_FIELDS, "count": IMAGE_COUNT}
 FIELD_NAMES = {  # all that a field may be called: the field
@@ -45,7 +45,8 @@ def map_keys_to_fields(keys: Iterable[Any]) -> dict[str, str]:
     for key in keys:
         name = resolve_field_name(key)
         if name in found:
-            raise ValueError(f"{key} is given twice" if key == found[name] else f"{key} and {found[name]} are one")
+            twice = "is given twice" if key == found[name] else f"and {found[name]} name the same field"
+            raise ValueError(f"{key} {twice}")
         found[name] = key
     return found
 
@@ -78,7 +79,7 @@ def parse_prompt_line(line: str) -> dict[str, str]:
 
     A line that begins with an option's long name is the web UI's: `--prompt "a cat" --steps 20`, in a shell's quotes.
     Any other is a prompt, followed by kohya's options (`a cat --w 512 --n blurry`) or long names. A `--word` that is
-    neither, nor similar to one, is text.
+    neither, nor similar to one, is text. `clip_skip` counts as in the web UI and kohya's scripts: 1 is the last layer.
     """
     line = line.strip()
     match = OPTION_PATTERN.match(line)

@@ -78,6 +78,7 @@ class PromptSource:
     wildcards: WildcardManager
     expand: str
     folder: Path  # of its images
+    convert_clip_skip: Callable[[int], int]
     spool_file: Any = field(default=None, repr=False)  # the temporary copy of standard input, kept open
 
     def __iter__(self) -> Iterator[PromptEntry]:
@@ -139,6 +140,8 @@ class PromptSource:
         negative = values.get("negative_prompt", self.defaults.negative_prompt)
         seeds = values.pop("seed", (range(self.defaults.seed, self.defaults.seed + 1),))
         seed_ranges = apply_count(seeds, values.pop("count", None), self.images_per_prompt)
+        if "a1111_clip_skip" in values:
+            values["clip_skip"] = self.convert_clip_skip(values.pop("a1111_clip_skip"))
         for name in {"image", "mask"} & values.keys():
             values[name] = self._load_image(name, values[name])
         request = replace(self.defaults, **values)
@@ -196,14 +199,26 @@ def apply_count(seed_ranges: Sequence[range], record_count: int | None, default_
     return (range(seed_ranges[0].start, seed_ranges[0].start + count),)
 
 
+def subtract_one(a1111_clip_skip: int) -> int:
+    """`Request.clip_skip` of a model that uses its last layer."""
+    return a1111_clip_skip - 1
+
+
 def open_prompt_source(
-    path: Path | str, defaults: Request, *, count: int = 1, wildcards: Path | None = None, expand: str = "one"
+    path: Path | str,
+    defaults: Request,
+    *,
+    count: int = 1,
+    wildcards: Path | None = None,
+    expand: str = "one",
+    convert_clip_skip: Callable[[int], int] = subtract_one,
 ) -> PromptSource:
     """The prompts of a file, or of standard input ("-"), as requests: `defaults` updated by each record.
 
     The suffix tells the format, one of `PROMPT_READERS`; without a suffix, and in .txt, the content tells JSON lines
     from text. `count` is the number of images of a record that does not state it: image j has seed + j. `wildcards` is
     the folder of wildcard files, by default `wildcards` beside the file; `expand` is one of `WILDCARD_EXPANSIONS`.
+    `convert_clip_skip`, picklable, converts the clip skip in a line of text to that of a request.
     ValueError where there is no such file; `PromptSource.validate` reads its content.
     """
     if expand not in WILDCARD_EXPANSIONS:
@@ -214,7 +229,8 @@ def open_prompt_source(
         spool = spool_to_tempfile(None if name == "-" else path)
         path, name = Path(spool.name), "standard input" if name == "-" else name
     reader = PROMPT_READERS[detect_suffix(require_regular_file(path, name), name)]
-    return PromptSource(path, name, reader, defaults, count, WildcardManager(wildcards), expand, folder, spool)
+    manager = WildcardManager(wildcards)
+    return PromptSource(path, name, reader, defaults, count, manager, expand, folder, convert_clip_skip, spool)
 
 
 def spool_to_tempfile(path: Path | None) -> IO[bytes]:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import gzip
 import json
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -25,14 +26,14 @@ from ldm.nn.prompts import (
 )
 
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
-MERGES_FILE = Path(__file__).with_name(
-    "clip_merges.txt.gz"
-)  # CLIP's own: the first 48,894 of bpe_simple_vocab_16e6.txt
+# CLIP's merges: the first 48,894 of bpe_simple_vocab_16e6.txt
+MERGES_FILE = Path(__file__).with_name("clip_merges.txt.gz")
 MAX_PROMPT_CHUNKS = 64
 MIN_RELATIVE_MEAN = 1e-2  # of the mean absolute value; a smaller mean is rounding error
 NO_PLACEHOLDERS: PlaceholderTokens = MappingProxyType({})
 
-TextEmbedding = tuple[Tensor, Tensor | None]  # states [B, T, C] and, with a projection, the pooled vector [B, P]
+# Hidden states [B, T, C] (diffusers' prompt_embeds) and, with a projection, the pooled vector [B, P].
+TextEmbedding = tuple[Tensor, Tensor | None]
 
 
 class PromptChunk(NamedTuple):
@@ -66,9 +67,9 @@ class TextEncoder:
     def encode_ids(self, ids: Tensor, clip_skip: int = 0) -> TextEmbedding:
         """States [B, T, C] and pooled vectors [B, P] of token ids [B, T].
 
-        `clip_skip` is diffusers': the states are those of layer `layer_idx - clip_skip`, counted from the end. The
-        pooled vector is the projected state of the first EOS after the last layer and the final norm, whatever the clip
-        skip. ValueError for a layer that does not exist.
+        `clip_skip` counts as in diffusers: the states are those of layer `layer_idx - clip_skip`, counted from the end.
+        The pooled vector is the projected state of the first EOS after the last layer and the final norm, whatever the
+        clip skip. ValueError for a layer that does not exist.
         """
         self.check_clip_skip(clip_skip)
         ids = ids.to(self.model.device)
@@ -105,6 +106,11 @@ class TextEncoder:
         table.weight = nn.Parameter(rows, own.requires_grad)
         table.num_embeddings = len(rows)
 
+    def clip_skip_converter(self) -> Callable[[int], int]:
+        """`convert_clip_skip` for this encoder, without its weights, so that it can be pickled."""
+        options = {"num_dropped_layers": self.num_dropped_layers, "layer_idx": self.layer_idx}
+        return partial(convert_clip_skip, num_layers=self.model.config.num_hidden_layers, **options)
+
     def check_clip_skip(self, clip_skip: int) -> None:
         """ValueError if a clip skip, in diffusers' numbering, leads to a layer that does not exist."""
         layers = self.model.config.num_hidden_layers
@@ -114,17 +120,16 @@ class TextEncoder:
             )
 
 
-def convert_clip_skip(clip_skip: int, text_encoder: TextEncoder) -> int:
+def convert_clip_skip(clip_skip: int, num_layers: int, num_dropped_layers: int, layer_idx: int) -> int:
     """Convert the clip skip of the web UI and kohya to diffusers' (0 is the model's own layer, 1 the one before it).
 
     The former counts from the last layer: 1 is the last, 2 the one before it, which SD 2 and SDXL use by default.
     ValueError for a layer that does not exist; the last of SD 2 is not in its files.
     """
-    dropped, layers = text_encoder.num_dropped_layers, text_encoder.model.config.num_hidden_layers
-    if not 1 <= clip_skip - dropped <= layers:
-        layer_range = f"{1 + dropped} to {layers + dropped}, counted from the end"
+    if not 1 <= clip_skip - num_dropped_layers <= num_layers:
+        layer_range = f"{1 + num_dropped_layers} to {num_layers + num_dropped_layers}, counted from the end"
         raise ValueError(f"clip skip {clip_skip}: this model has the layers {layer_range}")
-    return clip_skip - dropped + text_encoder.layer_idx
+    return clip_skip - num_dropped_layers + layer_idx
 
 
 def join_text_embeddings(embeddings: Iterable[TextEmbedding]) -> TextEmbedding:
@@ -155,7 +160,8 @@ def tokenize_prompt(
     """Tokenize a prompt of any length, weighted by `parse_prompt_attention`, into chunks of the tokenizer's length.
 
     A section begins a chunk, and a long one is divided by `split_into_chunks`. `placeholder_tokens` maps added tokens
-    to the ids that each stands for. ValueError for a character outside the vocabulary and for more than 64 chunks.
+    to the ids that each stands for. ValueError for a character outside the vocabulary and for more than
+    `MAX_PROMPT_CHUNKS` chunks.
     """
     try:
         prompt.encode()

@@ -25,7 +25,6 @@ from ldm.errors import choose
 from ldm.hardware import best_device
 from ldm.image_io import from_uint8
 from ldm.metadata import create_infotext
-from ldm.nn.text_encoders import convert_clip_skip
 from ldm.nn.vae import Posterior, encode_images, latent_shape, vae_scale_factor
 from ldm.pipeline.prompt_encoder import PromptEncoder
 from ldm.pipeline.request import Request, check_request, coerce_request, default_strength
@@ -86,7 +85,7 @@ class Pipeline:
         return self
 
     def load_lora_weights(self, path: str | Path, weight: AdapterWeight = 1.0, adapter_name: str | None = None) -> None:
-        """Merge an adapter of any format into the weights, times `weight` (or a pair: of U-Net and text encoders).
+        """Merge (fuse) an adapter of any format into the weights, times `weight` (or a pair: U-Net, text encoders).
 
         `path` is a file, a directory or a hub id; it names the adapter unless `adapter_name` does. Not to be called
         while images are generated. ValueError, with nothing changed, for a file that does not fit:
@@ -148,7 +147,7 @@ class Pipeline:
 
     def convert_clip_skip(self, a1111_clip_skip: int) -> int:
         """`Request.clip_skip` from the clip skip of the web UI and kohya, which counts layers from the last, 1."""
-        return convert_clip_skip(a1111_clip_skip, self.model.text_encoders[0])
+        return self.model.text_encoders[0].clip_skip_converter()(a1111_clip_skip)
 
     def __call__(
         self,

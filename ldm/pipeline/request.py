@@ -158,13 +158,17 @@ class Request:
     )
     spacing: str | None = _field(
         None, parse_text, "Timestep spacing: trailing, karras, ...: `ldm info` lists all.", aliases=("scheduler",)
-    )
+    )  # `scheduler` is ComfyUI's name; diffusers' schedulers are samplers
     eta: float = _field(0.0, parse_float, "Noise of DDIM's steps: 0 is the ODE, 1 as in DDPM.", low=0, high=1)
     guidance_rescale: float = _field(0.0, parse_float, "Rescale the guided output, 0 to 1.", low=0, high=1)
     guidance_interval: tuple[float, float | None] | None = _field(
         None, parse_interval, "Guide only while sigma/alpha is in (LOW, HIGH]."
     )
-    clip_skip: int | None = _field(None, parse_int, "Layer of the text encoder, from its end: 1 is the last.")
+    clip_skip: int | None = _field(
+        None,
+        parse_int,
+        "Text encoder layer counted from the end, as in A1111: 1 is the last. (JSON, CSV: as in diffusers, from 0.)",
+    )
     image: Image.Image | None = _field(None, parse_text, "Initial image (img2img).")  # noqa: RUF009
     mask: Image.Image | None = _field(  # noqa: RUF009
         None, parse_text, "Inpainting mask: white or transparent areas are regenerated.", aliases=("mask_image",)
@@ -327,7 +331,7 @@ def check_request(request: Request, multiple: int) -> None:
     steps = request.num_inference_steps or 0
     for name, strength in (("strength", request.strength), ("upscale strength", request.upscale_strength)):
         if strength and int(steps * strength) == 0 and (name == "strength" or request.upscale):
-            raise ValueError(f"{name} {strength} of {steps} steps: leaves no step")
+            raise ValueError(f"{name} {strength} with {steps} steps runs no step")
     _check_upscale(request, multiple)
 
 

@@ -10,11 +10,13 @@ import sys
 import threading
 import tracemalloc
 from collections import Counter
+from functools import partial
 
 import pytest
 from PIL import Image
 
 from ldm.jobs.source import open_prompt_source
+from ldm.nn.text_encoders import convert_clip_skip
 from ldm.pipeline.request import Request
 
 RECORDS = [
@@ -105,6 +107,18 @@ def drawn(tmp_path, content, name="p.txt", **options):
 @pytest.mark.parametrize("name", KINDS)
 def test_a_record_is_the_same_request_in_any_kind_of_file(tmp_path, name):
     assert requests(write(tmp_path / name, KINDS[name](RECORDS))) == REQUESTS
+
+
+def test_clip_skip_counts_as_in_the_web_ui_in_text_and_as_in_diffusers_elsewhere(tmp_path):
+    text = write(tmp_path / "a.txt", '--prompt "a cat" --clip_skip 2\na cat --clip_skip 2\n')
+    assert [request.clip_skip for request in requests(text)] == [1, 1]
+    sd2 = partial(convert_clip_skip, num_layers=23, num_dropped_layers=1, layer_idx=-1)
+    assert [request.clip_skip for request in requests(text, convert_clip_skip=sd2)] == [0, 0]
+    assert pickle.loads(pickle.dumps(open_prompt_source(text, PLAIN, convert_clip_skip=sd2))).convert_clip_skip(3) == 1
+    with pytest.raises(ValueError, match=r"b\.txt:1: clip skip 1: this model has the layers 2 to 24"):
+        requests(write(tmp_path / "b.txt", "a --clip_skip 1"), convert_clip_skip=sd2)
+    for name, content in (("a.jsonl", '{"prompt": "a", "clip_skip": 2}\n'), ("a.csv", "prompt,clip_skip\na,2\n")):
+        assert [request.clip_skip for request in requests(write(tmp_path / name, content))] == [2]
 
 
 def test_lines_are_those_of_the_file(tmp_path):

@@ -21,7 +21,6 @@ from ldm.nn.text_encoders import (
     apply_emphasis_no_norm,
     build_clip_tokenizer,
     build_text_encoder,
-    convert_clip_skip,
     tokenize_captions,
     warn_about_truncation,
 )
@@ -177,9 +176,9 @@ def test_a_padding_that_is_no_token_is_refused():
 def test_both_numberings_of_clip_skip_name_the_same_layer():
     """The web UI's 1 is the last layer; SD 2 and SDXL are at 2 by themselves, and SD 2's last is not there."""
     sd1, sd2, xl = (tower_of(name, "text_encoder") for name in ("sd1", "sd2-base", "sdxl"))
-    assert [convert_clip_skip(k, sd1) for k in (1, 2, 4)] == [0, 1, 3]
-    assert [convert_clip_skip(k, sd2) for k in (2, 3, 5)] == [0, 1, 3]
-    assert [convert_clip_skip(k, xl) for k in (1, 2, 4)] == [-1, 0, 2]
+    assert [sd1.clip_skip_converter()(k) for k in (1, 2, 4)] == [0, 1, 3]
+    assert [sd2.clip_skip_converter()(k) for k in (2, 3, 5)] == [0, 1, 3]
+    assert [xl.clip_skip_converter()(k) for k in (1, 2, 4)] == [-1, 0, 2]
     for k, tower, said in (
         (0, sd1, "1 to 4"),
         (5, sd1, "1 to 4"),
@@ -188,12 +187,12 @@ def test_both_numberings_of_clip_skip_name_the_same_layer():
         (5, xl, "1 to 4"),
     ):
         with pytest.raises(ValueError, match=f"clip skip {k}: this model has the layers {said}, counted from the end"):
-            convert_clip_skip(k, tower)
+            tower.clip_skip_converter()(k)
     ids = tokenize_captions(sd1.tokenizer, ["a cat"])
     for tower in (sd1, sd2, xl):
         places = [skip for skip in range(-3, 6) if is_there(tower, ids, skip)]
         assert places == [
-            convert_clip_skip(k, tower) for k in range(1 + tower.num_dropped_layers, 5 + tower.num_dropped_layers)
+            tower.clip_skip_converter()(k) for k in range(1 + tower.num_dropped_layers, 5 + tower.num_dropped_layers)
         ]
 
 

@@ -235,7 +235,7 @@ def test_a_record_tells_pictures_by_their_pixels(pipe):
         ({"strength": 0.5}, "strength: needs an image"),
         ({"image": IMAGE, "strength": 1.5}, "strength 1.5: must be from 0 to 1"),
         ({"image": IMAGE, "strength": float("nan")}, "strength nan"),
-        ({"image": IMAGE, "strength": 0.1, "num_inference_steps": 5}, "strength 0.1 of 5 steps: leaves no step"),
+        ({"image": IMAGE, "strength": 0.1, "num_inference_steps": 5}, "strength 0.1 with 5 steps runs no step"),
         ({"image": Image.new("RGB", (3, 40))}, "image of 3x40: width must be from 4 to 8192"),
         ({"image": Image.new("RGB", (8, 9000))}, "image of 8x9000: height must be from 4 to 8192"),
         ({"image": Image.new("RGB", (3, 40)), "width": 0}, "image of 3x40: width"),
