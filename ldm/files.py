@@ -20,7 +20,7 @@ def atomic_write(path: Path, rename: Callable[[Path, Path], object] = os.replace
     """A path beside `path` to write to (a file, or a folder made by the caller); renamed to `path` on success.
 
     Write aside, fsync, chmod 0644, rename, fsync the folder. On an exception the draft is removed, `path` stays.
-    `place` is `rename_noreplace` for what must not take another's place.
+    `rename` is `rename_noreplace` where an existing file must not be replaced.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)

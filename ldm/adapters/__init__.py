@@ -1,1 +1,1 @@
-import ldm.nn  # noqa: F401  before peft: it repairs a mismatched torchvision
+import ldm.nn  # noqa: F401  before peft: it works around a mismatched torchvision

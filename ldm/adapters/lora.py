@@ -1,4 +1,4 @@
-"""Adapters (LoRA, LoHa, LoKr, full differences): merged into a model's weights, and removed again bit for bit."""
+"""Adapters (LoRA, LoHa, LoKr, full differences): merged ("fused") into a model's weights, and removed bit for bit."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class LoRA:
 
     @property
     def kernel(self) -> Tensor:
-        """A with the kernel, [r, in, ...]: `down`, multiplied by `mid` if there is one."""
+        """A, [r, in, ...]: `down`, contracted with `mid` if there is one."""
         return self.down if self.mid is None else torch.einsum("ij...,jc->ic...", self.mid, self.down.flatten(1))
 
     def unscaled_delta(self) -> Tensor:
@@ -184,7 +184,7 @@ class Adapter:
 
 
 class AdapterMerger:
-    """The adapters of a model, merged into its weights: W' = W + sum_i w_i D_i(W), in float32 and rounded once.
+    """The adapters of a model, fused into its weights: W' = W + sum_i w_i D_i(W), in float32 and rounded once.
 
     Each D_i is computed from the base weight W alone, DoRA's too, so that setting the same weights again gives the same
     bits. The base values of changed parameters are kept on the host. Parameters stay where they are in memory. If

@@ -19,7 +19,7 @@ from ldm.adapters.lora import Full, LoHa, LoKr, LoRA
 from ldm.checkpoints.keys import map_unet_modules
 from ldm.nn.unet import UNet, UNetConfig
 
-DeltaField = tuple[type | None, str]  # a field of the factors of a kind, or (None, a field that any kind may have)
+DeltaField = tuple[type | None, str]  # (factor class or None, field of it or of ModuleDelta)
 
 DOWN_FIELDS = (LoRA, "down"), (LoHa, "w1_b")  # [rank, in]
 LORA_KEY_PREFIXES = {  # prefix: component

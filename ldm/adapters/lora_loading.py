@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from hashlib import _Hash
 
 ADAPTER_COMPONENTS = "unet", "text_encoder", "text_encoder_2"
-DIFFUSION_TRANSFORMER_KEYS = r"(double|joint|transformer\.transformer|single_transformer)_blocks"
+DIFFUSION_TRANSFORMER_PATTERN = r"(double|joint|transformer\.transformer|single_transformer)_blocks"
 
 
 def load_adapter(path: Path, networks: NetworkDict, family: str | None = None) -> Adapter:
@@ -147,7 +147,7 @@ def _group_keys(
 ) -> dict[str, dict[DeltaField, str]]:
     """The names of a file's tensors by target and field; ValueError lists what is unknown or missing."""
     if not keys:
-        raise ValueError("not an adapter: no tensor is named like one's")
+        raise ValueError("not an adapter: no tensor has a LoRA key")
     aliases = {name: build_module_aliases(name, networks[name]) for name in ADAPTER_COMPONENTS if name in networks}
     default = _infer_component(file, keys.values(), aliases)
     groups: dict[str, dict[DeltaField, str]] = {}
@@ -269,7 +269,7 @@ def _detect_base_model_version(file: SafetensorsFile) -> str | None:
 
 def _base_model_mismatch(file: SafetensorsFile, family: str | None) -> str:
     """The beginning of the error about an adapter for another base model; empty if it is for this one."""
-    if any(re.search(DIFFUSION_TRANSFORMER_KEYS, name) for name in file.tensor_infos):
+    if any(re.search(DIFFUSION_TRANSFORMER_PATTERN, name) for name in file.tensor_infos):
         return "made for a transformer (SD 3, Flux), which is not supported: "
     made, own = _detect_base_model_version(file), family and family.split("-")[0]
     if made is None or own not in BASE_MODEL_VERSIONS or made == own:

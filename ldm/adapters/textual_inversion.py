@@ -57,7 +57,7 @@ def read_embeddings(path: Path) -> Embeddings:
     for name in keys:
         dtype, shape = file.tensor_infos[name][:2]
         if not dtype.is_floating_point or len(_vectors_shape(shape)) not in (1, 2) or 0 in shape:
-            raise ValueError(f"{path}: {name} is {dtype} of shape {list(shape)}, expected real vectors [n, width]")
+            raise ValueError(f"{path}: {name} is {dtype} of shape {list(shape)}, expected floating-point [n, width]")
     embeddings: Embeddings = {}
     for name, tensor in file.iter_tensors():
         if name in keys:

@@ -72,7 +72,8 @@ def audit_dataset(
 ) -> AuditReport:
     """`quick_audit`, the issues that decoded images and their latents tell, and estimates of what training takes.
 
-    64 images, spread evenly, are encoded, or all; held-out images are decoded only. ValueError as for `quick_audit`.
+    `NUM_LATENTS_CHECKED` images, spread evenly, are encoded, or all; held-out images are decoded only.
+    ValueError as for `quick_audit`.
     """
     inputs = _read_dataset(recipe)
     samples, held_out = [sample for sample, _ in inputs.samples], [sample for sample, _ in inputs.held_out]

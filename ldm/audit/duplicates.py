@@ -12,8 +12,8 @@ from scipy.fft import dctn
 from ldm.data.sources import HELD_OUT_PREFIX, DatasetIssue, ImageSample
 
 PHASH_IMAGE_SIZE = 32  # pixels a side
-MAX_HASH_DISTANCE = 10  # of 64 bits: near duplicates differ by no more,
-MAX_COLOR_DIFFERENCE = 6.0  # and their color grids by no more on average, of 255
+MAX_HASH_DISTANCE = 10  # of 64 bits: that near duplicates may differ by
+MAX_COLOR_DIFFERENCE = 6.0  # of 255: mean difference of the color grids of near duplicates
 COLOR_GRID_SIZE = 8  # pixels a side
 
 

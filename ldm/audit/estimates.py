@@ -1,4 +1,4 @@
-"""What a training will take, from its recipe and the configurations of its networks: memory, disk, steps and epochs."""
+"""The resources that training needs, from recipe and network configurations: memory, disk, steps and epochs."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def load_model_config(recipe: Recipe) -> ModelConfig:
     """A recipe's model. ValueError for a missing or wrong file, or an objective that does not fine-tune a model."""
     objective = recipe.objective
     if not isinstance(objective, FinetuneObjective):
-        raise ValueError(f"objective {objective.kind} does not learn from image folders: tune does")
+        raise ValueError(f"objective {objective.kind} is not trained on image folders; use kind: tune")
     options = LoadOptions(revision=objective.revision, variant=objective.variant)
     spec = read_model_spec(objective.pretrained_model_name_or_path or PICTO_PATH, options)
     name, make_text_encoder = next(iter(spec.text_encoder_factories.items()))

@@ -29,7 +29,7 @@ CONV_IN_KEY = UNET_PREFIX + "input_blocks.0.0.weight"
 CROSS_ATTENTION_KEY_PATTERN = re.compile(re.escape(UNET_PREFIX) + r".+\.attn2\.to_k\.weight")
 TEXT_ENCODER_KEY_PATTERN = re.compile(r"(cond_stage_model|conditioner\.embedders\.\d+)\.(transformer|model)\.")
 LORA_DESCRIPTION, VAE_DESCRIPTION = "a LoRA file: --lora", "a VAE: --vae"
-PREDICTION_OPTION_HINT = ": say --prediction eps or v"
+PREDICTION_OPTION_HINT = ": pass --prediction eps or v"
 EMBEDDING_KEY_PATTERN = r"string_to_param.*|emb_params|clip_[gl]|<.+>"
 UNSUPPORTED_KEY_PATTERNS = {  # other models by a tensor that they have (a whole name, as a regular expression)
     r"(lora_(unet|te\d?)_|.*\.(lora_(A|B|down|up)|lora_linear_layer|hada_w1|lokr_w[12])).*|.*_lora\.(down|up)\..+": (
@@ -131,23 +131,23 @@ def detect_model(
     prediction: str | None = None,
     zero_snr: bool | None = None,
 ) -> Detection:
-    """What a single file is, by its tensors (the meta device will do), its header and, if need be, its U-Net.
+    """What a single file is, by its tensors (may be on the meta device), its header and, if need be, its U-Net.
 
     `family`, `prediction` and `zero_snr` are the user's, and override what the file says of the latter two. `probe`
     runs `probe_network` on the U-Net of the first of `detect_families`; it is called at most once, where nothing else
     tells the prediction. The detected family may be another one with the same tensors. ValueError, without the file's
     name, for contradictions and for what is not supported.
     """
-    fitting = detect_families(tensors)
+    families = detect_families(tensors)
     prediction, evidence = detect_prediction(tensors, metadata, family=family, prediction=prediction)
     if prediction is None:
         prediction, measured = classify_probe(probe())
         evidence = (*evidence, measured)
-    zero, reason = detect_zero_snr(tensors, metadata, fitting[0], zero_snr)
-    if zero and prediction == "eps":
-        raise ValueError(f"prediction eps and zero terminal SNR ({reason}) exclude each other: say --no-zero-snr")
-    evidence = (describe_family_evidence(tensors, fitting), *evidence, reason)
-    return Detection(family or select_family(fitting, prediction), prediction, zero, evidence)
+    has_zero_snr, reason = detect_zero_snr(tensors, metadata, families[0], zero_snr)
+    if has_zero_snr and prediction == "eps":
+        raise ValueError(f"prediction eps and zero terminal SNR ({reason}) exclude each other: pass --no-zero-snr")
+    evidence = (describe_family_evidence(tensors, families), *evidence, reason)
+    return Detection(family or select_family(families, prediction), prediction, has_zero_snr, evidence)
 
 
 def detect_prediction(
@@ -161,15 +161,15 @@ def detect_prediction(
 
     ValueError where the header tells another family, or where two sources (the user apart) disagree.
     """
-    fitting = detect_families(tensors)
-    if family is not None and choose(FAMILIES, family, "family") and family not in fitting:
-        raise ValueError(f"family {family}: the tensors are those of {' or '.join(fitting)}")
+    families = detect_families(tensors)
+    if family is not None and choose(FAMILIES, family, "family") and family not in families:
+        raise ValueError(f"family {family}: the tensors match {' or '.join(families)}")
     if prediction is not None:
         choose(EXPECTED_PROBE_RESULTS, prediction, "prediction")
         return prediction, (f"prediction {prediction}: as requested",)
-    if family is not None and len(fitting) > 1:
+    if family is not None and len(families) > 1:
         return family_prediction(family), (f"prediction {family_prediction(family)}: family {family}, as requested",)
-    sources = {"the mark v_pred": "v"} if "v_pred" in tensors else {}
+    sources = {"marker tensor v_pred": "v"} if "v_pred" in tensors else {}
     evidence = []
     for field, values in HEADER_HINTS.items():
         if field not in metadata:
@@ -178,10 +178,10 @@ def detect_prediction(
         hint = values.get(metadata[field])
         if hint is None:
             evidence.append(f"{line}: not understood")
-        elif not set(hint.families) & set(fitting):
-            raise ValueError(f"the header says {line}, the tensors are those of {' or '.join(fitting)}")
+        elif not set(hint.families) & set(families):
+            raise ValueError(f"the header says {line}, the tensors match {' or '.join(families)}")
         elif hint.prediction is None:
-            evidence.append(f"family {' or '.join(fitting)}: {line}")
+            evidence.append(f"family {' or '.join(families)}: {line}")
         else:
             sources[line] = hint.prediction
     if len(set(sources.values())) > 1:
@@ -194,12 +194,12 @@ def detect_prediction(
 def detect_zero_snr(
     tensors: Mapping[str, Tensor], metadata: Mapping[str, str], family: str, override: bool | None = None
 ) -> tuple[bool, str]:
-    """Zero terminal SNR by the user, the mark `ztsnr`, the header or the family; and the evidence."""
+    """Zero terminal SNR by the user, the marker tensor `ztsnr`, the header or the family; and the evidence."""
     header = metadata.get("ss_zero_terminal_snr")
     if override is not None:
         zero, reason = override, "as requested"
     elif "ztsnr" in tensors:
-        zero, reason = True, "the mark ztsnr"
+        zero, reason = True, "marker tensor ztsnr"
     elif header in ("True", "False"):
         zero, reason = header == "True", f"ss_zero_terminal_snr = {header}"
     else:
@@ -210,7 +210,7 @@ def detect_zero_snr(
 def probe_network(
     network: Network, sde: VPSDE, cond: Conditioning, shape: tuple[int, ...], noise: Noise
 ) -> ProbeResult:
-    """The response of a network to inputs with one flat channel under much noise, which it can hardly mistake.
+    """The response of a network to latents of one constant channel with strong noise.
 
     For each of the C channels of `shape` [1, C, h, w] there are two rows: x0 is +-PROBE_AMPLITUDE in this channel and 0
     elsewhere, and x = alpha x0 + sigma noise at the angle `PROBE_ANGLE`. The output y = a noise + b x0 + rest, by least
@@ -260,20 +260,24 @@ def family_prediction(family: str) -> str:
 
 
 def detect_families(tensors: Mapping[str, Tensor]) -> tuple[str, ...]:
-    """The families of a single file's tensors (the meta device will do), by its U-Net and the text encoders.
+    """The families of a single file's tensors (may be on the meta device), by its U-Net and the text encoders.
 
     "sd2-base" and "sd2-v" have the same tensors. ValueError, without the file's name, tells what else it is.
     """
     if other := unsupported_reason(tensors):
         raise ValueError(other)
     dims, prefixes = _read_unet_dims(tensors), _text_encoder_prefixes(tensors)
-    alike = [name for name, f in FAMILIES.items() if dims == (f.unet["cross_attention_dim"], f.unet["in_channels"])]
-    if not alike:
-        raise ValueError(f"of no known family: its U-Net reads {dims[1]} channels and a context of width {dims[0]}")
-    specs = {name: FAMILIES[name].text_encoders.values() for name in alike}
-    matches = [name for name in alike if prefixes <= _text_encoder_prefixes(spec.prefix for spec in specs[name])]
+    family_dims = {name: (f.unet["cross_attention_dim"], f.unet["in_channels"]) for name, f in FAMILIES.items()}
+    if not (candidates := {name: FAMILIES[name] for name in family_dims if family_dims[name] == dims}):
+        raise ValueError(f"unknown family: in_channels {dims[1]}, cross_attention_dim {dims[0]}")
+    family_prefixes = {
+        name: _text_encoder_prefixes(spec.prefix for spec in family.text_encoders.values())
+        for name, family in candidates.items()
+    }
+    matches = [name for name in candidates if prefixes <= family_prefixes[name]]
     if not matches:
-        raise ValueError(f"its U-Net is of {' or '.join(alike)}, its text is encoded by {' and '.join(prefixes)}")
+        encoders = " and ".join(prefixes)
+        raise ValueError(f"the U-Net matches {' or '.join(candidates)}, but the text encoders are {encoders}")
     return tuple(matches)
 
 
@@ -296,7 +300,7 @@ def describe_family_evidence(tensors: Mapping[str, Tensor], families: Iterable[s
     """The evidence for families, in a line."""
     width, channels = _read_unet_dims(tensors)
     text = " and ".join(sorted(_text_encoder_prefixes(tensors))) or "nothing"
-    evidence = f"a context of width {width}, {channels} channels go into the U-Net, text is encoded by {text}"
+    evidence = f"cross_attention_dim {width}, in_channels {channels}, text encoders {text}"
     return f"family {' or '.join(families)}: {evidence}"
 
 

@@ -47,7 +47,7 @@ class ConfigSchema:
     """The fields that a kind of configuration may have, each name once.
 
     `supported` fields are read (names separated by spaces); a field of `allowed_values` must have one of these;
-    `ignored` has the names, likewise, of fields that are not read, by the reason.
+    `ignored` maps the reason why fields are not read to their names, likewise.
     """
 
     config_kind: str
@@ -111,7 +111,7 @@ def build_from_config(path: Path, build: Callable[[dict[str, Any]], BuildResult]
     config = read_json(path)
     try:
         return build(config)
-    except Exception as error:  # values of any kind, in three libraries' hands
+    except Exception as error:  # diffusers, transformers and torch raise errors of all kinds
         reason = str(error) if type(error) is ValueError else f"nothing can be built from it: {error!r}"
         raise ValueError(f"{path}: {' '.join(reason.split())}") from None
 

@@ -120,7 +120,10 @@ def load_checkpoint(
 
 
 def read_model_spec(source: str | Path, options: LoadOptions = LoadOptions()) -> ModelSpec:
-    """The networks of a model, compared with its files by name and shape, without the weights; errors as above."""
+    """The networks of a model, compared with its files by name and shape, without the weights.
+
+    ValueError as `load_checkpoint`.
+    """
     path = locate_weights(source, options)
     layout = "folder" if path.is_dir() else "single file"
     if unsupported := FORMATS[layout].unsupported_options & options.to_record().keys():

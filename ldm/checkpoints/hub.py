@@ -146,11 +146,11 @@ def translate_hub_errors(source: str, revision: str | None) -> Iterator[None]:
         reason = f"no revision {revision!r}"
     except EntryNotFoundError as error:
         local = isinstance(error, FileNotFoundError)
-        reason = "not in the local cache, and the hub is not reached" if local else "no such file on the hub"
+        reason = "not in the local cache, and cannot reach the hub" if local else "no such file on the hub"
     except HFValidationError:
         reason = "not the name of a model on the hub"
     except (HTTPError, OSError) as error:
-        reason = f"the hub is not reached ({type(error).__name__})"
+        reason = f"cannot reach the hub ({type(error).__name__})"
     except ValueError as error:
         reason = str(error)
     else:

@@ -1,5 +1,6 @@
 """One model in two layouts: the single file (CompVis' LDM, Stability's SGM) and the directory of diffusers.
 
+This is what diffusers' `from_single_file` and `convert_ldm_unet_checkpoint` do.
 Both hold the same tensors under other names, but for four transforms of their shapes, below. A single file counts a
 U-Net's blocks from the input, a directory by resolution. Every tensor is mapped, ignored for a stated reason, or an
 error. All functions work on the meta device, where names and shapes need no memory.
@@ -24,7 +25,7 @@ ConversionMap = Mapping[str, str]  # module names in a directory: those in a sin
 ComponentStateDicts = Mapping[str, Mapping[str, Tensor]]  # component: name: tensor
 
 LAYER_COUNT_FIELDS = "layers_per_block", "transformer_layers_per_block", "num_hidden_layers"
-MAX_LAYERS = 100  # no endless networks
+MAX_LAYERS = 100  # guards against huge configurations
 UNET_PREFIX, VAE_PREFIX, EMA_PREFIX = "model.diffusion_model.", "first_stage_model.", "model_ema."
 UNET_CONVERSION_MAP = {
     "conv_in": "input_blocks.0.0",
@@ -66,12 +67,12 @@ OPEN_CLIP_CONVERSION_MAP_LAYER = {
 # What a single file may hold beside its weights (a whole name, as a regular expression), and why it is not needed.
 IGNORED_KEYS = {
     r"(alphas_cumprod|sqrt_|log_one_minus_|posterior_)\w*|betas|lvlb_weights|logvar|scale_factor|denoiser\.sigmas": (
-        "the noise schedule and the latents' scale: the family's record has them"
+        "the noise schedule and the latents' scale: from the family's configuration"
     ),
-    r"v_pred|ztsnr": "a mark of what the network predicts: read when the family is found",
+    r"v_pred|ztsnr": "a marker of what the network predicts: read when the family is found",
     r"model_ema\..+": "a moving average of the U-Net, which `ema` puts in its place",
-    r".+\.position_ids": "the numbers 0 to 76",
-    r".+\.logit_scale": "the temperature of CLIP's own training",
+    r".+\.position_ids": "position ids",
+    r".+\.logit_scale": "CLIP's logit scale, used in its training only",
 }
 # Other names in files: those of transformers 5, without "text_model", and of the first versions of diffusers.
 SINGLE_FILE_KEY_ALIASES = {
@@ -146,7 +147,7 @@ def map_unet_modules(config: UNetConfig) -> Iterator[tuple[str, str]]:
 
 
 def map_vae_modules(num_blocks: int, layers_per_block: int) -> Iterator[tuple[str, str]]:
-    """The same of an autoencoder; a single file counts the decoder's resolutions from the finest."""
+    """(directory, single file) names of a VAE's modules; a single file counts the decoder's levels from the finest."""
     yield from VAE_CONVERSION_MAP.items()
     resnet = VAE_CONVERSION_MAP_RESNET
     for i in range(num_blocks):
@@ -163,7 +164,7 @@ def map_vae_modules(num_blocks: int, layers_per_block: int) -> Iterator[tuple[st
 
 
 def map_text_encoder_modules(spec: TextEncoderSpec) -> Iterator[tuple[str, str]]:
-    """The same of a text encoder; a single file has transformers' own names for CLIP-L, open_clip's for the others."""
+    """(directory, single file) names of a text encoder's modules; in a file transformers' (CLIP-L) or open_clip's."""
     if spec.layout == "open_clip":
         yield from OPEN_CLIP_CONVERSION_MAP.items()
         for k in range(spec.config["num_hidden_layers"]):
@@ -288,7 +289,7 @@ def map_diffusers_keys(components: ComponentStateDicts, family: ModelFamily) -> 
 
 
 def convert_to_diffusers(tensors: Mapping[str, Tensor], family: ModelFamily) -> dict[str, dict[str, Tensor]]:
-    """The tensors of a single file by component, under the names of the published directories; errors likewise."""
+    """A single file's tensors by component, as in the published directories; ValueError as `map_single_file_keys`."""
     components: dict[str, dict[str, Tensor]] = defaultdict(dict)
     for name, mapping in map_single_file_keys(tensors, family).items():
         components[mapping.component].update(mapping.to_diffusers(tensors[name]))
@@ -296,7 +297,7 @@ def convert_to_diffusers(tensors: Mapping[str, Tensor], family: ModelFamily) -> 
 
 
 def convert_to_original(components: ComponentStateDicts, family: ModelFamily) -> dict[str, Tensor]:
-    """The tensors of a directory as its single file, the inverse of `convert_to_diffusers`; errors likewise.
+    """The tensors of a directory as its single file, the inverse of `convert_to_diffusers`.
 
     What a directory does not hold (the last layer of SD 2's text encoder, schedule, logit_scale) is not made up.
     """

@@ -316,7 +316,9 @@ def select_component_files(names: Iterable[str], component: str, variant: str | 
 
 
 def read_single_file(path: Path, options: LoadOptions = LoadOptions()) -> ModelSpec:
-    """The model in a file, with the configurations of its family, which its tensors tell (or `options.family`).
+    """The model in a file (diffusers' `from_single_file`), with the configurations of its family.
+
+    The tensors tell the family, or `options.family` does.
 
     If the file has no autoencoder, the spec lacks its weights. ValueError names the file and what is missing, unknown
     or of another shape.
@@ -380,12 +382,12 @@ def replace_vae(model: ModelSpec, source: Path) -> ModelSpec:
     without the prefix `first_stage_model.`
     """
     network, files = _read_vae(source, get_vae_config(model.networks["vae"]))
-    ours, theirs = (
-        f"of {a.config.latent_channels} channels, one for {vae_scale_factor(a)} pixels a side"
+    expected, actual = (
+        f"{a.config.latent_channels} channels at scale factor {vae_scale_factor(a)}"
         for a in (model.networks["vae"], network)
     )
-    if ours != theirs:
-        raise ValueError(f"{source}: its latents are {theirs}; the model's are {ours}")
+    if expected != actual:
+        raise ValueError(f"{source}: its latents have {actual}, the model's {expected}")
     groups = (select_weights(group, model.networks.keys() - {"vae"}) for group in model.shard_groups)
     return replace(
         model, networks={**model.networks, "vae": network}, shard_groups=(*(group for group in groups if group), files)

@@ -84,11 +84,11 @@ def check_model_spec(spec: ModelSpec, path: Path) -> None:
         widths["pooled text of"] = (pooled, encoders[-1].projection_dim)
     for what, (expected, actual) in widths.items():
         if expected != actual:
-            raise ValueError(f"{path}: the U-Net takes {what} {expected} channels, and is given {actual}")
+            raise ValueError(f"{path}: the U-Net expects {what} {expected} channels, got {actual}")
 
 
 def match_weight_files(component: str, network: nn.Module, files: Iterable[SafetensorsFile]) -> tuple[WeightFile, ...]:
-    """The mappings of a directory's files for a component; ValueError names what is missing, unknown or misshapen.
+    """The mappings of a directory's files for a component; ValueError names what is missing, unknown or misshaped.
 
     Names may be of either version of transformers, and of the first versions of diffusers.
     """
@@ -136,7 +136,7 @@ def load_weights(
     for source in (source for group in shard_groups for source in group):
         for name in source.key_mappings:
             if not (dtype := source.file.tensor_infos[name].dtype).is_floating_point:
-                raise ValueError(f"{source.file.path}: {name} has dtype {dtype}, real numbers are needed")
+                raise ValueError(f"{source.file.path}: {name} has dtype {dtype}, expected floating-point")
     weights: dict[str, dict[str, Tensor]] = {component: {} for component in networks}
     hashes = {}
     for group in shard_groups:
@@ -157,11 +157,11 @@ def load_weights(
 
 def _split_and_cast(mapping: KeyMapping, tensor: Tensor, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
     """The parts of a tensor of a file, each in memory of its own."""
-    layouts = {
+    memory_formats = {
         name: torch.channels_last if a.ndim == 4 else torch.contiguous_format for name, a in mapping.parts.items()
     }
     return {
-        name: part.to(device=device, dtype=dtype, memory_format=layouts[name], copy=len(layouts) > 1)
+        name: part.to(device=device, dtype=dtype, memory_format=memory_formats[name], copy=len(memory_formats) > 1)
         for name, part in mapping.to_diffusers(tensor).items()
     }
 

@@ -1,6 +1,6 @@
 """Writes models as directories of diffusers: converted from a single file, or copied with weights as safetensors.
 
-Tensors stream from file to file: in memory there is one of them, and what it is split into.
+Tensors stream from file to file: at most one tensor, and what it is split into, is in memory.
 """
 
 from __future__ import annotations

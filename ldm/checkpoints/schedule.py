@@ -84,7 +84,7 @@ SCHEDULER_CONFIG_SCHEMA = ConfigSchema(
         "1, as diffusers' pipelines set it, whatever a file says": "steps_offset",
         "our last step always ends at sigma = 0": """set_alpha_to_one final_sigmas_type euler_at_final
         lower_order_final""",
-        "our table is interpolated smoothly": "interpolation_type",
+        "alphas_cumprod is interpolated smoothly": "interpolation_type",
         "our steps begin where the schedule does": "lambda_min_clipped",
         "the sampler has its own": """solver_type skip_prk_steps disable_corrector solver_p
         noise_sampler_seed""",

@@ -153,14 +153,14 @@ def _parse_tensor_info(name: str, entry: Any) -> TensorInfo:
         raise ValueError(f"{name} has an invalid shape or data_offsets")
     dtype, shape, (start, end) = SAFETENSORS_DTYPES[entry["dtype"]], tuple(entry["shape"]), entry["data_offsets"]
     if math.prod(filter(None, shape)) >= MAX_NUMEL:
-        raise ValueError(f"{name} has shape {list(shape)}, beyond all memory")
+        raise ValueError(f"{name} has shape {list(shape)}, too large")
     if math.prod(shape) * dtype.itemsize != end - start:
         raise ValueError(f"{name} has {end - start} bytes, expected {math.prod(shape) * dtype.itemsize}")
     return TensorInfo(dtype, shape, start, end)
 
 
 class SafetensorsWriter:
-    """Write a safetensors file tensor by tensor, in any order; `tensors` give names, dtypes and shapes (meta will do).
+    """Write a safetensors file tensor by tensor, in any order; `tensors` give names, dtypes and shapes (may be meta).
 
     Floating-point tensors are cast to `dtype`, if it is not None. On leaving its context every tensor must have been
     written, once.

@@ -46,7 +46,7 @@ def convert(
         given = {"--trust": trust, "--dtype": dtype, "--prediction": options.prediction}
         given |= {"--zero-snr": options.zero_snr, "--ema": options.ema, "--variant": options.variant}
         if stray := [name for name, value in given.items() if value is not None and (value or name == "--zero-snr")]:
-            raise ValueError(f"{' and '.join(stray)}: of a model, --to is of an adapter")
+            raise ValueError(f"{' and '.join(stray)} does not apply to an adapter (--to)")
         return print_record(convert_lora_file(source, destination.expanduser(), to, options), as_json)
     from ldm.convert.convert import convert_checkpoint
     from ldm.errors import choose

@@ -1,6 +1,6 @@
 """`ldm convert`: a model in the other layout, or in the same one without pickles or in another dtype.
 
-Tensors stream from file to file: in memory there are one of them and the parts of one fused tensor. A single file is
+Tensors stream from file to file: at most one tensor and the parts of one fused tensor are in memory. A single file is
 loaded, in bfloat16, only if nothing but its U-Net tells what it predicts.
 """
 

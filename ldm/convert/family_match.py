@@ -42,9 +42,8 @@ def match_family(
         return next(same, equal[0])
     components = model.text_encoder_factories.keys()
     name = min(families, key=lambda n: (components != FAMILIES[n].text_encoders.keys(), len(differences[n])))
-    raise ValueError(
-        f"{src}: of no family that a single file could stand for; unlike {name}: {list_some(differences[name])}"
-    )
+    differing = f"differences from {name}: {list_some(differences[name])}"
+    raise ValueError(f"{src}: matches no known family, which a single file needs; {differing}")
 
 
 def find_differences(model: ModelSpec, scheduler: Mapping[str, Any], family: ModelFamily) -> list[str]:

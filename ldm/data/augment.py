@@ -43,8 +43,9 @@ def shuffle_tags(caption: str, separator: str, keep_tokens: int, seed: int, key:
     """The caption with its tags in random order, except for the first `keep_tokens`."""
     tags = [tag.strip() for tag in caption.split(separator)]
     rng = np.random.Generator(np.random.Philox(derive_seed(seed, key, times_seen, "tags")))
-    tail = tags[keep_tokens:]
-    return f"{separator} ".join([*tags[:keep_tokens], *(tail[k] for k in rng.permutation(len(tail)))])
+    shuffled_part = tags[keep_tokens:]
+    order = rng.permutation(len(shuffled_part))
+    return f"{separator} ".join([*tags[:keep_tokens], *(shuffled_part[k] for k in order)])
 
 
 def resize_and_crop(

@@ -14,7 +14,7 @@ SampleId = TypeVar("SampleId", int, str)
 
 
 class SampleKey(NamedTuple, Generic[SampleId]):
-    """One use of a sample: its row in a dataset or its name, and how often it was used before.
+    """One use of a sample: its row in a dataset or its name, and how many times it was seen before.
 
     With the seed and a purpose it is the key of a random number.
     """
@@ -27,9 +27,10 @@ class BucketBatchSampler:
     """Batches from one bucket each: `sampler[k]` is the list of `batch_size` SampleKey of step k = 0, 1, ...
 
     Every bucket is an endless stream of passes over its samples, each `repeats` times per pass and shuffled anew every
-    pass, cut into batches. Epoch e holds the batches that end within every bucket's pass e, shuffled. So no use is lost
-    or comes twice; the remainder of a bucket, fewer than `batch_size` samples, opens the next epoch. Padding the last
-    batch would show samples of small buckets more often than others, dropping it less often.
+    pass, cut into batches. Epoch e holds the batches that end within every bucket's pass e, shuffled. So every
+    repeat of a sample occurs exactly once per pass; the remainder of a bucket, fewer than `batch_size` samples, opens
+    the next epoch. Padding the last batch would show samples of small buckets more often than others, dropping it less
+    often.
     """
 
     def __init__(self, repeats: Sequence[int], buckets: Sequence[int], batch_size: int, seed: int) -> None:
@@ -66,7 +67,7 @@ class BucketBatchSampler:
         first = start // length  # the remainder of epoch - 1 begins in this pass
         nth = np.arange(length) - np.searchsorted(rows, rows)  # of the repeats of a row
         passes = [np.stack([rows, p * self.repeats[rows] + nth], 1) for p in range(first, epoch + 1)]
-        stream = [turns[self._permutation(length, "pass", bucket, p)] for p, turns in enumerate(passes, first)]
+        stream = [keys[self._permutation(length, "pass", bucket, p)] for p, keys in enumerate(passes, first)]
         return np.concatenate(stream)[start - first * length : stop - first * length].reshape(-1, self.batch_size, 2)
 
     def _permutation(self, n: int, *parts: int | str) -> np.ndarray:

@@ -44,7 +44,7 @@ class LatentCache:
         return [found[key] for key in keys]
 
     def _path(self, key: str) -> Path:
-        return self.folder / key[:2] / f"{key}.npy"
+        return self.folder / key[:2] / f"{key}.npy"  # not numpy's format: a JSON header, the array's bytes, a CRC
 
     def _read(self, key: str) -> np.ndarray | None:
         try:

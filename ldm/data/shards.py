@@ -27,6 +27,7 @@ from ldm.data.sources import (
     skipped_file_issue,
     validate_caption,
 )
+from ldm.installation import install_command
 
 MembersBySuffix = dict[str, tuple[str, FileSlice]]  # the members of one key of a tar: name and content by suffix
 
@@ -127,7 +128,7 @@ def import_pyarrow(path: Path) -> Any:
     try:
         import pyarrow
     except ImportError:
-        raise ValueError(f"{path}: needs pyarrow: pip install 'ldm[data]'") from None
+        raise ValueError(f"{path}: needs pyarrow: {install_command('data')}") from None
     return pyarrow
 
 

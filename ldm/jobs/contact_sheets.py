@@ -1,4 +1,4 @@
-"""Contact sheets of a job over one or two fields of its requests, one sheet per combination of the other fields."""
+"""Contact sheets (A1111's X/Y/Z plot) of a job over one or two fields, a sheet per combination of the other fields."""
 
 from __future__ import annotations
 

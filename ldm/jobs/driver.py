@@ -56,7 +56,7 @@ class JobProgress:
 
 
 def write_job_file(job: Job, pipe: Pipeline, source: str, cli_args: Sequence[str] = ()) -> None:
-    """Write `job.json`, once; ValueError where the folder is another job's. A command loads its model by `cli_args`."""
+    """Write `job.json`, once; ValueError where the folder is another job's. `cli_args` load the model."""
     record = {
         "source": source,
         "model": job.model_name,
@@ -76,8 +76,8 @@ def write_job_file(job: Job, pipe: Pipeline, source: str, cli_args: Sequence[str
             raise ValueError(f"{path}: has no {name}")
         for key, value in values.items():
             if others.get(key) != value:
-                differ = "are not these" if key.endswith("s") else "is not this"
-                raise ValueError(f"{path}: another job: its {key} {differ}")
+                differ = "differ" if key.endswith("s") else "differs"
+                raise ValueError(f"{path}: belongs to another job: {key} {differ}; give another --out")
 
 
 def write_item_list(job: Job, pipe: Pipeline) -> set[str]:
@@ -154,7 +154,7 @@ def supervise_workers(engine: Engine, monitor: Monitor, on_progress: Callable[[J
         on_progress(progress)
         if engine.errors:
             engine.stop()
-        if progress.remaining == 0 and monitor.seconds_idle() > SHUTDOWN_GRACE:  # a worker that has not even begun
+        if progress.remaining == 0 and monitor.seconds_idle() > SHUTDOWN_GRACE:  # e.g. a worker that is still starting
             engine.kill()
             break
         if monitor.seconds_idle() > monitor.timeout:

@@ -1,4 +1,4 @@
-"""Engines: where a job's workers run, which are the same in all: a thread, local processes, or Ray actors."""
+"""Engines run the same worker in a thread, in local processes, or as Ray actors."""
 
 from __future__ import annotations
 

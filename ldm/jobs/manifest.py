@@ -96,7 +96,7 @@ def list_manifest_files(folder: Path) -> list[Path]:
 def iter_manifest_rows(
     file: BinaryIO, start: int = 0, strict: bool = False
 ) -> Iterator[tuple[dict[str, Any], RowSpan]]:
-    """The records of an open manifest from the byte `start` on; torn and malformed lines are left out.
+    """The records of an open manifest from the byte `start` on; incomplete and malformed lines are left out.
 
     With `strict`, ValueError for a whole line of an image that names a file outside `images/`.
     """
@@ -193,7 +193,7 @@ def append_manifest_record(folder: Path, worker: str, record: dict[str, Any]) ->
 
 
 def compact_manifest(folder: Path, leases: Leases, verify_hashes: bool = False, retry: Container[str] = ()) -> int:
-    """Join the files of workers that have ended into `manifest.jsonl`, by line; returns how many lines were dropped.
+    """Join the files of ended workers into `manifest.jsonl`, from which a job resumes; returns how many lines it drops.
 
     Those are lines whose image is missing or, with `verify_hashes`, has another hash. Failed items in `retry` are
     forgotten, so that they are generated again. Leases and drafts that dead workers left behind are removed.

@@ -34,7 +34,7 @@ MEMORY_FRACTION = 0.8  # of the free memory
 STRICT_ROWS = 16  # of each network evaluation in strict mode: CPU_BATCH_SIZE images with guidance
 MAX_CONSECUTIVE_FAILURES = 10  # of items, before the worker itself is taken to be at fault
 QUEUE_POLL_INTERVAL = 0.1  # seconds
-MAX_DEFERRED_ITEMS = 1024  # leased by other workers, before one looks which of them are done
+MAX_DEFERRED_ITEMS = 1024  # leased by other workers, after which the manifest is read again
 
 
 @dataclass(frozen=True)
@@ -114,9 +114,9 @@ def compute_item_id(request: Request, model: Mapping[str, Any]) -> str:
 
 
 def run_worker(job: Job, stop: threading.Event, device: str | None = None) -> None:
-    """Generate what is left of a job, or until `stop` is set: then finish the images that were begun.
+    """Generate (or resume) a job until it is done, or until `stop` is set: then finish the images that were begun.
 
-    Raises what no other item could avoid: OSError where an image cannot be written, and the last error of
+    Raises errors that would hit every item: OSError where an image cannot be written, and the last error of
     `MAX_CONSECUTIVE_FAILURES` items that failed in a row. Any other error is recorded as the item's own failure.
     """
     with job.open_leases() as leases:
@@ -159,10 +159,10 @@ class Worker:
             try:
                 return self._generate(self._iter_requests())
             except Exception:
-                suspects = [item for item, _ in self.running.values()]
-                if not suspects:
+                interrupted_items = [item for item, _ in self.running.values()]
+                if not interrupted_items:
                     raise
-            for item in suspects:
+            for item in interrupted_items:
                 if not self._should_stop():
                     self._generate_alone(item)
 
@@ -327,7 +327,7 @@ class ImageWriter:
             try:
                 if self.error is None:
                     task()
-            except BaseException as error:  # from here on tasks are taken, so that nobody waits, but not done
+            except BaseException as error:  # keep draining the queue so that put() does not block; run no task
                 self.error = error
 
     def _write_image(self, item: JobItem, image: Image.Image, seconds: float) -> None:
@@ -343,8 +343,8 @@ class ImageWriter:
         self._append_result(item, {"status": "done", "file": file, **hashes, "seconds": round(seconds, 3)})
 
     def _append_result(self, item: JobItem, result: dict[str, Any]) -> None:
-        about = {"line": item.line, "request": item.request.to_record(), "worker": self.leases.worker}
-        append_manifest_record(self.job.folder, self.leases.worker, {"id": item.id, **result, **about})
+        context = {"line": item.line, "request": item.request.to_record(), "worker": self.leases.worker}
+        append_manifest_record(self.job.folder, self.leases.worker, {"id": item.id, **result, **context})
         self.leases.release(item.id)
 
 

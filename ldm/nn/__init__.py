@@ -1,4 +1,4 @@
-"""Networks. Importing this package also mends a torchvision that was built for another torch.
+"""Networks. Importing this package also works around a torchvision that was built for another torch.
 
 Such a torchvision (a CUDA wheel beside a CPU torch) makes the import of open_clip and transformers fail with "operator
 torchvision::nms does not exist". On exactly that error the two missing operators are defined before importing it again.

@@ -53,7 +53,8 @@ def parse_prompt_attention(prompt: str) -> tuple[tuple[PromptSpan, ...], ...]:
     (word) is 1.1, [word] 1/1.1, (word:1.3) 1.3; nested weights multiply; \( \) \[ \] \\ are text, as are a bracket that
     closes nothing and a backslash before any other character. A bracket never closed extends to the prompt's end. This
     is the web UI's grammar, except that BREAK within brackets separates too, and that a malformed number, as in
-    (word:1.2.3), is text. ValueError for brackets nested deeper than 32 or weights beyond 100.
+    (word:1.2.3), is text. ValueError for brackets nested deeper than `MAX_BRACKET_NESTING` or weights beyond
+    `MAX_TOKEN_WEIGHT`.
     """
     texts: list[str] = []
     weights: list[float] = []
@@ -124,8 +125,8 @@ def _placeholder_pattern(tokens: Sequence[str]) -> re.Pattern[str]:
 def split_into_chunks(tokens: Sequence[WeightedToken], chunk_size: int, comma_id: int) -> list[Sequence[WeightedToken]]:
     """Chunks of at most `chunk_size` tokens; at least one, possibly empty.
 
-    A chunk ends after the last comma among its last 20 tokens, if there is one, as in the web UI; it ends before a
-    placeholder token that it cannot hold whole.
+    A chunk ends after the last comma among its last `COMMA_PADDING_BACKTRACK` tokens, if there is one, as in the web
+    UI; it ends before a placeholder token that it cannot hold whole.
     """
     chunks, start = [], 0
     while len(tokens) - start > chunk_size:

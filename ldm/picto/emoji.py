@@ -139,10 +139,10 @@ def read_concepts(tarball: Path) -> list[EmojiConcept]:
     """Every emoji of emojibase except flags, skin tones and other components, in its order."""
     messages = read_package_json(tarball, "en/messages.json")
     groups, subgroups = ({g["order"]: g["key"] for g in messages[kind]} for kind in ("groups", "subgroups"))
-    short: dict[str, list[str]] = {}
+    shortcodes: dict[str, list[str]] = {}
     for vendor in ("emojibase", "github", "iamcal", "joypixels"):
         for code, names in read_package_json(tarball, f"en/shortcodes/{vendor}.json").items():
-            short.setdefault(code, []).extend([names] if isinstance(names, str) else names)
+            shortcodes.setdefault(code, []).extend([names] if isinstance(names, str) else names)
     concepts = []
     for entry in read_package_json(tarball, "en/data.json"):
         group = groups.get(entry.get("group"), "component")
@@ -150,10 +150,10 @@ def read_concepts(tarball: Path) -> list[EmojiConcept]:
             continue
         code, name = entry["hexcode"], label_to_prompt(entry["label"])
         unicode_name = [unicodedata.name(entry["emoji"][0], "")] if "-" not in normalize_hexcode(code) else []
-        keys = dict.fromkeys(map(slugify, [entry["label"], name, *unicode_name, *short.get(code, [])]))
+        keys = dict.fromkeys(map(slugify, [entry["label"], name, *unicode_name, *shortcodes.get(code, [])]))
         aliases, tags = parse_aliases_and_tags(SOURCES["aliases"].get(name, ""))
-        place, slugs = (group, subgroups[entry["subgroup"]]), tuple(filter(None, keys))
-        concepts.append(EmojiConcept(normalize_hexcode(code), name, (name, *aliases), tags, *place, slugs))
+        subgroup, slugs = subgroups[entry["subgroup"]], tuple(filter(None, keys))
+        concepts.append(EmojiConcept(normalize_hexcode(code), name, (name, *aliases), tags, group, subgroup, slugs))
     return concepts
 
 

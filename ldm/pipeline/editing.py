@@ -22,7 +22,8 @@ class EditInputs:
 
     `image_latents` [C, h, w] are the mean of the image's posterior (diffusers samples it). `keep_mask` [1, h, w] is 1
     where the sampler keeps them. `concat` [1 + C, h, w], for a U-Net made for inpainting, is the mask and the latents
-    of the masked image; such a U-Net keeps the image by itself, and `keep_mask` is zero.
+    of the masked image; such a U-Net keeps the image by itself, and `keep_mask` is zero. Note the polarities: 1 in
+    `keep_mask` keeps, white in `mask` regenerates.
     """
 
     image: Image.Image

@@ -64,8 +64,9 @@ class PromptEncoder:
 
         C is the width of all text encoders together; empty chunks fill up to `num_chunks`. None is the unconditional
         input: zeros for a model with `force_zeros_for_empty_prompt`, as in diffusers, else the embedding of "".
-        `clip_skip` is diffusers'. `time_ids` [1, 6] are SDXL's micro-conditioning: with the first chunk's pooled vector
-        they give `Conditioning.vector`. ValueError for a prompt that cannot be tokenized and a missing layer.
+        `clip_skip` counts as in diffusers. `time_ids` [1, 6] are SDXL's micro-conditioning: with the first chunk's
+        pooled vector they give `Conditioning.vector`. ValueError for a prompt that cannot be tokenized and a missing
+        layer.
         """
         chunks = self.tokenize_prompt(prompt)
         chunks += self.tokenize_prompt(None if prompt is None else "") * (num_chunks - len(chunks))

@@ -1,4 +1,7 @@
-"""Continuous batching: requests of any mixture in as few network evaluations as they allow."""
+"""Continuous batching: requests of any mixture in as few network evaluations as they allow.
+
+Not a noise scheduler: those are `ldm.diffusion.samplers`, `timesteps` and `sde`.
+"""
 
 from __future__ import annotations
 
@@ -108,6 +111,7 @@ class RequestQueue:
 class MicroBatcher:
     """Calls a function of rows with at most `max_rows` at a time, and with half as many once memory runs out.
 
+    For the VAE this is diffusers' `enable_vae_slicing`; there is no tiling.
     After an out-of-memory error the call is repeated in smaller parts. With `pad_to` every call has exactly that many
     rows, the last one repeated, so that a row's output is the same bit for bit whatever the others are (kernels are
     chosen by shape); that number never shrinks.
@@ -277,7 +281,7 @@ def make_cfg_denoiser(
     """
     lengths = sorted(set(map(prompt_encoder.num_chunks, requests)))
     if len(lengths) > 1:
-        raise ValueError(f"prompts of {' and '.join(map(str, lengths))} chunks: one length is needed in a call")
+        raise ValueError(f"prompts have {' and '.join(map(str, lengths))} chunks: all must have the same number")
     rows = []
     for request, concat in zip(requests, concats, strict=True):
         pair = prompt_encoder.encode_request(request, lengths[0])

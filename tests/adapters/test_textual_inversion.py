@@ -46,7 +46,7 @@ def test_every_format_gives_its_vectors(tmp_path, tensors, expected):
         ({"clip_l": MANY, "clip_g": WIDE, "t5": ONE}, "not an embedding: holds clip_g, clip_l, t5, expected"),
         ({f"layer{k}.weight": ONE for k in range(5)}, r"layer0\.weight, layer1\.weight, layer2\.weight and 2 more"),
         ({"clip_l": MANY, "clip_g": WIDE[:2]}, "3 vectors for text_encoder and 2 vectors for text_encoder_2"),
-        ({"emb_params": MANY.long()}, r"emb_params is torch\.int64 of shape \[3, 768\], expected real vectors"),
+        ({"emb_params": MANY.long()}, r"emb_params is torch\.int64 of shape \[3, 768\], expected floating-point"),
         ({"emb_params": MANY.reshape(2, 3, 384)}, r"emb_params is torch\.float32 of shape \[2, 3, 384\]"),
         ({"emb_params": MANY[:0]}, r"of shape \[0, 768\]"),
         ({"emb_params": torch.tensor(1.0)}, r"of shape \[\]"),
@@ -80,7 +80,7 @@ def test_a_file_names_its_token(tmp_path, tensors, metadata, word):
 def test_a_header_of_endless_sides_is_refused(tmp_path):
     header = b'{"emb_params":{"dtype":"F32","shape":[0,%d],"data_offsets":[0,0]}}' % (2**70)
     (tmp_path / "word.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
-    with pytest.raises(ValueError, match="beyond all memory"):
+    with pytest.raises(ValueError, match="too large"):
         load_embeddings(tmp_path / "word.safetensors")
 
 

@@ -119,7 +119,7 @@ def test_a_denoiser_drawn_to_the_mean_of_pictures(kind, gain):
     if kind == "eps" or gain >= 0.6:
         assert classify_probe(reply)[0] == kind
     else:
-        with pytest.raises(ValueError, match="say --prediction eps or v"):
+        with pytest.raises(ValueError, match="pass --prediction eps or v"):
             classify_probe(reply)
 
 
@@ -155,8 +155,8 @@ def test_the_u_net_is_asked_once(singles):
 
 ARCHITECTURE, TYPE = "modelspec.architecture", "modelspec.prediction_type"
 TOLD = {  # family, marks, header, what the user says: family, prediction, zero SNR, a word of the evidence
-    "mark": ("sdxl", ["v_pred"], {}, {}, "sdxl", "v", False, "the mark v_pred"),
-    "marks": ("sdxl", ["v_pred", "ztsnr"], {}, {}, "sdxl", "v", True, "the mark ztsnr"),
+    "mark": ("sdxl", ["v_pred"], {}, {}, "sdxl", "v", False, "marker tensor v_pred"),
+    "marks": ("sdxl", ["v_pred", "ztsnr"], {}, {}, "sdxl", "v", True, "marker tensor ztsnr"),
     "header eps": ("sd2-base", [], {TYPE: "epsilon"}, {}, "sd2-base", "eps", False, "prediction_type = epsilon"),
     "header v": ("sd2-base", [], {TYPE: "v"}, {}, "sd2-v", "v", False, "prediction_type = v"),
     "ComfyUI's header": ("sd1", [], {"modelspec.predict_key": "v"}, {}, "sd1", "v", False, "predict_key = v"),
@@ -233,13 +233,13 @@ def test_a_family_that_the_user_names_does_not_silence_the_u_net(singles):
 
 
 CONTRADICTIONS = {
-    "architecture": ("sd1", [], {ARCHITECTURE: "stable-diffusion-xl-v1-base"}, {}, r"xl-v1-base.+are those of sd1$"),
-    "version": ("sdxl", [], {"ss_base_model_version": "sd_v1"}, {}, r"sd_v1, the tensors are those of sdxl"),
-    "flag of SD 2": ("sd1", [], {"ss_v2": "True"}, {}, r"ss_v2 = True, the tensors are those of sd1"),
+    "architecture": ("sd1", [], {ARCHITECTURE: "stable-diffusion-xl-v1-base"}, {}, r"xl-v1-base.+match sd1$"),
+    "version": ("sdxl", [], {"ss_base_model_version": "sd_v1"}, {}, r"sd_v1, the tensors match sdxl"),
+    "flag of SD 2": ("sd1", [], {"ss_v2": "True"}, {}, r"ss_v2 = True, the tensors match sd1"),
     "mark and header": ("sdxl", ["v_pred"], {TYPE: "epsilon"}, {}, r"v_pred says v, but .+epsilon says eps"),
     "header and header": ("sd2-v", [], {TYPE: "v", "ss_v_parameterization": "False"}, {}, "but ss_v_param.+ says eps"),
-    "zero SNR of eps": ("sdxl", ["ztsnr"], {TYPE: "epsilon"}, {}, "exclude each other: say --no-zero-snr"),
-    "the user's family": ("sd1", [], {}, {"family": "sdxl"}, "family sdxl: the tensors are those of sd1"),
+    "zero SNR of eps": ("sdxl", ["ztsnr"], {TYPE: "epsilon"}, {}, "exclude each other: pass --no-zero-snr"),
+    "the user's family": ("sd1", [], {}, {"family": "sdxl"}, "family sdxl: the tensors match sd1"),
     "no family": ("sd1", [], {}, {"family": "sd3"}, "family 'sd3': choose from sd1"),
     "no prediction": ("sd1", [], {}, {"prediction": "score"}, "prediction 'score': choose from eps, v, x0"),
 }
@@ -296,7 +296,7 @@ RELATIVES = {  # changes of a family's file, and what they make of it
     "instruct-pix2pix": ("sd1", lambda t: t | {INPUT: meta(320, 8, 3, 3)}, "an instruct-pix2pix model"),
     "depth": ("sd2-base", lambda t: t | {INPUT: meta(320, 5, 3, 3)}, "a depth-to-image model"),
     "upscaler": ("sd2-base", lambda t: t | {INPUT: meta(320, 7, 3, 3)}, "an upscaler"),
-    "XL inpainting": ("sdxl", lambda t: t | {INPUT: meta(320, 9, 3, 3)}, "9 channels and a context of width 2048"),
+    "XL inpainting": ("sdxl", lambda t: t | {INPUT: meta(320, 9, 3, 3)}, "in_channels 9, cross_attention_dim 2048"),
     "refiner": (
         "sdxl",
         lambda t: t | {"conditioner.embedders.0.model.transformer.resblocks.9.mlp.c_proj.bias": meta(1280)},
@@ -316,7 +316,7 @@ RELATIVES = {  # changes of a family's file, and what they make of it
     "text of another": (
         "sd1",
         lambda t: without(t, "cond_stage_model.") | {"cond_stage_model.model.ln_final.bias": meta(1024)},
-        "U-Net is of sd1, its text is encoded by cond_stage_model.model",
+        "U-Net matches sd1, but the text encoders are cond_stage_model.model",
     ),
 }
 

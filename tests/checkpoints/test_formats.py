@@ -275,7 +275,7 @@ def test_an_autoencoder_of_another_folder(vae_config, tiny, tmp_path):
     assert all(torch.equal(a, other.state_dict()[n]) for n, a in model.vae.state_dict().items())
     assert model.vae.config.scaling_factor == 0.25
     AutoencoderKL(**vae_config | {"latent_channels": 8}).save_pretrained(tmp_path / "wide")
-    with pytest.raises(ValueError, match="wide: its latents are of 8 channels"):
+    with pytest.raises(ValueError, match="wide: its latents have 8 channels"):
         formats.load_checkpoint(tiny, CPU, torch.float32, LoadOptions(vae=tmp_path / "wide"))
 
 

@@ -126,7 +126,7 @@ def test_wrong_words_are_one_line_and_nothing_is_written(refused, tiny, file, tm
 def test_another_job_s_folder_is_refused(batch, refused, tiny, file, tmp_path):
     assert batch()[0] == 0
     words = ["batch", file, "--model", tiny, "--out", tmp_path / "out", "--dtype", "bfloat16"]
-    refused(*words, said="job.json: another job: its dtype is not this")
+    refused(*words, said="job.json: belongs to another job: dtype differs")
 
 
 @pytest.fixture

@@ -373,7 +373,9 @@ def test_a_spoilt_folder_is_compared_with_the_family_that_it_nearly_is(name, unl
 
 
 def test_a_folder_of_no_family_is_no_single_file(tiny, tmp_path):
-    with pytest.raises(ValueError, match=rf"{tiny}: of no family that a single file could stand for; unlike "):
+    with pytest.raises(
+        ValueError, match=rf"{tiny}: matches no known family, which a single file needs; differences from "
+    ):
         convert_checkpoint(tiny, tmp_path / "out.safetensors")
     assert not [*tmp_path.iterdir()]
 

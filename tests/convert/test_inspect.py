@@ -122,7 +122,7 @@ def test_a_u_net_that_predicts_nothing_leaves_the_prediction_unknown(write):
 
 def test_a_contradiction_names_the_file(write):
     path = write("sd1", {"v_pred": torch.zeros(0)}, **{"modelspec.prediction_type": "epsilon"})
-    with pytest.raises(ValueError, match=r"model\.safetensors: the mark v_pred says v, but"):
+    with pytest.raises(ValueError, match=r"model\.safetensors: marker tensor v_pred says v, but"):
         inspect_model(path, probe=False)
 
 

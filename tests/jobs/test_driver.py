@@ -245,9 +245,12 @@ def test_a_folder_that_cannot_be_written_is_named(folder, pipe, capsys):
     [
         (lambda text: "{", "job.json: not JSON"),
         (lambda text: "{}", "job.json: has no weights"),
-        (lambda text: text.replace('"unet": "', '"unet": "0'), "another job: its weights are not these"),
-        (lambda text: text.replace('"output": "png"', '"output": "webp"'), "another job: its output is not this"),
-        (lambda text: text.replace("float32", "bfloat16"), "another job: its dtype is not this"),
+        (
+            lambda text: text.replace('"unet": "', '"unet": "0'),
+            "belongs to another job: weights differ; give another --out",
+        ),
+        (lambda text: text.replace('"output": "png"', '"output": "webp"'), "another job: output differs"),
+        (lambda text: text.replace("float32", "bfloat16"), "another job: dtype differs"),
     ],
 )
 def test_another_job_s_folder_is_refused_and_left_as_it_is(folder, pipe, change, said):

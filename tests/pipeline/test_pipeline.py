@@ -99,7 +99,7 @@ def test_the_shorter_of_prompt_and_negative_is_filled_up_with_empty_chunks(pipe)
 
 
 def test_one_call_refuses_texts_of_two_lengths(pipe):
-    with pytest.raises(ValueError, match="prompts of 1 and 3 chunks"):
+    with pytest.raises(ValueError, match="prompts have 1 and 3 chunks"):
         pipe.cfg_denoiser(["a cat", LONG], ["", ""])
 
 
