@@ -84,9 +84,10 @@ def batch(
     dtype = choose_dtype(model.dtype, choose_device(model.device))  # the workers', wherever they are
     model = replace(model, dtype=str(dtype).removeprefix("torch.")).with_absolute_paths()
     pipe, request = load_pipeline_and_request(model, options, None if engine == "inline" else "cpu")
-    expansion = {"wildcards": wildcards, "expand": expand}
-    convert_clip_skip = pipe.model.text_encoders[0].clip_skip_converter()
-    source = open_prompt_source(file, request, count=count, convert_clip_skip=convert_clip_skip, **expansion)
+    convert = pipe.model.text_encoders[0].clip_skip_converter()
+    source = open_prompt_source(
+        file, request, count=count, wildcards=wildcards, expand=expand, convert_clip_skip=convert
+    )
     unsupported = UnsupportedSyntaxReport()
     source.validate(pipe.resolve, unsupported.collect)
     if axes is not None:

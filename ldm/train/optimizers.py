@@ -62,7 +62,7 @@ def optim_extra(module: str, name: str, model: nn.Module, recipe: Recipe, **opti
 
 
 class Lion(torch.optim.Optimizer):
-    """The sign of interpolated momentum (Chen et al. 2023, algorithm 2): usual rates are 3 to 10 times below AdamW's."""
+    """The sign of interpolated momentum (Chen et al. 2023, algorithm 2): rates are 3 to 10 times below AdamW's."""
 
     def __init__(
         self, parameters: Iterable[Tensor], lr: float, betas: tuple[float, float], weight_decay: float
