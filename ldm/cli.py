@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import sys
+import warnings
 
 import typer
 
@@ -37,6 +38,7 @@ for command in COMMANDS:
 
 def main() -> None:
     """Run a command line; exit status 0, 1, 2 (one `error:` line) or 130 (interrupted)."""
+    warnings.formatwarning = format_warning
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         status = app(args=sys.argv[1:] or ["--help"], standalone_mode=False)
@@ -49,6 +51,11 @@ def main() -> None:
             raise
         status = print_error(error.format_message())  # typer's: an unknown command or option, a wrong type
     sys.exit(status or 0)
+
+
+def format_warning(message: Warning | str, *context: object, **options: object) -> str:
+    """A warning in one line, without the place in the code that Python names."""
+    return f"warning: {' '.join(str(message).split())}\n"
 
 
 def print_error(message: str) -> int:

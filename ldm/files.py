@@ -99,6 +99,13 @@ def remove_path(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+def read_regular_file(path: Path) -> bytes:
+    """The bytes of a file; ValueError for a pipe or a device, which may have no end, and a folder."""
+    if path.exists() and not path.is_file():
+        raise ValueError("not a regular file")
+    return path.read_bytes()
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in a file; ValueError names the file where there is none."""
     try:

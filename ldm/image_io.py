@@ -4,27 +4,55 @@ from __future__ import annotations
 
 import hashlib
 import io
+import math
 import textwrap
-from collections.abc import Sequence
+import warnings
+import zlib
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
-from PIL import Image, ImageCms, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageCms, ImageDraw, ImageFont, PngImagePlugin
 from torch import Tensor
 
 from ldm.errors import error_text
+from ldm.files import read_regular_file
 
 ALPHA_BACKGROUND = (255, 255, 255)
-MAX_IMAGE_PIXELS = 2 * 89_478_485  # Pillow's own bound against decompression bombs
+MAX_IMAGE_PIXELS = 2**28  # of a file
+MAX_IMAGE_SIDE = 2**17
+MAX_DECODED_PIXELS = 2**26  # 8192 x 8192: an image of more is shrunk
+ROWS_AT_A_TIME = 64
 TRANSPOSED_ORIENTATIONS = {5, 6, 7, 8}  # EXIF orientations that exchange width and height
 EXIF_ORIENTATION = 0x0112
+ORIENTATION_TRANSPOSES = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 TIFF_WIDTH, TIFF_LENGTH = 256, 257
+PNG_SIGNATURE, JPEG_START, JPEG_END = b"\x89PNG\r\n\x1a\n", b"\xff\xd8", b"\xff\xd9"
+PNG_PIXEL_CHUNKS = {b"tRNS", b"acTL", b"fcTL", b"fdAT"}  # optional by their names, and yet needed for pixels
+MAX_PNG_TEXT_BYTES = 2**24  # of a text or a color profile, where Pillow allows 2**20
+MISSING_JPEG_PIXELS = (128, (128, 128, 128))
 HEIC_BRANDS = {b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"mif1", b"msf1"}
 NEARLY_WHITE = 245  # of 255
 SRGB_PROFILE = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB"))
 ICC_MODES = {"GRAY": "L", "RGB ": "RGB", "CMYK": "CMYK"}  # ICC colour spaces and the modes that hold them
+
+Notices = tuple[tuple[str, str], ...]
+Result = TypeVar("Result")
+
+# Pillow's bounds for the process: `_check_pixel_count` is stricter than its warning, and gives one line
+Image.MAX_IMAGE_PIXELS = MAX_IMAGE_PIXELS
+PngImagePlugin.MAX_TEXT_CHUNK = MAX_PNG_TEXT_BYTES
+warnings.filterwarnings("ignore", module=r"PIL\.")  # what matters of them is a notice of `decode_image`
 
 
 class DecodedImage(NamedTuple):
@@ -37,55 +65,168 @@ class DecodedImage(NamedTuple):
 
 def read_image_size(data: bytes) -> tuple[int, int]:
     """Width and height of the upright image, from the file's header alone; ValueError if it is not an image."""
-    try:
-        with Image.open(io.BytesIO(data)) as image:
-            _check_pixel_count(image)
-            width, height = _stored_size(image)
-            transposed = image.getexif().get(EXIF_ORIENTATION) in TRANSPOSED_ORIENTATIONS
-    except Exception as error:
-        raise ValueError(_decode_error(data, error)) from None
-    return (height, width) if transposed else (width, height)
-
-
-def _stored_size(image: Image.Image) -> tuple[int, int]:
-    """Width and height as the file stores them, before EXIF's orientation: Pillow swaps those of a TIFF by itself."""
-    if image.format == "TIFF":
-        tags = image.tag_v2  # type: ignore[attr-defined]
-        return int(tags[TIFF_WIDTH]), int(tags[TIFF_LENGTH])
-    return image.size
+    (width, height), orientation = _with_repairs(data, _read_header)[0]
+    return (height, width) if orientation in TRANSPOSED_ORIENTATIONS else (width, height)
 
 
 def decode_image(data: bytes) -> DecodedImage:
     """Decode a file's bytes: its first frame, upright (EXIF), in sRGB (ICC), transparency on white, 16 bits as 8.
 
+    Of more than 8192^2 pixels it is shrunk by a whole factor: decoding takes at most 5 bytes for each pixel of the file
+    and 1 GB. Damage to texts, profiles and EXIF, and a JPEG without its last rows, give a notice.
     ValueError, in one line, if it cannot be decoded completely.
     """
-    try:
-        with Image.open(io.BytesIO(data)) as image:
-            _check_pixel_count(image)
-            frames = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)  # MPO: a phone's JPEG with a preview
-            image.seek(0)
-            image.load()
-            decoded = convert_to_rgb(ImageOps.exif_transpose(image), image.info.get("icc_profile"), image.format)
-    except Exception as error:  # Pillow's plugins raise exceptions of all kinds
-        raise ValueError(_decode_error(data, error)) from None
-    notices = (("animated", f"{frames} frames: the first is used"),) if frames > 1 else ()
+    decoded, notices = _with_repairs(data, _decode)
     return decoded._replace(notices=notices + decoded.notices)
+
+
+def _with_repairs(data: bytes, read: Callable[[bytes], Result]) -> tuple[Result, Notices]:
+    """The result of `read`, if need be of a repaired file, with a notice of what was repaired; ValueError."""
+    try:
+        return read(data), ()
+    except Exception as error:  # Pillow's plugins raise exceptions of all kinds
+        reason, repaired = _decode_error(data, error), _repair(data, error)
+    if repaired is None:
+        raise ValueError(reason)
+    try:
+        return read(repaired[0]), (repaired[1],)
+    except Exception:
+        raise ValueError(reason) from None
+
+
+def _repair(data: bytes, error: Exception) -> tuple[bytes, tuple[str, str]] | None:
+    """A PNG without its texts and damaged profile or EXIF, a JPEG with an end; None for what cannot be repaired."""
+    if data.startswith(PNG_SIGNATURE):
+        sound = _essential_png_chunks(data)
+        return (sound, ("metadata", f"not used ({error_text(error)})")) if len(sound) < len(data) else None
+    if data.startswith(JPEG_START) and "truncated" in str(error):
+        return data + JPEG_END, ("truncated", "the end of the file is missing")
+    return None
+
+
+def _essential_png_chunks(data: bytes) -> bytes:
+    """A PNG without the chunks that its pixels do not need, but with a sound color profile and EXIF."""
+    parts, start = [PNG_SIGNATURE], len(PNG_SIGNATURE)
+    while start < len(data):
+        length, kind = int.from_bytes(data[start : start + 4], "big"), data[start + 4 : start + 8]
+        chunk = data[start : start + length + 12]
+        optional = kind[:1].islower() and kind not in PNG_PIXEL_CHUNKS
+        if not optional or (kind in (b"iCCP", b"eXIf") and _is_sound_chunk(chunk)):
+            parts.append(chunk)
+        start += length + 12
+    return b"".join(parts)
+
+
+def _is_sound_chunk(chunk: bytes) -> bool:
+    """Is its checksum right, and, of a profile, its size bounded?"""
+    if zlib.crc32(chunk[4:-4]) != int.from_bytes(chunk[-4:], "big"):
+        return False
+    if chunk[4:8] == b"eXIf":
+        return True
+    unpacker = zlib.decompressobj()
+    try:
+        unpacker.decompress(chunk[8:-4].partition(b"\0")[2][1:], MAX_PNG_TEXT_BYTES)
+    except zlib.error:
+        return False
+    return not unpacker.unconsumed_tail
+
+
+def _read_header(data: bytes) -> tuple[tuple[int, int], int]:
+    """The size that a file stores, and its EXIF orientation."""
+    with Image.open(io.BytesIO(data)) as image:
+        _check_pixel_count(image)
+        size = _stored_size(image)
+        return size, _orientation(image)[0]
+
+
+def _decode(data: bytes) -> DecodedImage:
+    with Image.open(io.BytesIO(data)) as image:
+        _check_pixel_count(image)
+        frames = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)  # MPO: a phone's JPEG with a preview
+        image.seek(0)
+        size, shrink = image.size, _shrink_factor(image.size)
+        if shrink > 1 and image.format == "JPEG":  # decodes at 1/2, 1/4 or 1/8
+            image.draft(image.mode, (-(-image.width // shrink), -(-image.height // shrink)))
+        image.load()
+        _check_missing_rows(image)
+        orientation, notices = _orientation(image)  # of a TIFF, 1: Pillow has turned it
+        profile, file_format = image.info.get("icc_profile", b""), image.format
+        small = _shrink(image)
+    del image  # of a large file, hundreds of megabytes
+    decoded = convert_to_rgb(_transpose(small, orientation), profile, file_format)
+    if small.width * small.height < size[0] * size[1]:
+        notices += (("large image", f"{size[0]}x{size[1]} is shrunk to {small.width}x{small.height}"),)
+    if profile is None:  # Pillow could not unpack it
+        notices += (("color profile", "not used (it is damaged)"),)
+    if frames > 1:
+        notices = (("animated", f"{frames} frames: the first is used"), *notices)
+    return decoded._replace(notices=notices + decoded.notices)
+
+
+def _check_missing_rows(image: Image.Image) -> None:
+    """ValueError for a JPEG of which more than an eighth of the rows is missing, which libjpeg makes mid-grey."""
+    if image.format != "JPEG" or image.getpixel((0, image.height - 1)) not in MISSING_JPEG_PIXELS:
+        return
+    first = image.height - 1 - image.height // 8
+    if (np.asarray(image.crop((0, first, image.width, image.height))) == 128).all():
+        raise ValueError("the image is truncated")
+
+
+def _orientation(image: Image.Image) -> tuple[int, Notices]:
+    """An image's EXIF orientation, 1 where it has none or cannot be read."""
+    try:
+        orientation = image.getexif().get(EXIF_ORIENTATION, 1)
+    except Exception as error:  # of all kinds, as Pillow parses EXIF by its TIFF plugin
+        return 1, (("EXIF", f"not used ({error_text(error)})"),)
+    return (orientation if orientation in ORIENTATION_TRANSPOSES else 1), ()
+
+
+def _transpose(image: Image.Image, orientation: int) -> Image.Image:
+    """The image upright."""
+    return image if orientation == 1 else image.transpose(ORIENTATION_TRANSPOSES[orientation])
+
+
+def _shrink_factor(size: tuple[int, int]) -> int:
+    """The whole factor by which the sides of a large image are shrunk."""
+    return math.ceil(math.sqrt(size[0] * size[1] / MAX_DECODED_PIXELS))
+
+
+def _shrink(image: Image.Image) -> Image.Image:
+    """A large image made smaller by a whole factor, some rows at a time: a copy would take its memory again."""
+    if (factor := _shrink_factor(image.size)) <= 1:
+        return image
+    rows, bands = factor * ROWS_AT_A_TIME, []
+    for top in range(0, image.height, rows):
+        band = image.crop((0, top, image.width, min(top + rows, image.height)))
+        bands.append(_to_reducible(band).reduce(factor))
+    small = Image.new(bands[0].mode, (bands[0].width, sum(band.height for band in bands)))
+    for k, band in enumerate(bands):
+        small.paste(band, (0, k * ROWS_AT_A_TIME))
+    return small
+
+
+def _to_reducible(image: Image.Image) -> Image.Image:
+    """The image in a mode whose pixels Pillow can average."""
+    if image.mode.startswith("I;16"):
+        return _scale_rows(image, 65535)
+    mode = "RGBA" if image.has_transparency_data else {"1": "L", "P": "RGB"}.get(image.mode, image.mode)
+    return image if image.mode == mode else image.convert(mode)
 
 
 def convert_to_rgb(
     image: Image.Image, icc_profile: bytes | None = None, file_format: str | None = None
 ) -> DecodedImage:
     """Convert an image of any mode as `decode_image` does; ValueError for modes that are not grey, RGB or CMYK."""
-    image, alpha = _to_8bit(image, file_format), None
+    image, notices = _to_8bit(image, file_format)
+    alpha = None
     if image.has_transparency_data:
         image = image.convert("RGBA")
         alpha = image.getchannel("A")
         image = image.convert("RGB")
-    rgb, notices = to_srgb(image, icc_profile)
+    rgb, profile_notices = to_srgb(image, icc_profile)
     if alpha is not None:
         rgb = Image.composite(rgb, Image.new("RGB", rgb.size, ALPHA_BACKGROUND), alpha)
-    return DecodedImage(rgb, alpha, notices)
+    return DecodedImage(rgb, alpha, notices + profile_notices)
 
 
 def decode_mask(data: bytes) -> Image.Image:
@@ -96,17 +237,50 @@ def decode_mask(data: bytes) -> Image.Image:
 def _check_pixel_count(image: Image.Image) -> None:
     if image.width * image.height > MAX_IMAGE_PIXELS:
         raise Image.DecompressionBombError
+    if max(image.size) > MAX_IMAGE_SIDE:
+        raise ValueError(f"{image.width}x{image.height}: a side of more than {MAX_IMAGE_SIDE} pixels")
 
 
-def _to_8bit(image: Image.Image, file_format: str | None) -> Image.Image:
-    """Scale 16-bit grey to 8 bits, which Pillow's conversion would clip at 255; return other images unchanged."""
+def _stored_size(image: Image.Image) -> tuple[int, int]:
+    """Width and height as the file stores them, before EXIF's orientation: Pillow swaps those of a TIFF by itself."""
+    if image.format == "TIFF":
+        tags = image.tag_v2  # type: ignore[attr-defined]
+        return int(tags[TIFF_WIDTH]), int(tags[TIFF_LENGTH])
+    return image.size
+
+
+def _to_8bit(image: Image.Image, file_format: str | None) -> tuple[Image.Image, Notices]:
+    """Scale grey of 16 bits and more to 8, which Pillow's conversion would clip at 255; return others unchanged."""
     mode = image.mode
-    if mode.startswith("I;16") or (mode == "I" and file_format in ("PNG", "PPM")):
-        levels = np.rint(np.asarray(image).astype(np.float64) / 257).astype(np.uint8)
-        return Image.fromarray(levels)
-    if mode in ("I", "F", "LAB", "HSV"):
-        raise ValueError(f"images of mode {mode} cannot be read: convert it to 8 or 16 bits, grey or RGB")
-    return image
+    if mode.startswith("I;16"):
+        return _scale_rows(image, 65535), ()
+    if mode not in ("I", "F", "LAB"):
+        return image, ()
+    if mode == "LAB":
+        rgb = ImageCms.profileToProfile(image, ImageCms.createProfile("LAB"), SRGB_PROFILE, outputMode="RGB")
+        assert rgb is not None
+        return rgb, ()
+    if file_format in ("PNG", "PPM"):
+        return _scale_rows(image, 65535), ()
+    white = _white_level(image)
+    return _scale_rows(image, white), (("gray levels", f"mode {mode}: 0 to {white:g} is taken as black to white"),)
+
+
+def _white_level(image: Image.Image) -> float:
+    """The full scale of grey levels whose file does not say it: 1 (of floats), 8, 16 or 32 bits, or their maximum."""
+    levels = np.asarray(image)
+    highest = float(np.max(levels, initial=0, where=np.isfinite(levels)))
+    scales = (*((1,) if image.mode == "F" else ()), 255, 65535, 2**31 - 1)
+    return next((scale for scale in scales if highest <= scale), highest)
+
+
+def _scale_rows(image: Image.Image, white: float) -> Image.Image:
+    """Grey levels from 0 to `white` as L, some rows at a time; what is not finite is black, or white if +inf."""
+    levels, scaled = np.asarray(image), np.empty((image.height, image.width), np.uint8)
+    for start in range(0, len(levels), ROWS_AT_A_TIME):
+        rows = np.nan_to_num(levels[start : start + ROWS_AT_A_TIME].astype(np.float64), nan=0, posinf=white, neginf=0)
+        scaled[start : start + ROWS_AT_A_TIME] = np.rint(np.clip(rows / (white / 255), 0, 255))
+    return Image.fromarray(scaled)
 
 
 def to_srgb(image: Image.Image, icc_profile: bytes | None) -> tuple[Image.Image, tuple[tuple[str, str], ...]]:
@@ -226,6 +400,9 @@ def _is_turned_mask(rgb: np.ndarray, brightness: np.ndarray, visible: np.ndarray
 
 def _decode_file(path: Path) -> DecodedImage:
     try:
-        return decode_image(path.read_bytes())
+        decoded = decode_image(read_regular_file(path))
     except (OSError, ValueError) as error:
         raise ValueError(f"{path}: {error_text(error)}") from None
+    for kind, text in decoded.notices:
+        warnings.warn(f"{path}: {kind}: {text}", stacklevel=3)
+    return decoded

@@ -13,7 +13,8 @@ from PIL import Image, TiffTags, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 from PIL.TiffImagePlugin import ImageFileDirectory_v2
 
-from ldm.files import atomic_write
+from ldm.errors import error_text
+from ldm.files import atomic_write, read_regular_file
 
 # Our names and those of AUTOMATIC1111's web UI; what it does not have keeps our name.
 A1111_SAMPLERS = {
@@ -240,7 +241,11 @@ def build_exif(texts: Mapping[str, str]) -> bytes:
 def read_image_and_metadata(path: Path) -> tuple[Image.Image, dict[str, str]]:
     """The image (RGB) and the texts of a file in any of `IMAGE_FORMATS`; ValueError where it cannot be decoded."""
     try:
-        with Image.open(path) as image:
+        data = read_regular_file(path)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: {error_text(error)}") from None
+    try:
+        with Image.open(io.BytesIO(data)) as image:
             image.load()
             texts, exif = dict(getattr(image, "text", {})), image.getexif()
             comment = exif.get_ifd(EXIF_IFD).get(EXIF_USER_COMMENT, b"")
@@ -250,8 +255,8 @@ def read_image_and_metadata(path: Path) -> tuple[Image.Image, dict[str, str]]:
             return image.convert("RGB"), texts
     except UnidentifiedImageError:
         raise ValueError(f"{path}: not an image") from None
-    except Exception as error:  # Pillow's readers raise what they like
-        raise ValueError(f"{path}: {getattr(error, 'strerror', None) or 'a truncated or damaged image'}") from None
+    except Exception:  # Pillow's readers raise what they like
+        raise ValueError(f"{path}: a truncated or damaged image") from None
 
 
 def recompress_jpeg(image: Image.Image) -> Image.Image:

@@ -180,7 +180,8 @@ def pixel_flipped_in_a_picture(root):
 @plant
 def floating_point_picture(root):
     levels = np.random.default_rng(0).random((64, 64), np.float32)
-    return {("broken image", beside(root, "depth.tiff", encoded(levels, "TIFF")))}
+    key = beside(root, "depth.tiff", encoded(levels, "TIFF"))
+    return {("gray levels", key), ("color mode", key)}
 
 
 @plant

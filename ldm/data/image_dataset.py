@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
@@ -226,6 +227,10 @@ class ImageDataset:
     def _decode_image(self, row: int) -> DecodedImage:
         sample = self.samples[row]
         try:
-            return decode_image(sample.read_image())
+            decoded = decode_image(sample.read_image())
         except (OSError, ValueError) as error:
             raise ValueError(f"{sample.key}: {error}") from None
+        for kind, text in decoded.notices:
+            if kind == "truncated":
+                warnings.warn(f"{sample.key}: {kind}: {text}", stacklevel=2)
+        return decoded

@@ -31,6 +31,7 @@ SEVERITY_BY_KIND: Mapping[str, Severity] = {  # all other kinds are errors
     **dict.fromkeys((*DUPLICATE_KINDS, "near duplicate", "one caption", "few images", "no masks"), "warning"),
     **dict.fromkeys(("small image", "extreme aspect ratio", "blank image", "extreme latents"), "warning"),
     **dict.fromkeys(("too few steps", "disk space"), "warning"),
+    **dict.fromkeys(("metadata", "truncated", "EXIF", "gray levels", "large image"), "notice"),
     **dict.fromkeys(("skipped", "animated", "color profile", "color mode", "multiple lines", "small bucket"), "notice"),
 }
 
