@@ -133,9 +133,9 @@ def add_text_model_prefix(path: str) -> str:
 
 def to_sgm_name(path: str, unet: nn.Module) -> str:
     """A module of a U-Net as the original (LDM / SGM) single-file layout names it."""
-    for ours, sgm in _sgm_conversion_map(cast(UNet, unet).config):
-        if f"{path}.".startswith(f"{ours}."):
-            return sgm + path.removeprefix(ours)
+    for diffusers_name, sgm in _sgm_conversion_map(cast(UNet, unet).config):
+        if f"{path}.".startswith(f"{diffusers_name}."):
+            return sgm + path.removeprefix(diffusers_name)
     return path
 
 

@@ -206,8 +206,10 @@ class _PeftModuleConfig(NamedTuple):
         patterns = self.settings.get(pattern) or {}
         if not isinstance(patterns, dict):
             raise ValueError(f"{pattern} {patterns!r}: must be an object")
-        own = (value for key, value in patterns.items() if f".{self.module}".endswith(f".{key.removeprefix('^')}"))
-        value = next(own, next((self.settings[name] for name in names if name in self.settings), None))
+        pattern_values = (
+            value for key, value in patterns.items() if f".{self.module}".endswith(f".{key.removeprefix('^')}")
+        )
+        value = next(pattern_values, next((self.settings[name] for name in names if name in self.settings), None))
         if value is not None and (type(value) not in (int, float) or not 0 < value < math.inf):
             raise ValueError(f"{names[0]} {value!r}: must be a positive number")
         return value
@@ -271,7 +273,7 @@ def _base_model_mismatch(file: SafetensorsFile, family: str | None) -> str:
     """The beginning of the error about an adapter for another base model; empty if it is for this one."""
     if any(re.search(DIFFUSION_TRANSFORMER_PATTERN, name) for name in file.tensor_infos):
         return "made for a transformer (SD 3, Flux), which is not supported: "
-    made, own = _detect_base_model_version(file), family and family.split("-")[0]
-    if made is None or own not in BASE_MODEL_VERSIONS or made == own:
+    made_for, expected = _detect_base_model_version(file), family and family.split("-")[0]
+    if made_for is None or expected not in BASE_MODEL_VERSIONS or made_for == expected:
         return ""
-    return f"made for {BASE_MODEL_VERSIONS[made].name}: this model is {BASE_MODEL_VERSIONS[own].name}: "
+    return f"made for {BASE_MODEL_VERSIONS[made_for].name}: this model is {BASE_MODEL_VERSIONS[expected].name}: "

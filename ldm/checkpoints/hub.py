@@ -62,8 +62,8 @@ def _select_model_files(names: Sequence[str], variant: str | None) -> list[str]:
 def _select_vae_files(names: Sequence[str], variant: str | None) -> list[str]:
     for folder in ("", "vae/"):
         if f"{folder}config.json" in names:
-            own = [name.removeprefix(folder) for name in names if name.startswith(folder)]
-            return [f"{folder}{name}" for name in select_component_files(own, "vae", variant)]
+            vae_files = [name.removeprefix(folder) for name in names if name.startswith(folder)]
+            return [f"{folder}{name}" for name in select_component_files(vae_files, "vae", variant)]
     return _select_first(names)
 
 

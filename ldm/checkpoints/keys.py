@@ -168,12 +168,12 @@ def map_text_encoder_modules(spec: TextEncoderSpec) -> Iterator[tuple[str, str]]
     if spec.layout == "open_clip":
         yield from OPEN_CLIP_CONVERSION_MAP.items()
         for k in range(spec.config["num_hidden_layers"]):
-            ours, theirs = f"text_model.encoder.layers.{k}", f"transformer.resblocks.{k}"
-            yield from _prefix_pairs(ours, theirs, OPEN_CLIP_CONVERSION_MAP_LAYER)
+            diffusers_name, original_name = f"text_model.encoder.layers.{k}", f"transformer.resblocks.{k}"
+            yield from _prefix_pairs(diffusers_name, original_name, OPEN_CLIP_CONVERSION_MAP_LAYER)
 
 
-def _prefix_pairs(ours: str, theirs: str, conversion_map: ConversionMap) -> Iterator[tuple[str, str]]:
-    return ((f"{ours}.{a}", f"{theirs}.{b}") for a, b in conversion_map.items())
+def _prefix_pairs(diffusers_name: str, original_name: str, conversion_map: ConversionMap) -> Iterator[tuple[str, str]]:
+    return ((f"{diffusers_name}.{a}", f"{original_name}.{b}") for a, b in conversion_map.items())
 
 
 class Transform(NamedTuple):

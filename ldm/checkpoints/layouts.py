@@ -120,9 +120,9 @@ def read_directory(folder: Path, options: LoadOptions = LoadOptions()) -> ModelS
 
 
 def _text_encoder_factories(
-    family: ModelFamily, tokenizers: Mapping[str, text_encoders.CLIPTokenizer], trained: ModelFamily
+    family: ModelFamily, tokenizers: Mapping[str, text_encoders.CLIPTokenizer], source_family: ModelFamily
 ) -> Mapping[str, Callable[[Any], text_encoders.TextEncoder]]:
-    """Factories of a family's text encoders; the layers that were dropped are those of the family `trained`."""
+    """Factories of a family's text encoders; the layers that were dropped are those of `source_family`."""
     factories = {}
     for name, spec in family.text_encoders.items():
         factories[name] = partial(
@@ -131,7 +131,7 @@ def _text_encoder_factories(
             layer_idx=spec.layer_idx,
             final_norm=spec.final_norm,
             with_projection=spec.with_projection,
-            num_dropped_layers=trained.text_encoders.get(name, spec).num_dropped_layers,
+            num_dropped_layers=source_family.text_encoders.get(name, spec).num_dropped_layers,
         )
     return factories
 
@@ -202,8 +202,8 @@ def choose_weight_files(names: Iterable[str], stem: str, variant: str | None = N
     pickles = []
     for name in sorted(names):
         if match := pattern.fullmatch(name):
-            own = variants[next(filter(None, match.group(1, 3, 5)), "")]
-            own.insert(0 if match["index"] else len(own), name)
+            variant_files = variants[next(filter(None, match.group(1, 3, 5)), "")]
+            variant_files.insert(0 if match["index"] else len(variant_files), name)
         elif name.startswith(stem) and name.endswith(PICKLE_SUFFIXES):
             pickles.append(name)
     if pickles and not variants:
@@ -287,8 +287,8 @@ def _check_generation_config(config: dict[str, Any]) -> dict[str, Any]:
 def find_family_by_unet(unet: UNetConfig, prediction: Prediction) -> str | None:
     """The family with a U-Net of that configuration, native size apart, and that prediction; None if there is none."""
     for name, family in FAMILIES.items():
-        own = UNetConfig.from_dict(family.unet)
-        same = replace(unet, sample_size=own.sample_size, upcast_attention=own.upcast_attention) == own
+        expected = UNetConfig.from_dict(family.unet)
+        same = replace(unet, sample_size=expected.sample_size, upcast_attention=expected.upcast_attention) == expected
         if same and PREDICTIONS[PREDICTION_TYPES[family.scheduler["prediction_type"]]] is prediction:
             return name
     return None
@@ -325,9 +325,9 @@ def read_single_file(path: Path, options: LoadOptions = LoadOptions()) -> ModelS
     """
     file = open_safetensors(path)
     tensors = file.meta_tensors()
-    own = {"family": options.family, "prediction": options.prediction}
+    user_options = {"family": options.family, "prediction": options.prediction}
     try:
-        detect.detect_prediction(tensors, file.metadata, **own)  # refuses contradictions
+        detect.detect_prediction(tensors, file.metadata, **user_options)  # refuses contradictions
         family = FAMILIES[options.family or detect.detect_families(tensors)[0]]
         mappings = keys.map_single_file_keys(_add_missing_vae(tensors, family), family, options.ema)
     except ValueError as error:
@@ -339,7 +339,7 @@ def read_single_file(path: Path, options: LoadOptions = LoadOptions()) -> ModelS
                 tensors,
                 file.metadata,
                 lambda: probe(parse_scheduler_config(family.scheduler).sde),
-                **own,
+                **user_options,
                 zero_snr=options.zero_snr,
             )
             sibling = FAMILIES[detection.family]  # with the same tensors, but maybe another native size

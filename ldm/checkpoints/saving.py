@@ -91,8 +91,10 @@ def _write_configs(family: ModelFamily, detection: detect.Detection, folder: Pat
     index: dict[str, Any] = {"_class_name": family.pipeline_class, "_diffusers_version": DIFFUSERS_VERSION}
     for name, config in family.configs.items():
         library, (class_name, *_) = layouts.COMPONENT_CLASSES[name]
-        own = {"architectures": [class_name], "model_type": "clip_text_model"} if library == "transformers" else {}
-        write_json(add_dtype({**config, **own}), folder / name / "config.json")
+        model_class = (
+            {"architectures": [class_name], "model_type": "clip_text_model"} if library == "transformers" else {}
+        )
+        write_json(add_dtype({**config, **model_class}), folder / name / "config.json")
         index[name] = [library, class_name]
     for name, spec in family.text_encoders.items():
         tokenizer = text_encoders.build_clip_tokenizer(spec.pad_token_id)

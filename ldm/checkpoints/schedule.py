@@ -14,7 +14,7 @@ from ldm.diffusion.sde import BETA_SCHEDULES, VPSDE, rescale_zero_terminal_snr
 from ldm.errors import choose
 
 PREDICTION_TYPES = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}  # diffusers' names: ours
-DIFFUSERS_PREDICTION_TYPES = {ours: theirs for theirs, ours in PREDICTION_TYPES.items()}
+DIFFUSERS_PREDICTION_TYPES = {name: diffusers_name for diffusers_name, name in PREDICTION_TYPES.items()}
 MAX_TRAIN_TIMESTEPS = 100_000
 
 

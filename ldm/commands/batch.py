@@ -135,9 +135,9 @@ def run_job(
     with job.open_leases() as leases, report_job_progress(as_json) as on_progress:
         with leases.exclusive(FOLDER_LEASE):
             driver.write_job_file(job, pipe, source, cli_args)
-            names = driver.write_item_list(job, pipe)
-        lost = compact_manifest(job.folder, leases, verify_hashes, retry=names)
-        monitor = driver.Monitor(job, leases, names, timeout)
+            item_ids = driver.write_item_list(job, pipe)
+        lost = compact_manifest(job.folder, leases, verify_hashes, retry=item_ids)
+        monitor = driver.Monitor(job, leases, item_ids, timeout)
         if lost:
             print(f"{lost} finished images are missing or changed: regenerated", file=sys.stderr)
         engine = start_engine(job)

@@ -146,8 +146,8 @@ def _iter_original_tensors(
     parts: dict[str, dict[str, Tensor]] = defaultdict(dict)
     for source in sources:
         for key, tensor in source.file.iter_tensors():
-            if own := source.key_mappings.get(key):
-                mapping, part = mappings[f"{own.component}/{own.original_key}"]
+            if mapped := source.key_mappings.get(key):
+                mapping, part = mappings[f"{mapped.component}/{mapped.original_key}"]
                 parts[mapping.original_key][part] = tensor
                 if len(parts[mapping.original_key]) == len(mapping.parts):
                     yield mapping.original_key, mapping.to_original(parts.pop(mapping.original_key))

@@ -52,10 +52,12 @@ def find_differences(model: ModelSpec, scheduler: Mapping[str, Any], family: Mod
         return [f"text encoders {' and '.join(model.text_encoder_factories)}"]
     differences = []
     for name, config in family.configs.items():
-        own = _comparable_config(name, model.networks[name].config)
+        actual = _comparable_config(name, model.networks[name].config)
         full = UNetConfig.from_dict(config) if name == "unet" else build_meta_network(name, config).config
         expected = _comparable_config(name, full)  # with the defaults of its class
-        differences += [f"{name} has {f} = {own.get(f)}" for f in own | expected if own.get(f) != expected.get(f)]
+        differences += [
+            f"{name} has {f} = {actual.get(f)}" for f in actual | expected if actual.get(f) != expected.get(f)
+        ]
     alphas = compute_alphas_cumprod({**scheduler, "rescale_betas_zero_snr": False})
     expected_alphas = compute_alphas_cumprod(family.scheduler)
     if alphas.shape != expected_alphas.shape or not torch.allclose(alphas, expected_alphas, rtol=1e-6):

@@ -149,8 +149,8 @@ def find_missing_columns(
     names = [name for name in present if isinstance(name, str)]
     columns = [image and (data.image_column or image), data.caption_column if data.instance_prompt is None else None]
     listed = ", ".join(map(repr, names)) or "none"
-    what = {name: f"no column {name!r} among {listed}{suggest(name, names, 0.3)}" for name in columns if name}
-    return [DatasetIssue("wrong column", key, text) for name, text in what.items() if name not in names]
+    missing = {name: f"no column {name!r} among {listed}{suggest(name, names, 0.3)}" for name in columns if name}
+    return [DatasetIssue("wrong column", key, text) for name, text in missing.items() if name not in names]
 
 
 def deduplicate(samples: Iterable[ImageSample], issues: list[DatasetIssue]) -> list[ImageSample]:

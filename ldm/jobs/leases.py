@@ -28,17 +28,17 @@ OWNER_PATTERN = re.compile(r"[\w.-]+\n")
 class Leases:
     """The leases that one worker holds, and which other workers are alive.
 
-    A lease is a file NAME.0 that holds its worker's name, created with O_EXCL, so that one worker gets it. The lease of
-    a dead worker is followed by NAME.1, created likewise: of those who find the owner dead one gets it, which removing
-    the file or renaming over it could not guarantee; only then is the older one removed. The highest number counts.
-    Whoever gets a lease must check whether the work was done before.
-
-    A worker keeps WORKER.beat open under flock and rewrites it every second. On the same machine (boot id) the kernel
-    tells whether it is alive: the lock ends with the process. From another machine it is alive until the modification
-    time of its file has not changed for `timeout` seconds of the observer's monotonic clock, while the observer looked;
-    clocks of two machines are never compared, and may jump. The limit: a worker of another machine that sleeps for
-    longer is taken for dead, and `holds` tells it so when it wakes; at worst an image is generated twice and the later
-    file stays.
+    1. Acquire: a lease is a file NAME.0 that holds its worker's name, created with O_EXCL, so that one worker gets it.
+       Whoever gets a lease must check whether the work was done before.
+    2. Take over: the lease of a dead worker is followed by NAME.1, created likewise. One of those who find the owner
+       dead gets it, which removing the file or renaming over it could not guarantee; only then is the older one
+       removed. The highest number counts.
+    3. Liveness: a worker keeps WORKER.beat open under flock and rewrites it every second. On the same machine (boot id)
+       the kernel tells whether it is alive: the lock ends with the process. From another machine it is alive until the
+       modification time of its file has not changed for `timeout` seconds of the observer's monotonic clock, while the
+       observer looked; clocks of two machines are never compared, and may jump.
+    4. Limit: a worker of another machine that sleeps for longer is considered dead, and `holds` tells it so when it
+       wakes; in the worst case an image is generated twice and the later file stays.
     """
 
     def __init__(
@@ -130,7 +130,7 @@ class Leases:
         try:
             with path.open("rb") as file:
                 if parse_heartbeat(file.read()).get("boot") != self.boot_id:
-                    return self._changed_recently(path)
+                    return self._observe_change(path)
                 fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
                 return False
         except BlockingIOError:
@@ -138,7 +138,7 @@ class Leases:
         except FileNotFoundError:
             return False
         except OSError:
-            return self._changed_recently(path)
+            return self._observe_change(path)
 
     def worker_statuses(self) -> list[dict[str, Any]]:
         """The published status of every living worker."""
@@ -159,14 +159,14 @@ class Leases:
     def _has_live_owner(self, path: Path) -> bool:
         """Whether the owner of a lease is alive; a file without an owner counts while it is younger than `timeout`."""
         owner = self._read_owner(path)
-        return self._changed_recently(path) if owner is None else self.is_alive(owner)
+        return self._observe_change(path) if owner is None else self.is_alive(owner)
 
     def _read_owner(self, path: Path) -> str | None:
         text = read_file_head(path).decode("utf-8", "replace")
         return text[:-1] if OWNER_PATTERN.fullmatch(text) else None
 
-    def _changed_recently(self, path: Path) -> bool:
-        """Whether a file has changed within the last `timeout` seconds, as far as it was observed."""
+    def _observe_change(self, path: Path) -> bool:
+        """Record a file's time; whether it changed within the last `timeout` seconds, as far as it was observed."""
         try:
             mtime = path.stat().st_mtime_ns
         except OSError:

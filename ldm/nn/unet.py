@@ -148,15 +148,15 @@ class UNetConfig:
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> UNetConfig:
         """A diffusers config.json; ValueError names the first field that is unknown or not implemented."""
-        ours = {field.name for field in fields(cls)}
+        names = {field.name for field in fields(cls)}
         for name, value in config.items():
             if name == "_class_name" and value != UNET_CLASS_NAME:
                 raise ValueError(f"U-Net config: _class_name is {value!r}, not {UNET_CLASS_NAME!r}")
             if value != (supported := UNSUPPORTED_UNET_FIELDS.get(name, value)):
                 raise ValueError(f"U-Net config: {name} = {value!r} is not supported, only {supported!r}")
-            if not (name in ours or name in UNSUPPORTED_UNET_FIELDS or name.startswith("_")):
+            if not (name in names or name in UNSUPPORTED_UNET_FIELDS or name.startswith("_")):
                 raise ValueError(f"U-Net config: unknown field {name} = {value!r}")
-        return cls(**{name: value for name, value in config.items() if name in ours})
+        return cls(**{name: value for name, value in config.items() if name in names})
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as JSON values, for diffusers' `UNet2DConditionModel.from_config`."""

@@ -341,8 +341,8 @@ def _check_image_size(request: Request, multiple: int) -> None:
         if multiple <= side <= MAX_SIDE and side % multiple == 0:
             continue
         if image is not None and side == getattr(image, name) // multiple * multiple:
-            own = f"image of {image.width}x{image.height}"
-            raise ValueError(f"{own}: {name} must be from {multiple} to {MAX_SIDE}, unless another size is given")
+            size = f"image of {image.width}x{image.height}"
+            raise ValueError(f"{size}: {name} must be from {multiple} to {MAX_SIDE}, unless another size is given")
         raise ValueError(f"{name} {side}: must be a multiple of {multiple} from {multiple} to {MAX_SIDE}")
 
 

@@ -46,12 +46,12 @@ class FinetuneDataset:
         self.images, self.validation, self.loss_weights = images, validation, loss_weights
 
     def load_batch(self, step: int, rows: range) -> tuple[Sequence[SampleKey], Batch]:
-        indices = self.images.batch_sampler[step]
-        part = indices[rows.start : rows.stop]
+        sample_keys = self.images.batch_sampler[step]
+        part = sample_keys[rows.start : rows.stop]
         data = self.images.load_batch(part)
         arrays = {name: torch.from_numpy(data[name]) for name in ("latents", "pixels", "masks") if name in data}
-        weights = self.loss_weights[[index.sample_id for index in part]]
-        keys = [SampleKey(self.images.samples[index.sample_id].key, index.times_seen) for index in indices]
+        weights = self.loss_weights[[key.sample_id for key in part]]
+        keys = [SampleKey(self.images.samples[key.sample_id].key, key.times_seen) for key in sample_keys]
         return keys, {**arrays, **self._text_inputs(self.images, data), "weights": weights}
 
     def _text_inputs(self, images: ImageDataset, data: Batch) -> Batch:

@@ -88,13 +88,15 @@ class Muon(torch.optim.Optimizer):
     M <- m M + (1 - m) G;  W <- (1 - lr d) W - lr .2 sqrt(max(rows, columns)) polar((1 - m) G + m M), m = .95, with the
     scale that gives Adam's usual size of step, so that one learning rate serves both (Liu et al. 2025, eq. 4). A
     convolution's weight is the matrix [out, in k k]; it must be in channels_last. Embeddings, and the modules named in
-    `edges`, a network's first and last layers, are AdamW's. torch's own Muon takes matrices only.
+    `adamw_modules`, a network's first and last layers, are AdamW's. torch's own Muon takes matrices only.
     """
 
-    def __init__(self, model: nn.Module, recipe: Recipe, edges: Iterable[str] = ("conv_in", "conv_out")) -> None:
+    def __init__(
+        self, model: nn.Module, recipe: Recipe, adamw_modules: Iterable[str] = ("conv_in", "conv_out")
+    ) -> None:
         embeddings = {m.weight for m in model.modules() if isinstance(m, nn.Embedding)}
-        named, edges = trainable_parameters(model), {*edges}
-        inner = {n: p for n, p in named.items() if p.dim() > 1 and p not in embeddings and not edges & {*n.split(".")}}
+        named, outer = trainable_parameters(model), {*adamw_modules}
+        inner = {n: p for n, p in named.items() if p.dim() > 1 and p not in embeddings and not outer & {*n.split(".")}}
         self.adamw = adamw([p for n, p in named.items() if n not in inner], recipe)
         super().__init__(inner.values(), {"lr": recipe.learning_rate, "weight_decay": recipe.adam_weight_decay})
         self.param_groups += self.adamw.param_groups
@@ -149,7 +151,7 @@ OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {  # (model, recip
 
 
 def compute_lr_factor(step: int, recipe: Recipe) -> float:
-    """The factor of the learning rate after `step` updates: linear warm-up times the recipe's schedule."""
+    """The factor of the learning rate after `step` updates (as lr_lambda of LambdaLR): warm-up times the schedule."""
     warmup = min(1.0, (step + 1) / max(1, recipe.lr_warmup_steps))
     return warmup * choose(LR_SCHEDULES, recipe.lr_scheduler, "lr_scheduler")(step, recipe)
 

@@ -13,8 +13,7 @@ from accelerate import Accelerator
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from PIL import Image
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
-from rich.progress import Progress as Bar
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ldm.config import Recipe
 from ldm.errors import choose
@@ -36,7 +35,7 @@ class MetricLogger:
         self.console = Console(stderr=True, quiet=not is_main_process)
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         hidden = not (is_main_process and self.console.is_terminal)
-        self.progress_bar = Bar(*columns, console=self.console, disable=hidden)
+        self.progress_bar = Progress(*columns, console=self.console, disable=hidden)
         self.progress_task = self.progress_bar.add_task("training", total=recipe.max_train_steps, completed=start_step)
         self._reset_clock(start_step)
         if is_main_process:
