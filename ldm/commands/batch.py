@@ -77,7 +77,7 @@ def batch(
     from ldm.metadata import IMAGE_FORMATS
     from ldm.pipeline.pipeline import choose_device, choose_dtype
 
-    start = choose(ENGINES, engine, "--engine")
+    engine_type = choose(ENGINES, engine, "--engine")
     choose(IMAGE_FORMATS, format, "--format")
     devices = assign_devices(engine, workers, model.device)
     axes = None if grid is None else contact_sheets.parse_grid_axes(grid)
@@ -109,7 +109,7 @@ def batch(
         print(f"notice: {notice}", file=sys.stderr)
     with exit_on_failure():
         status = run_job(
-            job, pipe, source.name, lambda job: start(job, devices), check, timeout, as_json, model.cli_args()
+            job, pipe, source.name, lambda job: engine_type(job, devices), check, timeout, as_json, model.cli_args()
         )
         gallery.write_gallery(job.folder)
         if axes is not None:

@@ -142,16 +142,16 @@ class ImageDataset:
     def __getitem__(self, k: int) -> Mapping[str, Any]:
         return self.load_batch(self.batch_sampler[k])
 
-    def load_batch(self, indices: Sequence[SampleKey[int]]) -> Mapping[str, Any]:
+    def load_batch(self, sample_keys: Sequence[SampleKey[int]]) -> Mapping[str, Any]:
         """The batch of some samples of one bucket, such as a part of `dataset.batch_sampler[k]`."""
-        rows = [index.sample_id for index in indices]
-        augmentations = [self.choose_augmentation(index) for index in indices]
+        rows = [key.sample_id for key in sample_keys]
+        augmentations = [self.choose_augmentation(key) for key in sample_keys]
         pairs = list(zip(rows, augmentations, strict=True))
         images = {"latents": self._load_latents(pairs)} if self.cached_encoder else {"pixels": self._load_pixels(pairs)}
         return {
-            "indices": list(indices),
+            "indices": list(sample_keys),
             "keys": [self.samples[row].key for row in rows],
-            "captions": [self.augment_caption(index) for index in indices],
+            "captions": [self.augment_caption(key) for key in sample_keys],
             "original_sizes": np.array([self.image_infos[row].size[::-1] for row in rows], np.int64),
             "crops": np.array([augmentation.crop_corner[::-1] for augmentation in augmentations], np.int64),
             "masks": np.stack([self._load_mask(*pair) for pair in pairs]),
@@ -165,18 +165,18 @@ class ImageDataset:
             for sample, info in zip(self.samples, self.image_infos, strict=True)
         }
 
-    def choose_augmentation(self, index: SampleKey[int]) -> Augmentation:
+    def choose_augmentation(self, key: SampleKey[int]) -> Augmentation:
         """Flip and crop of one use of a sample."""
-        seed = self.seed, self.samples[index.sample_id].key, index.times_seen
-        margin = self.image_infos[index.sample_id].placement.crop_margin
+        seed = self.seed, self.samples[key.sample_id].key, key.times_seen
+        margin = self.image_infos[key.sample_id].placement.crop_margin
         center = self.data_config.center_crop
         corner = augment.center_crop_corner(margin) if center else augment.random_crop_corner(margin, *seed)
         return Augmentation(self.data_config.random_flip and augment.should_flip(*seed), corner)
 
-    def augment_caption(self, index: SampleKey[int]) -> str:
+    def augment_caption(self, key: SampleKey[int]) -> str:
         """The caption of one use of a sample: dropped, shuffled, or as it is."""
-        sample, data = self.samples[index.sample_id], self.data_config
-        seed = self.seed, sample.key, index.times_seen
+        sample, data = self.samples[key.sample_id], self.data_config
+        seed = self.seed, sample.key, key.times_seen
         if augment.should_drop_caption(self.caption_dropout, *seed):
             return ""
         if data.shuffle_caption:

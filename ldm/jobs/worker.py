@@ -253,7 +253,10 @@ class Prefetcher:
                 continue
 
     def _iter_leased_items(self) -> Iterator[JobItem]:
-        """Items that are not finished and not leased by others, then those that others leave unfinished."""
+        """Items that are not finished and not leased by others, then those that others leave unfinished.
+
+        So a job resumes: what its manifest has as finished is skipped.
+        """
         deferred: dict[str, JobItem] = {}
         self.manifest.refresh()
         for item in self.job.iter_items(self.pipe):
