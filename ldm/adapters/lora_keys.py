@@ -22,7 +22,18 @@ from ldm.nn.unet import UNet, UNetConfig
 DeltaField = tuple[type | None, str]  # (factor class or None, field of it or of ModuleDelta)
 
 DOWN_FIELDS = (LoRA, "down"), (LoHa, "w1_b")  # [rank, in]
-LORA_KEY_PREFIXES = {  # prefix: component
+LORA_KEY_PREFIXES = {  # prefix: component; a longer one stands before its own beginning
+    "lycoris_": "unet",  # LyCORIS' own, of diffusers' paths
+    "diffusion_model.": "unet",  # ComfyUI's
+    **{
+        f"text_encoders.{clip}{part}": component
+        for clip, component in {
+            "clip_l.": "text_encoder",
+            "clip_h.": "text_encoder",
+            "clip_g.": "text_encoder_2",
+        }.items()
+        for part in ("transformer.", "")
+    },
     "lora_unet_": "unet",
     "lora_te_": "text_encoder",
     "lora_te1_": "text_encoder",
@@ -44,12 +55,22 @@ LORA_KEY_SUFFIXES: dict[str, DeltaField] = {  # of a field, the suffix of kohya 
     ".b_norm": (None, "bias"),
     ".alpha": (None, "alpha"),
     ".dora_scale": (None, "dora_scale"),
-    **{f".lora_A{adapter}.weight": (LoRA, "down") for adapter in ("", ".default")},
-    **{f".lora_B{adapter}.weight": (LoRA, "up") for adapter in ("", ".default")},
-    ".lora_B.bias": (None, "up_bias"),
-    **{f".lora_magnitude_vector{end}": (None, "magnitude") for end in ("", ".weight", ".default.weight")},
+    ".lora_A.weight": (LoRA, "down"),
+    ".lora_B.weight": (LoRA, "up"),
+    ".scalar": (None, "scalar"),
+    **{suffix: (None, "up_bias") for suffix in (".lora_B.bias", ".lora_up.bias")},
+    **{f".lora_magnitude_vector{end}": (None, "magnitude") for end in ("", ".weight")},
     **{f"{name}.down.weight": (LoRA, "down") for name in (".lora", ".lora_linear_layer", "_lora")},
     **{f"{name}.up.weight": (LoRA, "up") for name in (".lora", ".lora_linear_layer", "_lora")},
+}
+PEFT_ADAPTER_NAME_PATTERN = re.compile(
+    r"(\.lora_(?:A|B|magnitude_vector))\.(?!(?:weight|bias)$)[^.]+(\.weight|\.bias|)$"
+)
+UNSUPPORTED_KINDS = {  # LyCORIS' kinds that multiply a weight, and others, by a pattern of their keys
+    "OFT": r".*\.(oft_blocks|oft_diag)|oft_(unet|te\d?)_.*",
+    "BOFT": r".*\.boft_.*",
+    "IA3": r".*\.on_input|.*\.ia3_.*",
+    "GLoRA": r".*\.[ab][12]\.weight",
 }
 REQUIRED_FACTORS: dict[type, tuple[str, ...]] = {
     LoRA: ("down", "up"),
@@ -92,7 +113,7 @@ def parse_lora_keys(names: Iterable[str]) -> dict[str, LoRAKey]:
 
 
 def _parse_lora_key(name: str) -> LoRAKey | None:
-    bare = name.removeprefix(PEFT_KEY_PREFIX)
+    bare = PEFT_ADAPTER_NAME_PATTERN.sub(r"\1\2", name.removeprefix(PEFT_KEY_PREFIX))
     prefix = next((prefix for prefix in LORA_KEY_PREFIXES if bare.startswith(prefix)), "")
     suffix = next((suffix for suffix in LORA_KEY_SUFFIXES if bare.endswith(suffix)), None)
     if suffix is None:
@@ -101,11 +122,19 @@ def _parse_lora_key(name: str) -> LoRAKey | None:
     return LoRAKey(LORA_KEY_PREFIXES.get(prefix), module, LORA_KEY_SUFFIXES[suffix])
 
 
+def find_unsupported_kind(names: Iterable[str]) -> str | None:
+    """The kind of an adapter that is not supported, by its keys; None for another file."""
+    names = list(names)
+    return next((kind for kind, p in UNSUPPORTED_KINDS.items() if any(re.fullmatch(p, name) for name in names)), None)
+
+
 def detect_lora_format(names: Iterable[str]) -> str:
-    """ "kohya", "peft" or "diffusers", by the first name of a file's tensors."""
+    """ "kohya", "peft", "comfyui" or "diffusers", by the first name of a file's tensors."""
     first = next(iter(names), "")
-    if first.startswith("lora_"):
+    if first.startswith(("lora_", "lycoris_")):
         return "kohya"
+    if first.startswith(("diffusion_model.", "text_encoders.")):
+        return "comfyui"
     return "peft" if first.startswith(PEFT_KEY_PREFIX) else "diffusers"
 
 

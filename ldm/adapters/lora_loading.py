@@ -9,6 +9,7 @@ import hashlib
 import math
 import os
 import re
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -26,9 +27,11 @@ from ldm.adapters.lora_keys import (
     LoRAKey,
     build_module_aliases,
     detect_lora_format,
+    find_unsupported_kind,
     parse_lora_keys,
 )
 from ldm.adapters.lora_saving import LORA_ADAPTER_METADATA_KEY, save_adapter
+from ldm.adapters.textual_inversion import has_bundled_embeddings, parse_embedding_keys
 from ldm.checkpoints.families import FAMILIES
 from ldm.checkpoints.hub import LORA_WEIGHT_NAME_SAFE, PEFT_CONFIG_NAME, PEFT_LORA_NAME
 from ldm.checkpoints.keys import build_meta_network
@@ -40,6 +43,8 @@ if TYPE_CHECKING:
     from hashlib import _Hash
 
 ADAPTER_COMPONENTS = "unet", "text_encoder", "text_encoder_2"
+UNUSED_MODULE = "text_projection"
+SCALED_FACTORS = "up", "w1", "w1_a", "diff"  # one of each kind, in which it is linear
 DIFFUSION_TRANSFORMER_PATTERN = r"(double|joint|transformer\.transformer|single_transformer)_blocks"
 
 
@@ -56,7 +61,7 @@ def load_adapter(path: Path, networks: NetworkDict, family: str | None = None) -
         try:
             deltas |= _read_deltas(file, networks, digest)
         except ValueError as error:
-            raise ValueError(f"{file.path}: {_base_model_mismatch(file, family)}{error}") from None
+            raise ValueError(f"{file.path}: {_base_model_mismatch(file, family, networks) or error}") from None
     first = files[0]
     lora_format = "peft" if first.path.name == PEFT_LORA_NAME else detect_lora_format(first.tensor_infos)
     # kohya's `sshs_model_hash`, or the SHA-256 of all that follows the header
@@ -136,7 +141,11 @@ def _read_deltas(file: SafetensorsFile, networks: NetworkDict, digest: _Hash) ->
         module = keys[next(iter(names.values()))].module
         config = _PeftModuleConfig(_read_peft_config(file, target.split("/")[0]), module)
         fields = {delta_field: tensors[name] for delta_field, name in names.items()}
+        if any(0 in tensor.shape for tensor in fields.values()):
+            continue
         deltas[target] = _build_delta(fields, get_module_weight(networks, target).ndim, config)
+    if empty := len(groups) - len(deltas):
+        warnings.warn(f"{file.path}: {empty} modules have rank 0, and change nothing", stacklevel=2)
     if faults := find_shape_errors(deltas, networks):
         raise ValueError(list_some(faults))
     return deltas
@@ -146,13 +155,21 @@ def _group_keys(
     file: SafetensorsFile, keys: Mapping[str, LoRAKey], networks: NetworkDict
 ) -> dict[str, dict[DeltaField, str]]:
     """The names of a file's tensors by target and field; ValueError lists what is unknown or missing."""
+    if kind := find_unsupported_kind(file.tensor_infos):
+        raise ValueError(f"an adapter of kind {kind}, which is not supported")
     if not keys:
         raise ValueError("not an adapter: no tensor has a LoRA key")
     aliases = {name: build_module_aliases(name, networks[name]) for name in ADAPTER_COMPONENTS if name in networks}
     default = _infer_component(file, keys.values(), aliases)
     groups: dict[str, dict[DeltaField, str]] = {}
-    faults = [f"unknown {name}" for name in file.tensor_infos if name not in keys]
+    bundled = parse_embedding_keys(file.tensor_infos) if has_bundled_embeddings(file.tensor_infos) else {}
+    faults = [f"unknown {name}" for name in file.tensor_infos if name not in keys and name not in bundled]
+    unused = {name for name, key in keys.items() if _is_unused(key, aliases)}
+    if unused:
+        warnings.warn(f"{file.path}: {len(unused)} tensors not used: the model takes no {UNUSED_MODULE}", stacklevel=2)
     for name, key in keys.items():
+        if name in unused:
+            continue
         component, info = key.component or default, file.tensor_infos[name]
         if (path := aliases.get(component, {}).get(key.module)) is None:
             faults.append(f"no module for {name}")
@@ -160,7 +177,7 @@ def _group_keys(
             faults.append(f"{name} and {group[key.delta_field]} are the same tensor")
         else:
             group[key.delta_field] = name
-        is_alpha = key.delta_field == (None, "alpha")
+        is_alpha = key.delta_field in ((None, "alpha"), (None, "scalar"))
         if is_alpha and math.prod(info.shape) != 1:
             faults.append(f"{name} has shape {list(info.shape)}, expected one number")
         elif not is_alpha and not info.dtype.is_floating_point:
@@ -169,6 +186,12 @@ def _group_keys(
     if faults:
         raise ValueError(list_some(faults))
     return groups
+
+
+def _is_unused(key: LoRAKey, aliases: Mapping[str, Mapping[str, str]]) -> bool:
+    """Whether a change is one of a pooled vector's projection in a text encoder whose pooled vector nothing takes."""
+    own = aliases.get(key.component or "", {})
+    return key.component == "text_encoder" and key.module == UNUSED_MODULE and key.module not in own
 
 
 def _infer_component(file: SafetensorsFile, keys: Iterable[LoRAKey], aliases: Mapping[str, Mapping[str, str]]) -> str:
@@ -237,6 +260,9 @@ def _build_delta(fields: Mapping[DeltaField, Tensor], ndim: int, config: _PeftMo
     kind = next((kind for kind, _ in fields if kind), None)
     factors: Any = kind and kind(**{name: a for (owner, name), a in fields.items() if owner})
     others = {name: a for (owner, name), a in fields.items() if not owner}
+    if factors is not None and "scalar" in others:
+        name = next(name for name in SCALED_FACTORS if getattr(factors, name, None) is not None)
+        factors = replace(factors, **{name: getattr(factors, name).float() * others["scalar"].float().reshape(())})
     alpha = float(others["alpha"]) if "alpha" in others else config.get_alpha(factors and factors.rank)
     if isinstance(factors, LoKr) and factors.rank is None and (r := config.get_number(("r",), "rank_pattern")):
         w1 = cast(Tensor, factors.w1).float()
@@ -269,11 +295,20 @@ def _detect_base_model_version(file: SafetensorsFile) -> str | None:
     return next(matches, None)
 
 
-def _base_model_mismatch(file: SafetensorsFile, family: str | None) -> str:
-    """The beginning of the error about an adapter for another base model; empty if it is for this one."""
+def _base_model_mismatch(file: SafetensorsFile, family: str | None, networks: NetworkDict) -> str:
+    """The error about an adapter for another base model; empty if it is for this one."""
     if any(re.search(DIFFUSION_TRANSFORMER_PATTERN, name) for name in file.tensor_infos):
-        return "made for a transformer (SD 3, Flux), which is not supported: "
-    made_for, expected = _detect_base_model_version(file), family and family.split("-")[0]
-    if made_for is None or expected not in BASE_MODEL_VERSIONS or made_for == expected:
+        return "made for a transformer (SD 3, Flux), which is not supported"
+    made, own = _detect_base_model_version(file), _version_of_networks(family, networks)
+    if made is None or made == own:
         return ""
-    return f"made for {BASE_MODEL_VERSIONS[made_for].name}: this model is {BASE_MODEL_VERSIONS[expected].name}: "
+    name = "of another family" if own is None else BASE_MODEL_VERSIONS[own].name
+    return f"made for {BASE_MODEL_VERSIONS[made].name}: this model is {name}"
+
+
+def _version_of_networks(family: str | None, networks: NetworkDict) -> str | None:
+    """The row of BASE_MODEL_VERSIONS of a family, or else of the U-Net's text width."""
+    if family is not None and (version := family.split("-")[0]) in BASE_MODEL_VERSIONS:
+        return version
+    width = getattr(getattr(networks.get("unet"), "config", None), "cross_attention_dim", None)
+    return next((name for name, v in BASE_MODEL_VERSIONS.items() if v.cross_attention_dim == width), None)

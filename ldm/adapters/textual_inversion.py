@@ -89,6 +89,11 @@ def parse_embedding_keys(names: Iterable[str]) -> dict[str, tuple[str, str]]:
     return {name: (_token_of_key(name), "text_encoder") for name in used}
 
 
+def has_bundled_embeddings(names: Iterable[str]) -> bool:
+    """Whether a LoRA's file holds embeddings too."""
+    return any(name.startswith(BUNDLE_PREFIX) for name in names)
+
+
 def _token_of_key(name: str) -> str:
     token = name.removeprefix(PARAM_PREFIX)
     return "" if token in ("*", WEBUI_EMBEDDING_KEY) else token
@@ -102,6 +107,8 @@ def _vectors_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
 def count_ignored_embedding_keys(path: Path) -> int:
     """The number of a file's tensors that are not read: output embeddings of OneTrainer, counters."""
     names = open_safetensors(path).tensor_infos
+    if has_bundled_embeddings(names):
+        names = {name: info for name, info in names.items() if name.startswith(BUNDLE_PREFIX)}
     return len(names) - len(parse_embedding_keys(names))
 
 

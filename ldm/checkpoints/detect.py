@@ -32,9 +32,13 @@ LORA_DESCRIPTION, VAE_DESCRIPTION = "a LoRA file: --lora", "a VAE: --vae"
 PREDICTION_OPTION_HINT = ": pass --prediction eps or v"
 EMBEDDING_KEY_PATTERN = r"string_to_param.*|emb_params|clip_[gl]|<.+>"
 UNSUPPORTED_KEY_PATTERNS = {  # other models by a tensor that they have (a whole name, as a regular expression)
-    r"(lora_(unet|te\d?)_|.*\.(lora_(A|B|down|up)|lora_linear_layer|hada_w1|lokr_w[12])).*|.*_lora\.(down|up)\..+": (
+    r".*\.(oft_blocks|oft_diag|on_input)|.*\.(boft|ia3)_.*|oft_(unet|te\d?)_.*|(lora|lycoris)_.*\.[ab][12]\.weight": (
+        "an adapter of OFT, BOFT, IA3 or GLoRA: not supported"
+    ),
+    r"((lora_(unet|te\d?)|lycoris)_|.*\.(lora_(A|B|down|up)|lora_linear_layer|hada_w1|lokr_w[12])).*": (
         LORA_DESCRIPTION
     ),
+    r".*[._]lora\.(down|up)\..+": LORA_DESCRIPTION,
     EMBEDDING_KEY_PATTERN: "an embedding (textual inversion), which adds a token to a model",
     r"control_.+|.*\b(controlnet_cond_embedding|input_hint_block)\..+": "a ControlNet: not supported",
     r".*\bmotion_modules\..+": "a motion module of AnimateDiff: not supported",
@@ -283,9 +287,9 @@ def detect_families(tensors: Mapping[str, Tensor]) -> tuple[str, ...]:
 
 def unsupported_reason(tensors: Mapping[str, Tensor]) -> str | None:
     """What a file is that is not a Stable Diffusion model, in a line; None where it is one."""
-    for name in tensors:
-        if other := _match_first_pattern(UNSUPPORTED_KEY_PATTERNS, name):
-            return other
+    for pattern, what in UNSUPPORTED_KEY_PATTERNS.items():
+        if any(re.fullmatch(pattern, name) for name in tensors):
+            return what
     if CONV_IN_KEY in tensors:
         return UNSUPPORTED_IN_CHANNELS.get(_read_unet_dims(tensors)[1])
     for name in tensors:

@@ -16,10 +16,11 @@ from torch import Tensor
 from ldm import __version__
 from ldm.adapters.lora import AdapterMerger, AdapterWeight
 from ldm.adapters.lora_loading import load_adapter
-from ldm.adapters.textual_inversion import read_placeholder_tokens
+from ldm.adapters.textual_inversion import has_bundled_embeddings, read_placeholder_tokens
 from ldm.checkpoints import hub
 from ldm.checkpoints.families import LoadOptions
 from ldm.checkpoints.formats import PICTO_PATH, Checkpoint, is_hub_source, load_checkpoint, locate_weights
+from ldm.checkpoints.tensors import open_safetensors
 from ldm.diffusion.denoiser import Denoise
 from ldm.errors import choose
 from ldm.hardware import best_device
@@ -51,6 +52,7 @@ class Pipeline:
     def __init__(self, model: Checkpoint, batch_size: int = 8) -> None:
         self.model = model
         self.prompt_encoder = PromptEncoder(model)
+        self.bundled_tokens: dict[str, list[str]] = {}  # by adapter: placeholder tokens that came in its file
         self.adapters = AdapterMerger(model.networks)
         self.batch_scheduler = BatchScheduler(model, self.prompt_encoder, batch_size)
         self.denoiser = self.batch_scheduler.denoiser
@@ -89,12 +91,20 @@ class Pipeline:
 
         `path` is a file, a directory or a hub id; it names the adapter unless `adapter_name` does. Not to be called
         while images are generated. ValueError, with nothing changed, for a file that does not fit:
-        `ldm.adapters.lora_loading.load_adapter`.
+        `ldm.adapters.lora_loading.load_adapter`. Embeddings in the file (OneTrainer's) become placeholder tokens.
         """
-        adapter = load_adapter(locate_weights(path, kind="adapter"), self.model.networks, self.model.family)
+        file = locate_weights(path, kind="adapter")
+        adapter = load_adapter(file, self.model.networks, self.model.family)
         name = adapter_name or (hub.name_from_repo_id(str(path)) if is_hub_source(path) else adapter.name)
         self.adapters.load(replace(adapter, name=name), weight)
         self.prompt_encoder.clear()
+        if file.is_file() and has_bundled_embeddings(open_safetensors(file).tensor_infos):
+            try:
+                tokens = self._add_embeddings(file, read_placeholder_tokens(file), may_rename=False)
+                self.bundled_tokens[name] = tokens
+            except ValueError:
+                self.unload_lora_weights(name)
+                raise
 
     def set_adapters(self, adapter_names: Sequence[str], adapter_weights: Sequence[AdapterWeight]) -> None:
         """Set the weights of loaded adapters; others get 0. ValueError for unequal lists and unknown names."""
@@ -107,6 +117,9 @@ class Pipeline:
     def unload_lora_weights(self, adapter_name: str | None = None) -> None:
         """Remove one adapter, or all: the weights are as before, bit for bit."""
         self.adapters.unload(adapter_name)
+        for name in list(self.bundled_tokens) if adapter_name is None else [adapter_name]:
+            for token in self.bundled_tokens.pop(name, []):
+                self.prompt_encoder.remove_embedding(token)
         self.prompt_encoder.clear()
 
     def load_textual_inversion(self, path: str | Path, token: str | None = None) -> str:

@@ -517,7 +517,12 @@ FAULTS = {  # the family of the model, the tensors, the metadata, the error
     "many": ("sd1", GOOD | {f"odd{k}": torch.ones(1) for k in range(9)}, {}, "unknown odd0, .*unknown odd2 and 6 more"),
     "width": ("sd1", GOOD | {A: torch.ones(2, 17)}, {}, r"factors of shape \[2, 17\] and \[16, 2\], .* \[16, 16\]"),
     "ranks": ("sd1", GOOD | {A: torch.ones(3, 16)}, {}, r"to_q has factors of shape"),
-    "rank 0": ("sd1", {A: torch.ones(0, 16), B: torch.ones(16, 0)}, {}, "to_q has factors of shape"),
+    "OFT": (
+        "sd1",
+        GOOD | {f"{Q}.oft_blocks": torch.ones(2, 3, 3)},
+        {},
+        "an adapter of kind OFT, which is not supported",
+    ),
     "alpha's shape": ("sd1", GOOD | {f"{Q}.alpha": torch.ones(2)}, {}, r"alpha has shape \[2\], expected one number"),
     "NaN": ("sd1", GOOD | {B: torch.full((16, 2), float("nan"))}, {}, "lora_up.weight is not finite"),
     "infinite alpha": ("sd1", GOOD | {f"{Q}.alpha": torch.tensor(float("inf"))}, {}, "alpha is not finite"),
@@ -528,25 +533,25 @@ FAULTS = {  # the family of the model, the tensors, the metadata, the error
         "sd1",
         {f"{K}.lora_down.weight": torch.ones(2, 2048), f"{K}.lora_up.weight": torch.ones(16, 2)},
         {},
-        "made for SDXL: this model is SD 1.x: unet/.*attn2.to_k has factors",
+        "made for SDXL: this model is SD 1.x$",
     ),
     "an XL file, by its names": (
         "sd1",
         {"lora_te2_text_model_encoder_layers_0_mlp_fc1.alpha": torch.ones(1)},
         {},
-        "made for SDXL: this model is SD 1.x: no module for lora_te2_",
+        "made for SDXL: this model is SD 1.x$",
     ),
     "an SD 2 file, by its metadata": (
         "sd1",
         {f"{Q}_x.alpha": torch.ones(1)},
         {"ss_base_model_version": "sd_v2"},
-        "made for SD 2.x: this model is SD 1.x: no module for",
+        "made for SD 2.x: this model is SD 1.x$",
     ),
     "an SD 1 file in XL": (
         "sdxl",
         {f"{K}.lora_down.weight": torch.ones(2, 768), f"{K}.lora_up.weight": torch.ones(16, 2)},
         {},
-        "made for SD 1.x: this model is SDXL: no module for",
+        "made for SD 1.x: this model is SDXL$",
     ),
     "Flux": (
         "sd1",
@@ -624,3 +629,88 @@ def test_the_family_is_told_by_the_file_or_asked_for(tmp_path):
         save_adapter(Adapter("a", {}), tmp_path / "c", "a1111", {})
     with pytest.raises(ValueError, match="family 'sd9': choose from sd1"):
         convert_adapter(source, tmp_path / "c", "kohya", "sd9")
+
+
+PATH = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
+SGM = "input_blocks.1.1.transformer_blocks.0.attn1.to_q"
+SPELLINGS = {  # of the same LoRA of one module
+    "LyCORIS' own prefix": ("lycoris_" + PATH.replace(".", "_"), "lora_down.weight", "lora_up.weight"),
+    "ComfyUI": (f"diffusion_model.{SGM}", "lora_up.weight", "lora_down.weight"),
+    "ComfyUI, peft's ends": (f"diffusion_model.{SGM}", "lora_B.weight", "lora_A.weight"),
+    "an adapter's name": (f"unet.{PATH}", "lora_A.my-style_2.weight", "lora_B.my-style_2.weight"),
+    "a name in peft": (f"base_model.model.{PATH}", "lora_A.weight2.weight", "lora_B.weight2.weight"),
+    "old diffusers": (f"unet.{PATH}", "lora.down.weight", "lora.up.weight"),
+}
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS)
+def test_a_module_is_found_under_every_tool_s_name(spelling, tmp_path):
+    module, *ends = SPELLINGS[spelling]
+    save_file(
+        {f"{module}.{end}": GOOD[A if "down" in end or "_A" in end else B] for end in ends}, tmp_path / "a.safetensors"
+    )
+    save_file({A: GOOD[A], B: GOOD[B]}, tmp_path / "b.safetensors")
+    networks = tiny("sd1")
+    found, expected = (load_adapter(tmp_path / name, networks).deltas for name in ("a.safetensors", "b.safetensors"))
+    assert list(found) == list(expected) == [f"unet/{PATH}"]
+    w = networks["unet"].get_submodule(PATH).weight
+    assert torch.equal(found[f"unet/{PATH}"].delta_weight(w), expected[f"unet/{PATH}"].delta_weight(w))
+
+
+def test_text_encoders_are_found_under_comfyui_s_names(tmp_path):
+    layer, ends = "text_model.encoder.layers.0.mlp.fc1", {"lora_down.weight": (2, 16), "lora_up.weight": (24, 2)}
+    for prefix, component in (
+        ("text_encoders.clip_l.transformer.", "text_encoder"),
+        ("text_encoders.clip_g.transformer.", "text_encoder_2"),
+        ("text_encoders.clip_g.", "text_encoder_2"),
+    ):
+        save_file(
+            {f"{prefix}{layer}.{end}": torch.ones(shape) for end, shape in ends.items()}, tmp_path / "a.safetensors"
+        )
+        (target,) = load_adapter(tmp_path / "a.safetensors", tiny("sdxl"), "sdxl").deltas
+        assert target.startswith(f"{component}/")
+
+
+def test_a_scalar_scales_and_a_bias_of_up_is_a_bias(tmp_path):
+    networks = tiny("sd1")
+    name = "lora_unet_down_blocks_0_attentions_0_proj_in"
+    down, up, bias = torch.ones(2, 16, 1, 1), torch.ones(16, 2, 1, 1), torch.arange(16.0)
+    own = {f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up, f"{name}.lora_up.bias": bias}
+    save_file(
+        own | {f"{name}.alpha": torch.tensor(1.0), f"{name}.scalar": torch.tensor(3.0)}, tmp_path / "a.safetensors"
+    )
+    (delta,) = load_adapter(tmp_path / "a.safetensors", networks).deltas.values()
+    w = networks["unet"].down_blocks[0].attentions[0].proj_in.weight
+    torch.testing.assert_close(delta.delta_weight(w), torch.full_like(w, 3.0))  # alpha / rank * 2 * scalar
+    torch.testing.assert_close(delta.bias, bias / 2)
+
+
+@pytest.mark.parametrize(
+    "family, others, match",
+    [
+        ("sd1", {Q.replace("to_q", "to_k") + ".lora_down.weight": torch.ones(0, 16)}, "1 modules have rank 0"),
+        (
+            "sdxl",
+            {"lora_te1_text_projection.lora_down.weight": torch.ones(2, 16)},
+            "1 tensors not used.*text_projection",
+        ),
+    ],
+)
+def test_what_changes_nothing_is_counted(family, others, match, tmp_path):
+    up = {n.replace("lora_down", "lora_up"): a.T.contiguous() for n, a in others.items() if "rank 0" in match}
+    good = (
+        GOOD
+        if family == "sd1"
+        else {
+            f"lora_te1_text_model_encoder_layers_0_mlp_fc1.{end}": torch.ones(shape)
+            for end, shape in {"lora_down.weight": (2, 16), "lora_up.weight": (24, 2)}.items()
+        }
+    )
+    save_file(good | others | up, tmp_path / "a.safetensors")
+    with pytest.warns(UserWarning, match=match):
+        assert len(load_adapter(tmp_path / "a.safetensors", tiny(family), family).deltas) == 1
+
+
+def test_embeddings_in_the_file_of_a_lora_are_no_fault(tmp_path):
+    save_file(GOOD | {"bundle_emb.zorb.clip_l": torch.ones(2, 16)}, tmp_path / "a.safetensors")
+    assert len(load_adapter(tmp_path / "a.safetensors", tiny("sd1"), "sd1").deltas) == 1
