@@ -249,7 +249,7 @@ def test_a_record_tells_pictures_by_their_pixels(pipe):
         ({"upscale": 1.1}, "upscale 1.1 of 32x32: must add 4 pixels"),
         ({"upscale": 1.2, "width": 16}, "upscale 1.2 of 16x32"),
         ({"upscale": 2.0, "upscale_strength": -1.0}, "upscale strength -1.0"),
-        ({"upscale": 2.0, "upscale_strength": 0.01}, "upscale strength 0.01 of 6 steps"),
+        ({"upscale": 2.0, "upscale_strength": 0.01}, "upscale strength 0.01 with 6 steps"),
         ({"clip_skip": 9}, "clip skip 9"),
         ({"original_size": (1, -1)}, r"original_size \(1, -1\)"),
     ],
