@@ -68,6 +68,9 @@ class ImageDataConfig(FrozenConfig):
     shuffle_caption: bool = False  # shuffle the tags of a caption
     caption_separator: str = Field(",", min_length=1)  # between tags
     keep_tokens: int = Field(0, ge=0)  # the number of first tags that are not shuffled
+    caption_extension: Literal[".txt", ".caption"] = ".txt"  # of an image that has both
+    skip_broken: bool = False  # train without the images that cannot be read or used; all are decoded before
+    strict: bool = False  # refuse what is otherwise left out with a notice: stray files, empty captions
 
 
 class AutoencoderObjective(FrozenConfig):
@@ -284,7 +287,7 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
 
 def _move_to_groups(values: Mapping[str, Any]) -> dict[str, Any]:
     """The options of a flat recipe, as those of diffusers' and kohya's tools are, in their groups."""
-    groups = {"objective": FinetuneObjective, "data": ImageDataConfig}
+    groups: dict[str, type[BaseModel]] = {"objective": FinetuneObjective, "data": ImageDataConfig}
     moved = dict(values)
     for group, model in groups.items():
         own = {name: moved[name] for name in model.model_fields if name in moved and name not in Recipe.model_fields}

@@ -107,7 +107,7 @@ def caption_without_a_picture(root):
 @plant
 def two_captions_of_a_picture(root):
     write(root / "beside", {"0.caption": caption(0)})
-    return {("two captions", "0.txt")}
+    return {("two captions", "0.caption")}
 
 
 @plant
@@ -371,7 +371,7 @@ def row_with_a_number_for_its_caption(root):
 @plant
 def picture_that_is_not_listed(root):
     write(root / "listed", {"unlisted.png": file(231)})
-    return {("no caption", "2:unlisted.png")}
+    return {("not listed", "2:unlisted.png")}
 
 
 @plant
@@ -408,8 +408,8 @@ def tar_that_is_compressed(root):
 
 @plant
 def captions_in_json_not_lines(root):
-    write(root / "p6", {"a.png": file(270), "metadata.json": "[]"})
-    return {("metadata.json", "6:metadata.json")}
+    write(root / "p6", {"a.png": file(270), "metadata.json": "[1]"})
+    return {("malformed line", "6:metadata.json:1")}
 
 
 @plant

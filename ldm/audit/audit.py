@@ -22,7 +22,7 @@ from ldm.audit.estimates import (
 from ldm.audit.image_checks import check_bucket_fit, check_images, check_latents
 from ldm.config import ImageDataConfig, Recipe
 from ldm.data.folders import open_image_sources
-from ldm.data.image_dataset import ImageInfo, buckets_from_config, collect_image_infos, validation_data_config
+from ldm.data.image_dataset import ImageInfo, collect_usable_samples, validation_data_config
 from ldm.data.sources import (
     DUPLICATE_KINDS,
     HELD_OUT_PREFIX,
@@ -133,12 +133,11 @@ def _read_samples(
     if model_config:
         issues += check_tokenization(source.samples, model_config.tokenizer, model_config.placeholder_tokens)
     try:
-        infos = collect_image_infos(source.samples, buckets_from_config(data))
+        pairs, wrong = collect_usable_samples(source.samples, data)
     except ValueError as error:
         issues.append(DatasetIssue("buckets", "data.resolution", str(error)))
         return []
-    pairs = [(s, info) for s, info in zip(source.samples, infos, strict=True) if isinstance(info, ImageInfo)]
-    issues += [info for info in infos if isinstance(info, DatasetIssue)]
+    issues += wrong
     issues += [issue for sample, info in pairs for issue in check_bucket_fit(sample, info)]
     return pairs
 

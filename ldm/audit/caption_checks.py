@@ -25,7 +25,7 @@ MIN_CLASS_IMAGES = 4  # from fewer images of a class a model learns their backgr
 
 def check_captions(samples: Sequence[ImageSample], instance_prompt: str | None) -> Iterator[DatasetIssue]:
     """Issues of captions; `instance_prompt` is the recipe's for images that have none."""
-    for sample in samples:
+    for sample in (sample for sample in samples if sample.caption):
         for kind, check in CAPTION_CHECKS.items():
             if what := check(sample.caption, PurePosixPath(sample.key).stem):
                 yield DatasetIssue(kind, sample.key, what)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections import Counter
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -75,12 +76,19 @@ def preflight(recipe: Recipe) -> None:
     """The quick audit of an image dataset: a line on stderr for each warning; ValueError for an error."""
     from ldm.audit.audit import quick_audit
     from ldm.config import ImageDataConfig
+    from ldm.data.sources import LENIENT_KINDS
+    from ldm.errors import list_some
 
     if not isinstance(recipe.data, ImageDataConfig):
         return
     report = quick_audit(recipe)
     for issue in report.with_severity("warning"):
         print(f"warning: {issue.key}: {issue.what}", file=sys.stderr)
+    notices = [issue for issue in report.with_severity("notice") if issue.kind in LENIENT_KINDS]
+    if notices:
+        counts = ", ".join(f"{count} {kind}" for kind, count in Counter(issue.kind for issue in notices).items())
+        names = list_some([issue.key for issue in notices])
+        print(f"notice: {counts} ({names}): data.strict refuses them", file=sys.stderr)
     report.raise_for_errors()
 
 

@@ -18,7 +18,7 @@ from ldm.data.batch_sampler import BucketBatchSampler, SampleKey
 from ldm.data.buckets import AspectRatioBuckets, BucketPlacement, ImageSize, format_size
 from ldm.data.folders import open_image_sources
 from ldm.data.latent_cache import LatentCache, blake2b_hexdigest
-from ldm.data.sources import DatasetIssue, ImageSample, raise_on_errors
+from ldm.data.sources import LENIENT_KINDS, DatasetIssue, ImageSample, raise_on_errors
 from ldm.errors import error_text
 from ldm.image_io import DecodedImage, decode_image, decode_mask, read_image_size
 
@@ -63,20 +63,39 @@ def buckets_from_config(data: ImageDataConfig) -> AspectRatioBuckets:
     return AspectRatioBuckets(data.resolution, data.bucket_reso_steps, min_size, max_size, data.bucket_no_upscale)
 
 
-def collect_image_infos(samples: Sequence[ImageSample], buckets: AspectRatioBuckets) -> list[ImageInfo | DatasetIssue]:
+def collect_usable_samples(
+    samples: Sequence[ImageSample], data: ImageDataConfig
+) -> tuple[list[tuple[ImageSample, ImageInfo]], list[DatasetIssue]]:
+    """The samples that have a bucket, and an issue for each other: an error, or with `skip_broken` a notice."""
+    infos = collect_image_infos(samples, buckets_from_config(data), data.skip_broken)
+    issues = [info for info in infos if isinstance(info, DatasetIssue)]
+    if data.skip_broken:
+        issues = [issue._replace(kind="left out", what=f"{issue.kind}: {issue.what}") for issue in issues]
+    pairs = zip(samples, infos, strict=True)
+    return [(sample, info) for sample, info in pairs if isinstance(info, ImageInfo)], issues
+
+
+def collect_image_infos(
+    samples: Sequence[ImageSample], buckets: AspectRatioBuckets, decode: bool = False
+) -> list[ImageInfo | DatasetIssue]:
     """Each sample's `read_image_info`, in order."""
     with ThreadPoolExecutor() as pool:
-        return list(pool.map(lambda sample: read_image_info(sample, buckets), samples))
+        return list(pool.map(lambda sample: read_image_info(sample, buckets, decode), samples))
 
 
-def read_image_info(sample: ImageSample, buckets: AspectRatioBuckets) -> ImageInfo | DatasetIssue:
-    """A sample's size by its file's header, and its bucket, or what is wrong with it."""
+def read_image_info(sample: ImageSample, buckets: AspectRatioBuckets, decode: bool = False) -> ImageInfo | DatasetIssue:
+    """A sample's size by its file's header, and its bucket, or what is wrong with it, also in its body if `decode`."""
     part = ""
     try:
         data = sample.read_image()
         size = read_image_size(data)
         part = "the mask: "
         mask_size = read_image_size(sample.read_mask()) if sample.read_mask else size
+        if decode:
+            part = ""
+            decode_image(data)
+            part = "the mask: "
+            _ = sample.read_mask and decode_mask(sample.read_mask())
     except (OSError, ValueError) as error:
         return DatasetIssue("broken image", sample.key, part + error_text(error))
     if mask_size != size:
@@ -134,9 +153,10 @@ class ImageDataset:
         self.caption_dropout, self.cached_encoder = caption_dropout, cached_encoder
         self.samples, issues = open_image_sources(data_config)
         raise_on_errors(issues)
-        infos = collect_image_infos(self.samples, buckets_from_config(data_config))
-        raise_on_errors(info for info in infos if isinstance(info, DatasetIssue))
-        self.image_infos = [info for info in infos if isinstance(info, ImageInfo)]
+        pairs, wrong = collect_usable_samples(self.samples, data_config)
+        raise_on_errors(wrong)
+        self.samples, self.image_infos = [sample for sample, _ in pairs], [info for _, info in pairs]
+        self.notices = [issue for issue in (*issues, *wrong) if issue.kind in LENIENT_KINDS]
         self.batch_sampler = make_batch_sampler(self.samples, self.image_infos, batch_size, seed)
 
     def __getitem__(self, k: int) -> Mapping[str, Any]:

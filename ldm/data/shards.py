@@ -27,8 +27,13 @@ from ldm.data.sources import (
     skipped_file_issue,
     validate_caption,
 )
+from ldm.errors import error_text
 from ldm.installation import install_command
 
+TAR_EXTENSION_TYPES = (  # headers that hold the names and attributes of the next member
+    *(tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE),
+)
+MAX_TAR_HEADER_SIZE = 1 << 20
 MembersBySuffix = dict[str, tuple[str, FileSlice]]  # the members of one key of a tar: name and content by suffix
 
 
@@ -62,6 +67,15 @@ def base_plus_ext(name: str) -> tuple[str, str]:
     return posixpath.join(folder, stem), (dot + suffix).lower()
 
 
+class _BoundedTarInfo(tarfile.TarInfo):
+    """A header of a tar; ReadError, before memory is allocated, for a long name or pax record of absurd length."""
+
+    def _proc_member(self, archive: tarfile.TarFile) -> Any:
+        if self.type in TAR_EXTENSION_TYPES and not 0 <= self.size <= MAX_TAR_HEADER_SIZE:
+            raise tarfile.ReadError(f"a header of {self.size} bytes")
+        return super()._proc_member(archive)  # type: ignore[misc]
+
+
 def _list_members(path: Path, issues: list[DatasetIssue]) -> list[tuple[str, FileSlice]]:
     """Names of a tar's files and their slices of it; of a truncated tar those that are complete."""
     found: list[tuple[str, FileSlice]] = []
@@ -70,14 +84,23 @@ def _list_members(path: Path, issues: list[DatasetIssue]) -> list[tuple[str, Fil
             issues.append(DatasetIssue("compressed tar", path.name, "members cannot be read in place: unpack the .gz"))
             return []
     try:
-        with tarfile.open(path, "r:") as tar:
+        file_size = path.stat().st_size
+        with tarfile.open(path, "r:", tarinfo=_BoundedTarInfo) as tar:
             for member in tar:
+                if member.size < 0 or member.offset_data + member.size > file_size:
+                    raise tarfile.ReadError(f"a member of {member.size} bytes is beyond its end")
                 if member.isfile():
                     found.append((posixpath.normpath(member.name), FileSlice(path, member.offset_data, member.size)))
-            if tar.offset >= path.stat().st_size:
+            if tar.offset >= file_size:
                 issues.append(DatasetIssue("truncated tar", path.name, "has no end-of-archive mark"))
-    except tarfile.TarError as error:  # raised after the truncated member itself, whose sample is left out
-        issues.append(DatasetIssue("truncated tar", path.name, str(error)))
+    except (
+        tarfile.TarError,
+        OverflowError,
+        ValueError,
+        OSError,
+        MemoryError,
+    ) as error:  # raised after the truncated member itself, whose sample is left out
+        issues.append(DatasetIssue("truncated tar", path.name, error_text(error)))
         torn = base_plus_ext(found[-1][0])[0] if found else None
         return [member for member in found if base_plus_ext(member[0])[0] != torn]
     return found
@@ -115,8 +138,9 @@ def _read_json_caption(members: MembersBySuffix, data: ImageDataConfig, issues: 
     except UnicodeDecodeError:
         issues.append(DatasetIssue("not UTF-8", name, "not UTF-8"))
         return None
-    except ValueError as error:
-        issues.append(DatasetIssue("malformed line", name, f"not JSON ({error})"))
+    except (ValueError, RecursionError) as error:
+        what = "nested too deeply" if isinstance(error, RecursionError) else error
+        issues.append(DatasetIssue("malformed line", name, f"not JSON ({what})"))
         return None
     values = values if isinstance(values, dict) else {}
     issues += find_missing_columns(data, None, values, name)

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import codecs
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from ldm.config import ImageDataConfig
 from ldm.errors import suggest
+from ldm.rng import derive_seed
 
 BytesReader = Callable[[], bytes]  # reads a file's bytes; it can be pickled, for worker processes
 MaskMode = Literal["none", "file", "alpha"]
@@ -20,18 +25,28 @@ READABLE_IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".
 UNSUPPORTED_IMAGE_SUFFIXES = {".heic", ".heif", ".svg", ".psd", ".xcf", ".jxl", ".cr2", ".cr3", ".nef", ".arw", ".dng",
                               ".raw", ".exr"}
 # fmt: on
+IMAGE_PLUGINS = {".heic": "pillow_heif", ".heif": "pillow_heif", ".jxl": "pillow_jxl"}
 CAPTION_SUFFIXES = (".txt", ".caption")
 MASK_SUFFIX = ".mask.png"
 SYSTEM_FILES = {"thumbs.db", "desktop.ini", "__macosx"}
+USUAL_COLUMNS = {
+    "caption_column": ("text", "caption", "prompt", "captions", "tags", "description"),
+    "image_column": ("file_name", "image", "image_path", "path", "filename", "file", "img"),
+}
 HELD_OUT_PREFIX = "held out: "  # before the keys of validation images
 SEVERITIES: tuple[Severity, ...] = ("error", "warning", "notice")
 DUPLICATE_KINDS = ("same image", "other caption", "held-out leak")  # of identical files
+LENIENT_KINDS = (  # go on without, or with another caption: errors where the recipe is strict
+    *("unsupported", "caption without image", "mask without image", "two captions", "shared caption", "not listed"),
+    *("empty caption", "other spelling", "left out"),
+)
 SEVERITY_BY_KIND: Mapping[str, Severity] = {  # all other kinds are errors
     **dict.fromkeys(("file name", "markup", "mojibake", "placeholder caption", "truncated caption"), "warning"),
     **dict.fromkeys((*DUPLICATE_KINDS, "near duplicate", "one caption", "few images", "no masks"), "warning"),
     **dict.fromkeys(("small image", "extreme aspect ratio", "blank image", "extreme latents"), "warning"),
     **dict.fromkeys(("too few steps", "disk space"), "warning"),
     **dict.fromkeys(("metadata", "truncated", "EXIF", "gray levels", "large image"), "notice"),
+    **dict.fromkeys(LENIENT_KINDS, "notice"),
     **dict.fromkeys(("skipped", "animated", "color profile", "color mode", "multiple lines", "small bucket"), "notice"),
 }
 
@@ -42,10 +57,13 @@ class DatasetIssue(NamedTuple):
     kind: str
     key: str
     what: str
+    strict: bool = False
 
     @property
     def severity(self) -> Severity:
         """With an error, training would fail or is certain to go wrong, and is refused."""
+        if self.strict and self.kind in LENIENT_KINDS:
+            return "error"
         return SEVERITY_BY_KIND.get(self.kind, "error")
 
 
@@ -104,21 +122,40 @@ def is_mask_file(name: str) -> bool:
 
 def is_image_file(name: str) -> bool:
     """Is a file an image by its suffix, and no mask?"""
-    return Path(name).suffix.lower() in READABLE_IMAGE_SUFFIXES and not is_mask_file(name)
+    suffix = Path(name).suffix.lower()
+    return (suffix in READABLE_IMAGE_SUFFIXES or has_image_plugin(suffix)) and not is_mask_file(name)
+
+
+@cache
+def has_image_plugin(suffix: str) -> bool:
+    """Can an installed plug-in of Pillow read files of this suffix? It is registered."""
+    name = IMAGE_PLUGINS.get(suffix)
+    if name is None or find_spec(name) is None:
+        return False
+    plugin = import_module(name)  # pillow_jxl registers itself
+    if name == "pillow_heif":
+        plugin.register_heif_opener()
+    return True
 
 
 def skipped_file_issue(name: str) -> DatasetIssue:
     """Why a file that is neither an image nor a caption, nor a mask of an image, is left out."""
     suffix = Path(name).suffix.lower()
     if suffix in UNSUPPORTED_IMAGE_SUFFIXES:
-        return DatasetIssue("unsupported", name, f"{suffix} images cannot be read: convert them to PNG or JPEG")
+        plugin = f" or pip install {IMAGE_PLUGINS[suffix].replace('_', '-')}" if suffix in IMAGE_PLUGINS else ""
+        return DatasetIssue("unsupported", name, f"{suffix} images are not read: convert to PNG or JPEG{plugin}")
     if is_mask_file(name):
         return DatasetIssue("mask without image", name, "no image of that name")
     return DatasetIssue("skipped", name, "neither an image nor a caption")
 
 
 def validate_caption(key: str, text: Any, fallback: str | None, issues: list[DatasetIssue]) -> str | None:
-    """The caption `text`, stripped, or `fallback` if it is None; None with an issue if there is no usable one."""
+    """The caption `text`, stripped, or `fallback` if it is None or empty; None with an issue if there is none.
+
+    Of a list one is chosen by the key. An empty caption without a fallback is that of an unconditional sample.
+    """
+    if isinstance(text, list | tuple) and text:
+        text = text[derive_seed("caption", key) % len(text)]
     if text is None and fallback is not None:
         return fallback
     if text is None:
@@ -126,18 +163,22 @@ def validate_caption(key: str, text: Any, fallback: str | None, issues: list[Dat
     elif not isinstance(text, str):
         issues.append(DatasetIssue("not text", key, f"the caption is {type(text).__name__}, not text"))
     elif not text.strip():
-        issues.append(DatasetIssue("empty caption", key, "the caption is empty"))
+        use = "learnt without a caption" if fallback is None else f"{fallback!r} is used"
+        issues.append(DatasetIssue("empty caption", key, f"the caption is empty: {use}"))
+        return fallback or ""
     else:
         return text.strip()
     return None
 
 
 def decode_utf8(data: bytes, key: str, issues: list[DatasetIssue]) -> str | None:
-    """UTF-8 text without its byte order mark; None with an issue that names the line of another encoding."""
+    """UTF-8 text without its byte order mark, or UTF-16 with one; None with an issue that names the wrong line."""
     try:
+        if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+            return data.decode("utf-16")
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        line = data[: error.start].count(b"\n") + 1
+        line = data[: error.start].count(b"\n") + 1  # nearly, in UTF-16
         issues.append(DatasetIssue("not UTF-8", key, f"line {line} is not UTF-8"))
         return None
 
@@ -149,8 +190,19 @@ def find_missing_columns(
     names = [name for name in present if isinstance(name, str)]
     columns = [image and (data.image_column or image), data.caption_column if data.instance_prompt is None else None]
     listed = ", ".join(map(repr, names)) or "none"
-    missing = {name: f"no column {name!r} among {listed}{suggest(name, names, 0.3)}" for name in columns if name}
-    return [DatasetIssue("wrong column", key, text) for name, text in missing.items() if name not in names]
+    options = {data.caption_column: "caption_column", data.image_column or image: "image_column"}
+    missing = [name for name in columns if name and name not in names]
+    texts = {
+        name: f"no column {name!r} among {listed}{_suggest_column(name, options[name], names)}" for name in missing
+    }
+    return [DatasetIssue("wrong column", key, text) for text in texts.values()]
+
+
+def _suggest_column(wanted: str, option: str, names: Sequence[str]) -> str:
+    """The option that names one of the present columns as other tools call it, or else the nearest name."""
+    usual = next((name for name in USUAL_COLUMNS[option] if name in names and name != wanted), None)
+    nearest = suggest(wanted, names)
+    return f": give data.{option}: {usual}" if usual and not nearest else nearest or suggest(wanted, names, 0.3)
 
 
 def deduplicate(samples: Iterable[ImageSample], issues: list[DatasetIssue]) -> list[ImageSample]:

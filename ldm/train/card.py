@@ -54,7 +54,9 @@ def summarize_dataset(dataset: ImageDataset) -> str:
     captions = [*dict.fromkeys(sample.caption for sample in dataset.samples)]
     items = [f"- {caption}" for caption in captions[:5]]
     more = [f"- and {len(captions) - 5} others"] if len(captions) > 5 else []
-    return "\n".join(["| shape | images |", "|---|---|", *rows, "", "Captions:", "", *items, *more])
+    left = [f"- {issue.key}: {issue.what}" for issue in dataset.notices]
+    notices = ["", f"Left out, or used otherwise than it is: {len(left)}", "", *left[:20]] if left else []
+    return "\n".join(["| shape | images |", "|---|---|", *rows, "", "Captions:", "", *items, *more, *notices])
 
 
 def read_curve(log: Path, key: str) -> Curve:

@@ -22,7 +22,12 @@ from ldm.train.task import copy_tensors, trainable_parameters
 
 IMMUTABLE_RECIPE_KEYS = ("objective", "data", "seed", "optimizer")  # fixed for a training
 # folders may be renamed: data are compared by their content
-MUTABLE_RECIPE_KEYS = ("objective.attention", "objective.validation_data_dir", "data.train_data_dir")
+MUTABLE_RECIPE_KEYS = (
+    "objective.attention",
+    "objective.validation_data_dir",
+    "data.train_data_dir",
+    "data.skip_broken",
+)
 MAX_NAMED_SAMPLES = 3  # of each kind of change
 OPTIMIZER_FILE = "optimizer.safetensors"
 CHECKSUMS_FILE = "sha256.json"  # of every other file

@@ -181,7 +181,7 @@ def test_what_is_held_out_is_audited_too_and_must_not_be_learnt_from(tiny, root)
     assert {(fault.kind, fault.key) for fault in report.issues} == {
         (kind, f"held out: beside/{key}") for kind, key in planted
     }
-    assert {fault.kind for fault in report.with_severity("error")} == {"broken image", "empty caption"}
+    assert {fault.kind for fault in report.with_severity("error")} == {"broken image"}
     assert report.estimates == audit_dataset(recipe_of(tiny, root)).estimates
 
 

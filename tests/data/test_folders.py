@@ -193,12 +193,14 @@ PLANTED = {
     "mask without image": {**GOOD, "a.mask.png": 1},
     "repeats": {"2023_summer/a.png": 1},
     "no images": {"readme.md": "x"},
-    "metadata.json": {"ok.png": 0, "metadata.json": json.dumps([ROW])},
+    "malformed line: metadata.json": {"ok.png": 0, "metadata.json": json.dumps([1, ROW])},
+    "malformed line: deep": {"ok.png": 0, "metadata.json": 100_000 * "["},
+    "malformed line: deep in a tar": {"a.tar": tar({"a.png": 0, "a.json": 100_000 * "["})},
     "two metadata files": listing(ROW, **{"metadata.csv": "file_name,text\nok.png,fine"}),
-    "missing file": listing(ROW, {"file_name": "OK.png", "text": "x"}),
+    "missing file": listing(ROW, {"file_name": "gone.png", "text": "x"}),
     "missing file in a row": listing(ROW, {"text": "x"}),
     "no caption in a row": listing(ROW, {"file_name": "a.png"}, **{"a.png": 1}),
-    "no caption: unlisted": listing(ROW, **{"a.png": 1}),
+    "not listed": listing(ROW, **{"a.png": 1}),
     "empty caption in a row": listing(ROW, {"file_name": "a.png", "text": ""}, **{"a.png": 1}),
     "not text": listing(ROW, {"file_name": "a.png", "text": 3}, **{"a.png": 1}),
     "duplicate": listing(ROW, {"file_name": "./ok.png", "text": "x"}),
@@ -229,7 +231,7 @@ PLANTED = {
 
 @pytest.mark.parametrize("planted", PLANTED)
 def test_a_planted_fault_is_told_and_nothing_else(tmp_path, planted):
-    found = open_images(write(tmp_path, PLANTED[planted]))
+    found = open_images(write(tmp_path, PLANTED[planted]), strict=True)
     fatal = [fault for fault in found.issues if fault.severity == "error"]
     assert len(fatal) == 1 and planted.startswith(fatal[0].kind), fatal
     assert "\n" not in fatal[0].what and fatal[0].key and str(tmp_path) not in fatal[0].key
@@ -246,9 +248,129 @@ def test_links_that_lead_nowhere_or_back_are_faults(tmp_path):
 
 
 def test_a_fault_names_its_line_and_the_cure(tmp_path):
-    write(tmp_path, listing(ROW, "", {"filename": "OK.PNG", "text": "x"}, {"file_name": "OK.PNG", "text": "x"}))
+    write(tmp_path, listing(ROW, "", {"filename": "OK.PNG", "text": "x"}, {"file_name": "no.png", "text": "x"}))
     said = {(f.key, f.what) for f in open_images(tmp_path).issues}
     assert said == {
         ("metadata.jsonl:3", "the row has no file_name"),
-        ("metadata.jsonl:4", "no file OK.PNG; there is ok.png"),
+        ("metadata.jsonl:4", "no file no.png"),
     }
+
+
+def caption_of(*values, column="text"):
+    return listing(*({"file_name": name, column: text} for name, text in values))
+
+
+TAKEN = {  # what people have: captions by key, and the kinds of notices
+    "a readme": (
+        {**GOOD, "README.txt": "x", "requirements.txt": "y"},
+        {"ok.png": "fine"},
+        2 * ["caption without image"],
+    ),
+    "other formats": (
+        {**GOOD, "a.psd": "x", "b.svg": "x", "c.HEIC": "x", "d.jxl": "x"},
+        {"ok.png": "fine"},
+        4 * ["unsupported"],
+    ),
+    "two captions": ({**GOOD, "ok.caption": "other"}, {"ok.png": "fine"}, ["two captions"]),
+    "two images of a caption": ({**GOOD, "ok.jpg": 1}, {"ok.jpg": "fine", "ok.png": "fine"}, ["shared caption"]),
+    "a.png.txt": ({"a.png": 0, "a.png.txt": "x"}, {"a.png": "x"}, ["other spelling"]),
+    "another case": ({"b.PNG": 0, "B.txt": "x"}, {"b.PNG": "x"}, ["other spelling"]),
+    "empty caption": ({**GOOD, "a.png": 1, "a.txt": b""}, {"a.png": "", "ok.png": "fine"}, ["empty caption"]),
+    "empty caption in a class": ({"3_cat/a.png": 1, "3_cat/a.txt": b""}, {"3_cat/a.png": "cat"}, ["empty caption"]),
+    "empty cell": (listing("file_name,text", "ok.png,", name="metadata.csv"), {"ok.png": ""}, ["empty caption"]),
+    "below the root": (
+        {f"{folder}/{name}": value for folder in ("train", "more") for name, value in listing(ROW).items()},
+        {"more/ok.png": "fine", "train/ok.png": "fine"},
+        [],
+    ),
+    "backslashes": (
+        {"images/5.png": 0, "metadata.jsonl": jsonl([{"file_name": "images\\5.png", "text": "x"}])},
+        {"images/5.png": "x"},
+        [],
+    ),
+    "dot and backslash": (caption_of((".\\ok.png", "x")), {"ok.png": "x"}, []),
+    "case of the suffix": (caption_of(("ok.PNG", "x")), {"ok.png": "x"}, ["other spelling"]),
+    "no suffix": (caption_of(("ok", "x")), {"ok.png": "x"}, ["other spelling"]),
+    "semicolons": (listing("file_name;text", "ok.png;a, b", name="metadata.csv"), {"ok.png": "a, b"}, []),
+    "tabs": (listing("file_name\ttext", "ok.png\ta; b, c", name="metadata.csv"), {"ok.png": "a; b, c"}, []),
+    "UTF-16 csv": (
+        {"ok.png": 0, "metadata.csv": "file_name,text\nok.png,caf\u00e9".encode("utf-16")},
+        {"ok.png": "caf\u00e9"},
+        [],
+    ),
+    "UTF-16 jsonl": ({"ok.png": 0, "metadata.jsonl": json.dumps(ROW).encode("utf-16")}, {"ok.png": "fine"}, []),
+    "UTF-16 text": ({"ok.png": 0, "ok.txt": "caf\u00e9".encode("utf-16")}, {"ok.png": "caf\u00e9"}, []),
+    "kohya's": (
+        {"ok.png": 0, "meta_cap.json": json.dumps({"ok": {"caption": "x", "tags": "y"}})},
+        {"ok.png": "x"},
+        ["other spelling"],
+    ),
+    "a list in json": ({"ok.png": 0, "metadata.json": json.dumps([ROW])}, {"ok.png": "fine"}, []),
+    "an image not listed": (listing(ROW, **{"b.png": 1}), {"ok.png": "fine"}, ["not listed"]),
+    "one of several captions": (caption_of(("ok.png", ["only"])), {"ok.png": "only"}, []),
+}
+
+
+@pytest.mark.parametrize("case", TAKEN)
+def test_what_people_have_is_taken_with_a_notice_and_refused_where_strict(tmp_path, case):
+    files, captions, notices = TAKEN[case]
+    source = open_images(write(tmp_path, files))
+    assert {s.key: s.caption for s in source.samples} == captions
+    assert [issue.kind for issue in source.issues] == notices
+    assert {issue.severity for issue in source.issues} <= {"notice"}
+    assert all(issue.severity == "error" for issue in open_images(tmp_path, strict=True).issues)
+
+
+def test_the_other_extension_can_be_preferred_and_absolute_paths_are_taken(tmp_path):
+    write(tmp_path / "two", {**GOOD, "ok.caption": "other"})
+    assert open_images(tmp_path / "two", caption_extension=".caption").samples[0].caption == "other"
+    inside = str(tmp_path / "listed" / "ok.png")
+    write(tmp_path / "listed", caption_of((inside, "x")))
+    assert [s.key for s in open_images(tmp_path / "listed").samples] == ["ok.png"]
+
+
+def test_a_column_of_another_name_hints_at_the_option(tmp_path):
+    (issue,) = open_images(write(tmp_path, listing({"file_name": "ok.png", "caption": "x"}))).issues
+    assert issue.what.endswith(": give data.caption_column: caption")
+
+
+def test_an_empty_caption_falls_back_on_the_instance_prompt(tmp_path):
+    (sample,) = open_images(write(tmp_path, {"a.png": 0, "a.txt": ""}), instance_prompt="sks dog").samples
+    assert sample.caption == "sks dog"
+
+
+def test_folders_that_link_to_each_other_are_listed_once(tmp_path):
+    write(tmp_path, GOOD)
+    names = [f"d{k}" for k in range(12)]
+    for name in names:
+        write(tmp_path / name, {"x.png": 1, "x.txt": "y"})
+        for other in names:
+            os.symlink(tmp_path / other, tmp_path / name / f"to-{other}")
+    source = open_images(tmp_path)
+    assert len(source.samples) == 13 and len(source.issues) == 144
+    assert {issue.kind for issue in source.issues} == {"skipped", "symlink loop"}
+
+
+def pax(size):
+    """A tar whose second member claims a size, by a pax record."""
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w", format=tarfile.PAX_FORMAT) as archive:
+        for name in ("a.txt", "a.png", "b.png"):
+            info = tarfile.TarInfo(name)
+            info.pax_headers = {"size": str(size)} if name == "b.png" else {}
+            archive.addfile(info, io.BytesIO(b""))
+    return out.getvalue()
+
+
+def long_name(size):
+    header = tarfile.TarInfo("././@LongLink")
+    header.type, header.size = tarfile.GNUTYPE_LONGNAME, size
+    return header.tobuf(tarfile.GNU_FORMAT) + bytes(2048)
+
+
+@pytest.mark.parametrize("data", [pax(10**20), pax(10**14), pax(-5), long_name(8 << 30), long_name(1 << 40)])
+def test_a_tar_of_absurd_sizes_is_a_truncated_one(tmp_path, data):
+    (tmp_path / "a.tar").write_bytes(data)
+    issues = open_images(tmp_path).issues
+    assert "truncated tar" in {issue.kind for issue in issues}
+    assert not any("\n" in issue.what for issue in issues)

@@ -19,6 +19,7 @@ from ldm.data.image_dataset import (
     collect_image_infos,
 )
 from ldm.data.latent_cache import LatentCache
+from ldm.train.card import summarize_dataset
 
 SIZES = [(64, 64), (96, 48), (48, 96), (70, 60), (64, 64), (200, 100), (33, 90)]
 
@@ -223,3 +224,18 @@ def test_repeats_and_several_places(tmp_path):
     found = ImageDataset(recipe, 7, 0, 8)
     assert sorted(found[0]["keys"]) == ["2:z.png"] + ["3_dog/x.png"] * 3 + ["3_dog/y.png"] * 3
     assert sorted(set(found[0]["captions"])) == ["dog", "t"]
+
+
+def test_broken_images_are_left_out_where_the_recipe_says_so(tmp_path):
+    """Also those whose headers are sound; the others and their batches are as if the broken ones were not there."""
+    files = {"a.png": 0, "b.png": 1, "a.txt": "x", "b.txt": "y"}
+    plain = dataset(write(tmp_path / "plain", files))
+    whole = encoded(noise(64, 64, 5))
+    broken = {"c.png": whole[: len(whole) // 2], "c.txt": "z", "d.jpg": "no image", "d.txt": "z"}
+    write(tmp_path / "broken", {**files, **broken})
+    with pytest.raises(ValueError, match="not an image"):
+        dataset(tmp_path / "broken")
+    skipping = dataset(tmp_path / "broken", skip_broken=True)
+    assert skipping.sample_digests() == plain.sample_digests()
+    assert [(n.key, n.severity) for n in skipping.notices] == [("c.png", "notice"), ("d.jpg", "notice")]
+    assert "Left out, or used otherwise than it is: 2" in summarize_dataset(skipping)
