@@ -8,6 +8,7 @@ the model and one tensor.
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,9 @@ from ldm.nn.unet import UNetConfig
 TEXT_ENCODERS = "text_encoder", "text_encoder_2"
 NUM_TIME_IDS = 6  # of SDXL: original size, crop, target size
 POSITION_IDS = "position_ids"  # a buffer with the numbers 0 to 76, which directories may hold and no network loads
+
+
+OTHER_CLIP_PARTS = re.compile(r"(text_projection\.|visual_projection\.|vision_model\.|logit_scale$)")
 
 
 class WeightFile(NamedTuple):
@@ -87,6 +91,13 @@ def check_model_spec(spec: ModelSpec, path: Path) -> None:
             raise ValueError(f"{path}: the U-Net expects {what} {expected} channels, got {actual}")
 
 
+def is_superfluous(component: str, name: str, expected: Container[str]) -> bool:
+    """Whether a directory's tensor is one that transformers passes over: position ids, other parts of CLIP."""
+    if diffusers_key(component, name) in expected:
+        return False
+    return name.endswith(POSITION_IDS) or (component in TEXT_ENCODERS and OTHER_CLIP_PARTS.match(name) is not None)
+
+
 def match_weight_files(component: str, network: nn.Module, files: Iterable[SafetensorsFile]) -> tuple[WeightFile, ...]:
     """The mappings of a directory's files for a component; ValueError names what is missing, unknown or misshaped.
 
@@ -98,7 +109,7 @@ def match_weight_files(component: str, network: nn.Module, files: Iterable[Safet
     for file in files:
         tensors, mappings = file.meta_tensors(), {}
         for name in tensors:
-            if name.endswith(POSITION_IDS):
+            if is_superfluous(component, name, expected):
                 continue
             if (key := diffusers_key(component, name)) in actual:
                 raise ValueError(f"{file.path}: {key} is given twice")

@@ -117,7 +117,7 @@ def open_safetensors(path: Path) -> SafetensorsFile:
         raise ValueError(f"{path}: {error_text(error)}") from None
     try:
         entries = parse_json(header)
-        metadata = entries.pop("__metadata__", {})
+        metadata = entries.pop("__metadata__", None) or {}
         if not all(isinstance(value, str) for value in metadata.values()):
             raise ValueError("metadata that is not text")
         infos = {name: _parse_tensor_info(name, entry) for name, entry in entries.items()}

@@ -13,7 +13,7 @@ import torch
 from ldm.checkpoints.families import FAMILIES, TEXT_ENCODER_CONFIG_SCHEMA, VAE_CONFIG_SCHEMA, ModelFamily
 from ldm.checkpoints.keys import build_meta_network
 from ldm.checkpoints.layouts import MODEL_INDEX_NAME, TOKENIZER_FOLDERS
-from ldm.checkpoints.networks import ModelSpec
+from ldm.checkpoints.networks import POSITION_IDS, ModelSpec
 from ldm.checkpoints.schedule import PREDICTION_TYPES, compute_alphas_cumprod
 from ldm.errors import choose, list_some
 from ldm.nn import text_encoders
@@ -89,7 +89,10 @@ def list_omissions(model: ModelSpec, family: ModelFamily, src: Path) -> dict[str
     omissions = {path.name: NOT_IN_SINGLE_FILE for path in sorted(src.iterdir()) if path.name not in read}
     for file, key_mappings in model.weight_files:
         for name in file.tensor_infos.keys() - key_mappings.keys():
-            omissions[f"{file.path.parent.name}/{name}"] = "the numbers 0 to 76"
+            reason = (
+                "the numbers 0 to 76" if name.endswith(POSITION_IDS) else "a part of CLIP that the U-Net does not see"
+            )
+            omissions[f"{file.path.parent.name}/{name}"] = reason
     for spec in family.text_encoders.values():
         if spec.num_dropped_layers:
             name = f"{spec.prefix}transformer.resblocks.{spec.config['num_hidden_layers']}.*"

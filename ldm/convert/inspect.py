@@ -160,7 +160,7 @@ def _inspect_folder(path: Path, options: LoadOptions) -> dict[str, Any]:
             for name, group in zip(model.networks, model.shard_groups, strict=True)
         },
         "files": [*files],
-        "ignored": {"position ids, the numbers 0 to 76": num_ignored} if num_ignored else {},
+        "ignored": {"position ids and other parts of CLIP": num_ignored} if num_ignored else {},
         "unknown": [],
         "missing": [],
         "faults": [],
