@@ -65,7 +65,7 @@ def test_rows_are_a_view_of_the_weight():
 
 def test_a_matrix_moves_by_its_polar_factor_and_decays():
     net = model()
-    change = moved(net, lambda: step(net, Muon(net, RECIPE, edges=frozenset("0"))))
+    change = moved(net, lambda: step(net, Muon(net, RECIPE, adamw_modules=frozenset("0"))))
     weight = model()[2].weight.detach()
     direction = flatten_to_matrix(change["2.weight"] + 0.01 * 0.1 * weight) / (-0.01 * 0.2 * 288**0.5)
     u, _, v = torch.linalg.svd(flatten_to_matrix(net[2].weight.grad), full_matrices=False)
@@ -77,7 +77,7 @@ def test_a_matrix_moves_by_its_polar_factor_and_decays():
 
 def test_edges_vectors_and_the_schedule_are_adamw_s():
     net, other = model(), model()
-    muon, reference = Muon(net, RECIPE, edges=frozenset("0")), adamw(other.parameters(), RECIPE)
+    muon, reference = Muon(net, RECIPE, adamw_modules=frozenset("0")), adamw(other.parameters(), RECIPE)
     for group in itertools.chain(muon.param_groups, reference.param_groups):
         group["lr"] = 0.003
     ours, theirs = moved(net, lambda: step(net, muon)), moved(other, lambda: step(other, reference))
