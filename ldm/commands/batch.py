@@ -22,7 +22,7 @@ from ldm.commands.options import (
     expand_options,
     load_pipeline_and_request,
 )
-from ldm.commands.progress import UnsupportedSyntaxReport, report_job_progress, show_progress
+from ldm.commands.progress import UnsupportedSyntaxReport, print_notices, report_job_progress, show_progress
 
 if TYPE_CHECKING:
     from ldm.jobs.driver import Monitor
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 def batch(
     *,
     file: Annotated[
-        str, typer.Argument(metavar="FILE", help="txt, jsonl, csv, parquet, yaml or -.", show_default=False)
+        str, typer.Argument(metavar="FILE", help="txt, jsonl, json, csv, tsv, parquet, yaml or -.", show_default=False)
     ],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the job.")] = Path("out"),
     options: RequestOptions,
@@ -49,6 +49,7 @@ def batch(
     format: Annotated[str, typer.Option(help="png, webp (lossless) or jpeg.")] = "png",
     wildcards: Annotated[Path | None, typer.Option(help="Folder of wildcard files; default: beside FILE.")] = None,
     expand: Annotated[str, typer.Option(help="Wildcards: one (for each seed), all or none.")] = "one",
+    lenient: Annotated[bool, typer.Option("--lenient", help="Leave out unknown options in prompt lines.")] = False,
     timeout: Annotated[float, typer.Option(help="Stall timeout, seconds.")] = 600.0,
     expiry: Annotated[float, typer.Option(help="Lease timeout, seconds, of workers on other machines.")] = 60.0,
     grid: Annotated[
@@ -86,7 +87,13 @@ def batch(
     pipe, request = load_pipeline_and_request(model, options, None if engine == "inline" else "cpu")
     convert = pipe.model.text_encoders[0].clip_skip_converter()
     source = open_prompt_source(
-        file, request, count=count, wildcards=wildcards, expand=expand, convert_clip_skip=convert
+        file,
+        request,
+        count=count,
+        wildcards=wildcards,
+        expand=expand,
+        convert_clip_skip=convert,
+        lenient=lenient,
     )
     unsupported = UnsupportedSyntaxReport()
     source.validate(pipe.resolve, unsupported.collect)
@@ -105,8 +112,7 @@ def batch(
         lease_timeout=expiry,
     )
     unsupported.print_warning()
-    for notice in source.wildcards.notices:
-        print(f"notice: {notice}", file=sys.stderr)
+    print_notices(source.notices)
     with exit_on_failure():
         status = run_job(
             job, pipe, source.name, lambda job: engine_type(job, devices), check, timeout, as_json, model.cli_args()

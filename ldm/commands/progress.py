@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -89,3 +89,11 @@ class UnsupportedSyntaxReport:
             hint = "; LoRAs are given by --lora FILE:WEIGHT" if any("<" in part for part in parts) else ""
             where = f"{self.first_location}: " if self.first_location else ""
             print(f"warning: {where}read as text, not as syntax of the web UI: {listed}{hint}", file=sys.stderr)
+
+
+def print_notices(notices: Mapping[str, Sequence[str]]) -> None:
+    """A line on stderr for each notice, with its first place and the number of the others."""
+    for notice, places in notices.items():
+        where = f"{places[0]}: " if places else ""
+        more = f" (and in {len(places) - 1} more)" if len(places) > 1 else ""
+        print(f"notice: {where}{notice}{more}", file=sys.stderr)

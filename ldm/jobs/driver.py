@@ -89,7 +89,8 @@ def write_item_list(job: Job, pipe: Pipeline) -> set[str]:
     with atomic_write(path) as draft, draft.open("w", encoding="utf-8") as out:
         for item in job.iter_items(pipe):
             ids.add(item.id)
-            out.write(json.dumps({"line": item.line, "id": item.id, "file": item.image_path(suffix)}) + "\n")
+            record = {"line": item.line, "id": item.id, "file": item.image_path(suffix)}
+            out.write(json.dumps({**record, "extra": item.extra} if item.extra else record) + "\n")
     return ids
 
 

@@ -1,12 +1,13 @@
-"""Readers of prompt files: each yields the rows of a text, JSON lines, CSV, parquet or YAML file, one at a time."""
+"""Readers of prompt files: each yields the rows of a text, JSON, CSV, parquet or YAML file, one at a time."""
 
 from __future__ import annotations
 
 import codecs
 import csv
 import math
+import re
 from collections.abc import Callable, Iterator, Sequence
-from itertools import count, product
+from itertools import product
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -14,12 +15,24 @@ import yaml
 
 from ldm.data.shards import import_pyarrow
 from ldm.errors import parse_json
-from ldm.jobs.schema import FieldValues, map_keys_to_fields, parse_field, parse_prompt_line, parse_record
-from ldm.metadata import resolve_a1111_sampler
+from ldm.jobs.schema import (
+    NOTICES,
+    FieldValues,
+    map_keys_to_fields,
+    parse_field,
+    parse_prompt_line,
+    parse_record,
+    resolve_names,
+    short_repr,
+    split_keys,
+)
 
 MAX_LINE_BYTES = 2**20
 MAX_YAML_BYTES = 2**22  # a YAML file is read as a whole
 MAX_IMAGES_PER_RECORD = 10**8  # also the most combinations of a YAML file
+DELIMITERS = ",;\t|"  # of CSV, the first that gives a column of prompts
+CARRIAGE_RETURN_PATTERN = re.compile(rb"[^\r]*(?:\r+\n|\r|\Z)")  # lines of old Macs, within what ends in a newline
+COMMENT_PATTERN = re.compile(rb"\s*#(?![0-9])")  # "#1 best cat" is a prompt
 UTF16_BOMS = codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE
 YAML_NULL_TAG = "tag:yaml.org,2002:null"
 PARQUET_BATCH_ROWS = 256  # rows of a parquet file in memory
@@ -52,19 +65,29 @@ def parse_row(line: int, parse: Callable[..., FieldValues], *args: Any) -> Promp
 
 
 def read_lines(file: BinaryIO) -> Iterator[tuple[int, bytes]]:
-    """(number from 1, bytes) of each line, without the UTF-8 BOM; ParseError for one over `MAX_LINE_BYTES`."""
-    for number in count(1):
+    """(number from 1, bytes) of each line, without the UTF-8 BOM; ParseError for one over `MAX_LINE_BYTES`.
+
+    A line ends in LF, CR LF or CR.
+    """
+    number = 0
+    while True:
         data = file.readline(MAX_LINE_BYTES + 1)
+        number += 1
         if number == 1:
             if data.startswith(UTF16_BOMS):
                 raise ParseError(1, "is UTF-16: save it as UTF-8")
             data = data.removeprefix(codecs.BOM_UTF8)
         if len(data) > MAX_LINE_BYTES:
             raise ParseError(number, f"longer than {MAX_LINE_BYTES} bytes")
-        if data:
-            yield number, data
-        elif number > 1:
+        if not data and number > 1:
             return
+        if b"\r" not in data.rstrip(b"\r\n"):
+            yield number, data
+            continue
+        for line in filter(None, CARRIAGE_RETURN_PATTERN.findall(data)):
+            yield number, line
+            number += 1
+        number -= 1
 
 
 def decode_line(number: int, data: bytes) -> str:
@@ -78,19 +101,24 @@ def decode_line(number: int, data: bytes) -> str:
     return text
 
 
-def read_text_rows(file: BinaryIO) -> Iterator[PromptRow]:
+def read_text_rows(file: BinaryIO, lenient: bool = False) -> Iterator[PromptRow]:
     """A prompt per line, with options as `parse_prompt_line` reads them; # begins a comment line."""
     for number, data in read_lines(file):
-        if data.strip() and not data.lstrip().startswith(b"#"):
-            yield parse_row(number, parse_text_line, number, data)
+        if data.strip() and not COMMENT_PATTERN.match(data):
+            yield parse_row(number, parse_text_line, number, data, lenient)
+        elif data.strip() and data.lstrip()[1:2].isalpha():
+            notice = f"taken for a comment: {short_repr(data.decode(errors='replace').strip())}"
+            yield PromptRow(number, {NOTICES: [notice]})
 
 
-def parse_text_line(number: int, data: bytes) -> FieldValues:
+def parse_text_line(number: int, data: bytes, lenient: bool = False) -> FieldValues:
     """The values of a line of text, in which `clip_skip` is the web UI's."""
-    values = parse_record(parse_prompt_line(decode_line(number, data)))
+    options = parse_prompt_line(decode_line(number, data), lenient)
+    notices = options.pop(NOTICES, [])
+    values = parse_record(options)
     if "clip_skip" in values:
         values["a1111_clip_skip"] = values.pop("clip_skip")
-    return values
+    return {**values, NOTICES: notices} if notices else values
 
 
 def read_jsonl_rows(file: BinaryIO) -> Iterator[PromptRow]:
@@ -108,9 +136,35 @@ def parse_json_line(number: int, data: bytes) -> FieldValues:
     return parse_record(record)
 
 
-def read_csv_rows(file: BinaryIO) -> Iterator[PromptRow]:
-    """CSV below a header of field names; an empty cell leaves the field at its default."""
-    reader = csv.reader((decode_line(*line) for line in read_lines(file)), strict=True)
+def read_json_rows(file: BinaryIO) -> Iterator[PromptRow]:
+    """A JSON list of objects or prompts, or one object, or an object per line; an item's number stands for its line."""
+    text = "".join(decode_bounded_lines(file))
+    try:
+        records = parse_json(text)
+    except ValueError as error:
+        if text.lstrip().startswith("{") and "Extra data" in str(error):
+            file.seek(0)
+            yield from read_jsonl_rows(file)
+            return
+        raise ParseError(0, str(error)) from None
+    for number, record in enumerate(records if isinstance(records, list) else [records], 1):
+        yield parse_row(number, parse_item, record)
+
+
+def parse_item(item: Any) -> FieldValues:
+    """The values of an item of a list: a record, or a prompt alone; ValueError where it is neither."""
+    if not isinstance(item, dict | str):
+        raise ValueError(f"{short_repr(item)}: must be a prompt, or fields with their values")
+    return parse_record({"prompt": item} if isinstance(item, str) else item)
+
+
+def read_csv_rows(file: BinaryIO, delimiter: str = "") -> Iterator[PromptRow]:
+    """CSV below a header of field names, by any of `DELIMITERS`; an empty cell leaves the field at its default."""
+    lines = (decode_line(*line) for line in read_lines(file))
+    first = next((line for line in lines if line.strip()), "")
+    file.seek(0)
+    delimiter = delimiter or choose_delimiter(first)
+    reader = csv.reader((decode_line(*line) for line in read_lines(file)), strict=True, delimiter=delimiter)
     header: list[str] = []
     while True:
         line = reader.line_num + 1
@@ -120,11 +174,27 @@ def read_csv_rows(file: BinaryIO) -> Iterator[PromptRow]:
             return
         except csv.Error as error:
             raise ParseError(line, f"not CSV: {error}") from None
-        if row and header:
+        if header and any(map(str.strip, row)):
             yield parse_row(line, parse_csv_row, header, row)
-        elif row:
+        elif row and not header:
             header = [cell.strip() for cell in row]
             check_header(line, header)
+
+
+def read_tsv_rows(file: BinaryIO) -> Iterator[PromptRow]:
+    """CSV with tabs, as `read_csv_rows`."""
+    return read_csv_rows(file, "\t")
+
+
+def choose_delimiter(line: str) -> str:
+    """The first of `DELIMITERS` that gives a header a column of prompts; a comma where there is none."""
+    for delimiter in DELIMITERS:
+        try:
+            if "prompt" in split_keys(next(csv.reader([line], delimiter=delimiter), []))[0]:
+                return delimiter
+        except (ValueError, csv.Error):
+            continue
+    return ","
 
 
 def parse_csv_row(header: Sequence[str], row: Sequence[str]) -> FieldValues:
@@ -134,13 +204,13 @@ def parse_csv_row(header: Sequence[str], row: Sequence[str]) -> FieldValues:
 
 
 def check_header(line: int, names: Sequence[str]) -> None:
-    """ParseError where a column is no field, or none is the prompt."""
+    """ParseError where two columns are one field, or none is the prompt."""
     try:
-        fields = map_keys_to_fields(names)
+        fields, _ = split_keys(names)
     except ValueError as error:
         raise ParseError(line, str(error)) from None
     if "prompt" not in fields:
-        raise ParseError(line, f"no column 'prompt' among {', '.join(map(repr, names))}")
+        raise ParseError(line, f"no column 'prompt' among {', '.join(map(short_repr, names))}")
 
 
 def read_parquet_rows(file: BinaryIO) -> Iterator[PromptRow]:
@@ -153,22 +223,52 @@ def read_parquet_rows(file: BinaryIO) -> Iterator[PromptRow]:
         table = parquet.ParquetFile(file)
         check_header(0, table.schema_arrow.names)
         for batch in table.iter_batches(PARQUET_BATCH_ROWS, use_threads=False):
-            for record in batch.to_pylist():
+            for record in list_records(batch, pa):
                 row += 1
                 yield parse_row(row, parse_record, record)
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise ParseError(row + 1 if row else 0, f"not parquet: {str(error).splitlines()[0]}") from None
 
 
+def list_records(batch: Any, pa: Any) -> list[dict[str, Any]]:
+    """The rows of a batch; values that Python has no type for, such as dates after the year 9999, as text."""
+    try:
+        return batch.to_pylist()
+    except (ValueError, OverflowError):
+        columns = [c.cast(pa.string()) if pa.types.is_temporal(c.type) else c for c in batch.columns]
+        return pa.RecordBatch.from_arrays(columns, batch.schema.names).to_pylist()
+
+
 def read_yaml_rows(file: BinaryIO) -> Iterator[PromptRow]:
-    """YAML: every combination of the fields' values, each a scalar or a list, where scalars are read as text.
+    """YAML: a list of prompts and records, each a row; or fields, of which every combination is one."""
+    node = compose_yaml(file)
+    if isinstance(node, yaml.SequenceNode):
+        for item in node.value:
+            yield parse_row(item.start_mark.line + 1, parse_yaml_item, item)
+        return
+    if not isinstance(node, yaml.MappingNode):
+        raise ParseError(1, "not YAML of fields and their values, nor a list of prompts")
+    yield from iter_yaml_combinations(node)
+
+
+def parse_yaml_item(node: yaml.Node) -> FieldValues:
+    """The values of an item of a list."""
+    if not isinstance(node, yaml.MappingNode):
+        return parse_item(read_yaml_value(node))
+    pairs = [(key.value if isinstance(key, yaml.ScalarNode) else "...", value) for key, value in node.value]
+    split_keys(key for key, _ in pairs)
+    return parse_record({key: read_yaml_value(value) for key, value in pairs})
+
+
+def iter_yaml_combinations(root: yaml.MappingNode) -> Iterator[PromptRow]:
+    """Every combination of the values of fields, each a scalar or a list, where scalars are read as text.
 
     Fields vary in the order of the file, the last one fastest, except that seeds vary faster still. The line of a
     combination is that of its prompt.
     """
     axes: dict[str, list[tuple[int, Any]]] = {}
     errors: list[ParseError] = []
-    for name, key, node in iter_yaml_fields(compose_yaml_mapping(file)):
+    for name, key, node in iter_yaml_fields(root):
         axes[name] = []
         for item in node.value if isinstance(node, yaml.SequenceNode) else [node]:
             line = item.start_mark.line + 1
@@ -188,21 +288,18 @@ def read_yaml_rows(file: BinaryIO) -> Iterator[PromptRow]:
     for combination in product(*axes.values()):
         cells = dict(zip(axes, combination, strict=True))
         values = {name: value for name, (_, value) in cells.items() if value is not None}
-        yield PromptRow(cells["prompt"][0], resolve_a1111_sampler(values))
+        yield PromptRow(cells["prompt"][0], resolve_names(values))
 
 
-def compose_yaml_mapping(file: BinaryIO) -> yaml.MappingNode:
-    """The root node of a YAML file; ParseError where it is no mapping."""
+def compose_yaml(file: BinaryIO) -> yaml.Node | None:
+    """The root node of a YAML file; ParseError where it is none."""
     try:
-        node = yaml.compose("".join(decode_bounded_lines(file)), Loader=yaml.SafeLoader)
+        return yaml.compose("".join(decode_bounded_lines(file)), Loader=yaml.SafeLoader)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         raise ParseError(mark.line + 1 if mark else 0, f"not YAML: {error.problem or error.context}") from None
     except (yaml.YAMLError, RecursionError) as error:
         raise ParseError(0, f"not YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(node, yaml.MappingNode):
-        raise ParseError(1, "not YAML of fields and their values")
-    return node
 
 
 def decode_bounded_lines(file: BinaryIO) -> Iterator[str]:
@@ -241,7 +338,9 @@ PROMPT_READERS: dict[str, PromptReader] = {
     ".txt": read_text_rows,
     ".jsonl": read_jsonl_rows,
     ".ndjson": read_jsonl_rows,
+    ".json": read_json_rows,
     ".csv": read_csv_rows,
+    ".tsv": read_tsv_rows,
     ".parquet": read_parquet_rows,
     ".yaml": read_yaml_rows,
     ".yml": read_yaml_rows,

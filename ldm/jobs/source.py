@@ -8,7 +8,7 @@ import stat
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path, PureWindowsPath
 from tempfile import NamedTemporaryFile
 from typing import IO, Any, NamedTuple
@@ -16,8 +16,16 @@ from typing import IO, Any, NamedTuple
 from PIL import Image
 
 from ldm.image_io import read_image, read_mask
-from ldm.jobs.readers import MAX_IMAGES_PER_RECORD, MAX_LINE_BYTES, PROMPT_READERS, ParseError, PromptReader, PromptRow
-from ldm.jobs.schema import short_repr
+from ldm.jobs.readers import (
+    MAX_IMAGES_PER_RECORD,
+    MAX_LINE_BYTES,
+    PROMPT_READERS,
+    ParseError,
+    PromptReader,
+    PromptRow,
+    read_text_rows,
+)
+from ldm.jobs.schema import EXTRA, NOTICES, short_repr
 from ldm.jobs.wildcard_files import WildcardManager
 from ldm.jobs.wildcards import PromptTemplate
 from ldm.pipeline.request import Request
@@ -26,6 +34,7 @@ WILDCARD_EXPANSIONS = ("one", "all", "none")  # one text per seed, every text, o
 MAX_REPORTED_ERRORS = 5
 PARQUET_MAGIC = b"PAR1"
 JSON_OBJECT_PATTERN = re.compile(rb'(\xef\xbb\xbf)?\s*\{\s*"')
+JSON_LIST_PATTERN = re.compile(rb'(\xef\xbb\xbf)?\s*\[\s*(\{\s*)?"')
 
 
 class PromptEntry(NamedTuple):
@@ -33,6 +42,7 @@ class PromptEntry(NamedTuple):
 
     line: int
     request: Request
+    extra: dict[str, Any] = {}  # noqa: RUF012  # the columns that are no fields
 
 
 @dataclass(frozen=True)
@@ -80,12 +90,14 @@ class PromptSource:
     folder: Path  # of its images
     convert_clip_skip: Callable[[int], int]
     spool_file: Any = field(default=None, repr=False)  # the temporary copy of standard input, kept open
+    notices: dict[str, list[str]] = field(default_factory=dict, repr=False)  # what was not read: its places
 
     def __iter__(self) -> Iterator[PromptEntry]:
         for row in self._read_rows():
             try:
                 for record in self._expand_row(row):
-                    yield from (PromptEntry(row.line, record[k]) for k in range(record.num_images))
+                    extra = row.values.get(EXTRA, {}) if isinstance(row.values, dict) else {}
+                    yield from (PromptEntry(row.line, record[k], extra) for k in range(record.num_images))
             except ValueError as error:
                 raise ValueError(self._format_error(row.line, error)) from None
 
@@ -102,7 +114,10 @@ class PromptSource:
         """
         messages: list[str] = []
         errors = total = 0
+        self.notices.clear()
         for row in self._read_rows():
+            for notice in row.values.get(NOTICES, ()) if isinstance(row.values, dict) else ():
+                self.notices.setdefault(notice, []).append(self._location(row.line))
             try:
                 for record in self._expand_row(row):
                     for k in {0, record.num_images - 1} if record.prompts_are_constant else range(record.num_images):
@@ -117,6 +132,8 @@ class PromptSource:
             messages.append(f"and {errors - MAX_REPORTED_ERRORS} more")
         if errors:
             raise ValueError("; ".join(messages))
+        for notice in self.wildcards.notices:
+            self.notices[notice] = []
         if not total:
             raise ValueError(f"{self.name}: no prompts in it")
         return total
@@ -135,7 +152,9 @@ class PromptSource:
         """A record for each range of seeds in a row; ValueError for values that no request can have."""
         if isinstance(row.values, ValueError):
             raise row.values
-        values = dict(row.values)
+        values = {name: value for name, value in row.values.items() if name not in (EXTRA, NOTICES)}
+        if not values:
+            return  # a comment
         prompt = self._parse_template(values["prompt"])
         negative = values.get("negative_prompt", self.defaults.negative_prompt)
         seeds = values.pop("seed", (range(self.defaults.seed, self.defaults.seed + 1),))
@@ -212,13 +231,15 @@ def open_prompt_source(
     wildcards: Path | None = None,
     expand: str = "one",
     convert_clip_skip: Callable[[int], int] = subtract_one,
+    lenient: bool = False,
 ) -> PromptSource:
     """The prompts of a file, or of standard input ("-"), as requests: `defaults` updated by each record.
 
     The suffix tells the format, one of `PROMPT_READERS`; without a suffix, and in .txt, the content tells JSON lines
     from text. `count` is the number of images of a record that does not state it: image j has seed + j. `wildcards` is
-    the folder of wildcard files, by default `wildcards` beside the file; `expand` is one of `WILDCARD_EXPANSIONS`.
-    `convert_clip_skip`, picklable, converts the clip skip in a line of text to that of a request.
+    the folder of wildcard files, by default `wildcards` beside the file; `expand` is one of `WILDCARD_EXPANSIONS`. If
+    `lenient`, unknown options in lines of text are left out, with a notice. `convert_clip_skip`, picklable, converts
+    the clip skip in a line of text to that of a request.
     ValueError where there is no such file; `PromptSource.validate` reads its content.
     """
     if expand not in WILDCARD_EXPANSIONS:
@@ -229,6 +250,8 @@ def open_prompt_source(
         spool = spool_to_tempfile(None if name == "-" else path)
         path, name = Path(spool.name), "standard input" if name == "-" else name
     reader = PROMPT_READERS[detect_suffix(require_regular_file(path, name), name)]
+    if lenient and reader is read_text_rows:
+        reader = partial(read_text_rows, lenient=True)
     manager = WildcardManager(wildcards)
     return PromptSource(path, name, reader, defaults, count, manager, expand, folder, convert_clip_skip, spool)
 
@@ -249,7 +272,11 @@ def detect_suffix(path: Path, name: str) -> str:
         if file.peek(len(PARQUET_MAGIC)).startswith(PARQUET_MAGIC):
             return ".parquet"
         if suffix in ("", ".txt"):
-            return ".jsonl" if JSON_OBJECT_PATTERN.match(file.read(MAX_LINE_BYTES)) else ".txt"
+            start = file.read(MAX_LINE_BYTES)
+            file.seek(max(0, path.stat().st_size - MAX_LINE_BYTES))
+            if JSON_LIST_PATTERN.match(start) and file.read().rstrip().endswith(b"]"):
+                return ".json"
+            return ".jsonl" if JSON_OBJECT_PATTERN.match(start) else ".txt"
     if suffix not in PROMPT_READERS:
         raise ValueError(f"{name}: unknown suffix {suffix}: choose from {', '.join(PROMPT_READERS)}")
     return suffix

@@ -8,7 +8,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from ldm.pipeline.request import Request
 from ldm.pipeline.scheduler import BatchScheduler
 
 ITEM_ID_DIGITS = 24  # hex: two of 10^9 items share an id with a probability of 10^-11
-FLOAT_FIELDS = {field.name for field in fields(Request) if str(field.type).startswith("float")}
+FLOAT_FIELDS = {f.name for f in fields(Request) if str(f.type).startswith("float")}
 CPU_BATCH_SIZE = 8  # images, where free memory cannot be measured
 MAX_BATCH_SIZE = 64  # images: beyond it a device gains nothing
 MEMORY_FRACTION = 0.8  # of the free memory
@@ -44,6 +44,7 @@ class JobItem:
     id: str
     request: Request
     line: int
+    extra: dict[str, Any] = field(default_factory=dict)  # the columns of the source that are no fields
 
     def image_path(self, suffix: str) -> str:
         """The image's path in the job's folder."""
@@ -77,7 +78,7 @@ class Job:
             request = pipe.resolve(entry.request)
             item_id = compute_item_id(request, model)
             if int(item_id, 16) % n == i:
-                yield JobItem(item_id, request, entry.line)
+                yield JobItem(item_id, request, entry.line, entry.extra)
 
     def open_leases(self) -> Leases:
         """The leases of a new worker."""
@@ -347,6 +348,8 @@ class ImageWriter:
 
     def _append_result(self, item: JobItem, result: dict[str, Any]) -> None:
         context = {"line": item.line, "request": item.request.to_record(), "worker": self.leases.worker}
+        if item.extra:
+            context["extra"] = item.extra
         append_manifest_record(self.job.folder, self.leases.worker, {"id": item.id, **result, **context})
         self.leases.release(item.id)
 

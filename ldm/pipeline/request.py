@@ -25,10 +25,10 @@ MAX_SEED = 2**63 - 1
 # diffusers' StableDiffusionImg2ImgPipeline and StableDiffusionInpaintPipeline
 DEFAULT_IMG2IMG_STRENGTH, DEFAULT_INPAINT_STRENGTH = 0.8, 1.0
 
-INTEGER_PATTERN = re.compile(r"[+-]?[0-9]{1,30}")
+INTEGER_PATTERN = re.compile(r"([+-]?[0-9]{1,30})(\.0*)?")  # tables of spreadsheets hold 5.0
 FLOAT_PATTERN = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)(e[+-]?[0-9]+)?|[+-]?inf|nan", re.IGNORECASE)
 SEED_RANGE_PATTERN = re.compile(r"([0-9]{1,30})\s*-\s*([0-9]{1,30})")
-PAIR_SEPARATOR = re.compile(r"\s*[x,\s]\s*")
+PAIR_SEPARATOR = re.compile(r"\s*[xX×,\s]\s*")
 
 
 def parse_text(value: Any) -> str:
@@ -46,8 +46,8 @@ def parse_nonblank_text(value: Any) -> str:
 
 
 def parse_int(value: Any) -> int:
-    if isinstance(value, str) and INTEGER_PATTERN.fullmatch(value.strip()):
-        return int(value)
+    if isinstance(value, str) and (match := INTEGER_PATTERN.fullmatch(value.strip())):
+        return int(match[1])
     if isinstance(value, float) and value.is_integer():  # columns with missing values hold integers as floats
         return int(value)
     if not isinstance(value, int) or isinstance(value, bool):
@@ -156,7 +156,11 @@ class Request:
         high=1000,
     )
     sampler: str | None = _field(
-        None, parse_text, "dpmpp_2m, unipc, DPM++ 2M Karras, ...: `ldm info` lists all.", aliases=("sampler_name",)
+        None,
+        parse_text,
+        "dpmpp_2m, unipc, DPM++ 2M Karras, ...: `ldm info` lists all.",
+        aliases=("sampler_name",),
+        kohya="ss",
     )
     spacing: str | None = _field(
         None, parse_text, "Timestep spacing: trailing, karras, ...: `ldm info` lists all.", aliases=("scheduler",)

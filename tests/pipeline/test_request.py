@@ -14,7 +14,7 @@ from ldm.pipeline.request import REQUEST_FIELDS, Request, coerce_request
 
 def test_a_name_is_of_one_field():
     names = [name for field, spec in PROMPT_FIELDS.items() for name in {field, spec.option, *spec.aliases}]
-    assert max(Counter(names).values()) == 1 and set(names) | {"text"} == FIELD_NAMES.keys()
+    assert max(Counter(names).values()) == 1 and set(names) | {"text", "caption"} == FIELD_NAMES.keys()
     letters = [spec.kohya for spec in PROMPT_FIELDS.values() if spec.kohya]
     assert len(set(letters)) == len(letters) and not set(letters) & set(names) and set(letters) <= PROMPT_OPTIONS.keys()
 
