@@ -119,3 +119,16 @@ def test_a_training_hears_of_warnings_and_is_refused_for_errors(recipe, tmp_path
 )
 def test_wrong_words_are_one_error_line(refused, recipe, words, said):
     refused("check", *(word.replace("RECIPE", str(recipe)) for word in words), said=said)
+
+
+def test_a_training_counts_in_one_line_what_it_leaves_out(recipe, tmp_path, capsys):
+    folder = tmp_path / "data" / "beside"
+    (folder / "README.txt").write_text("about")
+    (folder / "sketch.psd").write_bytes(b"8BPS")
+    preflight(load_recipe(recipe))
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("notice")]
+    assert lines == [
+        "notice: 1 caption without image, 1 unsupported (README.txt, sketch.psd): data.strict refuses them"
+    ]
+    with pytest.raises(ValueError, match=r"README\.txt"):
+        preflight(load_recipe(recipe, ["data.strict=true"]))
