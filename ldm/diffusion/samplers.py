@@ -29,6 +29,12 @@ from ldm.diffusion.sde import NoiseLevel
 from ldm.diffusion.timesteps import TimeGrid
 from ldm.rng import Noise
 
+HEUN_MIN_RHO = 0.1  # longer steps, to a tenth of sigma/alpha or less, are no business of a line in sigma/alpha
+# A parabola is continued over a step only where its three weights sum to no more than this in absolute value, by rate.
+# 7 is the sum at the end of a step as long as the last two (3, -3, 1); short steps have 3.7. In the SDE, whose outputs
+# scatter with the noise, it must be nearer to that.
+MAX_PARABOLA_WEIGHT = {1.0: 7.0, 2.0: 4.7}
+
 # yields (x, level), is sent E[x_0 | x], returns x
 SamplerCoroutine = Generator[tuple[Tensor, NoiseLevel], Tensor, Tensor]
 Sampler = Callable[[Tensor, TimeGrid, Noise], SamplerCoroutine]
@@ -114,24 +120,29 @@ def _multistep_weights(nodes: Sequence[float], end: float, rate: float) -> list[
     return [float((density * b).sum() / density.sum()) for b in basis]
 
 
-def _mean_of_interpolant(history: History, level: NoiseLevel, next_level: NoiseLevel, rate: float = 1.0) -> Tensor:
-    """The mean over the step of the polynomial in log(alpha/sigma) through the whole history.
+def _mean_of_interpolant(history: History, level: NoiseLevel, next_level: NoiseLevel) -> Tensor:
+    """The mean over the step of the polynomial in log(alpha/sigma) through the whole history."""
+    return weighted_sum(_interpolant_weights(history, level, next_level, 1.0), [x0 for _, x0 in history])
 
-    `rate` of the weight e^(rate s) is 1 for the ODE and 2 for the SDE.
-    """
-    weights = _multistep_weights([_h(level, past) for past, _ in history], _h(level, next_level), rate)
-    return weighted_sum(weights, [x0 for _, x0 in history])
+
+def _interpolant_weights(history: History, level: NoiseLevel, next_level: NoiseLevel, rate: float) -> list[float]:
+    return _multistep_weights([_h(level, past) for past, _ in history], _h(level, next_level), rate)
 
 
 def _extrapolate_x0(history: History, level: NoiseLevel, next_level: NoiseLevel, rate: float = 1.0) -> Tensor:
-    """The mean of x0 over the next step: by the last one, the middle of the line through two, or
-    `_mean_of_interpolant`.
+    """The mean of x0 over the next step: by the last one, the middle of the line through two, or a parabola.
+
+    Over a step much longer than the last, as grids in t have near the clean image, a parabola ends many times farther
+    off than the outputs that it goes through: beyond `MAX_PARABOLA_WEIGHT` the line is taken. The steps of a refined
+    grid are alike, so the order stays.
     """
     x0 = history[0][1]
     if len(history) == 1:
         return x0
     if len(history) > 2:
-        return _mean_of_interpolant(history, level, next_level, rate)
+        weights = _interpolant_weights(history, level, next_level, rate)
+        if sum(map(abs, weights)) <= MAX_PARABOLA_WEIGHT[rate]:
+            return weighted_sum(weights, [x0 for _, x0 in history])
     before, x0_before = history[1]
     return x0 + _h(level, next_level) / (2 * _h(before, level)) * (x0 - x0_before)
 
@@ -195,15 +206,20 @@ def euler(x: Tensor, grid: TimeGrid, noise: Noise) -> SamplerCoroutine:
 def heun(x: Tensor, grid: TimeGrid, noise: Noise) -> SamplerCoroutine:
     """Heun's step in x/alpha, sigma/alpha (Karras et al. 2022, algorithm 1); two evaluations a step.
 
-    The mean of both ends' slopes is Euler's step with x0 + (x0_ahead - x0) / (2 rho) for x0. From infinite
-    sigma/alpha or into zero (rho = 0) one of the slopes is missing: Euler.
+    The mean of both ends' slopes is Euler's step with x0 + (x0_ahead - x0) / (2 rho) for x0. Where rho is below
+    `HEUN_MIN_RHO` that extrapolates far beyond both (1e4 times their difference at the start of the cosine table), and
+    x0 is the mean over the step of the line in log-SNR through them. From infinite sigma/alpha or into zero (rho = 0)
+    one of the slopes is missing: Euler.
     """
     for now, to in pairwise(grid):
         x0 = yield x, now
         rho = _rho(now, to)
         if rho > 0:
             x0_ahead = yield _ode_step(x, x0, now, to), to
-            x0 = x0 + (x0_ahead - x0) / (2 * rho)
+            if rho < HEUN_MIN_RHO:
+                x0 = _mean_of_interpolant([(to, x0_ahead), (now, x0)], now, to)
+            else:
+                x0 = x0 + (x0_ahead - x0) / (2 * rho)
         x = _ode_step(x, x0, now, to)
     return x
 
@@ -437,6 +453,7 @@ SAMPLERS: dict[str, SamplerSpec] = {
     "dpmpp_3m": SamplerSpec(dpmpp_3m, 3, False, "Lu et al. 2022 (DPM-Solver++), multistep 3M of the authors' code"),
     "dpmpp_2m_sde": SamplerSpec(dpmpp_2m_sde, 2, True, "Lu et al. 2022 (DPM-Solver++), SDE-DPM-Solver++(2M)"),
     "dpmpp_3m_sde": SamplerSpec(dpmpp_3m_sde, 2, True, "k-diffusion, sample_dpmpp_3m_sde"),
+    "unipc_1": SamplerSpec(partial(unipc, order=1), 2, False, "Zhao et al. 2023 (UniPC), algorithms 1 and 2, p = 1"),
     "unipc": SamplerSpec(unipc, 3, False, "Zhao et al. 2023 (UniPC), algorithms 1 and 2, p = 2"),
     "unipc_3": SamplerSpec(partial(unipc, order=3), 3, False, "Zhao et al. 2023 (UniPC), algorithms 1 and 2, p = 3"),
     "rk45": SamplerSpec(rk45, 5, False, "Dormand & Prince 1980, RK5(4)7M", adaptive=True),

@@ -38,6 +38,7 @@ from ldm.diffusion.samplers import (
 from ldm.diffusion.sde import (
     CLEAN_LEVEL,
     VPSDE,
+    cosine_alphas_cumprod,
     linear_alphas_cumprod,
     rescale_zero_terminal_snr,
     scaled_linear_alphas_cumprod,
@@ -58,6 +59,7 @@ from tests.diffusion.oracle import (
 
 TABLE = scaled_linear_alphas_cumprod(0.00085, 0.012, 1000)
 SD = VPSDE.tabulated(TABLE)
+COSINE_TABLE = VPSDE.tabulated(cosine_alphas_cumprod(1e-4, 0.02, 1000))
 SDES = {
     "linear": VPSDE.linear(),
     "linear table": VPSDE.tabulated(linear_alphas_cumprod(1e-4, 0.02, 1000)),
@@ -470,3 +472,29 @@ def test_langevin_is_exact_in_its_limit_of_small_steps():
     mean, cov = sampler_moments(partial(langevin, eps=0.02, steps_per_level=800), GAUSSIAN, grid)
     torch.testing.assert_close(mean, point.alpha * MU, rtol=0, atol=0.01)
     torch.testing.assert_close(cov, GAUSSIAN.marginal_cov(point), rtol=0.02, atol=0.01)
+
+
+@pytest.mark.parametrize("n", [5, 10, 20, 30])
+@pytest.mark.parametrize("name", DETERMINISTIC)
+@pytest.mark.parametrize("spacing", SPACINGS)
+def test_no_solver_leaves_the_data_on_the_cosine_table(spacing, name, n):
+    """diffusers' cosine table begins at sigma/alpha = 20,291, so a first step may divide it by 1,000: whatever the
+    sampler and the grid, the end stays within about a deviation of the data from the exact one."""
+    grid = SPACINGS[spacing](COSINE_TABLE, n)
+    end = sample(FUNCTIONS[name], GAUSSIAN.denoise, X, grid, nothing)
+    error = (end - GAUSSIAN.probability_flow(X, grid[0], CLEAN_LEVEL)).square().mean().sqrt().item()
+    assert error < (0.6 if n <= 10 else 0.3)
+
+
+@pytest.mark.parametrize("name", ["dpmpp_3m", "unipc_3"])
+@pytest.mark.parametrize("spacing", ["linspace", "leading"])
+def test_a_third_order_solver_draws_a_line_over_a_step_much_longer_than_the_last(name, spacing):
+    """Grids in t end in a step of log-SNR several times the last one, where a parabola shoots far beyond its points."""
+    for n in (10, 20, 30):
+        grid = SPACINGS[spacing](SD, n)
+        exact = GAUSSIAN_MIXTURE.probability_flow(X, grid[0], CLEAN_LEVEL._replace(sigma=1e-6))
+        second, third = (
+            (sample(FUNCTIONS[k], GAUSSIAN_MIXTURE.denoise, X, grid, nothing) - exact).norm()
+            for k in ("dpmpp_2m", name)
+        )
+        assert third < 2 * second
