@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,11 +20,18 @@ MAX_TRAIN_TIMESTEPS = 100_000
 
 
 class SchedulerSpec(NamedTuple):
-    """A scheduler class of diffusers: the sampler that computes the same, and the class's own defaults."""
+    """A scheduler class of diffusers: the sampler that computes the same, and the class's own defaults.
+
+    `solvers` are the samplers by `algorithm_type` and `solver_order` where the class has these, `solver_types` the
+    values of `solver_type` that leave them as they are, and `spacings` its grids.
+    """
 
     sampler: str
     spacing: str = "linspace"
     beta_range: tuple[float, float] = (1e-4, 0.02)
+    solvers: Mapping[tuple[str, int], str] = {}
+    solver_types: tuple[str, ...] = ()
+    spacings: Mapping[str, str] = {"leading": "leading", "linspace": "linspace", "trailing": "trailing"}
 
 
 class SchedulerSettings(NamedTuple):
@@ -35,27 +43,59 @@ class SchedulerSettings(NamedTuple):
     spacing: str
 
 
+MULTISTEP_SPACINGS = {"leading": "sgm_leading", "linspace": "sgm_uniform", "trailing": "trailing"}  # n of n + 1 points
+DPM_SOLVERS = {
+    ("dpmsolver++", 1): "ddim",
+    ("dpmsolver++", 2): "dpmpp_2m",
+    ("dpmsolver++", 3): "dpmpp_3m",
+    ("sde-dpmsolver++", 1): "euler_ancestral",
+    ("sde-dpmsolver++", 2): "dpmpp_2m_sde",
+    ("sde-dpmsolver++", 3): "dpmpp_3m_sde",
+}
+SINGLESTEP_SOLVERS = {("dpmsolver++", 1): "ddim", ("dpmsolver++", 2): "dpmpp_2s"}
+UNIPC_SOLVERS = {("", 1): "unipc_1", ("", 2): "unipc", ("", 3): "unipc_3"}  # it has no algorithm_type
+DEIS_SOLVERS = {("deis", 1): "ddim", ("deis", 2): "dpmpp_2m", ("deis", 3): "dpmpp_3m"}  # exponential integrators too
+ALGORITHM_ALIASES = {  # what a class reads another class's algorithm_type as
+    "DPMSolverMultistepScheduler": {"deis": "dpmsolver++"},
+    "DPMSolverSinglestepScheduler": {"deis": "dpmsolver++"},
+    "DEISMultistepScheduler": {"dpmsolver": "deis", "dpmsolver++": "deis"},
+}
 DIFFUSERS_SCHEDULERS = {
     "DDIMScheduler": SchedulerSpec("ddim", "leading"),
+    "DDIMParallelScheduler": SchedulerSpec("ddim", "leading"),
     "DDPMScheduler": SchedulerSpec("ddpm", "leading"),
+    "DDPMParallelScheduler": SchedulerSpec("ddpm", "leading"),
     "PNDMScheduler": SchedulerSpec("dpmpp_2m", "leading"),  # a linear multistep method; ours is of order 2
     "EulerDiscreteScheduler": SchedulerSpec("euler"),
     "EulerAncestralDiscreteScheduler": SchedulerSpec("euler_ancestral"),
     "HeunDiscreteScheduler": SchedulerSpec("heun", beta_range=(0.00085, 0.012)),
     "LMSDiscreteScheduler": SchedulerSpec("lms"),
-    "DPMSolverMultistepScheduler": SchedulerSpec("dpmpp_2m"),
-    "DPMSolverSinglestepScheduler": SchedulerSpec("dpmpp_2s"),
-    "UniPCMultistepScheduler": SchedulerSpec("unipc"),
-    "DEISMultistepScheduler": SchedulerSpec("dpmpp_2m"),  # an exponential integrator too
+    "DPMSolverMultistepScheduler": SchedulerSpec(
+        "dpmpp_2m",
+        solvers=DPM_SOLVERS,
+        solver_types=("midpoint", "logrho", "bh1", "bh2"),  # the last three are read as midpoint
+        spacings=MULTISTEP_SPACINGS,
+    ),
+    "DPMSolverSinglestepScheduler": SchedulerSpec(
+        "dpmpp_2s",
+        solvers=SINGLESTEP_SOLVERS,
+        solver_types=("midpoint", "logrho", "bh1", "bh2"),
+        spacings=MULTISTEP_SPACINGS,
+    ),
+    "UniPCMultistepScheduler": SchedulerSpec(
+        "unipc",
+        solvers=UNIPC_SOLVERS,
+        solver_types=("bh2", "midpoint", "heun", "logrho"),  # the last three are read as bh2
+        spacings=MULTISTEP_SPACINGS,
+    ),
+    "DEISMultistepScheduler": SchedulerSpec(
+        "dpmpp_2m",
+        solvers=DEIS_SOLVERS,
+        solver_types=("logrho", "midpoint", "heun", "bh1", "bh2"),
+        spacings=MULTISTEP_SPACINGS,
+    ),
     "KDPM2DiscreteScheduler": SchedulerSpec("heun", beta_range=(0.00085, 0.012)),  # also second-order, single-step
     "KDPM2AncestralDiscreteScheduler": SchedulerSpec("euler_ancestral", beta_range=(0.00085, 0.012)),
-}
-DPM_SOLVER_SAMPLERS = {  # by algorithm_type and solver_order, where the class alone does not tell
-    ("dpmsolver++", 1): "ddim",
-    ("dpmsolver++", 3): "dpmpp_3m",
-    ("sde-dpmsolver++", 1): "euler_ancestral",
-    ("sde-dpmsolver++", 2): "dpmpp_2m_sde",
-    ("sde-dpmsolver++", 3): "dpmpp_3m_sde",
 }
 SIGMA_FLAG_SPACINGS = {  # spacings by the field that is true
     "use_karras_sigmas": "karras",
@@ -66,7 +106,7 @@ SIGMA_FLAG_SPACINGS = {  # spacings by the field that is true
 SCHEDULER_CONFIG_SCHEMA = ConfigSchema(
     "scheduler",
     """num_train_timesteps beta_start beta_end beta_schedule trained_betas rescale_betas_zero_snr prediction_type
-    timestep_spacing algorithm_type solver_order use_karras_sigmas use_exponential_sigmas use_beta_sigmas
+    timestep_spacing algorithm_type solver_order solver_type use_karras_sigmas use_exponential_sigmas use_beta_sigmas
     use_lu_lambdas""",
     {
         "thresholding": (False,),
@@ -78,6 +118,9 @@ SCHEDULER_CONFIG_SCHEMA = ConfigSchema(
         "sigma_min": (None, 0),
         "sigma_max": (None, 0),
         "variance_type": (None, "fixed_small", "fixed_small_log"),  # not learned
+        "lambda_min_clipped": (None, -math.inf, "-inf"),  # our steps begin where the schedule does
+        "disable_corrector": ([], None),
+        "solver_p": (None,),
     },
     {
         "False, as diffusers' pipelines set it, whatever a file says": "clip_sample clip_sample_range",
@@ -85,9 +128,7 @@ SCHEDULER_CONFIG_SCHEMA = ConfigSchema(
         "our last step always ends at sigma = 0": """set_alpha_to_one final_sigmas_type euler_at_final
         lower_order_final""",
         "alphas_cumprod is interpolated smoothly": "interpolation_type",
-        "our steps begin where the schedule does": "lambda_min_clipped",
-        "the sampler has its own": """solver_type skip_prk_steps disable_corrector solver_p
-        noise_sampler_seed""",
+        "the sampler has its own": "skip_prk_steps noise_sampler_seed",
         "of thresholding alone, which is refused": "dynamic_thresholding_ratio sample_max_value",
         "of flow matching alone, which is refused": "flow_shift time_shift_type",
     },
@@ -107,18 +148,35 @@ def parse_scheduler_config(config: Mapping[str, Any]) -> SchedulerSettings:
     SCHEDULER_CONFIG_SCHEMA.validate(config)
     kind = choose(DIFFUSERS_SCHEDULERS, config.get("_class_name", ""), "scheduler _class_name")
     prediction = choose(PREDICTION_TYPES, config.get("prediction_type", "epsilon"), "prediction_type")
-    solver = config.get("algorithm_type", "dpmsolver++"), config.get("solver_order", 2)
-    sampler = DPM_SOLVER_SAMPLERS.get(solver, kind.sampler) if kind.sampler == "dpmpp_2m" else kind.sampler
+    sampler = _resolve_solver(config, kind) if kind.solvers else kind.sampler
     sde = VPSDE.tabulated(compute_alphas_cumprod(config))
     return SchedulerSettings(sde, PREDICTIONS[prediction], sampler, _resolve_spacing(config, kind))
+
+
+def _resolve_solver(config: Mapping[str, Any], scheduler: SchedulerSpec) -> str:
+    """The sampler of a class that has `solver_order`; ValueError names the field whose value has none."""
+    name, usual = (
+        config["_class_name"],
+        next(key for key, value in scheduler.solvers.items() if value == scheduler.sampler),
+    )
+    types = {value: value for value in scheduler.solver_types}
+    choose(types, config.get("solver_type") or scheduler.solver_types[0], f"{name} solver_type")
+    stated = config.get("algorithm_type") or usual[0] if usual[0] else ""
+    algorithm = ALGORITHM_ALIASES.get(name, {}).get(stated, stated)
+    if usual[0]:
+        choose({key[0]: key for key in scheduler.solvers}, algorithm, f"{name} algorithm_type")
+    orders = {order: sampler for (kind, order), sampler in scheduler.solvers.items() if kind == algorithm}
+    order = config.get("solver_order", usual[1])
+    if isinstance(order, bool) or not isinstance(order, int) or order not in orders:
+        raise ValueError(f"{name} solver_order {order!r}: choose from {', '.join(map(str, orders))}")
+    return orders[order]
 
 
 def _resolve_spacing(config: Mapping[str, Any], scheduler: SchedulerSpec) -> str:
     flags = [name for name in SIGMA_FLAG_SPACINGS if config.get(name)]
     if len(flags) > 1:
         raise ValueError(f"{' and '.join(flags)}: one spacing is needed")
-    spacings = {name: name for name in ("leading", "linspace", "trailing")}
-    spacing = choose(spacings, config.get("timestep_spacing", scheduler.spacing), "timestep_spacing")
+    spacing = choose(scheduler.spacings, config.get("timestep_spacing", scheduler.spacing), "timestep_spacing")
     return SIGMA_FLAG_SPACINGS[flags[0]] if flags else spacing
 
 

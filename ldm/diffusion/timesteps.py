@@ -55,7 +55,10 @@ def make_spacing(times: Callable[..., Tensor]) -> Spacing:
 
 @make_spacing
 def linspace(sde: VPSDE, n: int) -> Tensor:
-    """Timesteps equally spaced from the last to 0, fractions kept, as in diffusers' Euler and Heun."""
+    """Timesteps equally spaced from the last to 0, fractions kept, as in diffusers' Euler, Heun and LMS.
+
+    diffusers' multistep classes (DPM-Solver, UniPC, DEIS) mean `sgm_uniform` by that name.
+    """
     return (torch.linspace(sde.num_train_timesteps - 1, 0, n, dtype=torch.float64) + 1) / sde.num_train_timesteps
 
 
@@ -64,6 +67,23 @@ def leading(sde: VPSDE, n: int, offset: int = 1) -> Tensor:
     """Every (N // n)-th index from `offset` on, N = `num_train_timesteps` (Song et al. 2021 (DDIM), appendix D.2)."""
     total = sde.num_train_timesteps
     return (torch.arange(n, dtype=torch.float64).flip(0) * (total // n) + offset + 1) / total
+
+
+@make_spacing
+def sgm_uniform(sde: VPSDE, n: int) -> Tensor:
+    """The first n of n + 1 whole timesteps equally spaced from the last to 0.
+
+    Stability's generative-models and ComfyUI call it "SGM uniform"; it is `linspace` of diffusers' multistep classes.
+    """
+    total = sde.num_train_timesteps
+    return torch.from_numpy(np.linspace(0, total - 1, n + 1).round()[:0:-1] + 1) / total
+
+
+@make_spacing
+def sgm_leading(sde: VPSDE, n: int, offset: int = 1) -> Tensor:
+    """The first n of n + 1 indices of `leading`: that spacing in diffusers' multistep classes."""
+    total = sde.num_train_timesteps
+    return (torch.arange(1, n + 1, dtype=torch.float64).flip(0) * (total // (n + 1)) + offset + 1) / total
 
 
 @make_spacing
@@ -124,6 +144,8 @@ SPACINGS: dict[str, Spacing] = {
     "linspace": linspace,
     "leading": leading,
     "trailing": trailing,
+    "sgm_uniform": sgm_uniform,
+    "sgm_leading": sgm_leading,
     "karras": karras,
     "log_snr": log_snr,
     "exponential": log_snr,

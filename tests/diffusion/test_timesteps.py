@@ -6,7 +6,13 @@ import numpy as np
 import pytest
 import scipy.stats
 import torch
-from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler
+from diffusers import (
+    DDIMScheduler,
+    DEISMultistepScheduler,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    UniPCMultistepScheduler,
+)
 
 from ldm.diffusion.samplers import SAMPLERS, sample
 from ldm.diffusion.sde import CLEAN_LEVEL, VPSDE, scaled_linear_alphas_cumprod
@@ -50,14 +56,17 @@ def test_ddim_rounds_the_same_timesteps(name):
         assert torch.equal(timesteps(SPACINGS[name](SD, n)).round().long(), scheduler.timesteps)
 
 
+@pytest.mark.parametrize("make", [DPMSolverMultistepScheduler, UniPCMultistepScheduler, DEISMultistepScheduler])
 @pytest.mark.parametrize("name, offset", [("linspace", 0), ("leading", 0), ("leading", 1), ("trailing", 0)])
-def test_dpm_solver_takes_the_first_n_of_n_plus_1_save_for_trailing(name, offset):
-    scheduler = DPMSolverMultistepScheduler(**BETAS, timestep_spacing=name, steps_offset=offset)
-    for n in (2, 7, 20, 50, 64, 333):
+def test_multistep_classes_of_diffusers_take_the_sgm_grids(make, name, offset):
+    """The first n of n + 1 points, save for trailing: same timesteps."""
+    ours_by_name = {"linspace": "sgm_uniform", "leading": "sgm_leading", "trailing": "trailing"}
+    scheduler = make(**BETAS, timestep_spacing=name, steps_offset=offset)
+    for n in (2, 7, 8, 10, 20, 30, 50, 64, 333):
         scheduler.set_timesteps(n)
-        options = {"offset": offset} if name == "leading" else {}
-        ours = timesteps(SPACINGS[name](SD, n if name == "trailing" else n + 1, **options))[:n]
+        ours = timesteps(SPACINGS[ours_by_name[name]](SD, n, **({"offset": offset} if name == "leading" else {})))
         assert torch.equal(ours.round().long(), scheduler.timesteps)
+        torch.testing.assert_close(ours, ours.round(), rtol=0, atol=1e-9)
 
 
 def test_exponential_is_diffusers_and_is_log_snr():
