@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import sys
 from collections.abc import Sequence
@@ -23,9 +24,10 @@ from ldm.commands.options import (
     load_pipeline_and_request,
     parse_embedding,
 )
-from ldm.commands.progress import UnsupportedSyntaxReport, show_progress
+from ldm.commands.progress import UnsupportedSyntaxReport, print_notices, show_progress
 
 if TYPE_CHECKING:
+    from ldm.jobs.wildcards import PromptTemplate
     from ldm.pipeline.pipeline import Pipeline
     from ldm.pipeline.request import Request
 
@@ -41,34 +43,44 @@ def generate(
     count: CountOption = 1,
     batch_size: Annotated[int, typer.Option(help="Images that are generated at a time.")] = 8,
     model: ModelOptions,
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the PNG files.")] = Path("out"),
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the PNG files, or one .png file.")] = Path("out"),
     as_json: JsonOption = False,
 ) -> None:
     """Generate images from prompts, and print the names of the PNG files.
 
-    Prompts are weighted as in AUTOMATIC1111's web UI: (more), [less], (so much:1.3); BREAK begins a new chunk.
+    PROMPT - reads one prompt per line from standard input; {red|blue} and __name__ (of the folder wildcards) vary with
+    the seed, as in `ldm batch`. Prompts are weighted as in AUTOMATIC1111's web UI: (more), [less], (so much:1.3);
+    BREAK begins a new chunk.
     Options may be spelled as in diffusers or the web UI: --negative-prompt, --num-inference-steps, --cfg-scale, ...
     """
-    texts = [text for text in [*(prompts or []), *(prompt or [])] if text.strip()]
+    words = [*(prompts or []), *(prompt or [])]
+    texts = [text for word in words for text in (read_stdin_prompts() if word == "-" else [word]) if text.strip()]
     if not texts:
         raise ValueError("PROMPT: at least one that is not blank is needed")
     check_range("--count", count, 1, 100_000)
     check_range("--batch-size", batch_size, 1, 100_000)
-    check_out_folder(out, make=False)
+    is_file = out.suffix.lower() == ".png" and not out.is_dir()
+    folder = out.parent if is_file else out
+    if is_file and len(texts) * count > 1:
+        raise ValueError(f"--out {out}: is one file, for {len(texts) * count} images: give a folder")
+    check_out_folder(folder, make=False)
+    templates = parse_templates(texts)
     pipe, request = load_pipeline_and_request(model, options, batch_size=batch_size)
     given = {embedding.token for embedding in map(parse_embedding, model.embedding or [])}
     for token, embedding in pipe.prompt_encoder.embeddings.items():
         if token not in given:
             print(f"{embedding.path}: its token is {token}", file=sys.stderr)
     requests = [
-        pipe.resolve(replace(request, prompt=text, seed=request.seed + k)) for text in texts for k in range(count)
+        pipe.resolve(replace(request, prompt=template(0, request.seed + k), seed=request.seed + k))
+        for template in templates
+        for k in range(count)
     ]
-    check_out_folder(out)
+    check_out_folder(folder)
     unsupported = UnsupportedSyntaxReport()
     for request in requests:
         unsupported.collect(request)
     unsupported.print_warning()
-    files = generate_images(pipe, model.display_name, requests, out)
+    files = generate_images(pipe, model.display_name, requests, folder, out.name if is_file else None)
     if as_json:
         records = [{"file": str(file), **r.to_record()} for file, r in zip(files, requests, strict=True)]
         print(json.dumps({"images": records}))
@@ -76,16 +88,39 @@ def generate(
         print(*files, sep="\n")
 
 
-def generate_images(pipe: Pipeline, model_name: str, requests: Sequence[Request], out: Path) -> list[Path]:
+def read_stdin_prompts() -> list[str]:
+    """The lines of standard input; ValueError where they are not UTF-8."""
+    try:
+        return sys.stdin.buffer.read().decode("utf-8-sig").splitlines()
+    except UnicodeDecodeError:
+        raise ValueError("standard input: not UTF-8") from None
+
+
+def parse_templates(texts: Sequence[str]) -> list[PromptTemplate]:
+    """Prompts with their wildcards, whose files lie in `wildcards`; ValueError for what cannot be parsed."""
+    from ldm.jobs.wildcard_files import WildcardManager
+    from ldm.jobs.wildcards import PromptTemplate
+
+    manager = WildcardManager(Path("wildcards").absolute())
+    templates = [PromptTemplate(text, manager(text)) for text in texts]
+    print_notices(dict.fromkeys(manager.notices, ()))
+    return templates
+
+
+def generate_images(
+    pipe: Pipeline, model_name: str, requests: Sequence[Request], out: Path, name: str | None = None
+) -> list[Path]:
     """Write each image once it is finished, with progress on stderr; the files in the order of the requests.
 
-    If another run has taken a name meanwhile, the remaining images get numbers after all that exist.
+    `name` is that of a single image, which replaces a file. If another run has taken a name meanwhile, the remaining
+    images get numbers after all that exist.
     """
     from ldm.files import rename_noreplace
     from ldm.metadata import save_png
 
     first, files, done = next_image_number(out), dict[int, Path](), 0.0
-    names = make_image_names(requests, first)
+    names = [name] if name else make_image_names(requests, first)
+    rename = os.replace if name else rename_noreplace
     with show_progress() as update:
 
         def on_progress(progress_delta: float) -> None:
@@ -96,7 +131,7 @@ def generate_images(pipe: Pipeline, model_name: str, requests: Sequence[Request]
         for k, image in pipe.stream(requests, on_progress):
             while k not in files:
                 try:
-                    save_png(image, out / names[k], pipe.metadata(requests[k], model_name), rename_noreplace)
+                    save_png(image, out / names[k], pipe.metadata(requests[k], model_name), rename)
                     files[k] = out / names[k]
                 except FileExistsError:
                     first = max(first + 1, next_image_number(out))

@@ -1,5 +1,6 @@
 """The command line: what it draws, what it refuses, and how it says so."""
 
+import io
 import json
 import os
 import signal
@@ -182,3 +183,16 @@ def test_an_interrupt_leaves_whole_files_only_and_status_130(tiny, tmp_path, num
     assert process.returncode == 130 and "Traceback" not in err
     for file in tmp_path.iterdir():
         assert file.suffix == ".png" and Image.open(file).load()
+
+
+def test_standard_input_wildcards_and_one_file(ldm_, tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"a cat\n\n{a|a} dog\n")))
+    words = ["generate", "--model", tiny, "--steps", 2, "--json"]
+    status, out, _ = ldm_(*words, "-", "--out", tmp_path)
+    assert status == 0 and [image["prompt"] for image in json.loads(out)["images"]] == ["a cat", "a dog"]
+    status, out, _ = ldm_(*words, "a {@red|blue} cat", "--seed", 1, "--out", tmp_path / "foo.png")
+    assert status == 0 and (tmp_path / "foo.png").is_file()
+    assert json.loads(out)["images"][0]["prompt"] == "a blue cat"
+    for arguments, said in ((["a", "b"], "is one file, for 2 images"), (["{a"], "is not closed")):
+        status, _, err = ldm_(*words, *arguments, "--out", tmp_path / "new.png")
+        assert status == 2 and said in err and not (tmp_path / "new.png").exists()
