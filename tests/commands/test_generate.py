@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -62,7 +63,7 @@ def test_two_runs_at_once_into_one_folder_write_over_nothing(ldm_, tiny, tmp_pat
     assert status == 0 and ours == sorted(ours) and sorted(ours + theirs) == sorted(map(str, tmp_path.iterdir()))
     assert len({os.path.basename(file)[:4] for file in ours + theirs}) == 5
     for files, steps, seeds in ((ours, 6, [0, 1, 2]), (theirs, 2, [1, 2])):
-        drawn = [json.loads(read_image_and_metadata(file)[1]["ldm"])["request"] for file in files]
+        drawn = [json.loads(read_image_and_metadata(Path(file))[1]["ldm"])["request"] for file in files]
         assert [(r["num_inference_steps"], r["seed"]) for r in drawn] == [(steps, seed) for seed in seeds]
 
 
