@@ -38,7 +38,7 @@ def vae_config():
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory):
-    """A model folder: latents of 4 channels, a quarter of the picture's side; v-prediction; native size 32."""
+    """A model folder: latents of 4 channels, a quarter of the image's side; v-prediction; native size 32."""
     folder = tmp_path_factory.mktemp("models") / "tiny"
     torch.manual_seed(0)
     tokenizer = clip.train_tokenizer(CAPTIONS * 10, 600, 16)

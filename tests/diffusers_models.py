@@ -14,7 +14,7 @@ SCHEDULE = {
     "clip_sample": False,
     "steps_offset": 1,
 }
-CONTRAST = 0.7  # of the random decoder: pictures of many levels, few of them 0 or 255
+CONTRAST = 0.7  # of the random decoder: images of many levels, few of them 0 or 255
 PROMPT, NEGATIVE = "a red apple on a blue background", "two stars"
 
 

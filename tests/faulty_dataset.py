@@ -22,7 +22,7 @@ def plant(function):
 
 
 def smooth(seed, width=64, height=64, least=40, most=215):
-    """A picture of soft colours: a few random pixels enlarged."""
+    """An image of soft colours: a few random pixels enlarged."""
     few = np.random.default_rng(seed).integers(least, most, (6, 6, 3), dtype=np.uint8)
     return Image.fromarray(few).resize((width, height), Image.Resampling.BICUBIC)
 
@@ -32,7 +32,7 @@ def file(seed, *size, **options):
 
 
 def marked(seed, colour):
-    """A picture whose first pixel has a pure colour, by which a test's autoencoder knows it."""
+    """An image whose first pixel has a pure colour, by which a test's autoencoder knows it."""
     picture = smooth(seed)
     picture.putpixel((0, 0), ImageColor.getrgb(colour))
     return picture
@@ -54,7 +54,7 @@ def tar(files):
 
 
 def sound(root):
-    """A data set in five places that nothing is wrong with: pictures beside captions, listed, in classes, in a tar."""
+    """A data set in five places that nothing is wrong with: images beside captions, listed, in classes, in a tar."""
     shapes = [(64, 64), (96, 48), (48, 96), (80, 80)]
     for k in range(8):
         write(root / "beside", {f"{k}.png": file(k, *shapes[k % 4]), f"{k}.txt": caption(k)})
@@ -73,7 +73,7 @@ def sound(root):
 
 
 def beside(root, name, content, text="a green star"):
-    """A picture with its caption; the key."""
+    """An image with its caption; the key."""
     write(root / "beside", {name: content, name.rsplit(".", 1)[0] + ".txt": text})
     return name
 

@@ -1,4 +1,4 @@
-"""Pictures with known pixels, as files."""
+"""Images with known pixels, as files."""
 
 import io
 
@@ -12,14 +12,14 @@ def noise(width, height, seed=0, channels=3):
 
 
 def encoded(picture, form="PNG", **options):
-    """The bytes of a file that holds a picture or an array of pixels."""
+    """The bytes of a file that holds an image or an array of pixels."""
     file = io.BytesIO()
     (picture if isinstance(picture, Image.Image) else Image.fromarray(picture)).save(file, form, **options)
     return file.getvalue()
 
 
 def write(folder, files):
-    """Write files by name below a folder; a text as UTF-8, a number as a picture of that seed, 12 by 8 pixels."""
+    """Write files by name below a folder; a text as UTF-8, a number as an image of that seed, 12 by 8 pixels."""
     for name, content in files.items():
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -38,7 +38,7 @@ def test_rounding_is_to_nearest_and_what_lies_outside_is_clipped():
     assert np.asarray(to_pil(levels)[0])[:, :, 0].tolist() == [[0, 255], [128, 128]]
 
 
-def test_what_is_no_picture_is_refused_by_name(tmp_path):
+def test_what_is_no_image_is_refused_by_name(tmp_path):
     (tmp_path / "x.png").write_text("no")
     for name in ("x.png", "absent.png"):
         for read in (read_image_and_metadata, read_image, read_mask):
@@ -133,7 +133,7 @@ def test_a_soft_mask_keeps_its_levels(tmp_path):
     assert np.array_equal(np.asarray(read_mask(tmp_path / "grey.png")), levels)
 
 
-def test_a_picture_s_transparency_is_white_and_its_sixteen_bits_are_scaled(tmp_path):
+def test_an_image_s_transparency_is_white_and_its_sixteen_bits_are_scaled(tmp_path):
     cut(COLOURS, HALF).save(tmp_path / "a.png")
     Image.fromarray(COLOURS[..., 0].astype(np.uint16) * 257).save(tmp_path / "b.png")
     white = np.where(HALF[..., None] > 0, COLOURS, 255)
@@ -144,7 +144,7 @@ def test_a_picture_s_transparency_is_white_and_its_sixteen_bits_are_scaled(tmp_p
 
 
 def file_of(form):
-    """A small picture in that format."""
+    """A small image in that format."""
     file, pixels = io.BytesIO(), np.random.default_rng(0).integers(0, 255, (16, 16, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(file, "PNG" if form == "ICNS" else form)
     data = file.getvalue()
@@ -175,7 +175,7 @@ def test_whatever_is_wrong_with_a_file_is_one_line_with_its_name(tmp_path, form)
     assert refused > 50
 
 
-def test_a_contact_sheet_shows_every_picture_over_its_caption():
+def test_a_contact_sheet_shows_every_image_over_its_caption():
     colours = [(255, 0, 0), (0, 255, 0), (0, 0, 255)]
     tiles = [Image.new("RGB", (40, 30), colour) for colour in colours]
     sheet = np.asarray(contact_sheet(tiles, ["a", "", "b"], columns=2)).astype(int)
@@ -202,7 +202,7 @@ TIFF_COMPRESSIONS = [None, "packbits", "tiff_lzw", "tiff_adobe_deflate"]
 
 
 @pytest.mark.parametrize("turn", range(1, 9))
-def test_a_picture_is_shown_upright(turn):
+def test_an_image_is_shown_upright(turn):
     """Undone by numpy, from the table of EXIF 2.3, section 4.6.4: which edges of the file are top and left."""
     file = {
         1: PIXELS,
@@ -324,7 +324,7 @@ def test_the_first_frame_is_used_and_told():
 
 
 @pytest.mark.parametrize("form", ["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM"])
-def test_a_picture_cut_short_is_refused_not_shown_in_part(form):
+def test_an_image_cut_short_is_refused_not_shown_in_part(form):
     data = encoded(noise(64, 64), form)
     for share in (0.3, 0.6) if form == "JPEG" else (0.3, 0.6, 0.9, 0.99):
         with pytest.raises(ValueError) as told:

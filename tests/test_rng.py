@@ -28,7 +28,7 @@ def test_every_bit_of_a_seed_of_64_bits_counts(low):
         assert drawn.mean(1).abs().max() < 0.05 and (drawn.std(1) - 1).abs().max() < 0.05
 
 
-def test_keyed_draws_come_from_more_than_32_bits():
+def test_keyed_generates_come_from_more_than_32_bits():
     """Two keys whose derived seeds have equal low halves are different streams."""
     seed = derive_seed(0, "a", "noise")
     assert seed >= 2**32
@@ -53,7 +53,7 @@ def test_rows_are_pure_in_any_batch_and_order():
         assert not torch.equal(both[0], both[1])
 
 
-def test_a_float64_picture_gets_the_same_numbers():
+def test_a_float64_image_gets_the_same_numbers():
     like = torch.empty(1, 4, 8, 8)
     assert torch.equal(Noise([4])(like.double()), Noise([4])(like).double())
 

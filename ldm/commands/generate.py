@@ -43,6 +43,7 @@ def generate(
     count: CountOption = 1,
     batch_size: Annotated[int, typer.Option(help="Images that are generated at a time.")] = 8,
     model: ModelOptions,
+    expand: Annotated[str, typer.Option(help="Wildcards: one (for each seed) or none.")] = "one",
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the PNG files, or one .png file.")] = Path("out"),
     as_json: JsonOption = False,
 ) -> None:
@@ -64,7 +65,9 @@ def generate(
     if is_file and len(texts) * count > 1:
         raise ValueError(f"--out {out}: is one file, for {len(texts) * count} images: give a folder")
     check_out_folder(folder, make=False)
-    templates = parse_templates(texts)
+    if expand not in ("one", "none"):
+        raise ValueError(f"--expand {expand!r}: choose from one, none")
+    templates = parse_templates(texts, expand)
     pipe, request = load_pipeline_and_request(model, options, batch_size=batch_size)
     given = {embedding.token for embedding in map(parse_embedding, model.embedding or [])}
     for token, embedding in pipe.prompt_encoder.embeddings.items():
@@ -96,13 +99,16 @@ def read_stdin_prompts() -> list[str]:
         raise ValueError("standard input: not UTF-8") from None
 
 
-def parse_templates(texts: Sequence[str]) -> list[PromptTemplate]:
-    """Prompts with their wildcards, whose files lie in `wildcards`; ValueError for what cannot be parsed."""
+def parse_templates(texts: Sequence[str], expand: str) -> list[PromptTemplate]:
+    """Prompts with their wildcards, whose files lie in `wildcards`; ValueError for what cannot be parsed.
+
+    `expand` "none" keeps them as text.
+    """
     from ldm.jobs.wildcard_files import WildcardManager
     from ldm.jobs.wildcards import PromptTemplate
 
     manager = WildcardManager(Path("wildcards").absolute())
-    templates = [PromptTemplate(text, manager(text)) for text in texts]
+    templates = [PromptTemplate(text, (text,) if expand == "none" else manager(text)) for text in texts]
     print_notices(dict.fromkeys(manager.notices, ()))
     return templates
 

@@ -139,7 +139,7 @@ def test_operators_measure_what_they_say():
 
 
 def test_keep_holds_the_known_part_and_leaves_the_rest():
-    """A sampler ends in the known picture where mask is 1, and mask 0 is the denoiser itself."""
+    """A sampler ends in the known image where mask is 1, and mask 0 is the denoiser itself."""
     x0, grid = randn(4, 2, seed=5), SPACINGS["log_snr"](SDE, 10)
     mask = torch.tensor([1.0, 0.0], dtype=torch.float64)
     end = sample(SAMPLERS["ddim"].function, inpaint(GAUSSIAN.denoise, x0, mask), X, grid, None)

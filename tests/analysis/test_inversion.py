@@ -57,7 +57,7 @@ def test_a_tighter_tolerance_asks_more_and_dormand_prince_is_of_order_five():
 
 
 @every_sde
-def test_encoding_the_clean_picture_is_the_flow_but_for_the_lowest_level(sde):
+def test_encoding_the_clean_image_is_the_flow_but_for_the_lowest_level(sde):
     """Below t = 1/steps, v is that level's: what this misses is of second order in sigma there."""
     grid = SPACINGS["log_snr"](sde, 10)
     (x,) = ode_encode(exact_answer, X0, grid, 1e-8, 1e-8)
@@ -103,8 +103,8 @@ TEXTS, BLANK = Conditioning(torch.tensor([1.0, 2, 3]).view(3, 1, 1)), Conditioni
 @pytest.mark.parametrize("spacing", ["trailing", "log_snr"])
 @pytest.mark.parametrize("sde", [SD, VPSDE.cosine()], ids=["table", "cosine"])
 @pytest.mark.parametrize("n", [1, 2, 5, 20, 50])
-def test_the_exact_scheme_returns_the_picture_whatever_the_network(n, sde, spacing, scale):
-    """Zero terminal SNR and the step into the clean picture included; the network is float32."""
+def test_the_exact_scheme_returns_the_image_whatever_the_network(n, sde, spacing, scale):
+    """Zero terminal SNR and the step into the clean image included; the network is float32."""
     denoise = classifier_free_guidance(Denoiser(wild_network, sde, PREDICTIONS["v"]), TEXTS, BLANK, scale)
     grid = SPACINGS[spacing](sde, n)
     trip = measure_round_trip(INVERSION_SCHEMES["exact"], denoise, PICTURES, grid)
@@ -114,7 +114,7 @@ def test_the_exact_scheme_returns_the_picture_whatever_the_network(n, sde, spaci
     assert torch.equal(again.x0, trip.x0) and not again.max_error.any()
 
 
-def test_different_pictures_have_different_states():
+def test_different_images_have_different_states():
     """The least difference that a state can hold comes back through fifty steps."""
     denoise = partial(Denoiser(wild_network, SD, PREDICTIONS["v"]), cond=TEXTS)
     grid = SPACINGS["log_snr"](SD, 50)
@@ -144,7 +144,7 @@ def test_the_round_trip_s_errors_are_each_image_s_own():
     assert 0 < trip.max_error.max() < 0.1
 
 
-def test_no_steps_leave_the_picture_as_it_is():
+def test_no_steps_leave_the_image_as_it_is():
     assert torch.equal(
         measure_round_trip(INVERSION_SCHEMES["exact"], exact_answer, PICTURES.float(), TimeGrid(SD, (CLEAN_LEVEL,))).x0,
         PICTURES.float().double(),

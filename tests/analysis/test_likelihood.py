@@ -61,7 +61,7 @@ def test_log_likelihood_is_the_gaussian_s_to_one_in_ten_thousand(sde):
 
 
 @every_sde
-def test_from_standard_noise_it_is_the_density_of_what_the_flow_draws(sde):
+def test_from_standard_noise_it_is_the_density_of_what_the_flow_generates(sde):
     start, origin, axes = sde.level(1.0), torch.zeros(1, 2, dtype=torch.float64), torch.eye(2, dtype=torch.float64)
     mean = GAUSSIAN.probability_flow(origin, start, CLEAN_LEVEL)[0]
     map_ = (GAUSSIAN.probability_flow(axes, start, CLEAN_LEVEL) - mean).T  # the flow is affine

@@ -42,7 +42,7 @@ def told(report):
 
 
 def encode(vae, images):
-    """Latents that are the picture's, extreme where its first pixel is red, and not finite where it is green."""
+    """Latents that are the image's, extreme where its first pixel is red, and not finite where it is green."""
     corner = images[0, :, 0, 0].tolist()
     scale = {(1, -1, -1): 100.0, (-1, 1, -1): math.nan}.get(tuple(corner), 1.0)
     return Posterior(images * scale, torch.ones_like(images))
@@ -139,7 +139,7 @@ def test_what_is_wrong_with_a_recipe_is_told(tiny, root, fault):
     assert fault in told(check(recipe_of(tiny, root, ["beside"], data, **changes)))
 
 
-def test_pictures_too_small_to_be_left_as_they_are(tiny, root):
+def test_images_too_small_to_be_left_as_they_are(tiny, root):
     key = beside(root, "icon.png", file(1, 12, 12))
     assert ("too small", key) in told(quick_audit(recipe_of(tiny, root, data={"bucket_no_upscale": True})))
 
@@ -199,7 +199,7 @@ def test_a_word_to_be_learnt_must_be_said(tiny, tmp_path):
     assert told(quick_audit(recipe)) == {("no placeholder token", "0.png")}
 
 
-def test_weights_that_are_not_finite_are_told_of_every_picture(tiny, tmp_path):
+def test_weights_that_are_not_finite_are_told_of_every_image(tiny, tmp_path):
     model = tmp_path / "model"
     shutil.copytree(tiny, model)
     path = model / "vae" / "diffusion_pytorch_model.safetensors"

@@ -1,4 +1,4 @@
-"""Duplicates: the library's hash, found whatever is done to a picture that does not change it, and only then."""
+"""Duplicates: the library's hash, found whatever is done to an image that does not change it, and only then."""
 
 import io
 
@@ -45,13 +45,13 @@ SAME = {
 
 
 @pytest.mark.parametrize("change", SAME)
-def test_the_same_picture_is_found_again(change):
+def test_the_same_image_is_found_again(change):
     pictures = [smooth(k, 96, 96) for k in range(20)]
     again = [SAME[change](picture) for picture in pictures]
     assert told([*pictures, *again]) == {(f"{k + 20}", f"looks like {k}") for k in range(20)}
 
 
-def test_other_pictures_are_not():
+def test_other_images_are_not():
     pictures = [smooth(k) for k in range(300)]
     hues = [Image.fromarray(np.roll(np.asarray(p), 1, 2)) for p in pictures[:50]]  # other colours, much the same shape
     mirrored = [p.transpose(Image.Transpose.FLIP_LEFT_RIGHT) for p in pictures[:50]]

@@ -110,7 +110,7 @@ def test_a_perfect_denoiser_answers_its_target(kind):
 
 @pytest.mark.parametrize("kind", EXPECTED_PROBE_RESULTS)
 @pytest.mark.parametrize("gain", [0.0, 0.3, 0.6, 0.8, 1.2])
-def test_a_denoiser_drawn_to_the_mean_of_pictures(kind, gain):
+def test_a_denoiser_drawn_to_the_mean_of_images(kind, gain):
     """x0 is g x0: the results are those of `classify_probe`, and eps is found for any g, the others from .6 on."""
     reply = reply_of(flat(kind, gain))
     alpha, sigma = math.cos(PROBE_ANGLE), math.sin(PROBE_ANGLE)
@@ -124,7 +124,7 @@ def test_a_denoiser_drawn_to_the_mean_of_pictures(kind, gain):
 
 
 @pytest.mark.parametrize("kind", EXPECTED_PROBE_RESULTS)
-def test_what_is_the_same_in_all_pictures_does_not_count(kind):
+def test_what_is_the_same_in_all_images_does_not_count(kind):
     offset = torch.tensor([1.0, -2.0, 0.5, 3.0])[:, None, None]
     assert math.dist(reply_of(flat(kind, offset=offset)), reply_of(flat(kind))) < 0.05
 
@@ -147,7 +147,7 @@ def test_a_silent_file_is_measured(singles, name, kind):
     assert "measured" in found.evidence[1]
 
 
-def test_the_u_net_is_asked_once(singles):
+def test_the_unet_is_asked_once(singles):
     calls = []
     detect_model(singles["sd1"], {}, lambda: calls.append(1) or EXPECTED_PROBE_RESULTS["v"])
     assert calls == [1]
@@ -227,7 +227,7 @@ def test_what_is_told_is_not_measured(singles, case):
     assert any(word in line for line in found.evidence), found.evidence
 
 
-def test_a_family_that_the_user_names_does_not_silence_the_u_net(singles):
+def test_a_family_that_the_user_names_does_not_silence_the_unet(singles):
     """It says what the prediction is only where it chooses between two of the same tensors."""
     assert detect_model(singles["sd1"], {}, lambda: EXPECTED_PROBE_RESULTS["v"], family="sd1").prediction == "v"
 

@@ -1,4 +1,4 @@
-"""The families' records are the published models': their sizes, their towers, their schedule."""
+"""The families' records are the published models': their sizes, their text encoders, their schedule."""
 
 import inspect
 import math
@@ -102,7 +102,7 @@ def test_native_sizes_are_diffusers(name, theirs):
     ],
     ids=["L", "L of XL", "H", "G"],
 )
-def test_towers_are_open_clip_s(tower, model):
+def test_text_encoders_are_open_clip_s(tower, model):
     theirs, config = open_clip.get_model_config(model), tower.config
     text = theirs["text_cfg"]
     assert (config["hidden_size"], config["num_attention_heads"]) == (text["width"], text["heads"])

@@ -47,7 +47,7 @@ LANDMARKS = {  # names that every tool knows a file by
 
 
 def small(tower):
-    """A tower of 3 layers whose width is not its projection's."""
+    """A text encoder of 3 layers whose width is not its projection's."""
     sizes = {"hidden_size": 16, "intermediate_size": 24, "projection_dim": 12, "num_hidden_layers": 3}
     rest = {"num_attention_heads": 2, "vocab_size": 40, "max_position_embeddings": 9}
     return replace(tower, config=tower.config | sizes | rest | {"bos_token_id": 38, "eos_token_id": 39})
@@ -157,7 +157,7 @@ def test_there_and_back_changes_no_bit(name):
 
 
 @pytest.mark.parametrize("name, model", [("sd2-v", "ViT-H-14"), ("sdxl", "ViT-bigG-14")])
-def test_every_tensor_of_open_clip_s_tower_is_mapped_or_ignored(name, model):
+def test_every_tensor_of_open_clip_s_text_encoder_is_mapped_or_ignored(name, model):
     family = FAMILIES[name]
     tower = [*family.text_encoders.values()][-1]
     with torch.device("meta"):
@@ -173,7 +173,7 @@ def test_every_tensor_of_open_clip_s_tower_is_mapped_or_ignored(name, model):
     assert len(last) == (12 if name == "sd2-v" else 0)
 
 
-def test_a_converted_tower_is_open_clip_s_function():
+def test_a_converted_text_encoder_is_open_clip_s_function():
     """Queries, keys, values and the projection end in their places: one pooled vector by two libraries."""
     family = tiny("sdxl")
     tower = family.text_encoders["text_encoder_2"]
@@ -282,7 +282,7 @@ def test_the_moving_average_takes_the_place_of_the_last_weights():
 @pytest.mark.parametrize(
     "name, folder", [("sd1", "text_encoder"), ("sd2-v", "text_encoder"), ("sdxl", "text_encoder_2")]
 )
-def test_transformers_reads_a_converted_tower(name, folder, tmp_path):
+def test_transformers_reads_a_converted_text_encoder(name, folder, tmp_path):
     """By the published names; safetensors, too, takes the parts of fused tensors, which are views."""
     family = tiny(name)
     tower, tensors = (

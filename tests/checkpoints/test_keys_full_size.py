@@ -82,7 +82,7 @@ def test_each_tensor_of_a_directory_has_one_place(name):
 
 
 @every_family
-def test_the_average_takes_the_place_of_the_u_net_alone(name):
+def test_the_average_takes_the_place_of_the_unet_alone(name):
     tensors = averaged(single(name))
     found = map_single_file_keys(tensors, FAMILIES[name], ema=True)
     averages = {given: entry for given, entry in found.items() if given.startswith(EMA_PREFIX)}

@@ -25,7 +25,7 @@ every_family = pytest.mark.parametrize("name", FAMILIES)
 
 
 def tiny(name):
-    """The family with its own structure, narrow; towers know CLIP's whole vocabulary, for its own tokenizer."""
+    """The family with its own structure, narrow; text encoders know CLIP's whole vocabulary, for its own tokenizer."""
     family = FAMILIES[name]
     levels = len(family.unet["block_out_channels"])
     xl = family.force_zeros_for_empty_prompt
@@ -308,7 +308,7 @@ def spoken(name):
 
 
 @every_family
-def test_the_u_net_that_diffusers_saved_is_the_same_function(families, tmp_path, name):
+def test_the_unet_that_diffusers_saved_is_the_same_function(families, tmp_path, name):
     """From its directory and from a single file: outputs and gradients in the input to 1e-5 of the largest."""
     family, folder, file = families[name], tmp_path / "folder", tmp_path / "model.safetensors"
     unet = theirs(family, folder)["unet"]
@@ -344,7 +344,7 @@ def differentiated(function, x):
 
 
 @pytest.mark.parametrize("name", ["sd1", "sd2-v", "sdxl"])
-def test_a_single_file_draws_what_diffusers_draws_from_it_and_from_its_directory(families, tmp_path, name):
+def test_a_single_file_generates_what_diffusers_draws_from_it_and_from_its_directory(families, tmp_path, name):
     family, folder, file = families[name], tmp_path / "folder", tmp_path / "model.safetensors"
     theirs(family, folder)
     convert_checkpoint(folder, file)

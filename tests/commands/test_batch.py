@@ -144,7 +144,7 @@ def dressed(tiny, tmp_path):
     return tmp_path
 
 
-def test_the_gallery_s_command_opens_the_job_s_model_adapters_and_words_and_draws_the_same(
+def test_the_gallery_s_command_opens_the_job_s_model_adapters_and_words_and_generates_the_same(
     ldm_, tiny, dressed, file, tmp_path, monkeypatch
 ):
     monkeypatch.chdir(tmp_path)

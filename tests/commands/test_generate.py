@@ -1,4 +1,4 @@
-"""The command line: what it draws, what it refuses, and how it says so."""
+"""The command line: what it generates, what it refuses, and how it says so."""
 
 import io
 import json
@@ -52,7 +52,7 @@ def test_two_runs_at_once_into_one_folder_write_over_nothing(ldm_, tiny, tmp_pat
     def beside_another(self, requests, *rest):
         monkeypatch.setattr(Pipeline, "stream", stream)
         for k, drawn in enumerate(stream(self, requests, *rest)):
-            if k == 1:  # the names of the second and third picture
+            if k == 1:  # the names of the second and third image
                 same = [replace(request, num_inference_steps=2) for request in requests[1:]]
                 others.extend(generate_images(self, "tiny", same, tmp_path))
             yield drawn
@@ -197,3 +197,13 @@ def test_standard_input_wildcards_and_one_file(ldm_, tiny, tmp_path, monkeypatch
     for arguments, said in ((["a", "b"], "is one file, for 2 images"), (["{a"], "is not closed")):
         status, _, err = ldm_(*words, *arguments, "--out", tmp_path / "new.png")
         assert status == 2 and said in err and not (tmp_path / "new.png").exists()
+
+
+def test_wildcards_are_kept_as_text_where_that_is_asked(ldm_, refused, tiny, tmp_path):
+    """As the gallery's command asks for prompts with braces."""
+    arguments = ["generate", "a {b|c}", "--model", str(tiny), "--steps", "1", "--json", "--out", str(tmp_path)]
+    status, out, error = ldm_(*arguments, "--expand", "none")
+    assert status == 0, error
+    assert json.loads(out)["images"][0]["prompt"] == "a {b|c}"
+    assert json.loads(ldm_(*arguments)[1])["images"][0]["prompt"] in ("a b", "a c")
+    refused(*arguments, "--expand", "both", said="--expand")

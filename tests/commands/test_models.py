@@ -1,4 +1,4 @@
-"""The command line with other models: adapters, words, pictures to begin from, inspect and convert."""
+"""The command line with other models: adapters, words, images to begin from, inspect and convert."""
 
 import hashlib
 import json
@@ -60,7 +60,7 @@ def draw(ldm_, tiny, tmp_path):
     return run
 
 
-def test_an_adapter_changes_the_picture_by_its_weight_and_is_recorded(draw, lora, pipe):
+def test_an_adapter_changes_the_image_by_its_weight_and_is_recorded(draw, lora, pipe):
     (plain, _), (none, _), (some, texts) = draw(), draw("--lora", f"{lora}:0"), draw("--lora", f"{lora}:.5")
     assert (plain == none).all() and (plain != some).mean() > 0.1
     (record,) = json.loads(texts["ldm"])["adapters"]
@@ -133,7 +133,7 @@ def test_the_model_is_loaded_again_from_the_record_alone(ldm_, tiny, tmp_path):
     assert (np.asarray(again) == pixels[1]).all() and (pixels[0] != pixels[1]).any()
 
 
-def test_pictures_of_an_earlier_command_stay(ldm_, tiny, tmp_path):
+def test_images_of_an_earlier_command_stay(ldm_, tiny, tmp_path):
     words = "generate", "a cat", "--count", 2, "--model", tiny, *QUICK, "--out", tmp_path
     first, second = (ldm_(*words)[1].split() for _ in range(2))
     names = [path.name for path in sorted(tmp_path.iterdir())]

@@ -61,7 +61,7 @@ def changed(tiny, folder, part, name):
     return folder
 
 
-def test_a_picture_regenerates_and_one_changed_pixel_shows(draw, verify, tmp_path):
+def test_an_image_regenerates_and_one_changed_pixel_shows(draw, verify, tmp_path):
     file = draw("--sampler", "euler_ancestral", "--width", 48)
     assert verify(file) == (0, f"ok   {file}: equal\n")
     with Image.open(file) as picture:
@@ -109,7 +109,7 @@ def test_an_adapter_and_a_word_are_named_and_with_them_it_regenerates(draw, veri
     assert "adapter style differs: none in the file" in verify(draw(), *words)[1]
 
 
-def test_a_picture_that_began_from_another_needs_it(draw, verify, tmp_path):
+def test_an_image_that_began_from_another_needs_it(draw, verify, tmp_path):
     given, other = tmp_path / "given.png", tmp_path / "other.png"
     Image.effect_noise((32, 32), 60).convert("RGB").save(given)
     Image.new("RGB", (32, 32)).save(other)
@@ -119,7 +119,7 @@ def test_a_picture_that_began_from_another_needs_it(draw, verify, tmp_path):
     assert verify(file, "--image", given)[0] == 0
 
 
-def test_the_dtype_is_the_picture_s_own(draw, verify):
+def test_the_dtype_is_the_image_s_own(draw, verify):
     file = draw("--dtype", "bfloat16")
     assert verify(file)[0] == 0
     assert verify(file, "--dtype", "float32")[0] == 1
@@ -169,14 +169,14 @@ def test_settings_that_cannot_be_drawn_are_said(draw, verify, tmp_path, change):
 @pytest.mark.parametrize(
     "name, said", [("none.png", "none.png: No such file"), ("text.png", "not an image"), (".", "no image of ldm")]
 )
-def test_what_is_no_picture_is_refused(refused, tiny, tmp_path, name, said):
+def test_what_is_no_image_is_refused(refused, tiny, tmp_path, name, said):
     (tmp_path / "text.png").write_text("no")
     path = tmp_path / name if name != "." else (tmp_path / "empty")
     (tmp_path / "empty").mkdir()
     refused("verify", path, "--model", tiny, said=said)
 
 
-def test_a_picture_says_which_model_drew_it_and_how_that_was_read(ldm_, refused, tiny, tmp_path):
+def test_an_image_says_which_model_drew_it_and_how_that_was_read(ldm_, refused, tiny, tmp_path):
     moved = shutil.copytree(tiny, tmp_path / "moved")
     status, out, _ = ldm_("generate", "a cat", "--model", moved, "--prediction", "eps", *STEPS, "--out", tmp_path / "e")
     file = out.strip()

@@ -233,7 +233,7 @@ def test_a_written_single_file_says_what_it_predicts(name, kind, zero, marks, si
 @pytest.mark.parametrize(
     "reply, found", [(ProbeResult(1, 0), "eps"), (ProbeResult(0.34, -0.94), "v"), (ProbeResult(0, 0), None)]
 )
-def test_the_u_net_of_a_file_that_states_nothing_is_probed(reply, found, single, tmp_path, monkeypatch):
+def test_the_unet_of_a_file_that_states_nothing_is_probed(reply, found, single, tmp_path, monkeypatch):
     path, tensors = single("sd1")
     weight = "model.diffusion_model.input_blocks.0.0.weight"
 

@@ -114,7 +114,7 @@ def test_what_the_header_states_is_known_without_a_probe(write):
     assert "prediction v: modelspec.prediction_type = v" in found["evidence"]
 
 
-def test_a_u_net_that_predicts_nothing_leaves_the_prediction_unknown(write):
+def test_a_unet_that_predicts_nothing_leaves_the_prediction_unknown(write):
     found = inspect_model(write("sd1", {}))
     assert found["prediction"] is None
     assert found["evidence"][-1].startswith("prediction not measured: cannot tell what the U-Net predicts")

@@ -36,7 +36,7 @@ def test_one_size_where_all_sides_are_the_resolution():
 
 
 @pytest.mark.parametrize("size", [*SD.sizes, (2048, 512), (384, 384)])
-def test_a_picture_of_a_bucket_s_shape_loses_nothing(size):
+def test_an_image_of_a_bucket_s_shape_loses_nothing(size):
     placement = SD.assign(*size)
     assert placement.crop_margin == (0, 0)
     if size in SD.sizes:
@@ -44,7 +44,7 @@ def test_a_picture_of_a_bucket_s_shape_loses_nothing(size):
 
 
 @pytest.mark.parametrize("buckets", [SD, AspectRatioBuckets(128, 8, 64, 256)])
-def test_resizing_covers_and_keeps_the_shape_and_turns_with_the_picture(buckets):
+def test_resizing_covers_and_keeps_the_shape_and_turns_with_the_image(buckets):
     for width, height in MANY:
         bucket, resized = buckets.assign(width, height)
         gaps = [math.log(a / b * height / width) for a, b in buckets.sizes]

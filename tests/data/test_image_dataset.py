@@ -1,4 +1,4 @@
-"""Batches of people's own pictures: each row is its own sample's, from the file's pixels to the crop and its mask."""
+"""Batches of people's own images: each row is its own sample's, from the file's pixels to the crop and its mask."""
 
 import json
 import pickle
@@ -26,7 +26,7 @@ SIZES = [(64, 64), (96, 48), (48, 96), (70, 60), (64, 64), (200, 100), (33, 90)]
 
 @pytest.fixture
 def folder(tmp_path):
-    """Seven pictures of four shapes, one turned by EXIF, with tags."""
+    """Seven images of four shapes, one turned by EXIF, with tags."""
     exif = Image.Exif()
     exif[0x0112] = 6
     for k, (width, height) in enumerate(SIZES):
@@ -79,7 +79,7 @@ def test_a_row_is_its_file_resized_to_cover_mirrored_then_cropped(folder):
 
 
 def test_a_visit_shows_the_same_in_any_batch_and_process_and_alone(folder):
-    """The pictures of other batches, and those in the same one, change nothing; nor does a copy, or another order."""
+    """The images of other batches, and those in the same one, change nothing; nor does a copy, or another order."""
     options = {"random_flip": True, "shuffle_caption": True, "keep_tokens": 1, "caption_dropout": 0.3}
     small, large = (dataset(folder, batch, **options) for batch in (1, 4))
     one, other = by_visit(small, range(60)), by_visit(pickle.loads(pickle.dumps(large)), reversed(range(15)))
@@ -139,8 +139,8 @@ def test_latents_are_made_once_for_each_way_round_and_stay_those_of_the_pixels(f
 
 
 @pytest.mark.parametrize("masks", ["file", "alpha"])
-def test_a_mask_goes_the_way_of_its_picture(tmp_path, masks):
-    """A mask equal to the picture's first channel is what the shown pixels average to."""
+def test_a_mask_goes_the_way_of_its_image(tmp_path, masks):
+    """A mask equal to the image's first channel is what the shown pixels average to."""
     for k, (width, height) in enumerate([(64, 64), (128, 64), (64, 128)]):
         level = np.zeros((height, width), np.uint8)
         level[height // 3 :, width // 4 : width // 2] = 255
@@ -195,7 +195,7 @@ def test_what_must_not_be_enlarged_and_steps_that_are_no_latents_are_refused(fol
         dataset(folder, bucket_reso_steps=12)
 
 
-def test_a_picture_that_breaks_later_is_named(folder):
+def test_an_image_that_breaks_later_is_named(folder):
     found = dataset(folder, 1)
     for file in folder.glob("*.png"):
         file.write_bytes(file.read_bytes()[:200])

@@ -80,7 +80,7 @@ def test_at_the_ends_conversions_are_exact_or_say_that_there_is_none(source, to,
             x0 if name == "x0" else PREDICTIONS[name].target(x0, noise, alpha, sigma) for name in (source, to)
         )
         if end == "sigma" and source == "score":
-            output = -noise  # the target is infinite in a clean picture, where x0 is x whatever the score
+            output = -noise  # the target is infinite in a clean image, where x0 is x whatever the score
         torch.testing.assert_close(
             convert_prediction(output, x, alpha, sigma, source, to), expected, rtol=1e-12, atol=1e-12
         )

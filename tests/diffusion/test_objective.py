@@ -67,7 +67,7 @@ def test_uniform_is_the_mean_squared_error_of_each_image_s_own_target():
             torch.testing.assert_close(loss[i], ((output[i] - target) ** 2).mean().float())
 
 
-def test_network_sees_the_perturbed_picture_and_the_table_s_timestep():
+def test_network_sees_the_perturbed_image_and_the_table_s_timestep():
     def network(x, timesteps, cond):
         torch.testing.assert_close(x, SDE.perturb(X0, NOISE, T))
         torch.testing.assert_close(timesteps, (1000 * T - 1).float())
@@ -245,7 +245,7 @@ def test_the_likelihood_loss_of_the_exact_model_is_its_closed_form():
 
 
 def test_diffusion_loss_with_importance_times_estimates_that_closed_form():
-    """The whole path, network to mean loss: 4,096 draws on N(0, I), within four of their standard errors."""
+    """The whole path, network to mean loss: 4,096 generates on N(0, I), within four of their standard errors."""
     x0, noise = randn(4096, 16, seed=3), randn(4096, 16, seed=4)
     exact = Denoiser(lambda x, k, cond: SDE.marginal((k.double() + 1) / 1000)[1][:, None] * x, SDE, PREDICTIONS["eps"])
     t, share = TIME_SAMPLERS["importance"](SDE, U)

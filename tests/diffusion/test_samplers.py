@@ -185,7 +185,7 @@ def test_every_deterministic_solver_agrees_in_the_limit(name, limit):
 
 
 def crowd(sampler, grid, count, noise):
-    """Draws [count, 2] from the law at grid[0], as one image of many points, through the sampler."""
+    """Generates [count, 2] from the law at grid[0], as one image of many points, through the sampler."""
     root = torch.linalg.cholesky(GAUSSIAN.marginal_cov(grid[0]))
     x = grid[0].alpha * MU + noise(torch.empty(1, count, 2, dtype=torch.float64)) @ root.T
     (end,) = sample(sampler, lambda x, point: GAUSSIAN.denoise(x[0], point)[None], x, grid, noise)
@@ -283,7 +283,7 @@ def test_from_zero_snr_the_first_step_is_the_exact_one_for_a_fixed_x0(name, sde)
 
 @pytest.mark.parametrize("name", SAMPLERS)
 @pytest.mark.parametrize("n", [1, 2, 9])
-def test_a_known_picture_is_reached_exactly(name, n):
+def test_a_known_image_is_reached_exactly(name, n):
     """The last step ends in the denoiser's answer, whatever the grid; zero terminal SNR included."""
     target = torch.randn(2, 4, generator=torch.Generator().manual_seed(1))
     grid = SPACINGS["trailing"](VPSDE.cosine(), n)
@@ -292,7 +292,7 @@ def test_a_known_picture_is_reached_exactly(name, n):
     torch.testing.assert_close(end, target, rtol=0, atol=1e-6)
 
 
-def test_an_empty_grid_gives_the_picture_back():
+def test_an_empty_grid_gives_the_image_back():
     x = torch.randn(1, 4, generator=torch.Generator().manual_seed(0))
     for solver in SAMPLERS.values():
         assert sample(solver.function, nothing, x, TimeGrid(SD, (CLEAN_LEVEL,)), nothing) is x
@@ -300,7 +300,7 @@ def test_an_empty_grid_gives_the_picture_back():
 
 @pytest.mark.parametrize("name", FIXED)
 def test_rows_do_not_know_each_other(name):
-    """A picture is bit for bit the same alone and in a batch: noise and coefficients are its own."""
+    """An image is bit for bit the same alone and in a batch: noise and coefficients are its own."""
 
     def denoise(x, point):
         return torch.tanh(x * point.alpha)
@@ -403,7 +403,7 @@ def test_other_spacings_are_diffusers_too(name, spacing, unet):
 )
 def test_where_diffusers_steps_by_the_wrong_stride_ours_is_the_gaussian_s_flow(scheduler):
     """Both step by 1000 // n under every spacing: with trailing spacing and n = 150, 300, 600 by 6, 3, 1 where the grid
-    has 6.67, 3.33, 1.67. They leave noise in the picture, the more so the more steps."""
+    has 6.67, 3.33, 1.67. They leave noise in the image, the more so the more steps."""
 
     def network(x, t):
         point = SD.level_at_timestep(t.item())
@@ -488,7 +488,7 @@ def test_no_solver_leaves_the_data_on_the_cosine_table(spacing, name, n):
 
 @pytest.mark.parametrize("name", ["dpmpp_3m", "unipc_3"])
 @pytest.mark.parametrize("spacing", ["linspace", "leading"])
-def test_a_third_order_solver_draws_a_line_over_a_step_much_longer_than_the_last(name, spacing):
+def test_a_third_order_solver_generates_a_line_over_a_step_much_longer_than_the_last(name, spacing):
     """Grids in t end in a step of log-SNR several times the last one, where a parabola shoots far beyond its points."""
     for n in (10, 20, 30):
         grid = SPACINGS[spacing](SD, n)

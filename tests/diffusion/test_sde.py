@@ -32,7 +32,7 @@ TIMES = torch.linspace(0, 1, 4001, dtype=torch.float64)
 
 
 @every_sde
-def test_variance_is_preserved_from_the_clean_picture_on(sde):
+def test_variance_is_preserved_from_the_clean_image_on(sde):
     alpha, sigma = sde.marginal(TIMES)
     torch.testing.assert_close(alpha**2 + sigma**2, torch.ones_like(alpha), rtol=0, atol=1e-15)
     assert (alpha.diff() < 0).all()

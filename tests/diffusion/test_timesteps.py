@@ -1,4 +1,4 @@
-"""Grids equal diffusers' timesteps, and descend from noise to the clean picture."""
+"""Grids equal diffusers' timesteps, and descend from noise to the clean image."""
 
 import math
 
@@ -110,7 +110,7 @@ def test_log_snr_is_uniform_and_starts_at_the_last_time_or_at_the_floor(sde):
 @pytest.mark.parametrize("name", SPACINGS)
 @pytest.mark.parametrize("sde", [SD, VPSDE.cosine()], ids=["table", "cosine"])
 @pytest.mark.parametrize("n", [1, 2, 7, 50])
-def test_every_grid_descends_from_noise_to_the_clean_picture(name, sde, n):
+def test_every_grid_descends_from_noise_to_the_clean_image(name, sde, n):
     grid = SPACINGS[name](sde, n)
     sigma = torch.tensor([point.sigma for point in grid], dtype=torch.float64)
     assert len(grid) == n + 1 and grid[-1] == CLEAN_LEVEL

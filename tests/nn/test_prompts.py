@@ -130,11 +130,11 @@ PARTS = [("a red apple on a blue background, ", 1.0), ("two stars, a cat", 1.4),
 @pytest.mark.parametrize("repeat", [1, 2, 5])
 @pytest.mark.parametrize("emphasis", [True, False])
 def test_a_long_prompt_is_its_chunks_states_in_a_row(tiny, repeat, emphasis):
-    """The concatenation rule, from transformers' own tokenizer and tower; each chunk's mean is what it was."""
+    """The concatenation rule, from transformers' own tokenizer and text encoder; each chunk's mean is what it was."""
     parts = [(part, weight if emphasis else 1.0) for part, weight in PARTS * repeat]
     tokenizer = CLIPTokenizer.from_pretrained(tiny / "tokenizer")
     tower = CLIPTextModel.from_pretrained(tiny / "text_encoder", dtype=torch.float32).eval().requires_grad_(False)
-    tower.final_layer_norm.bias += 0.2  # as in trained towers, whose states have a mean
+    tower.final_layer_norm.bias += 0.2  # as in trained text encoders, whose states have a mean
     comma = tokenizer(",", add_special_tokens=False).input_ids[0]
     ids, weights = [], []
     for part, weight in parts:

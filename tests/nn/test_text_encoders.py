@@ -1,4 +1,4 @@
-"""Text towers: states and pooled vectors equal transformers' and open_clip's own, tokens are open_clip's."""
+"""Text text encoders: states and pooled vectors equal transformers' and open_clip's own, tokens are open_clip's."""
 
 import random
 import warnings
@@ -39,7 +39,7 @@ tokenizer_of = cache(build_clip_tokenizer)
 
 
 def record_of(name, folder):
-    """The record of a text tower, made small."""
+    """The record of a text text encoder, made small."""
     record = FAMILIES[name].text_encoders[folder]
     return replace(record, config={**record.config, **SMALL, "projection_dim": 24})
 
@@ -107,7 +107,7 @@ def test_weights_keep_the_mean_after_a_final_norm_and_else_multiply(tower):
 
 
 @pytest.mark.parametrize(("name", "folder"), [("sd2-base", "text_encoder"), ("sdxl", "text_encoder_2")])
-def test_open_clip_s_own_tower_gives_the_same(name, folder):
+def test_open_clip_s_own_text_encoder_gives_the_same(name, folder):
     """Its weights under its names, through the key map; its states are taken as Stability's code takes them."""
     record = record_of(name, folder)
     layers = SMALL["num_hidden_layers"] + record.num_dropped_layers

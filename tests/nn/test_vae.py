@@ -30,7 +30,7 @@ def test_configuration_round_trips(model):
     assert vae.get_vae_config(vae.build_vae(vae.get_vae_config(model))) == vae.get_vae_config(model)
 
 
-def test_training_starts_with_features_that_are_linear_in_the_picture(model):
+def test_training_starts_with_features_that_are_linear_in_the_image(model):
     vae.init_weights(model)
     encoder = model.encoder
 

@@ -1,4 +1,4 @@
-"""The laws of editing: what is not redrawn is the input's own, and a picture is a function of its own request."""
+"""The laws of editing: what is not redrawn is the input's own, and an image is a function of its own request."""
 
 import dataclasses
 from concurrent.futures import ThreadPoolExecutor
@@ -66,7 +66,7 @@ def alone(pipe):
 
 
 @pytest.mark.parametrize("batch_size", [3, 8])
-def test_an_edited_picture_is_the_same_in_any_batch_and_any_order(pipe, alone, batch_size):
+def test_an_edited_image_is_the_same_in_any_batch_and_any_order(pipe, alone, batch_size):
     other = Pipeline(pipe.model, batch_size)
     for order in (range(len(MIXED)), [5, 10, 2, 8, 6, 0, 9, 3, 1, 4, 7]):
         pictures = other.generate([MIXED[k] for k in order])
@@ -145,7 +145,7 @@ def test_a_second_pass_is_image_to_image_of_the_larger_first(pipe):
 
 
 @pytest.mark.parametrize("request_", MIXED)
-def test_progress_adds_up_to_one_picture(pipe, request_):
+def test_progress_adds_up_to_one_image(pipe, request_):
     shares = []
     pipe.generate([request_], shares.append)
     assert sum(shares) == pytest.approx(1) and min(shares) >= 0
@@ -158,7 +158,7 @@ def test_an_image_gives_the_size_unless_one_is_said(pipe):
     assert difference(*(pipe("a", image=i, width=40, height=36, seed=2).images[0] for i in (TALL, scaled))) == 0
 
 
-def test_a_network_of_nine_channels_sees_the_mask_and_the_picture_without_what_is_redrawn(nine):
+def test_a_network_of_nine_channels_sees_the_mask_and_the_image_without_what_is_redrawn(nine):
     asked = []
     hook = nine.model.unet.register_forward_pre_hook(lambda module, args: asked.append(args[2].concat))
     try:
@@ -184,7 +184,7 @@ def test_rows_of_nine_channels_share_calls(nine):
     assert max(difference(a, b) for a, b in zip(apart, together, strict=True)) <= 1
 
 
-def test_threads_on_one_pipeline_draw_what_each_draws_alone(pipe):
+def test_threads_on_one_pipeline_draw_what_each_generates_alone(pipe):
     """While a third one encodes; several rounds, each with texts that nobody has read yet."""
     halves = MIXED[:2], MIXED[2:5]
     wanted = [pipe.generate(half) for half in halves]
@@ -218,7 +218,7 @@ def test_four_threads_share_prompts_of_several_chunks(pipe):
         assert len(drawn) == 16 and all(difference(picture, wanted[k]) == 0 for k, picture in drawn)
 
 
-def test_a_record_tells_pictures_by_their_pixels(pipe):
+def test_a_record_tells_images_by_their_pixels(pipe):
     records = [
         Request("a", image=i, mask=m).to_record() for i, m in ((IMAGE, None), (IMAGE.copy(), OTHER), (OTHER, None))
     ]

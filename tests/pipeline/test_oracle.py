@@ -1,6 +1,6 @@
-"""The whole pipeline draws diffusers' pictures: tiny random models of its own classes, saved by it and loaded by us.
+"""The whole pipeline generates diffusers' images: tiny random models of its own classes, saved by it and loaded by us.
 
-Its pipelines get our noise by a generator for each picture, and take the mean of the VAE's posterior as we do, where
+Its pipelines get our noise by a generator for each image, and take the mean of the VAE's posterior as we do, where
 they would draw a sample of it.
 """
 
@@ -78,7 +78,7 @@ def opened(kind, folder):
 
 @pytest.fixture
 def theirs(monkeypatch):
-    """diffusers' pictures of a case, uint8 [B, H, W, 3]."""
+    """diffusers' images of a case, uint8 [B, H, W, 3]."""
     monkeypatch.setattr(DiagonalGaussianDistribution, "sample", lambda self, generator=None: self.mode())
 
     def draw(kind, folder, case, **call):
@@ -99,7 +99,7 @@ def ours(pipe, case, **settings):
 
 
 def same(a, b):
-    """Within 1 of 255, in pictures that differ from row to row, have contrast, and are not saturated."""
+    """Within 1 of 255, in images that differ from row to row, have contrast, and are not saturated."""
     assert a.shape == b.shape and np.abs(a - b).max() <= 1
     assert a.std() > 15 and np.isin(a, (0, 255)).mean() < 0.05
     assert len(a) == 1 or np.abs(a[0] - a[1]).max() > 5

@@ -1,4 +1,4 @@
-"""The laws of the pipeline: a picture is a function of its request, and equals diffusers' on the same weights."""
+"""The laws of the pipeline: an image is a function of its request, and equals diffusers' on the same weights."""
 
 import dataclasses
 import json
@@ -64,7 +64,7 @@ def difference(a, b):
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 3, 8])
-def test_a_picture_is_the_same_in_any_batch_and_any_order(tiny, pipe, batch_size):
+def test_an_image_is_the_same_in_any_batch_and_any_order(tiny, pipe, batch_size):
     alone = [pipe.generate([request])[0] for request in MIXED]
     other = Pipeline(pipe.model, batch_size)
     for order in (range(len(MIXED)), [5, 2, 8, 6, 0, 9, 3, 1, 4, 7]):
@@ -73,7 +73,7 @@ def test_a_picture_is_the_same_in_any_batch_and_any_order(tiny, pipe, batch_size
 
 
 @pytest.mark.parametrize("batch_size", [2, 3, 8])
-def test_a_picture_heeds_no_neighbour_s_length_of_text(pipe, batch_size):
+def test_an_image_heeds_no_neighbour_s_length_of_text(pipe, batch_size):
     requests = [Request(p, n, seed=k, guidance_scale=s) for k, (p, n, s) in enumerate(TEXTS)]
     alone = [pipe.generate([request])[0] for request in requests]
     other = Pipeline(pipe.model, batch_size)
@@ -135,8 +135,8 @@ def test_a_text_that_has_been_drawn_still_lets_gradients_through(pipe):
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
-def test_every_sampler_draws(pipe, sampler):
-    """With progress that adds up to one picture, also where questions lie between the grid's points."""
+def test_every_sampler_generates(pipe, sampler):
+    """With progress that adds up to one image, also where questions lie between the grid's points."""
     shares = []
     request = Request("a cat", sampler=sampler, num_inference_steps=4)
     (picture,) = pipe.generate([request], shares.append)
@@ -171,7 +171,7 @@ def diffusers_picture(folder, scheduler, texts, steps, guidance, noise, **option
         ("dpmpp_2m", DPMSolverMultistepScheduler, {"algorithm_type": "dpmsolver++", "final_sigmas_type": "zero"}),
     ],
 )
-def test_diffusers_loads_our_files_and_draws_the_same_picture(model, sampler, scheduler, options, tiny, pipe):
+def test_diffusers_loads_our_files_and_generates_the_same_image(model, sampler, scheduler, options, tiny, pipe):
     folder = tiny if model == "tiny" else PICTO_PATH
     ours = pipe if model == "tiny" else Pipeline.from_pretrained(PICTO_PATH, device="cpu", dtype="float32")
     config = ours.model.unet.config
@@ -185,7 +185,7 @@ def test_diffusers_loads_our_files_and_draws_the_same_picture(model, sampler, sc
     assert difference(picture, diffusers_picture(folder, scheduler, texts, 12, 3.0, noise, **options)) <= 2
 
 
-def test_diffusers_draws_the_same_picture_from_a_long_prompt_s_states(tiny, pipe):
+def test_diffusers_draws_the_same_image_from_a_long_prompt_s_states(tiny, pipe):
     """Of two chunks with weights, against a negative prompt that an empty chunk fills up."""
     noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(3))
     prompt = "a (red:1.4) apple BREAK two [stars]"

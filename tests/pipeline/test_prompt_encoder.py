@@ -37,7 +37,7 @@ tokenizer_of = cache(build_clip_tokenizer)
 
 
 def model_of(name):
-    """A small random model with the towers of a family; the U-Net's own weights are not looked at."""
+    """A small random model with the text encoders of a family; the U-Net's own weights are not looked at."""
     family, towers = FAMILIES[name], []
     torch.manual_seed(0)
     for folder, record in family.text_encoders.items():
@@ -160,7 +160,7 @@ def test_weights_of_one_change_nothing_bit_for_bit(texts):
     assert not torch.equal(plain.context, texts("a (red:1.2) apple").context)
 
 
-def test_exclamation_marks_are_words_to_a_tower_that_pads_with_them(xl, tmp_path):
+def test_exclamation_marks_are_words_to_a_text_encoder_that_pads_with_them(xl, tmp_path):
     """As to its makers; transformers' tokenizer takes each in a text for padding, and so does diffusers."""
     theirs, texts = Theirs(xl), PromptEncoder(xl)
     xl.text_encoders[1].tokenizer.save_pretrained(tmp_path)
@@ -177,7 +177,7 @@ def test_a_layer_that_is_not_there_is_refused(texts):
         texts("a cat", clip_skip=4)
 
 
-def test_towers_of_two_vocabularies_are_refused(xl, tiny):
+def test_text_encoders_of_two_vocabularies_are_refused(xl, tiny):
     other = replace(xl.text_encoders[1], tokenizer=load_clip_tokenizer(tiny / "tokenizer"))
     with pytest.raises(ValueError, match="the vocabularies of text_encoder and text_encoder_2 differ"):
         PromptEncoder(replace(xl, text_encoders=(xl.text_encoders[0], other)))
@@ -196,7 +196,7 @@ def test_the_cache_of_encoded_chunks_is_bounded_by_bytes(model, texts):
 
 
 def vectors(model, n, seed=0):
-    """A file's tensors: n vectors for each tower, as large as those of words."""
+    """A file's tensors: n vectors for each text encoder, as large as those of words."""
     g = torch.Generator().manual_seed(seed)
     names = ["emb_params"] if len(model.text_encoders) == 1 else ["clip_l", "clip_g"]
     widths = [tower.model.config.hidden_size for tower in model.text_encoders]

@@ -1,4 +1,4 @@
-"""Sprites and pictures to train on, and a recipe file of every kind."""
+"""Sprites and images to train on, and a recipe file of every kind."""
 
 import json
 
@@ -30,7 +30,7 @@ def sprites(tmp_path_factory):
 
 @pytest.fixture
 def recipe_file(sprites, tiny, tmp_path, tmp_path_factory, monkeypatch):
-    """A file with a recipe; latents are cached beside its folder, once for all tests, and few pictures are held out."""
+    """A file with a recipe; latents are cached beside its folder, once for all tests, and few images are held out."""
     for module, name in (
         (autoencoder, "NUM_VALIDATION_IMAGES"),
         (clip, "NUM_VALIDATION_PAIRS"),
@@ -58,7 +58,7 @@ def recipe_file(sprites, tiny, tmp_path, tmp_path_factory, monkeypatch):
 
 @pytest.fixture
 def tuning(tiny, tmp_path):
-    """Writes a recipe that tunes the tiny model on six squares and four wide pictures, some to be cropped, of patches.
+    """Writes a recipe that tunes the tiny model on six squares and four wide images, some to be cropped, of patches.
 
     They make two and a half batches.
     """

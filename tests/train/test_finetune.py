@@ -75,7 +75,7 @@ def test_a_word_that_was_learnt_is_what_a_pipeline_reads(tuning, tmp_path):
     assert list(ema) == ["text_encoder.embeddings.token_embedding.vectors"]
 
 
-def test_the_prior_counts_by_its_weight_however_many_pictures_it_has(tuning):
+def test_the_prior_counts_by_its_weight_however_many_images_it_has(tuning):
     prior = {"prior_preservation": True, "class_prompt": "a cat", "num_class_images": 3, "prior_loss_weight": 0.5}
     task = create_task(load_recipe(tuning(**LORA, **prior)))
     own = torch.tensor([not sample.key.startswith("2:") for sample in task.dataset.images.samples])

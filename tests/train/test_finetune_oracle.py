@@ -72,7 +72,7 @@ def ours(pipe, prompt=PROMPT):
 
 
 def assert_same(drawn, expected, before):
-    """Within 1 of 255, and another picture than before the tuning."""
+    """Within 1 of 255, and another image than before the tuning."""
     assert abs(drawn - expected).max() <= 1
     assert abs(drawn - before).max() > 5
 
@@ -166,7 +166,7 @@ def test_the_loss_is_that_of_diffusers_scripts(model, data, objective, schedule,
 
 
 def cover(folder):
-    """Masks for all pictures: what is right of a third counts, and half of it by a half."""
+    """Masks for all images: what is right of a third counts, and half of it by a half."""
     for path in sorted(folder.glob("*.png")):
         width, height = Image.open(path).size
         mask = np.zeros((height, width), np.uint8)

@@ -145,6 +145,6 @@ def test_gradient_checkpointing_computes_twice_and_changes_nothing(method, recip
     assert log_of(tmp_path / "kept") == log_of(tmp_path / "again")
 
 
-def test_gradient_checkpointing_is_the_u_net_s_alone(recipe_file):
+def test_gradient_checkpointing_is_the_unet_s_alone(recipe_file):
     with pytest.raises(ValueError, match="gradient_checkpointing"):
         go(recipe_file("autoencoder"), "gradient_checkpointing=true")

@@ -116,7 +116,7 @@ def test_no_precision_is_a_word_and_elsewhere_a_truth_value(tmp_path, recipe_fil
     assert shown.random_flip is True and shown.center_crop is False
 
 
-def test_a_training_begins_with_the_u_net_of_a_folder(recipe_file, tiny):
+def test_a_training_begins_with_the_unet_of_a_folder(recipe_file, tiny):
     task = create_task(
         load_recipe(recipe_file("diffusion"), [f"objective.unet={tiny / 'unet'}", "objective.attention=math"])
     )
