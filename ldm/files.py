@@ -99,8 +99,9 @@ def remove_path(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def read_regular_file(path: Path) -> bytes:
+def read_regular_file(path: str | Path) -> bytes:
     """The bytes of a file; ValueError for a pipe or a device, which may have no end, and a folder."""
+    path = Path(path)
     if path.exists() and not path.is_file():
         raise ValueError("not a regular file")
     return path.read_bytes()
