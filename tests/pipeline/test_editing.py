@@ -242,7 +242,6 @@ def test_a_record_tells_images_by_their_pixels(pipe):
         ({"image": Image.new("RGB", (3, 40)), "width": 6}, "width 6: must be a multiple of 4"),
         ({"image": IMAGE, "mask": white(0, 0, 9, 9, width=28)}, "mask of 28x32: its image is 32x32"),
         ({"image": TALL, "mask": white(0, 0, 9, 9), "width": 40, "height": 36}, "mask of 32x32: its image is 35x48"),
-        ({"image": Image.new("F", (32, 32))}, "mode F"),
         ({"image": IMAGE, "width": 30}, "width 30"),
         ({"upscale": 1.0}, "upscale 1.0: must be above 1"),
         ({"upscale": 1000.0}, "upscale 1000.0"),
