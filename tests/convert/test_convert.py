@@ -328,7 +328,7 @@ FOLDER_FAULTS = {
     "scale": (lambda p: edit(p / "vae/config.json", scaling_factor=0.5), {}, "vae has scaling_factor = 0.5"),
     "betas": (lambda p: edit(p / "scheduler/scheduler_config.json", beta_end=0.013), {}, "another noise schedule"),
     "padding": (lambda p: edit(p / "tokenizer/tokenizer_config.json", pad_token="!"), {}, "another vocabulary or padd"),
-    "family": (lambda p: None, {"family": "sdxl"}, "unlike sdxl: text encoders text_encoder"),
+    "family": (lambda p: None, {"family": "sdxl"}, "differences from sdxl: text encoders text_encoder"),
     "no family": (lambda p: None, {"family": "sd3"}, "family 'sd3': choose from"),
     "no index": (lambda p: (p / "model_index.json").unlink(), {}, "not a model"),
 }
@@ -368,7 +368,7 @@ def test_a_fault_of_a_folder_is_named_and_leaves_no_trace(case, fault, folder, t
 def test_a_spoilt_folder_is_compared_with_the_family_that_it_nearly_is(name, unlike, folders, tmp_path):
     shutil.copytree(folders(name), tmp_path / "folder")
     edit(tmp_path / "folder" / "scheduler/scheduler_config.json", beta_end=0.013)
-    with pytest.raises(ValueError, match=f"; unlike {unlike}: another noise schedule$"):
+    with pytest.raises(ValueError, match=f"; differences from {unlike}: another noise schedule$"):
         convert_checkpoint(tmp_path / "folder", tmp_path / "out.safetensors")
 
 
