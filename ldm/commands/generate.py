@@ -25,6 +25,7 @@ from ldm.commands.options import (
     parse_embedding,
 )
 from ldm.commands.progress import UnsupportedSyntaxReport, print_notices, show_progress
+from ldm.pipeline.request import RANDOM_SEED, draw_seed
 
 if TYPE_CHECKING:
     from ldm.jobs.wildcards import PromptTemplate
@@ -55,9 +56,12 @@ def generate(
     Options may be spelled as in diffusers or the web UI: --negative-prompt, --num-inference-steps, --cfg-scale, ...
     """
     words = [*(prompts or []), *(prompt or [])]
-    texts = [text for word in words for text in (read_stdin_prompts() if word == "-" else [word]) if text.strip()]
+    stdin = lambda: [line for line in read_stdin_prompts() if line.strip()]
+    texts = [text for word in words for text in (stdin() if word == "-" else [word])]
+    if not texts and options.negative_prompt is not None:
+        texts = [""]
     if not texts:
-        raise ValueError("PROMPT: at least one that is not blank is needed")
+        raise ValueError('PROMPT: one is needed ("" is an empty one), or --negative')
     check_range("--count", count, 1, 100_000)
     check_range("--batch-size", batch_size, 1, 100_000)
     is_file = out.suffix.lower() == ".png" and not out.is_dir()
@@ -73,9 +77,10 @@ def generate(
     for token, embedding in pipe.prompt_encoder.embeddings.items():
         if token not in given:
             print(f"{embedding.path}: its token is {token}", file=sys.stderr)
+    seeds = [draw_seed() if request.seed == RANDOM_SEED else request.seed for _ in texts]
     requests = [
-        pipe.resolve(replace(request, prompt=template(0, request.seed + k), seed=request.seed + k))
-        for template in templates
+        pipe.resolve(replace(request, prompt=template(0, seed + k), seed=seed + k))
+        for template, seed in zip(templates, seeds, strict=True)
         for k in range(count)
     ]
     check_out_folder(folder)

@@ -133,11 +133,14 @@ def log_snr_range(sde: VPSDE) -> Tensor:
 
 
 def truncate_grid(grid: TimeGrid, strength: float) -> TimeGrid:
-    """The last int(strength n) of n steps, for image-to-image (Meng et al. 2022); 0 leaves `CLEAN_LEVEL` alone."""
+    """The last int(strength n) of n steps, one at least, for image-to-image (Meng et al. 2022).
+
+    Strength 0 leaves `CLEAN_LEVEL` alone.
+    """
     if not 0 <= strength <= 1:
         raise ValueError(f"strength {strength}: between 0 and 1 is needed")
     steps = len(grid) - 1
-    return TimeGrid(grid.sde, grid[steps - int(steps * strength) :])
+    return TimeGrid(grid.sde, grid[steps - max(int(steps * strength), strength > 0) :])
 
 
 SPACINGS: dict[str, Spacing] = {

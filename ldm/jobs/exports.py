@@ -126,6 +126,7 @@ def build_parquet_columns(pa: Any) -> list[tuple[str, Any]]:
     }
     inputs = {f"begun_from_{name}": text for name in INPUT_IMAGE_FIELDS}
     image = pa.struct({"bytes": pa.binary(), "path": text})
+    request["seed"] = pa.uint64()
     return list({"image": image, "id": text, "text": text, "model": text, **request, **inputs}.items())
 
 

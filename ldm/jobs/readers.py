@@ -35,6 +35,7 @@ CARRIAGE_RETURN_PATTERN = re.compile(rb"[^\r]*(?:\r+\n|\r|\Z)")  # lines of old 
 COMMENT_PATTERN = re.compile(rb"\s*#(?![0-9])")  # "#1 best cat" is a prompt
 UTF16_BOMS = codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE
 YAML_NULL_TAG = "tag:yaml.org,2002:null"
+YAML_PYTHON_TAG = "tag:yaml.org,2002:python/"
 PARQUET_BATCH_ROWS = 256  # rows of a parquet file in memory
 
 
@@ -331,6 +332,8 @@ def read_yaml_value(node: yaml.Node) -> str | list[Any] | None:
         return [read_yaml_value(item) for item in node.value]
     if not isinstance(node, yaml.ScalarNode):
         raise ValueError("nested too deeply: must be a value or a list of values")
+    if node.tag.startswith(("!", YAML_PYTHON_TAG)):
+        raise ValueError(f"tag {node.tag!r:.60}: not supported")
     return None if node.tag == YAML_NULL_TAG else node.value
 
 

@@ -133,8 +133,9 @@ def parse_record(record: Mapping[str, Any]) -> FieldValues:
     """
     keys, others = split_keys(record)
     values = {name: parse_field(name, key, record[key]) for name, key in keys.items() if record[key] is not None}
-    if "prompt" not in values:
+    if "prompt" not in values and "negative_prompt" not in values:
         raise ValueError("no prompt")
+    values.setdefault("prompt", "")
     if others:
         names = [name for name in FIELD_NAMES if name not in CAPTION_NAMES]
         hints = (f"{short_repr(key)}{suggest(str(key), names, 0.8).replace(';', ',')}" for key in others)

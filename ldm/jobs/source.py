@@ -28,7 +28,8 @@ from ldm.jobs.readers import (
 from ldm.jobs.schema import EXTRA, NOTICES, short_repr
 from ldm.jobs.wildcard_files import WildcardManager
 from ldm.jobs.wildcards import PromptTemplate
-from ldm.pipeline.request import Request
+from ldm.pipeline.request import RANDOM_SEED, Request
+from ldm.rng import derive_seed
 
 WILDCARD_EXPANSIONS = ("one", "all", "none")  # one text per seed, every text, or wildcards left as they are
 MAX_REPORTED_ERRORS = 5
@@ -158,6 +159,7 @@ class PromptSource:
         prompt = self._parse_template(values["prompt"])
         negative = values.get("negative_prompt", self.defaults.negative_prompt)
         seeds = values.pop("seed", (range(self.defaults.seed, self.defaults.seed + 1),))
+        seeds = self._draw_seeds(seeds, row)
         seed_ranges = apply_count(seeds, values.pop("count", None), self.images_per_prompt)
         if "a1111_clip_skip" in values:
             values["clip_skip"] = self.convert_clip_skip(values.pop("a1111_clip_skip"))
@@ -170,6 +172,14 @@ class PromptSource:
             if record.num_images > MAX_IMAGES_PER_RECORD:
                 raise ValueError(f"{record.num_images} images of one record: must be at most {MAX_IMAGES_PER_RECORD}")
             yield record
+
+    def _draw_seeds(self, seed_ranges: Sequence[range], row: PromptRow) -> Sequence[range]:
+        """The seeds of a row, one for each that is -1: a function of the row alone, so that a job can be resumed."""
+        if not any(seeds.start == RANDOM_SEED for seeds in seed_ranges) or isinstance(row.values, ValueError):
+            return seed_ranges
+        key = row.line, str(row.values["prompt"])
+        drawn = [derive_seed("random seed", *key, k) % 2**32 for k in range(len(seed_ranges))]
+        return [range(n, n + 1) if r.start == RANDOM_SEED else r for n, r in zip(drawn, seed_ranges, strict=True)]
 
     def _parse_template(self, text: str) -> PromptTemplate:
         parts = (text,) if self.expand == "none" else self.wildcards(text)

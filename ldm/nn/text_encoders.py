@@ -28,7 +28,7 @@ from ldm.nn.prompts import (
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 # CLIP's merges: the first 48,894 of bpe_simple_vocab_16e6.txt
 MERGES_FILE = Path(__file__).with_name("clip_merges.txt.gz")
-MAX_PROMPT_CHUNKS = 64
+MAX_PROMPT_CHUNKS = 256
 MIN_RELATIVE_MEAN = 1e-2  # of the mean absolute value; a smaller mean is rounding error
 NO_PLACEHOLDERS: PlaceholderTokens = MappingProxyType({})
 

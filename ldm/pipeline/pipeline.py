@@ -28,7 +28,15 @@ from ldm.image_io import from_uint8
 from ldm.metadata import create_infotext
 from ldm.nn.vae import Posterior, encode_images, latent_shape, vae_scale_factor
 from ldm.pipeline.prompt_encoder import PromptEncoder
-from ldm.pipeline.request import Request, check_request, coerce_request, default_strength
+from ldm.pipeline.request import (
+    RANDOM_SEED,
+    Request,
+    check_request,
+    coerce_request,
+    default_strength,
+    draw_seed,
+    round_size,
+)
 from ldm.pipeline.scheduler import BatchScheduler, make_cfg_denoiser, num_concat_channels
 
 PIPELINE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -173,6 +181,8 @@ class Pipeline:
     ) -> PipelineOutput:
         """Generate `num_images_per_prompt` images of each prompt, image k with seed + k; names as in diffusers.
 
+        Seed -1 draws one.
+
         `seed` and `negative_prompt` may be one per prompt; `latents` [B, C, h, w] (N(0, I), prompt by prompt) replaces
         the initial noise; `settings` are the other fields of `Request`. ValueError for an invalid request.
         """
@@ -180,6 +190,7 @@ class Pipeline:
         seeds = [seed] * len(prompts) if isinstance(seed, int | np.integer) else list(seed)
         if negative_prompt is None or isinstance(negative_prompt, str):
             negative_prompt = [negative_prompt] * len(prompts)
+        seeds = [draw_seed() if first == RANDOM_SEED else first for first in seeds]
         lists: dict[str, Sequence[Any]] = {"seed": seeds, "negative_prompt": negative_prompt}
         for name, values in lists.items():
             if len(values) != len(prompts):
@@ -273,7 +284,10 @@ class Pipeline:
 
     def resolve(self, request: Request) -> Request:
         """The request with the model's defaults filled in; ValueError for one that cannot be generated."""
-        multiple, request = vae_scale_factor(self.model.vae), coerce_request(request)
+        multiple = vae_scale_factor(self.model.vae)
+        request = round_size(coerce_request(request), multiple)
+        if request.seed == RANDOM_SEED:
+            request = replace(request, seed=draw_seed())
         height, width = self._default_size(request.image)
         filled = replace(
             request,

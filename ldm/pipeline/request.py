@@ -9,6 +9,8 @@ from __future__ import annotations
 import math
 import numbers
 import re
+import secrets
+import warnings
 from collections.abc import Callable
 from dataclasses import MISSING, dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -21,7 +23,8 @@ if TYPE_CHECKING:
 
 MAX_SIDE = 8192  # pixels
 MAX_INFERENCE_STEPS = 10_000
-MAX_SEED = 2**63 - 1
+MAX_SEED = 2**64 - 1
+RANDOM_SEED = -1  # stands for one that is drawn and recorded, as in the web UI
 # diffusers' StableDiffusionImg2ImgPipeline and StableDiffusionInpaintPipeline
 DEFAULT_IMG2IMG_STRENGTH, DEFAULT_INPAINT_STRENGTH = 0.8, 1.0
 
@@ -36,12 +39,6 @@ def parse_text(value: Any) -> str:
         raise ValueError("must be text")
     if "\0" in value:
         raise ValueError("must be text without a NUL")
-    return value
-
-
-def parse_nonblank_text(value: Any) -> str:
-    if not parse_text(value).strip():
-        raise ValueError("must not be blank")
     return value
 
 
@@ -135,10 +132,16 @@ class Request:
         of the image.
     """
 
-    prompt: str = _field(MISSING, parse_nonblank_text, aliases=("prompts",))
+    prompt: str = _field(MISSING, parse_text, aliases=("prompts",))
     negative_prompt: str | None = _field(None, parse_text, "Negative prompt.", "negative", kohya="n")
     seed: int = _field(
-        0, parse_seeds, "Image k of a prompt uses seed + k.", aliases=("seeds",), kohya="d", low=0, high=MAX_SEED
+        0,
+        parse_seeds,
+        "Image k of a prompt uses seed + k; -1 draws one.",
+        aliases=("seeds",),
+        kohya="d",
+        low=0,
+        high=MAX_SEED,
     )
     height: int | None = _field(None, parse_int, "Pixels; default: the image's or the model's.", kohya="h", short="-H")
     width: int | None = _field(None, parse_int, "Pixels; default: the image's or the model's.", kohya="w", short="-W")
@@ -323,6 +326,7 @@ def check_request(request: Request, multiple: int) -> None:
         if isinstance(value, int | float) and not spec.low <= value <= spec.high:  # also refuses NaN
             raise ValueError(f"{spec.option.replace('_', ' ')} {value}: must be from {spec.low} to {spec.high}")
     _check_image_size(request, multiple)
+    _warn_of_single_step(request)
     low, high = resolve_guidance_interval(request)
     if not 0 <= low < high:
         raise ValueError(f"guidance interval {low:g} to {high:g}: must be 0 <= low < high, in sigma/alpha")
@@ -334,11 +338,31 @@ def check_request(request: Request, multiple: int) -> None:
         pair = getattr(request, name)
         if pair is not None and (len(pair) != 2 or not all(isinstance(n, int) and 0 <= n <= 2**16 for n in pair)):
             raise ValueError(f"{name} {pair}: must be two whole numbers from 0 to {2**16}, height before width")
+    _check_upscale(request, multiple)
+
+
+def _warn_of_single_step(request: Request) -> None:
+    """A warning where a strength is too small for one of the steps: `truncate_grid` keeps one."""
     steps = request.num_inference_steps or 0
     for name, strength in (("strength", request.strength), ("upscale strength", request.upscale_strength)):
         if strength and int(steps * strength) == 0 and (name == "strength" or request.upscale):
-            raise ValueError(f"{name} {strength} with {steps} steps runs no step")
-    _check_upscale(request, multiple)
+            warnings.warn(f"{name} {strength} with {steps} steps: one step is run", stacklevel=3)
+
+
+def round_size(request: Request, multiple: int) -> Request:
+    """The request with height and width rounded down to a multiple, with a warning, as the web UI and kohya's do."""
+    changes: dict[str, Any] = {}
+    for name in ("height", "width"):
+        side = getattr(request, name)
+        if isinstance(side, int) and multiple < side <= MAX_SIDE and side % multiple:
+            changes[name] = side // multiple * multiple
+            warnings.warn(f"{name} {side}: rounded to {changes[name]}, a multiple of {multiple}", stacklevel=3)
+    return replace(request, **changes)
+
+
+def draw_seed() -> int:
+    """A seed of 32 bits from the operating system, for a seed of `RANDOM_SEED`."""
+    return secrets.randbelow(2**32)
 
 
 def _check_image_size(request: Request, multiple: int) -> None:

@@ -147,6 +147,7 @@ def test_cut_takes_the_steps_of_diffusers_image_to_image(name):
         grid = SPACINGS[name](SD, n)
         for strength in (0.0, 0.15, 0.3, 0.5, 0.8, 1.0):
             begin = max(n - min(int(n * strength), n), 0)  # get_timesteps of its StableDiffusionImg2ImgPipeline
+            begin = min(begin, n - 1) if strength else begin  # which fails without a step
             part = truncate_grid(grid, strength)
             assert part == grid[begin:] and part.sde is grid.sde
 

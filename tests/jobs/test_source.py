@@ -481,13 +481,13 @@ def test_images_lie_beside_the_file_wherever_that_is(tmp_path, pipe):
 
 def test_each_fault_is_told_with_its_line_and_what_is_beyond_five_is_counted(tmp_path, pipe):
     good = {"prompt": "a"}
-    faults = [{"prompt": "a", "guidance": float("inf")}, {"prompt": "b", "width": 30}, {"prompt": "(a:1000)"}]
+    faults = [{"prompt": "a", "guidance": float("inf")}, {"prompt": "b", "width": 3}, {"prompt": "(a:1000)"}]
     path = write(tmp_path / "p.jsonl", jsonl([good, *faults, good]))
     with pytest.raises(ValueError) as error:
         open_prompt_source(path, PLAIN).validate(pipe.resolve)
     first, second, third = str(error.value).split("; ")
     assert first == f"{path}:2: guidance inf: must be from 0 to 1000"
-    assert second.startswith(f"{path}:3: width 30: must be a multiple of 4") and third.startswith(
+    assert second.startswith(f"{path}:3: width 3: must be a multiple of 4") and third.startswith(
         f"{path}:4: prompt weight"
     )
     write(path, jsonl(faults * 3))
@@ -496,11 +496,36 @@ def test_each_fault_is_told_with_its_line_and_what_is_beyond_five_is_counted(tmp
     assert str(error.value).endswith("; and 4 more") and str(error.value).count(f"{path}:") == 5
 
 
+@pytest.mark.parametrize(
+    "name, text",
+    [
+        ("p.txt", "a --d -1\n"),
+        ("p.txt", "--prompt a --seed -1\n"),
+        ("p.jsonl", '{"prompt": "a", "seed": -1}'),
+        ("p.csv", "prompt,seed\na,-1\n"),
+        ("p.yaml", "prompts: a\nseeds: -1\n"),
+    ],
+)
+def test_seed_minus_one_is_drawn_once_for_a_row(tmp_path, name, text):
+    """The same whenever the file is read, so that a job can be resumed."""
+    path = write(tmp_path / name, text)
+    first, second = ([e.request.seed for e in open_prompt_source(path, PLAIN, count=2)] for _ in range(2))
+    assert first == second and first[1] == first[0] + 1 and 0 < first[0] < 2**32
+
+
+@pytest.mark.parametrize(
+    "name, text", [("p.txt", "--n bad\n"), ("p.jsonl", '{"prompt": ""}'), ("p.jsonl", '{"negative": "bad"}')]
+)
+def test_a_prompt_may_be_empty(tmp_path, pipe, name, text):
+    source = open_prompt_source(write(tmp_path / name, text), PLAIN)
+    assert source.validate(pipe.resolve) == 1 and [e.request.prompt for e in source] == [""]
+
+
 def test_the_last_of_counted_seeds_is_asked_about_and_every_text_of_a_wildcard(tmp_path, pipe):
-    path = write(tmp_path / "p.jsonl", jsonl([{"prompt": "a", "seed": 2**63 - 3, "count": 3}]))
+    path = write(tmp_path / "p.jsonl", jsonl([{"prompt": "a", "seed": 2**64 - 3, "count": 3}]))
     assert open_prompt_source(path, PLAIN).validate(pipe.resolve) == 3
-    write(path, jsonl([{"prompt": "a", "seed": 2**63 - 3, "count": 4}]))
-    with pytest.raises(ValueError, match=f":1: seed {2**63}: must be"):
+    write(path, jsonl([{"prompt": "a", "seed": 2**64 - 3, "count": 4}]))
+    with pytest.raises(ValueError, match=f":1: seed {2**64}: must be"):
         open_prompt_source(path, PLAIN).validate(pipe.resolve)
     write(path, jsonl([{"prompt": "{a|b|c|(d:1000)}", "count": 40}]))
     with pytest.raises(ValueError, match=":1: prompt weight 1000"):

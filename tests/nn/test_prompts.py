@@ -69,7 +69,7 @@ def test_an_escaped_text_is_itself():
         ("(a:101)", "prompt weight 101: must be from -100 to 100"),
         ("((a:50):-3)", "prompt weight -150"),
         (f"(a:{'9' * 400})", "prompt weight inf"),
-        ("a " * 1000, "prompt 'a a .*72 chunks of 14 tokens, at most 64"),
+        ("a " * 4000, "prompt 'a a .*286 chunks of 14 tokens, at most 256"),
         ("BREAK " * 65, "65 chunks"),
     ],
 )

@@ -198,23 +198,36 @@ def test_diffusers_draws_the_same_image_from_a_long_prompt_s_states(tiny, pipe):
     assert difference(picture, diffusers_picture(tiny, DDIMScheduler, texts, 6, 3.0, noise)) <= 2
 
 
+def test_what_other_tools_take_is_taken(pipe):
+    """Seeds to 2**64 - 1 and -1, empty prompts, sizes that do not divide, prompts of over 64 chunks."""
+    with pytest.warns(UserWarning, match="height 30: rounded to 28, a multiple of 4"):
+        output = pipe("", height=30, width=32, seed=2**64 - 1, num_inference_steps=1)
+    assert output.images[0].size == (32, 28) and output.seeds == [2**64 - 1]
+    drawn = [pipe("", num_inference_steps=1, seed=-1, num_images_per_prompt=2).seeds for _ in range(2)]
+    assert drawn[0] != drawn[1] and all(b == a + 1 and 0 <= a < 2**32 for a, b in drawn)
+    assert pipe.resolve(Request("a", seed=-1)).seed >= 0
+    long = Request("a cat, " * 330, num_inference_steps=1)
+    assert pipe.prompt_encoder.num_chunks(long) > 64 and pipe.generate([long])
+
+
 @pytest.mark.parametrize(
     "change, word",
     [
-        ({"height": 30}, "height 30: must be a multiple of 4"),
+        ({"height": 3}, "height 3: must be a multiple of 4"),
         ({"width": 10**9}, "width 1000000000"),
         ({"width": 0}, "width 0"),
         ({"num_inference_steps": 0}, "steps 0"),
         ({"num_inference_steps": 1001, "spacing": "trailing"}, "1001 steps"),
         ({"guidance_scale": float("nan")}, "guidance nan"),
-        ({"seed": -1}, "seed -1"),
+        ({"seed": -2}, "seed -2"),
+        ({"seed": 2**64}, "seed 18446744073709551616: must be from 0 to"),
         ({"guidance_rescale": 1.5}, "guidance rescale 1.5"),
         ({"guidance_interval": (2.0, 1.0)}, "guidance interval 2 to 1"),
         ({"sampler": "dpm"}, "sampler 'dpm': choose from ddpm"),
         ({"spacing": "even"}, "spacing 'even': choose from linspace"),
         ({"eta": 0.5, "sampler": "euler"}, "eta 0.5"),
         ({"latents": torch.zeros(4, 8, 9)}, "latents: shape"),
-        ({"prompt": "a cat, " * 1000}, "chunks of 14 tokens, at most 64"),
+        ({"prompt": "a cat, " * 2000}, "chunks of 14 tokens, at most 256"),
         ({"negative_prompt": "(a cat:1000)"}, "prompt weight 1000"),
     ],
 )
