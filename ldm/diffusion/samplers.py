@@ -181,7 +181,7 @@ def euler_ancestral(x: Tensor, grid: TimeGrid, noise: Noise) -> SamplerCoroutine
 def euler_maruyama(x: Tensor, grid: TimeGrid, noise: Noise) -> SamplerCoroutine:
     """Euler and Maruyama's step of the reverse SDE in its own clock: x' = x + tau (x/2 + score) + sqrt(tau) z.
 
-    Song et al. 2021, eq. 6 and appendix D; tau = int beta dt = 2 log(alpha'/alpha). From zero SNR, where tau is
+    Song et al. 2021, eq. 6 and section 4.1; tau = int beta dt = 2 log(alpha'/alpha). From zero SNR, where tau is
     infinite, and to the clean image the step is DDPM's.
     """
     for now, to in pairwise(grid):

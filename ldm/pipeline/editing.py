@@ -34,7 +34,9 @@ class EditInputs:
     concat: Tensor | None
 
     def init_latents(self, noise: Tensor, level: NoiseLevel) -> Tensor:
-        """x at the first level, alpha z + sigma noise [C, h, w]: Meng et al. 2022 (SDEdit), algorithm 1.
+        """x at the first level, alpha z + sigma noise [C, h, w]: the VP form of Meng et al. 2022 (SDEdit).
+
+        Their algorithm 1 is the VE form, which has alpha = 1.
 
         Inpainting with strength 1 starts from noise alone under the mask, as in diffusers.
         """
