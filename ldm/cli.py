@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 import warnings
+from contextlib import suppress
 
 import typer
 
 from ldm.commands import batch, generate, measure, models, train, verify
 from ldm.commands.options import normalize_option
+from ldm.errors import describe_system_error, one_line
 
 app = typer.Typer(
     add_completion=False,
@@ -37,30 +40,54 @@ for command in COMMANDS:
 
 
 def main() -> None:
-    """Run a command line; exit status 0, 1, 2 (one `error:` line) or 130 (interrupted)."""
+    """Run a command line; exit status 0, 1, 2 (one `error:` line) or 130 (interrupted).
+
+    This is the one handler of the system's errors: a file that cannot be read or written is named, and where the disk
+    or the memory is exhausted the status is 1.
+    """
     warnings.formatwarning = format_warning
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    prepare_process()
     try:
+        os.getcwd()  # fails where it was deleted, in which libraries end the process
         status = app(args=sys.argv[1:] or ["--help"], standalone_mode=False)
-    except ValueError as error:
-        status = print_error(str(error))
     except (KeyboardInterrupt, typer.Abort):
         status = 130
+    except BrokenPipeError:  # the reader of our output has ended, as `head` does
+        with suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = 1
     except Exception as error:
-        if not hasattr(error, "format_message"):
-            raise
-        status = print_error(error.format_message())  # typer's: an unknown command or option, a wrong type
+        status = report_error(error)
     sys.exit(status or 0)
 
 
 def format_warning(message: Warning | str, *context: object, **options: object) -> str:
     """A warning in one line, without the place in the code that Python names."""
-    return f"warning: {' '.join(str(message).split())}\n"
+    return f"warning: {one_line(str(message))}\n"
 
 
-def print_error(message: str) -> int:
-    print("error:", " ".join(message.split()), file=sys.stderr)
-    return 2
+def prepare_process() -> None:
+    """Let SIGTERM and SIGHUP end a command as an interrupt does, drafts removed; print names in any encoding."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # ignored under nohup
+        signal.signal(signal.SIGHUP, signal.default_int_handler)
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def report_error(error: Exception) -> int:
+    """Print an error of the caller or of the system as a line, and return the exit status; raise any other."""
+    if hasattr(error, "format_message"):  # typer's: an unknown command or option, a wrong type
+        message, status = error.format_message(), 2
+    elif isinstance(error, ValueError):
+        message, status = str(error), 2
+    elif described := describe_system_error(error):
+        message, status = described
+    else:
+        raise error
+    print("error:", one_line(message), file=sys.stderr)
+    return status
 
 
 if __name__ == "__main__":

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
@@ -11,6 +14,11 @@ from typing import Any, TypeVar
 Key = TypeVar("Key")
 Value = TypeVar("Value")
 MAX_ERROR_LENGTH = 500  # characters
+MAX_LINE_LENGTH = 4000  # characters of an `error:` line
+# What acts on a terminal or turns the order of characters, and what UTF-8 has no bytes for.
+UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+EXHAUSTED = errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG, errno.ENOMEM, errno.EMFILE, errno.ENFILE
+OUT_OF_MEMORY = re.compile(r"out of memory|not enough memory|can't allocate|failed to allocate", re.IGNORECASE)
 
 
 def choose(table: Mapping[Key, Value], name: Key, what: str) -> Value:
@@ -31,6 +39,55 @@ def error_text(error: BaseException) -> str:
     """An error in one line: the strerror of an OSError, else the message, else the name of its class."""
     text = getattr(error, "strerror", None) or str(error)
     return " ".join(text.split())[:MAX_ERROR_LENGTH] or type(error).__name__
+
+
+def printable(text: object) -> str:
+    """A text of others as one line for a terminal: control characters are escaped, as \\x1b."""
+    return UNPRINTABLE.sub(lambda match: match[0].encode("unicode_escape").decode(), str(text))
+
+
+def one_line(message: str) -> str:
+    """A message as a printable line; of a longer one than `MAX_LINE_LENGTH` the middle is left out, with a count."""
+    line = printable(" ".join(message.split()))
+    if len(line) <= MAX_LINE_LENGTH:
+        return line
+    half = MAX_LINE_LENGTH // 2
+    return f"{line[:half]} ... ({len(line) - 2 * half} characters) ... {line[-half:]}"
+
+
+def describe_error(error: BaseException) -> str:
+    """`error_text`, after the name of the file where the error has one."""
+    name = isinstance(error, OSError) and error.strerror and (error.filename2 or error.filename)
+    return (
+        f"{os.fsdecode(name) if isinstance(name, bytes) else name}: {error_text(error)}" if name else error_text(error)
+    )
+
+
+def describe_system_error(error: BaseException) -> tuple[str, int] | None:
+    """An error of the system in words, and the exit status; None for any other, which is a fault of the program.
+
+    1: the machine has no room left (disk, memory, open files), and the same command may succeed later. 2: a file that
+    cannot be read or written, and input that is nested too deeply.
+    """
+    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and OUT_OF_MEMORY.search(str(error))):
+        return f"out of memory: {error_text(error)}" if str(error) else "out of memory", 1
+    if isinstance(error, RecursionError):
+        return "input that is nested too deeply", 2
+    if isinstance(error, RuntimeError) and "home directory" in str(error):  # pathlib's, for ~nosuchuser
+        return "~: no such user, or no home directory", 2
+    if isinstance(error, OSError):
+        is_lost = error.errno == errno.ENOENT and not error.filename and not _has_working_directory()
+        message = "the working directory was deleted" if is_lost else describe_error(error)
+        return message, 1 if error.errno in EXHAUSTED else 2
+    return None
+
+
+def _has_working_directory() -> bool:
+    try:
+        os.getcwd()
+    except OSError:
+        return False
+    return True
 
 
 def list_some(items: Sequence[object], limit: int = 3) -> str:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
+import secrets
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -14,35 +16,51 @@ from typing import Any
 
 from ldm.errors import error_text, parse_json
 
+MAX_DRAFT_STEM = 48  # characters of a file's name in its draft's; a name has at most 255 bytes
+UMASK = os.umask(0o077)  # it can only be read by setting it, which is safe before there are threads
+os.umask(UMASK)
+
 
 @contextmanager
 def atomic_write(path: Path, rename: Callable[[Path, Path], object] = os.replace) -> Iterator[Path]:
     """A path beside `path` to write to (a file, or a folder made by the caller); renamed to `path` on success.
 
-    Write aside, fsync, chmod 0644, rename, fsync the folder. On an exception the draft is removed, `path` stays.
+    Write aside, fsync, rename, fsync the folder. On an exception the draft is removed, `path` stays; an OSError names
+    `path`. The draft's name is no other's, in whatever container. The mode is what the umask allows.
     `rename` is `rename_noreplace` where an existing file must not be replaced.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.parent / f".{path.name}.{os.getpid()}.part"
-    remove_path(draft)
+    name = f".{path.name[:MAX_DRAFT_STEM]}.{os.getpid()}-{secrets.token_hex(4)}"
+    draft, old = path.parent / f"{name}.part", path.parent / f"{name}.old"
     try:
         yield draft
         for file in [draft, *draft.rglob("*")] if draft.is_dir() else [draft]:
-            file.chmod(0o755 if file.is_dir() else 0o644)
+            file.chmod((0o777 if file.is_dir() else 0o666) & ~UMASK)
             fsync_path(file)
         if (
             draft.is_dir() and path.exists() and rename is not rename_noreplace
         ):  # a folder cannot be renamed over a full one
-            old = path.parent / f".{path.name}.{os.getpid()}.old"
             path.rename(old)
             draft.rename(path)
             remove_path(old)
         else:
             rename(draft, path)
         fsync_path(path.parent)
+    except Exception as error:
+        raise name_file(error, draft, path) from None
     finally:
         remove_path(draft)
+
+
+def name_file(error: Exception, draft: Path, path: Path) -> Exception:
+    """The error of a writer, as an OSError that names `path` where it is one of the system's without a name."""
+    if not isinstance(error, OSError):  # safetensors' own error has the number in its message
+        match = re.search(r"\(os error (\d+)\)", str(error)) if type(error).__name__ == "SafetensorError" else None
+        return OSError(int(match[1]), os.strerror(int(match[1])), str(path)) if match else error
+    if error.errno is not None and (not error.filename or str(error.filename).startswith(str(draft))):
+        error.filename = str(path)
+    return error
 
 
 def rename_noreplace(draft: Path, path: Path) -> None:

@@ -28,6 +28,7 @@ from ldm.adapters.lora_keys import (
     to_sgm_name,
 )
 from ldm.checkpoints.hub import PEFT_CONFIG_NAME, PEFT_LORA_NAME
+from ldm.checkpoints.tensors import SafetensorsWriter
 from ldm.errors import choose
 from ldm.files import atomic_write, write_json
 
@@ -164,8 +165,11 @@ def _foreign_metadata(adapter: Adapter) -> dict[str, str]:
 
 
 def _save_safetensors(tensors: dict[str, Tensor], dst: Path, metadata: Mapping[str, str]) -> None:
-    with atomic_write(dst) as draft:
-        save_file(tensors, draft, {"format": "pt", **metadata})
+    """The same bytes for the same adapter; safetensors' own `save_file` writes its metadata in a random order."""
+    like = {name: tensors[name] for name in sorted(tensors)}
+    with atomic_write(dst) as draft, SafetensorsWriter(draft, like, {"format": "pt", **metadata}) as writer:
+        for name, tensor in like.items():
+            writer.write(name, tensor)
 
 
 LORA_FORMATS: dict[str, Callable[[Adapter, Path, NetworkDict, str | None], None]] = {

@@ -45,6 +45,8 @@ SAFETENSORS_DTYPES = {
 SAFETENSORS_DTYPE_NAMES = {dtype: code for code, dtype in SAFETENSORS_DTYPES.items()}
 MAX_NUMEL = 2**63  # torch's own limit, which holds for the sides of an empty tensor too
 MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit
+MAX_HEADER_KEYS = 1_000_000  # of JSON; a tensor has four, and the largest models have some 10,000 tensors
+MAX_TENSOR_DIMS = 64  # torch's own limit
 PICKLE_MESSAGE = (
     "{what}; it may run code when it is read, so it is not: `ldm convert --trust FILE DST` makes weights of it"
 )
@@ -116,6 +118,8 @@ def open_safetensors(path: Path) -> SafetensorsFile:
     except OSError as error:
         raise ValueError(f"{path}: {error_text(error)}") from None
     try:
+        if header.count(b'":') - header.count(b'\\":') > MAX_HEADER_KEYS:  # seconds, and gigabytes, to parse
+            raise ValueError(f"a header of more than {MAX_HEADER_KEYS} keys")
         entries = parse_json(header)
         metadata = entries.pop("__metadata__", None) or {}
         if not all(isinstance(value, str) for value in metadata.values()):
@@ -148,6 +152,8 @@ def _parse_tensor_info(name: str, entry: Any) -> TensorInfo:
         raise ValueError(f"{name} is not described by dtype, shape and data_offsets")
     if entry["dtype"] not in SAFETENSORS_DTYPES:
         raise ValueError(f"{name} has dtype {entry['dtype']}, which is not supported")
+    if isinstance(entry["shape"], list) and len(entry["shape"]) > MAX_TENSOR_DIMS:
+        raise ValueError(f"{name} has {len(entry['shape'])} dimensions, of {MAX_TENSOR_DIMS} at most")
     numbers = [*entry["shape"], *entry["data_offsets"]] if isinstance(entry["shape"], list) else [-1]
     if len(entry["data_offsets"]) != 2 or any(type(n) is not int or n < 0 for n in numbers):
         raise ValueError(f"{name} has an invalid shape or data_offsets")

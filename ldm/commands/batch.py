@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import sys
@@ -186,9 +187,11 @@ def exit_on_failure() -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError) as error:
-        from ldm.jobs.worker import describe_error
+        if getattr(error, "errno", None) == errno.ENAMETOOLONG:
+            raise  # the caller's name
+        from ldm.errors import describe_error, one_line
 
-        print(f"error: {describe_error(error)}", file=sys.stderr)
+        print(f"error: {one_line(describe_error(error))}", file=sys.stderr)
         raise typer.Exit(1) from None
 
 

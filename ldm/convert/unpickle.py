@@ -5,7 +5,8 @@ A pickle is a program that may import any function and call it. Three measures p
 2. torch.load(weights_only=True) reads it with an interpreter of its own, which calls only a short list of functions
    that rebuild tensors. What trainers left beside the weights (NumPy scalars, PyTorch Lightning callbacks) becomes a
    `Placeholder`: those libraries are not even imported.
-3. The child runs without the caller's environment (no tokens), and writes one file of at most twice the source's size.
+3. The child runs without the caller's environment (no tokens), with a limit on its memory, and writes one file of at
+   most twice the source's size.
 They do not protect from a fault in torch's native code that reads the archive. The child is no sandbox and has the
 user's rights: do not convert a file whose source you do not trust.
 """
@@ -33,6 +34,8 @@ if TYPE_CHECKING:
 REPO_ROOT = Path(__file__).resolve().parents[2]
 CHILD_SOURCE = "import sys; sys.path.append(sys.argv.pop(1)); from ldm.convert.unpickle import child_main; child_main()"
 INHERITED_ENV = ("PATH", "LD_LIBRARY_PATH", "TMPDIR")  # what it takes to start Python
+BASE_MEMORY, MEMORY_PER_BYTE = 2**30, 4  # the child may take 1 GiB and 4 times the file beside its libraries
+MAX_NAME_LENGTH = 2000  # characters of a tensor's name
 BASE_TIMEOUT, MIN_BYTES_PER_SECOND = 60, 4e6  # the child has 60 s and 1 s per 4 MB
 ZIP_MAGIC, PICKLE_MAGIC = b"PK\x03\x04", b"\x80"  # the first bytes of torch.save's files, since and before torch 1.6
 TENSOR_GLOBALS = re.compile(  # what torch.save writes for tensors and Python's containers; torch checks them again
@@ -97,10 +100,32 @@ def child_main() -> None:
     """The child process, `SRC DRAFT [DTYPE]`: prints the report as JSON."""
     src, draft, *dtype = sys.argv[1:]
     try:
+        limit_memory(BASE_MEMORY + MEMORY_PER_BYTE * os.stat(src).st_size)
         report = unpickle_in_process(Path(src), Path(draft), *dtype)
+    except MemoryError:
+        report = {"error": "needs far more memory than its size allows"}
+    except RecursionError:
+        report = {"error": "nested too deeply"}
     except ValueError as error:
         report = {"error": " ".join(str(error).split())}
     print(json.dumps(report))
+
+
+def limit_memory(size: int) -> None:
+    """Limit this process to `size` bytes of address space beside what its libraries have, where the system can."""
+    import torch  # noqa: F401  (its libraries are mapped before they are counted)
+
+    from ldm.checkpoints import tensors  # noqa: F401
+
+    try:
+        import resource
+
+        mapped = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    except (ImportError, OSError):
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    limits = [mapped + size, *(limit for limit in (soft, hard) if limit != resource.RLIM_INFINITY)]
+    resource.setrlimit(resource.RLIMIT_AS, (min(limits), hard))
 
 
 def unpickle_in_process(src: Path, draft: Path, dtype: str | None = None) -> dict[str, Any]:
@@ -223,6 +248,8 @@ def _flatten(value: Any, name: str = "", seen: set[int] | None = None) -> Iterat
     if not isinstance(value, Mapping):
         yield name, value
         return
+    if len(name) > MAX_NAME_LENGTH:
+        raise ValueError(f"{name[:40]}...: a name of more than {MAX_NAME_LENGTH} characters")
     if id(value) in seen:
         raise ValueError(f"{name[:40]}: a mapping that occurs twice, or within itself")
     seen.add(id(value))

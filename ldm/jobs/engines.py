@@ -12,8 +12,9 @@ from typing import Any, Protocol
 
 import torch
 
+from ldm.errors import describe_error
 from ldm.installation import install_command
-from ldm.jobs.worker import Job, describe_error, try_run_worker
+from ldm.jobs.worker import Job, try_run_worker
 
 MAX_RESTARTS = 3  # of each worker whose process died without an error message
 

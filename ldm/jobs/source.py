@@ -269,6 +269,8 @@ def open_prompt_source(
 def spool_to_tempfile(path: Path | None) -> IO[bytes]:
     """A temporary copy of a pipe, or of standard input (None), which can be read only once."""
     copy = NamedTemporaryFile(prefix="ldm-")  # noqa: SIM115  # it lives as long as the source
+    if path is None and sys.stdin is None:
+        raise ValueError("-: the standard input is closed")
     with path.open("rb") if path else sys.stdin.buffer as file:
         shutil.copyfileobj(file, copy)
     copy.flush()

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from ldm.errors import error_text
+from ldm.errors import describe_error
 from ldm.files import file_sha256
 from ldm.image_io import image_digest
 from ldm.jobs.leases import LEASE_TIMEOUT, Leases
@@ -383,9 +383,3 @@ def measure_batch_size(job: Job, pipe: Pipeline) -> int:
 def fit_batch_size(free_bytes: int, peak_one: int, peak_two: int) -> int:
     """The number of images for which `MEMORY_FRACTION` of `free_bytes` suffices; each takes peak_two - peak_one."""
     return max(1, min(MAX_BATCH_SIZE, int(MEMORY_FRACTION * free_bytes / max(1, peak_two - peak_one))))
-
-
-def describe_error(error: BaseException) -> str:
-    """`error_text`, after the name of the file where the error has one."""
-    name = isinstance(error, OSError) and error.strerror and (error.filename2 or error.filename)
-    return f"{name}: {error_text(error)}" if name else error_text(error)

@@ -714,3 +714,15 @@ def test_what_changes_nothing_is_counted(family, others, match, tmp_path):
 def test_embeddings_in_the_file_of_a_lora_are_no_fault(tmp_path):
     save_file(GOOD | {"bundle_emb.zorb.clip_l": torch.ones(2, 16)}, tmp_path / "a.safetensors")
     assert len(load_adapter(tmp_path / "a.safetensors", tiny("sd1"), "sd1").deltas) == 1
+
+
+def test_equal_adapters_are_equal_bytes(tmp_path):
+    """safetensors' own writer has its metadata in a random order."""
+    networks = tiny("sd1")
+    target = next(f"unet/{name}" for name, m in networks["unet"].named_modules() if name.endswith("attn1.to_q"))
+    width = networks["unet"].get_submodule(target.removeprefix("unet/")).in_features
+    delta = ModuleDelta(LoRA(torch.ones(2, width), torch.ones(width, 2)), 2.0)
+    notes = {f"ss_note_{k}": str(k) for k in range(12)}
+    for k in range(4):
+        save_adapter(Adapter("a", {target: delta}, metadata=notes), tmp_path / f"{k}.safetensors", "kohya", networks)
+    assert len({path.read_bytes() for path in tmp_path.iterdir()}) == 1

@@ -193,6 +193,13 @@ CASES = {  # what is wrong: how it comes about, what is said
     "a fraction of a byte": (single(raw({"a": slot(0, 4.0)}, bytes(4))), TORN),
     "a shape that its bytes do not hold": (single(raw({"a": slot(shape=(2,))}, bytes(4))), "4 bytes, expected 8"),
     "a shape beyond all memory": (single(raw({"a": slot(shape=(2**40, 2**40))}, bytes(4))), TORN),
+    "integers of 10**5 digits": (
+        single(raw(b'{"a":{"dtype":"F32","shape":[' + b"9" * 10**5 + b'],"data_offsets":[0,4]}}', bytes(4))),
+        "a has an invalid shape",
+    ),
+    "a shape of 10**5 sides": (single(raw({"a": slot(0, 4, (1,) * 10**5)}, bytes(4))), "100000 dimensions, of 64"),
+    "a shape of huge sides": (single(raw({"a": slot(0, 4, (10**38,) * 10**4)}, bytes(4))), "10000 dimensions, of 64"),
+    "a million keys": (single(lambda: raw(b"{" + b'"":0,' * (10**6 + 1) + b"}")), "more than 1000000 keys"),
     "nothing of endless length": (single(raw({"a": slot(0, 0, (0, 2**70))})), "too large"),
     "nothing of endless size": (single(raw({"a": slot(0, 0, (0, 2**62, 2**40))})), "too large"),
     "a dtype of its own": (single(raw({"a": slot(dtype="F33")}, bytes(4))), "dtype F33"),

@@ -253,3 +253,26 @@ def test_a_header_of_safetensors_is_no_pickle(tmp_path):
     (tmp_path / "model.safetensors").write_bytes((640).to_bytes(8, "little") + b'{"a":0}')
     assert (tmp_path / "model.safetensors").read_bytes()[:2] == b"\x80\x02"
     assert not is_pickle(tmp_path / "model.safetensors")
+
+
+def test_a_small_pickle_that_takes_gigabytes_is_refused(tmp_path):
+    """Dicts in each other under one long key, which the pickle holds once: names of the leaves of gigabytes."""
+    content, key = torch.zeros(1), "k" * 20000
+    for _ in range(300):
+        content = {key: content}
+    save({"state_dict": content}, tmp_path / "bomb.pt")
+    assert (tmp_path / "bomb.pt").stat().st_size < 30000
+    with pytest.raises(ValueError, match="a name of more than 2000 characters"):
+        unpickle_weights(tmp_path / "bomb.pt", tmp_path / "out")
+
+
+def test_the_child_has_a_limit_of_memory(tmp_path, monkeypatch):
+    """In a process of its own, whose limit is that of a file of 1 KB."""
+    source = (
+        "import sys, json; sys.path.append(sys.argv[1]); from ldm.convert import unpickle as u; u.limit_memory(2**28)\n"
+        "try: bytearray(2**29)\nexcept MemoryError: print(json.dumps({'error': 'limited'}))"
+    )
+    monkeypatch.setattr(module, "CHILD_SOURCE", source)
+    save(WEIGHTS, tmp_path / "model.pt")
+    with pytest.raises(ValueError, match="limited"):
+        unpickle_weights(tmp_path / "model.pt", tmp_path / "out")
