@@ -71,7 +71,7 @@ class HeaderHint(NamedTuple):
     prediction: str | None = None
 
 
-SD1_FAMILIES, SDXL_FAMILIES = ("sd1", "sd1-inpainting"), ("sdxl",)
+SD1_FAMILIES, SDXL_FAMILIES = ("sd1", "sd1-inpainting"), ("sdxl", "sdxl-inpainting")
 SD2_FAMILIES = "sd2-base", "sd2-v", "sd2-inpainting"
 EPS_HINT, V_HINT, X0_HINT = (HeaderHint(prediction=name) for name in ("eps", "v", "x0"))
 HEADER_HINTS: dict[str, dict[str, HeaderHint]] = {
@@ -82,6 +82,7 @@ HEADER_HINTS: dict[str, dict[str, HeaderHint]] = {
         "stable-diffusion-v2-768-v": HeaderHint(SD2_FAMILIES, "v"),
         "stable-diffusion-v2-inpainting": HeaderHint(SD2_FAMILIES[2:]),
         "stable-diffusion-xl-v1-base": HeaderHint(SDXL_FAMILIES),
+        "stable-diffusion-xl-v1-inpainting": HeaderHint(SDXL_FAMILIES[1:]),
     },
     "modelspec.prediction_type": {"epsilon": EPS_HINT, "v": V_HINT, "v_prediction": V_HINT, "sample": X0_HINT},
     "modelspec.predict_key": {"epsilon": EPS_HINT, "v": V_HINT},  # ComfyUI's name

@@ -280,10 +280,22 @@ _SD1 = ModelFamily(
 )
 _SD2 = replace(_SD1, unet=SD2_UNET_CONFIG, text_encoders={"text_encoder": SD2_CLIP_H})
 
+_SDXL = ModelFamily(
+    SDXL_UNET_CONFIG,
+    SDXL_VAE_CONFIG,
+    {"text_encoder": SDXL_CLIP_L, "text_encoder_2": SDXL_CLIP_G},
+    SDXL_SCHEDULER_CONFIG,
+    resolution=1024,
+    pipeline_class="StableDiffusionXLPipeline",
+    guidance_scale=5.0,
+    force_zeros_for_empty_prompt=True,
+)
+
 
 def _inpainting(family: ModelFamily) -> ModelFamily:
     """The family with a U-Net that also takes the mask and the latents of the masked image."""
-    return replace(family, unet={**family.unet, "in_channels": 9}, pipeline_class="StableDiffusionInpaintPipeline")
+    pipeline_class = family.pipeline_class.replace("Pipeline", "InpaintPipeline")
+    return replace(family, unet={**family.unet, "in_channels": 9}, pipeline_class=pipeline_class)
 
 
 FAMILIES: dict[str, ModelFamily] = {
@@ -294,14 +306,6 @@ FAMILIES: dict[str, ModelFamily] = {
         _SD2, unet=SD2_V_UNET_CONFIG, vae=SD2_V_VAE_CONFIG, scheduler=SD2_V_SCHEDULER_CONFIG, resolution=768
     ),
     "sd2-inpainting": _inpainting(_SD2),
-    "sdxl": ModelFamily(
-        SDXL_UNET_CONFIG,
-        SDXL_VAE_CONFIG,
-        {"text_encoder": SDXL_CLIP_L, "text_encoder_2": SDXL_CLIP_G},
-        SDXL_SCHEDULER_CONFIG,
-        resolution=1024,
-        pipeline_class="StableDiffusionXLPipeline",
-        guidance_scale=5.0,
-        force_zeros_for_empty_prompt=True,
-    ),
+    "sdxl": _SDXL,
+    "sdxl-inpainting": _inpainting(_SDXL),
 }

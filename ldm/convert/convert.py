@@ -35,6 +35,7 @@ MODELSPEC_ARCHITECTURES = {  # modelspec.architecture
     "sd2-v": "stable-diffusion-v2-768-v",
     "sd2-inpainting": "stable-diffusion-v2-inpainting",
     "sdxl": "stable-diffusion-xl-v1-base",
+    "sdxl-inpainting": "stable-diffusion-xl-v1-inpainting",
 }
 MODELSPEC_IMPLEMENTATION = "https://github.com/Stability-AI/generative-models"  # whose key names the file has
 MODELSPEC_PREDICTION_TYPES = {"eps": "epsilon", "v": "v", "x0": "sample"}  # modelspec.prediction_type

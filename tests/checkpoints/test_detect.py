@@ -305,7 +305,7 @@ RELATIVES = {  # changes of a family's file, and what they make of it
     "instruct-pix2pix": ("sd1", lambda t: t | {INPUT: meta(320, 8, 3, 3)}, "an instruct-pix2pix model"),
     "depth": ("sd2-base", lambda t: t | {INPUT: meta(320, 5, 3, 3)}, "a depth-to-image model"),
     "upscaler": ("sd2-base", lambda t: t | {INPUT: meta(320, 7, 3, 3)}, "an upscaler"),
-    "XL inpainting": ("sdxl", lambda t: t | {INPUT: meta(320, 9, 3, 3)}, "in_channels 9, cross_attention_dim 2048"),
+    "XL of 6 channels": ("sdxl", lambda t: t | {INPUT: meta(320, 6, 3, 3)}, "in_channels 6, cross_attention_dim 2048"),
     "refiner": (
         "sdxl",
         lambda t: t | {"conditioner.embedders.0.model.transformer.resblocks.9.mlp.c_proj.bias": meta(1280)},

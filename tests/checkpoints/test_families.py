@@ -32,6 +32,8 @@ PARAMETERS = {  # as counted in the published files
         "text_encoder_2": 694_659_840,
     },
 }
+MASK_PARAMETERS = 320 * 5 * 3 * 3  # of the first convolution, for the five channels that inpainting adds
+PARAMETERS["sdxl-inpainting"] = PARAMETERS["sdxl"] | {"unet": PARAMETERS["sdxl"]["unet"] + MASK_PARAMETERS}
 SIZES = {"sd1": "v1", "sd1-inpainting": "inpainting", "sd2-v": "v2", "sdxl": "xl_base"}  # our names: diffusers'
 
 

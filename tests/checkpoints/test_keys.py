@@ -37,8 +37,11 @@ MODEL_TYPES = {  # ours: diffusers'
     "sd2-v": "v2",
     "sd2-inpainting": "inpainting_v2",
     "sdxl": "xl_base",
+    "sdxl-inpainting": "xl_inpaint",
 }
-TENSORS = {"sd1": 686, "sd1-inpainting": 686, "sd2-base": 686, "sd2-v": 686, "sd2-inpainting": 686, "sdxl": 1680}
+TENSORS = {"sd1": 686, "sd1-inpainting": 686, "sd2-base": 686, "sd2-v": 686, "sd2-inpainting": 686} | dict.fromkeys(
+    ("sdxl", "sdxl-inpainting"), 1680
+)
 LANDMARKS = {  # names that every tool knows a file by
     "sd1": "cond_stage_model.transformer.text_model.encoder.layers.11.self_attn.q_proj.weight",
     "sd2-v": "cond_stage_model.model.transformer.resblocks.22.attn.in_proj_weight",
@@ -64,7 +67,7 @@ def tiny(name):
         "cross_attention_dim": 16,
         "attention_head_dim": 2,
         "layers_per_block": 1 if name == "sd2-base" else 2,
-        "transformer_layers_per_block": [1, 2, 3] if name == "sdxl" else 1,
+        "transformer_layers_per_block": [1, 2, 3] if name.startswith("sdxl") else 1,
     }
     vae = {"block_out_channels": [8, 8, 16, 16], "norm_num_groups": 4, "layers_per_block": 1}
     towers = {folder: small(tower) for folder, tower in family.text_encoders.items()}
