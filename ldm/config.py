@@ -36,6 +36,12 @@ def _parse_name(value: Any) -> Any:
     return value.strip().lower().replace("-", "_") if isinstance(value, str) else value
 
 
+def _parse_suffix(value: Any) -> Any:
+    """A suffix in small letters with its dot, as kohya's tools take `txt`."""
+    return "." + value.strip().lower().removeprefix(".") if isinstance(value, str) and value.strip(" .") else value
+
+
+CaptionSuffix = Annotated[str, BeforeValidator(_parse_suffix), Field(pattern=r"^\.[\w.-]+$")]
 OptionName = Annotated[str, BeforeValidator(_parse_name)]
 
 
@@ -68,9 +74,11 @@ class ImageDataConfig(FrozenConfig):
     shuffle_caption: bool = False  # shuffle the tags of a caption
     caption_separator: str = Field(",", min_length=1)  # between tags
     keep_tokens: int = Field(0, ge=0)  # the number of first tags that are not shuffled
-    caption_extension: Literal[".txt", ".caption"] = ".txt"  # of an image that has both
+    caption_extension: Annotated[str, BeforeValidator(_parse_suffix), Field(pattern=r"^\.[\w.-]+$")] = (
+        ".txt"  # the one that counts, of several
+    )
     skip_broken: bool = False  # train without the images that cannot be read or used; all are decoded before
-    strict: bool = False  # refuse what is otherwise left out with a notice: stray files, empty captions
+    strict: bool = False  # refuse what is otherwise left out with a notice: stray files, rows without an image, ...
 
 
 class AutoencoderObjective(FrozenConfig):

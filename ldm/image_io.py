@@ -7,10 +7,9 @@ import io
 import math
 import textwrap
 import warnings
-import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -19,9 +18,9 @@ from torch import Tensor
 
 from ldm.errors import error_text
 from ldm.files import read_regular_file
+from ldm.image_repair import MAX_IMAGE_PIXELS, MAX_PNG_TEXT_BYTES, Notices, read_with_repairs
 
 ALPHA_BACKGROUND = (255, 255, 255)
-MAX_IMAGE_PIXELS = 2**28  # of a file
 MAX_IMAGE_SIDE = 2**17
 MAX_DECODED_PIXELS = 2**26  # 8192 x 8192: an image of more is shrunk
 ROWS_AT_A_TIME = 64
@@ -37,17 +36,11 @@ ORIENTATION_TRANSPOSES = {
     8: Image.Transpose.ROTATE_90,
 }
 TIFF_WIDTH, TIFF_LENGTH = 256, 257
-PNG_SIGNATURE, JPEG_START, JPEG_END = b"\x89PNG\r\n\x1a\n", b"\xff\xd8", b"\xff\xd9"
-PNG_PIXEL_CHUNKS = {b"tRNS", b"acTL", b"fcTL", b"fdAT"}  # optional by their names, and yet needed for pixels
-MAX_PNG_TEXT_BYTES = 2**24  # of a text or a color profile, where Pillow allows 2**20
 MISSING_JPEG_PIXELS = (128, (128, 128, 128))
-HEIC_BRANDS = {b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"mif1", b"msf1"}
 NEARLY_WHITE = 245  # of 255
 SRGB_PROFILE = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB"))
 ICC_MODES = {"GRAY": "L", "RGB ": "RGB", "CMYK": "CMYK"}  # ICC colour spaces and the modes that hold them
 
-Notices = tuple[tuple[str, str], ...]
-Result = TypeVar("Result")
 
 # Pillow's bounds for the process: `_check_pixel_count` is stricter than its warning, and gives one line
 Image.MAX_IMAGE_PIXELS = MAX_IMAGE_PIXELS
@@ -65,7 +58,7 @@ class DecodedImage(NamedTuple):
 
 def read_image_size(data: bytes) -> tuple[int, int]:
     """Width and height of the upright image, from the file's header alone; ValueError if it is not an image."""
-    (width, height), orientation = _with_repairs(data, _read_header)[0]
+    (width, height), orientation = read_with_repairs(data, _read_header)[0]
     return (height, width) if orientation in TRANSPOSED_ORIENTATIONS else (width, height)
 
 
@@ -76,59 +69,8 @@ def decode_image(data: bytes) -> DecodedImage:
     and 1 GB. Damage to texts, profiles and EXIF, and a JPEG without its last rows, give a notice.
     ValueError, in one line, if it cannot be decoded completely.
     """
-    decoded, notices = _with_repairs(data, _decode)
+    decoded, notices = read_with_repairs(data, _decode)
     return decoded._replace(notices=notices + decoded.notices)
-
-
-def _with_repairs(data: bytes, read: Callable[[bytes], Result]) -> tuple[Result, Notices]:
-    """The result of `read`, if need be of a repaired file, with a notice of what was repaired; ValueError."""
-    try:
-        return read(data), ()
-    except Exception as error:  # Pillow's plugins raise exceptions of all kinds
-        reason, repaired = _decode_error(data, error), _repair(data, error)
-    if repaired is None:
-        raise ValueError(reason)
-    try:
-        return read(repaired[0]), (repaired[1],)
-    except Exception:
-        raise ValueError(reason) from None
-
-
-def _repair(data: bytes, error: Exception) -> tuple[bytes, tuple[str, str]] | None:
-    """A PNG without its texts and damaged profile or EXIF, a JPEG with an end; None for what cannot be repaired."""
-    if data.startswith(PNG_SIGNATURE):
-        sound = _essential_png_chunks(data)
-        return (sound, ("metadata", f"not used ({error_text(error)})")) if len(sound) < len(data) else None
-    if data.startswith(JPEG_START) and "truncated" in str(error):
-        return data + JPEG_END, ("truncated", "the end of the file is missing")
-    return None
-
-
-def _essential_png_chunks(data: bytes) -> bytes:
-    """A PNG without the chunks that its pixels do not need, but with a sound color profile and EXIF."""
-    parts, start = [PNG_SIGNATURE], len(PNG_SIGNATURE)
-    while start < len(data):
-        length, kind = int.from_bytes(data[start : start + 4], "big"), data[start + 4 : start + 8]
-        chunk = data[start : start + length + 12]
-        optional = kind[:1].islower() and kind not in PNG_PIXEL_CHUNKS
-        if not optional or (kind in (b"iCCP", b"eXIf") and _is_sound_chunk(chunk)):
-            parts.append(chunk)
-        start += length + 12
-    return b"".join(parts)
-
-
-def _is_sound_chunk(chunk: bytes) -> bool:
-    """Is its checksum right, and, of a profile, its size bounded?"""
-    if zlib.crc32(chunk[4:-4]) != int.from_bytes(chunk[-4:], "big"):
-        return False
-    if chunk[4:8] == b"eXIf":
-        return True
-    unpacker = zlib.decompressobj()
-    try:
-        unpacker.decompress(chunk[8:-4].partition(b"\0")[2][1:], MAX_PNG_TEXT_BYTES)
-    except zlib.error:
-        return False
-    return not unpacker.unconsumed_tail
 
 
 def _read_header(data: bytes) -> tuple[tuple[int, int], int]:
@@ -300,19 +242,6 @@ def to_srgb(image: Image.Image, icc_profile: bytes | None) -> tuple[Image.Image,
         return image.convert("RGB"), (("color profile", f"not used ({error})"),)
     assert converted is not None
     return converted, ()
-
-
-def _decode_error(data: bytes, error: Exception) -> str:
-    """Why a file cannot be decoded, in one line."""
-    if not data:
-        return "the file is empty"
-    if data[4:8] == b"ftyp" and data[8:12] in HEIC_BRANDS:
-        return "HEIC images cannot be read: convert it to PNG or JPEG"
-    if isinstance(error, Image.DecompressionBombError):
-        return f"more than {MAX_IMAGE_PIXELS // 10**6} million pixels"
-    if isinstance(error, Image.UnidentifiedImageError):
-        return "not an image"
-    return error_text(error) if str(error).strip() else f"not an image ({type(error).__name__})"
 
 
 def from_uint8(pixels: np.ndarray | Tensor) -> Tensor:

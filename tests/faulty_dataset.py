@@ -409,7 +409,7 @@ def tar_that_is_compressed(root):
 @plant
 def captions_in_json_not_lines(root):
     write(root / "p6", {"a.png": file(270), "metadata.json": "[1]"})
-    return {("malformed line", "6:metadata.json:1")}
+    return {("malformed line", "6:metadata.json:1"), ("no images", "6:p6")}
 
 
 @plant

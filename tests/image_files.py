@@ -1,6 +1,8 @@
-"""Images with known pixels, as files."""
+"""Images with known pixels, as files, and other files of data folders."""
 
 import io
+import json
+import tarfile
 
 import numpy as np
 from PIL import Image
@@ -27,3 +29,20 @@ def write(folder, files):
         content = encoded(noise(12, 8, content), form) if isinstance(content, int) else content
         path.write_bytes(content.encode() if isinstance(content, str) else content)
     return folder
+
+
+def jsonl(rows):
+    return "\n".join(json.dumps(row) for row in rows)
+
+
+def tar(files):
+    """The bytes of a tar of files by name; a number is an image as for `write`."""
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w") as archive:
+        for name, content in files.items():
+            content = encoded(noise(12, 8, content)) if isinstance(content, int) else content
+            data = content.encode() if isinstance(content, str) else content
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            archive.addfile(info, io.BytesIO(data))
+    return out.getvalue()

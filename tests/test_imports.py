@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # A module imports from the rows above its own and from its own package, never from another name of its row.
 LAYERS = (
     {"errors"},
-    {"conditioning", "rng", "files", "hardware", "installation"},
+    {"conditioning", "rng", "files", "hardware", "installation", "image_repair"},
     {"config", "image_io"},
     {"metadata"},
     {"diffusion", "nn"},
@@ -44,7 +44,7 @@ HOMES = {
     "bitsandbytes": ("train/optimizers.py",),
     "prodigyopt": ("train/optimizers.py",),
     "ray": ("jobs/engines.py",),
-    "pyarrow": ("data/shards.py", "data/folders.py", "jobs/exports.py", "jobs/readers.py"),
+    "pyarrow": ("data/shards.py", "data/tables.py", "jobs/exports.py", "jobs/readers.py"),
     "datasets": (),  # what it saves is read by pyarrow alone
     "webdataset": (),
     "scripts": (),

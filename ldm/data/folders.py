@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
-import codecs
-import csv
-import io
-import json
 import os
 import re
 import unicodedata
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
-from functools import lru_cache
 from pathlib import Path, PurePosixPath
-from typing import Any, NamedTuple
 
 from ldm.config import ImageDataConfig
-from ldm.data.shards import import_pyarrow, is_saved_dataset, open_parquet_files, open_saved_dataset, open_tars
+from ldm.data.shards import is_saved_dataset, open_parquet_files, open_saved_dataset, open_tars
 from ldm.data.sources import (
-    CAPTION_SUFFIXES,
-    MASK_SUFFIX,
+    BROKEN_KINDS,
+    LENIENT_KINDS,
     DatasetIssue,
     FileSlice,
     ImageSample,
@@ -31,38 +25,53 @@ from ldm.data.sources import (
     is_ignored,
     is_image_file,
     is_mask_file,
+    list_caption_suffixes,
+    match_column,
     skipped_file_issue,
+    strip_extension,
     validate_caption,
 )
-from ldm.errors import error_text
+from ldm.data.tables import METADATA_READERS, FileIndex, FileResolver, list_metadata_files, read_metadata_rows
 
-METADATA_FILES = ("metadata.jsonl", "metadata.csv", "metadata.parquet", "metadata.json")
-KOHYA_METADATA_PATTERN = re.compile(r"meta_\w+\.json")  # of kohya's tools: {image: {"caption": ..., "tags": ...}}
 KOHYA_FOLDER_PATTERN = re.compile(r"(\d+)_(.+)")  # <repeats>_<class tokens>
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz")
-CSV_DELIMITERS = (",", ";", "\t")
 MAX_REPEATS = 1000  # above this, the number in a folder's name is likely a year or a count
-FileIndex = Mapping[str, Path]  # by path below the source, with slashes, in Unicode's NFC
 
 
 def open_image_sources(data: ImageDataConfig) -> ImageSource:
     """The images in `data.train_data_dir` with their captions, each folder's format detected, and all issues.
 
-    Formats: a folder with metadata.jsonl, .csv or .parquet; a folder of images with captions beside them (.txt,
-    .caption), in folders named <repeats>_<class tokens> (kohya), or without any; a folder of webdataset tars, or one
-    tar; a folder of parquet files that hold the images; a folder by `datasets.save_to_disk`. Keys from the second
-    folder on are prefixed with its number: "2:a.png".
+    Formats: a folder with metadata.jsonl, .csv, .tsv, .json or .parquet, or kohya's meta_cap.json, itself or in folders
+    below it; a folder of images with captions beside them (.txt, .caption), in folders named <repeats>_<class tokens>
+    (kohya), or without any; a folder of webdataset tars, or one tar; a folder of parquet files that hold the images; a
+    folder by `datasets.save_to_disk`. Keys from the second folder on are prefixed with its number: "2:a.png".
     """
     samples: list[ImageSample] = []
     issues: list[DatasetIssue] = []
     for number, path in enumerate(data.train_data_dir, 1):
         prefix = f"{number}:" if number > 1 else ""
         source = _open_source(path, data)
-        if not source.samples and not any(issue.severity == "error" for issue in source.issues):
-            issues.append(DatasetIssue("no images", prefix + path.name, "no images in it"))
+        found = [issue._replace(strict=data.strict) for issue in source.issues]
+        if data.skip_broken:
+            found = [issue.as_left_out() if issue.kind in BROKEN_KINDS else issue for issue in found]
+        found += _check_whole_source(path.name, ImageSource(source.samples, found))
         samples += [replace(sample, key=prefix + sample.key) for sample in source.samples]
-        issues += [issue._replace(key=prefix + issue.key, strict=data.strict) for issue in source.issues]
+        issues += [issue._replace(key=prefix + issue.key) for issue in found]
     return ImageSource(samples, issues)
+
+
+def _check_whole_source(name: str, source: ImageSource) -> Iterator[DatasetIssue]:
+    """An error where a folder has no images, or none of them a caption, and no other error says why."""
+    if any(issue.severity == "error" for issue in source.issues):
+        return
+    if not source.samples:
+        reasons = [f" ({issue.key}: {issue.what})" for issue in source.issues if issue.kind in LENIENT_KINDS]
+        yield DatasetIssue("no images", name, f"no images in it that can be used{''.join(reasons[:1])}")
+    elif any(issue.kind == "no caption" for issue in source.issues) and not any(s.caption for s in source.samples):
+        suffixes = {issue.key: PurePosixPath(issue.key).suffix.lower() for issue in source.issues}
+        tables = [key for key, suffix in suffixes.items() if suffix in METADATA_READERS and suffix != ".json"]
+        hint = f", or call {tables[0]} metadata{suffixes[tables[0]]}" if tables else ""
+        yield DatasetIssue("no captions", name, f"no image has a caption: give data.instance_prompt{hint}")
 
 
 def split_key(key: str) -> tuple[int, str]:
@@ -147,17 +156,6 @@ def _iter_files(
             issues.append(DatasetIssue("missing file", key, what))
 
 
-def strip_extension(name: str) -> str:
-    """A path without its suffix, or without `.mask.png`."""
-    return name[: -len(MASK_SUFFIX)] if is_mask_file(name) else str(PurePosixPath(name).with_suffix(""))
-
-
-def list_metadata_files(files: FileIndex) -> list[str]:
-    """The metadata files of a folder and of those below; kohya's only where there is no other."""
-    usual = [name for known in METADATA_FILES for name in files if PurePosixPath(name).name == known]
-    return usual or [name for name in files if KOHYA_METADATA_PATTERN.fullmatch(PurePosixPath(name).name)]
-
-
 def open_metadata_folders(files: FileIndex, tables: Sequence[str], data: ImageDataConfig) -> ImageSource:
     """Images and captions of each folder that has a metadata file, which lists what is below it."""
     by_folder: dict[str, str] = {}
@@ -184,18 +182,25 @@ def open_metadata_folder(files: FileIndex, metadata_file: str, data: ImageDataCo
     rows = read_metadata_rows(files[metadata_file], issues)
     columns = sorted({name for row in rows for name in row.values})
     wrong = find_missing_columns(data, "file_name", columns, metadata_file) if rows else []
+    if not rows and not issues:
+        wrong = [DatasetIssue("no images", metadata_file, "no rows in it, or no header above them")]
     if wrong or not rows:
         return ImageSource((), issues + wrong)
+    image_column, caption_column, mask_column = (
+        match_column(name, columns)
+        for name in (data.image_column or "file_name", data.caption_column, data.mask_column)
+    )
+    resolve = FileResolver(files)
     masks = {strip_extension(name): name for name in filter(is_mask_file, files)}
     samples, used = [], {metadata_file}
     for row in rows:
-        name = _resolve_file_cell(row, data.image_column or "file_name", files, issues)
+        name = resolve(row, image_column, issues)
         if name is None:
             continue
-        text = validate_caption(name, row.values.get(data.caption_column), data.instance_prompt, issues)
+        text = validate_caption(name, row.values.get(caption_column), data.instance_prompt, issues)
         mask = masks.get(strip_extension(name))
-        if row.values.get(data.mask_column):
-            mask = _resolve_file_cell(row, data.mask_column, files, issues)
+        if row.values.get(mask_column):
+            mask = resolve(row, mask_column, issues)
         used |= {name} if mask is None else {name, mask}
         if text is not None:
             read_mask = FileSlice(files[mask]) if mask and data.masks == "file" else None
@@ -206,148 +211,12 @@ def open_metadata_folder(files: FileIndex, metadata_file: str, data: ImageDataCo
     return ImageSource(deduplicate(samples, issues), issues)
 
 
-class TableRow(NamedTuple):
-    """One row of a table: where it is, for messages, and its values by column."""
-
-    key: str
-    values: dict[str, Any]
-
-
-def read_metadata_rows(path: Path, issues: list[DatasetIssue]) -> list[TableRow]:
-    """The rows of a metadata file; an issue with its line for each that cannot be read."""
-    readers = {".jsonl": _read_jsonl, ".csv": _read_csv, ".parquet": _read_parquet, ".json": _read_json}
-    return list(readers[path.suffix](path, issues))
-
-
-def _read_json(path: Path, issues: list[DatasetIssue]) -> Iterator[TableRow]:
-    """A list of objects, or kohya's object of images, of which `caption` is the text, else `tags`."""
-    text = decode_utf8(path.read_bytes(), path.name, issues)
-    try:
-        values = None if text is None else json.loads(text)
-    except (ValueError, RecursionError) as error:
-        issues.append(DatasetIssue("malformed line", path.name, f"not JSON ({error_text(error)})"))
-        return
-    if isinstance(values, dict) and all(isinstance(value, dict) for value in values.values()):
-        values = [
-            {"file_name": name, "text": value.get("caption", value.get("tags")), **value}
-            for name, value in values.items()
-        ]
-    if text is not None and not isinstance(values, list):
-        issues.append(DatasetIssue("malformed line", path.name, "neither a list of objects nor an object of images"))
-        return
-    for number, value in enumerate(values or [], 1):
-        if isinstance(value, dict):
-            yield TableRow(f"{path.name}:{number}", value)
-        else:
-            issues.append(DatasetIssue("malformed line", f"{path.name}:{number}", "not a JSON object"))
-
-
-def _read_jsonl(path: Path, issues: list[DatasetIssue]) -> Iterator[TableRow]:
-    data = path.read_bytes()
-    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        data = (decode_utf8(data, path.name, issues) or "").encode()
-    for number, line in enumerate(data.splitlines(), 1):
-        key = f"{path.name}:{number}"
-        if not line.strip():
-            continue
-        try:
-            values = json.loads(line.decode("utf-8-sig"))
-        except UnicodeDecodeError:
-            issues.append(DatasetIssue("not UTF-8", key, "the line is not UTF-8"))
-            continue
-        except (ValueError, RecursionError) as error:
-            issues.append(DatasetIssue("malformed line", key, f"not JSON ({error})"))
-            continue
-        if isinstance(values, dict):
-            yield TableRow(key, values)
-        else:
-            issues.append(DatasetIssue("malformed line", key, "not a JSON object"))
-
-
-def _read_csv(path: Path, issues: list[DatasetIssue]) -> Iterator[TableRow]:
-    text = decode_utf8(path.read_bytes(), path.name, issues)
-    if text is None:
-        return
-    first_line = text.lstrip("\r\n").splitlines()[0] if text.strip() else ""
-    delimiter = max(CSV_DELIMITERS, key=lambda mark: len(next(csv.reader([first_line], delimiter=mark), [])))
-    reader = csv.reader(io.StringIO(text, newline=""), strict=True, delimiter=delimiter)
-    try:
-        header = next(reader, [])
-        for cells in filter(None, reader):
-            key = f"{path.name}:{reader.line_num}"
-            if len(cells) == len(header):
-                yield TableRow(key, dict(zip(header, cells, strict=True)))
-            else:
-                issues.append(DatasetIssue("unequal line", key, f"{len(cells)} cells under {len(header)} columns"))
-    except csv.Error as error:
-        issues.append(DatasetIssue("malformed line", f"{path.name}:{reader.line_num}", str(error)))
-
-
-def _read_parquet(path: Path, issues: list[DatasetIssue]) -> Iterator[TableRow]:
-    pa = import_pyarrow(path)
-    from pyarrow import parquet
-
-    try:
-        rows = parquet.read_table(path).to_pylist()
-    except (pa.ArrowException, OSError) as error:
-        issues.append(DatasetIssue("malformed line", path.name, f"not parquet ({str(error).splitlines()[0]})"))
-        return
-    yield from (TableRow(f"{path.name}:{k + 1}", values) for k, values in enumerate(rows))
-
-
-def _resolve_file_cell(row: TableRow, column: str, files: FileIndex, issues: list[DatasetIssue]) -> str | None:
-    """The file that a cell names; None with an issue if there is no such file below the folder."""
-    value = row.values.get(column)
-    if not isinstance(value, str) or not value.strip():
-        issues.append(DatasetIssue("missing file", row.key, f"the row has no {column}"))
-        return None
-    spellings = dict.fromkeys(_normalize_path(text, files) for text in (value, value.replace("\\", "/")))
-    for name in spellings:
-        if name in files:
-            return name
-    for name in spellings:
-        key, index = name.casefold(), _index_spellings(tuple(files))
-        if len(found := index.get(key, ())) == 1:
-            issues.append(DatasetIssue("other spelling", row.key, f"no file {value}: {found[0]} is used"))
-            return found[0]
-    if any(os.path.isabs(name) or name.split("/")[0] == ".." for name in spellings):
-        issues.append(DatasetIssue("outside", row.key, f"{value} leads out of the folder"))
-    else:
-        issues.append(DatasetIssue("missing file", row.key, f"no file {value}"))
-    return None
-
-
-def _normalize_path(text: str, files: FileIndex) -> str:
-    """A path as the index has it; an absolute one below the folder is made relative."""
-    name = unicodedata.normalize("NFC", os.path.normpath(text.strip()))
-    root = _root_of(files) if os.path.isabs(name) else ""
-    return name.removeprefix(root) if root else name
-
-
-def _root_of(files: FileIndex) -> str:
-    """The folder of an index, with a slash at its end; empty where there is none."""
-    for name, path in files.items():
-        whole = unicodedata.normalize("NFC", os.path.abspath(path))
-        if whole.endswith("/" + name):
-            return whole[: -len(name)]
-    return ""
-
-
-@lru_cache(maxsize=2)
-def _index_spellings(names: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
-    """Images by their path in small letters, with and without its suffix."""
-    index: dict[str, tuple[str, ...]] = {}
-    for name in filter(is_image_file, names):
-        for key in {name.casefold(), strip_extension(name).casefold()}:
-            index[key] = (*index.get(key, ()), name)
-    return index
-
-
 def open_sidecar_folder(files: FileIndex, data: ImageDataConfig) -> ImageSource:
     """Images with captions beside them, else of their kohya folder's class tokens, else the instance prompt."""
     issues: list[DatasetIssue] = []
-    caption_files = [name for name in files if PurePosixPath(name).suffix.lower() in CAPTION_SUFFIXES]
-    caption_files.sort(key=lambda name: not name.lower().endswith(data.caption_extension))
+    suffixes = list_caption_suffixes(data)
+    caption_files = [name for name in files if PurePosixPath(name).suffix.lower() in suffixes]
+    caption_files.sort(key=lambda name: suffixes.index(PurePosixPath(name).suffix.lower()))
     captions = _index_by_stem(caption_files, "two captions", issues)
     _adopt_captions(captions, files, issues)
     masks = _index_by_stem(filter(is_mask_file, files), "two masks", issues)

@@ -70,7 +70,7 @@ def collect_usable_samples(
     infos = collect_image_infos(samples, buckets_from_config(data), data.skip_broken)
     issues = [info for info in infos if isinstance(info, DatasetIssue)]
     if data.skip_broken:
-        issues = [issue._replace(kind="left out", what=f"{issue.kind}: {issue.what}") for issue in issues]
+        issues = [issue.as_left_out()._replace(strict=data.strict) for issue in issues]
     pairs = zip(samples, infos, strict=True)
     return [(sample, info) for sample, info in pairs if isinstance(info, ImageInfo)], issues
 

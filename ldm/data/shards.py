@@ -13,9 +13,7 @@ from typing import Any
 
 from ldm.config import ImageDataConfig
 from ldm.data.sources import (
-    CAPTION_SUFFIXES,
     MASK_SUFFIX,
-    READABLE_IMAGE_SUFFIXES,
     DatasetIssue,
     FileSlice,
     ImageSample,
@@ -24,6 +22,9 @@ from ldm.data.sources import (
     deduplicate,
     find_missing_columns,
     is_ignored,
+    list_caption_suffixes,
+    list_image_suffixes,
+    match_column,
     skipped_file_issue,
     validate_caption,
 )
@@ -108,15 +109,14 @@ def _list_members(path: Path, issues: list[DatasetIssue]) -> list[tuple[str, Fil
 
 def _make_sample(members: MembersBySuffix, data: ImageDataConfig, issues: list[DatasetIssue]) -> ImageSample | None:
     """The sample of one key; None with an issue if it has no image or no caption."""
-    images, texts = (
-        [members[s] for s in order if s in members] for order in (sorted(READABLE_IMAGE_SUFFIXES), CAPTION_SUFFIXES)
-    )
+    caption_suffixes = list_caption_suffixes(data)
+    images, texts = ([members[s] for s in order if s in members] for order in (list_image_suffixes(), caption_suffixes))
     for kind, (first, *more) in (("duplicate", images), ("two captions", texts)) if images and texts else ():
         issues += [DatasetIssue(kind, name, f"there is {first[0]} too") for name, _ in more]
     if not images:
         for suffix, (name, _) in members.items():
             stray = DatasetIssue("caption without image", name, "no image of that key")
-            issues.append(stray if suffix in (*CAPTION_SUFFIXES, ".json") else skipped_file_issue(name))
+            issues.append(stray if suffix in (*caption_suffixes, ".json") else skipped_file_issue(name))
         return None
     name, file = images[0]
     num_issues = len(issues)
@@ -144,7 +144,7 @@ def _read_json_caption(members: MembersBySuffix, data: ImageDataConfig, issues: 
         return None
     values = values if isinstance(values, dict) else {}
     issues += find_missing_columns(data, None, values, name)
-    return values.get(data.caption_column)
+    return values.get(match_column(data.caption_column, values))
 
 
 def import_pyarrow(path: Path) -> Any:
@@ -260,7 +260,9 @@ def _iter_samples(
     issues: list[DatasetIssue],
 ) -> Iterator[ImageSample]:
     """The samples of an arrow file, or of a row group of a parquet file; `keys` are those of its rows."""
-    image, caption, mask = data.image_column or "image", data.caption_column, data.mask_column
+    image, caption, mask = (
+        match_column(name, columns) for name in (data.image_column or "image", data.caption_column, data.mask_column)
+    )
     captions = _read_column(file, caption, row_group).to_pylist() if caption in columns else [None] * len(keys)
     masks = _read_column(file, mask, row_group) if data.masks == "file" and mask in columns else None
     images = _read_column(file, image, None) if row_group is None else None  # reading a group would read all images

@@ -6,13 +6,12 @@ import codecs
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from importlib import import_module
-from importlib.util import find_spec
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, Literal, NamedTuple
 
 from ldm.config import ImageDataConfig
 from ldm.errors import suggest
+from ldm.image_repair import IMAGE_PLUGINS, load_image_plugin
 from ldm.rng import derive_seed
 
 BytesReader = Callable[[], bytes]  # reads a file's bytes; it can be pickled, for worker processes
@@ -20,12 +19,11 @@ MaskMode = Literal["none", "file", "alpha"]
 Severity = Literal["error", "warning", "notice"]
 
 # fmt: off
-READABLE_IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".ppm",
-                           ".pgm"}
-UNSUPPORTED_IMAGE_SUFFIXES = {".heic", ".heif", ".svg", ".psd", ".xcf", ".jxl", ".cr2", ".cr3", ".nef", ".arw", ".dng",
-                              ".raw", ".exr"}
+READABLE_IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".webp", ".bmp", ".gif", ".tif", ".tiff",
+                           ".avif", ".jp2", ".tga", ".ppm", ".pgm", ".pbm", ".pnm"}
+UNSUPPORTED_IMAGE_SUFFIXES = {".svg", ".psd", ".xcf", ".cr2", ".cr3", ".nef", ".arw", ".dng", ".raw", ".exr"}
 # fmt: on
-IMAGE_PLUGINS = {".heic": "pillow_heif", ".heif": "pillow_heif", ".jxl": "pillow_jxl"}
+PLUGIN_SUFFIXES = {suffix: name for name, plugin in IMAGE_PLUGINS.items() for suffix in plugin.suffixes}
 CAPTION_SUFFIXES = (".txt", ".caption")
 MASK_SUFFIX = ".mask.png"
 SYSTEM_FILES = {"thumbs.db", "desktop.ini", "__macosx"}
@@ -33,13 +31,16 @@ USUAL_COLUMNS = {
     "caption_column": ("text", "caption", "prompt", "captions", "tags", "description"),
     "image_column": ("file_name", "image", "image_path", "path", "filename", "file", "img"),
 }
+UNCONDITIONAL = "learnt without a caption"
 HELD_OUT_PREFIX = "held out: "  # before the keys of validation images
 SEVERITIES: tuple[Severity, ...] = ("error", "warning", "notice")
 DUPLICATE_KINDS = ("same image", "other caption", "held-out leak")  # of identical files
 LENIENT_KINDS = (  # go on without, or with another caption: errors where the recipe is strict
     *("unsupported", "caption without image", "mask without image", "two captions", "shared caption", "not listed"),
-    *("empty caption", "other spelling", "left out"),
+    *("empty caption", "no caption", "not text", "other spelling", "missing file", "malformed line", "unequal line"),
+    *("duplicate", "symlink loop", "left out"),
 )
+BROKEN_KINDS = ("broken image", "mask size", "too small", "not UTF-8", "truncated tar", "unreadable", "corrupt dataset")
 SEVERITY_BY_KIND: Mapping[str, Severity] = {  # all other kinds are errors
     **dict.fromkeys(("file name", "markup", "mojibake", "placeholder caption", "truncated caption"), "warning"),
     **dict.fromkeys((*DUPLICATE_KINDS, "near duplicate", "one caption", "few images", "no masks"), "warning"),
@@ -65,6 +66,10 @@ class DatasetIssue(NamedTuple):
         if self.strict and self.kind in LENIENT_KINDS:
             return "error"
         return SEVERITY_BY_KIND.get(self.kind, "error")
+
+    def as_left_out(self) -> DatasetIssue:
+        """The issue where its image is left out: `data.skip_broken`."""
+        return self._replace(kind="left out", what=f"{self.kind}: {self.what}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,28 +127,34 @@ def is_mask_file(name: str) -> bool:
 
 def is_image_file(name: str) -> bool:
     """Is a file an image by its suffix, and no mask?"""
-    suffix = Path(name).suffix.lower()
-    return (suffix in READABLE_IMAGE_SUFFIXES or has_image_plugin(suffix)) and not is_mask_file(name)
+    return Path(name).suffix.lower() in list_image_suffixes() and not is_mask_file(name)
 
 
 @cache
-def has_image_plugin(suffix: str) -> bool:
-    """Can an installed plug-in of Pillow read files of this suffix? It is registered."""
-    name = IMAGE_PLUGINS.get(suffix)
-    if name is None or find_spec(name) is None:
-        return False
-    plugin = import_module(name)  # pillow_jxl registers itself
-    if name == "pillow_heif":
-        plugin.register_heif_opener()
-    return True
+def list_image_suffixes() -> tuple[str, ...]:
+    """The suffixes of images that can be read, with those of installed plug-ins, in the order of the alphabet."""
+    plugins = (suffix for suffix, name in PLUGIN_SUFFIXES.items() if load_image_plugin(name))
+    return tuple(sorted({*READABLE_IMAGE_SUFFIXES, *plugins}))
+
+
+def strip_extension(name: str) -> str:
+    """A path without its suffix, or without `.mask.png`."""
+    return name[: -len(MASK_SUFFIX)] if is_mask_file(name) else str(PurePosixPath(name).with_suffix(""))
+
+
+def list_caption_suffixes(data: ImageDataConfig) -> tuple[str, ...]:
+    """The suffixes of captions beside images, the preferred one first."""
+    return tuple(dict.fromkeys((data.caption_extension, *CAPTION_SUFFIXES)))
 
 
 def skipped_file_issue(name: str) -> DatasetIssue:
     """Why a file that is neither an image nor a caption, nor a mask of an image, is left out."""
     suffix = Path(name).suffix.lower()
+    if suffix in PLUGIN_SUFFIXES:
+        package = IMAGE_PLUGINS[PLUGIN_SUFFIXES[suffix]].package
+        return DatasetIssue("unsupported", name, f"not read without a plug-in: pip install {package}, or convert it")
     if suffix in UNSUPPORTED_IMAGE_SUFFIXES:
-        plugin = f" or pip install {IMAGE_PLUGINS[suffix].replace('_', '-')}" if suffix in IMAGE_PLUGINS else ""
-        return DatasetIssue("unsupported", name, f"{suffix} images are not read: convert to PNG or JPEG{plugin}")
+        return DatasetIssue("unsupported", name, f"{suffix} images are not read: convert it to PNG or JPEG")
     if is_mask_file(name):
         return DatasetIssue("mask without image", name, "no image of that name")
     return DatasetIssue("skipped", name, "neither an image nor a caption")
@@ -152,23 +163,22 @@ def skipped_file_issue(name: str) -> DatasetIssue:
 def validate_caption(key: str, text: Any, fallback: str | None, issues: list[DatasetIssue]) -> str | None:
     """The caption `text`, stripped, or `fallback` if it is None or empty; None with an issue if there is none.
 
-    Of a list one is chosen by the key. An empty caption without a fallback is that of an unconditional sample.
+    Of a list one is chosen by the key. Without a caption and a fallback an image is an unconditional sample.
     """
-    if isinstance(text, list | tuple) and text:
-        text = text[derive_seed("caption", key) % len(text)]
-    if text is None and fallback is not None:
-        return fallback
-    if text is None:
-        issues.append(DatasetIssue("no caption", key, "no caption"))
-    elif not isinstance(text, str):
+    if isinstance(text, list | tuple):
+        text = text[derive_seed("caption", key) % len(text)] if text else ""
+    if text is None or text != text:  # NaN, as pandas writes an empty cell
+        if fallback is None:
+            issues.append(DatasetIssue("no caption", key, f"no caption: {UNCONDITIONAL}"))
+        return fallback or ""
+    if not isinstance(text, str):
         issues.append(DatasetIssue("not text", key, f"the caption is {type(text).__name__}, not text"))
-    elif not text.strip():
-        use = "learnt without a caption" if fallback is None else f"{fallback!r} is used"
+        return None
+    if not text.strip():
+        use = UNCONDITIONAL if fallback is None else f"{fallback!r} is used"
         issues.append(DatasetIssue("empty caption", key, f"the caption is empty: {use}"))
         return fallback or ""
-    else:
-        return text.strip()
-    return None
+    return text.strip()
 
 
 def decode_utf8(data: bytes, key: str, issues: list[DatasetIssue]) -> str | None:
@@ -188,14 +198,22 @@ def find_missing_columns(
 ) -> list[DatasetIssue]:
     """Issues for a missing image column (by default `image`; None if none is needed) or caption column, if needed."""
     names = [name for name in present if isinstance(name, str)]
+    known = {name.strip().casefold() for name in names}
     columns = [image and (data.image_column or image), data.caption_column if data.instance_prompt is None else None]
     listed = ", ".join(map(repr, names)) or "none"
     options = {data.caption_column: "caption_column", data.image_column or image: "image_column"}
-    missing = [name for name in columns if name and name not in names]
+    missing = [name for name in columns if name and name.casefold() not in known]
     texts = {
         name: f"no column {name!r} among {listed}{_suggest_column(name, options[name], names)}" for name in missing
     }
     return [DatasetIssue("wrong column", key, text) for text in texts.values()]
+
+
+def match_column(wanted: str, present: Iterable[str]) -> str:
+    """The column of a name, or else the one that differs in case and blanks only."""
+    names = [name for name in present if isinstance(name, str)]
+    near = (name for name in names if name.strip().casefold() == wanted.casefold())
+    return wanted if wanted in names else next(near, wanted)
 
 
 def _suggest_column(wanted: str, option: str, names: Sequence[str]) -> str:
@@ -210,5 +228,5 @@ def deduplicate(samples: Iterable[ImageSample], issues: list[DatasetIssue]) -> l
     by_key: dict[str, ImageSample] = {}
     for sample in samples:
         if by_key.setdefault(sample.key, sample) is not sample:
-            issues.append(DatasetIssue("duplicate", sample.key, "is there twice"))
+            issues.append(DatasetIssue("duplicate", sample.key, "is there twice: the first is used"))
     return [by_key[key] for key in sorted(by_key)]

@@ -170,7 +170,7 @@ def test_masks_are_averaged_over_each_latent_and_ones_where_there_are_none(folde
 PLANTED = {
     "not an image": {"8.png": b"nothing", "8.txt": "x"},
     "empty": {"8.png": b"", "8.txt": "x"},
-    "caption": {"8.png": 8},
+    "line 1 is not UTF-8": {"8.png": 8, "8.txt": b"caf\xe9"},
     "mask is 12x9": {"8.png": 8, "8.txt": "x", "8.mask.png": encoded(noise(12, 9))},
     "the mask: not an image": {"8.png": 8, "8.txt": "x", "8.mask.png": b"nothing"},
 }
@@ -179,7 +179,7 @@ PLANTED = {
 @pytest.mark.parametrize("said", PLANTED)
 def test_a_fault_is_refused_before_the_first_batch(folder, said):
     write(folder, PLANTED[said])
-    with pytest.raises(ValueError, match=rf"^8\.png: .*{said}") as told:
+    with pytest.raises(ValueError, match=rf"^8\.(png|txt): .*{said}") as told:
         dataset(folder, masks="file")
     assert "\n" not in str(told.value)
 
@@ -189,8 +189,8 @@ def test_what_must_not_be_enlarged_and_steps_that_are_no_latents_are_refused(fol
     with pytest.raises(ValueError, match=r"8\.png: 12x8 is smaller than 16 pixels"):
         dataset(folder, bucket_no_upscale=True)
     write(folder, {"9.png": 9})
-    with pytest.raises(ValueError, match=r"9\.png: no caption$"):
-        dataset(folder)
+    with pytest.raises(ValueError, match=r"9\.png: no caption: learnt without a caption$"):
+        dataset(folder, strict=True)
     with pytest.raises(ValueError, match="bucket_reso_steps: must be a multiple of 8"):
         dataset(folder, bucket_reso_steps=12)
 
