@@ -5,7 +5,9 @@ times. N are the training timesteps (`num_train_timesteps`), n the sampling step
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable
+import math
+from collections.abc import Callable, Iterable, Sequence
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -13,6 +15,7 @@ from scipy.special import betaincinv
 from torch import Tensor
 
 from ldm.diffusion.sde import CLEAN_LEVEL, VPSDE, NoiseLevel
+from ldm.errors import list_some
 
 # Where log-SNR(1) is lower (zero terminal SNR: -inf), karras and log_snr start here, a little before t = 1:
 # sigma/alpha = 148, as much noise as the linear schedule of Song et al. ends with.
@@ -141,6 +144,39 @@ def truncate_grid(grid: TimeGrid, strength: float) -> TimeGrid:
         raise ValueError(f"strength {strength}: between 0 and 1 is needed")
     steps = len(grid) - 1
     return TimeGrid(grid.sde, grid[steps - max(int(steps * strength), strength > 0) :])
+
+
+def grid_at_timesteps(sde: VPSDE, timesteps: Sequence[float]) -> TimeGrid:
+    """The grid of a network's timesteps, falling (diffusers' `timesteps=`); ValueError for any others."""
+    total = sde.num_train_timesteps
+    if not timesteps or any(a <= b for a, b in pairwise(timesteps)) or not -1 < timesteps[-1] <= timesteps[0] < total:
+        raise ValueError(f"timesteps {list_some(timesteps)}: must fall, from {total - 1} or less to 0 or more")
+    return TimeGrid(sde, (*map(sde.level_at_timestep, timesteps), CLEAN_LEVEL))
+
+
+def grid_at_sigmas(sde: VPSDE, sigmas: Sequence[float]) -> TimeGrid:
+    """The grid of falling sigma/alpha (diffusers' and k-diffusion's sigmas), with or without a last 0.
+
+    One beyond the model's own range is the nearer end of that. ValueError for any others.
+    """
+    noisy = sigmas[:-1] if sigmas and sigmas[-1] == 0 else sigmas
+    if not noisy or any(a <= b for a, b in pairwise(noisy)) or not 0 < noisy[-1] <= noisy[0] < math.inf:
+        raise ValueError(f"sigmas {list_some(sigmas)}: must fall, and be above 0, but for the last")
+    t = sde.time_at_log_snr(-2 * torch.tensor(noisy, dtype=torch.float64).log())
+    return TimeGrid(sde, (*map(sde.level, t.tolist()), CLEAN_LEVEL))
+
+
+def clip_grid(grid: TimeGrid, start: float, end: float) -> TimeGrid:
+    """The steps from training timestep N (1 - start) down to N (1 - end): diffusers' `denoising_start`, `_end`.
+
+    A step belongs to the timestep that it begins at. The last level is where the next step would begin.
+    """
+    if not 0 <= start < end <= 1:
+        raise ValueError(f"denoising_start {start} and denoising_end {end}: must be 0 <= start < end <= 1")
+    total = grid.sde.num_train_timesteps
+    first, last = (round(total - share * total) for share in (start, end))
+    kept = [k for k, level in enumerate(grid[:-1]) if last <= round(grid.sde.timestep(level.t), 6) < first]
+    return TimeGrid(grid.sde, grid[kept[0] : kept[-1] + 2] if kept else grid[-1:])
 
 
 SPACINGS: dict[str, Spacing] = {

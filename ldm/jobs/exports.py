@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from ldm.data.shards import import_pyarrow
 from ldm.files import atomic_write, read_json, rename_noreplace
 from ldm.jobs.manifest import RowSpan, read_finished_rows
-from ldm.pipeline.request import Request, complete_record
+from ldm.pipeline.request import REQUEST_FIELDS, Request, complete_record
 
 ROW_GROUP_IMAGES, ROW_GROUP_BYTES = 100, 2**24  # whichever ends a parquet row group first; one is read as a whole
 INPUT_IMAGE_FIELDS = "image", "mask"
@@ -122,7 +122,7 @@ def build_parquet_columns(pa: Any) -> list[tuple[str, Any]]:
     request = {
         field.name: next(types[begin] for begin in types if str(field.type).startswith(begin))
         for field in fields(Request)
-        if field.name not in ("prompt", "latents", *INPUT_IMAGE_FIELDS)
+        if field.name in REQUEST_FIELDS and field.name not in ("prompt", *INPUT_IMAGE_FIELDS)
     }
     inputs = {f"begun_from_{name}": text for name in INPUT_IMAGE_FIELDS}
     image = pa.struct({"bytes": pa.binary(), "path": text})

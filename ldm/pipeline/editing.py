@@ -20,10 +20,10 @@ from ldm.pipeline.request import Request
 class EditInputs:
     """The initial image of a request and, for inpainting, its mask (L, white is regenerated), in the output's size.
 
-    `image_latents` [C, h, w] are the mean of the image's posterior (diffusers samples it). `keep_mask` [1, h, w] is 1
-    where the sampler keeps them. `concat` [1 + C, h, w], for a U-Net made for inpainting, is the mask and the latents
-    of the masked image; such a U-Net keeps the image by itself, and `keep_mask` is zero. Note the polarities: 1 in
-    `keep_mask` keeps, white in `mask` regenerates.
+    `image_latents` [C, h, w] are the mean of the image's posterior, or its sample by `Request.posterior_noise`.
+    `keep_mask` [1, h, w] is 1 where the sampler keeps them. `concat` [1 + C, h, w], for a U-Net made for inpainting, is
+    the mask and the latents of the masked image; such a U-Net keeps the image by itself, and `keep_mask` is zero. Note
+    the polarities: 1 in `keep_mask` keeps, white in `mask` regenerates.
     """
 
     image: Image.Image
@@ -66,8 +66,16 @@ def prepare_edit_inputs(request: Request, vae: AutoencoderKL, is_inpaint_unet: b
     if mask is not None:
         pixel_mask = torch.from_numpy(np.asarray(mask) >= 128).to(pixel_mask)[None, None]
     latent_mask = F.max_pool2d(pixel_mask, vae_scale_factor(vae))[0]
-    latents, concat, keep_mask = encode_images(vae, pixels).mean[0], None, 1 - latent_mask
+    noise = (None, None) if request.posterior_noise is None else request.posterior_noise.to(latent_mask)
+    latents, concat, keep_mask = request.image_latents, None, 1 - latent_mask
+    latents = encode_image(vae, pixels, noise[0]) if latents is None else latents.to(latent_mask)
     if is_inpaint_unet:
-        concat = torch.cat([latent_mask, encode_images(vae, pixels * (1 - pixel_mask)).mean[0]])
+        concat = torch.cat([latent_mask, encode_image(vae, pixels * (1 - pixel_mask), noise[1])])
         keep_mask = torch.zeros_like(latent_mask)
     return EditInputs(image, mask, request.strength or 0.0, latents, keep_mask, concat)
+
+
+def encode_image(vae: AutoencoderKL, pixels: Tensor, noise: Tensor | None) -> Tensor:
+    """The scaled latents [C, h, w] of an image [1, 3, H, W]: the posterior's mean, or its sample with that noise."""
+    posterior = encode_images(vae, pixels)
+    return posterior.mean[0] if noise is None else posterior.sample(noise)[0]

@@ -289,6 +289,11 @@ class Pipeline:
         if request.seed == RANDOM_SEED:
             request = replace(request, seed=draw_seed())
         height, width = self._default_size(request.image)
+        if request.timesteps or request.sigmas:
+            if request.timesteps and request.sigmas:
+                raise ValueError("timesteps and sigmas: one of them is needed")
+            count = sum(1 for value in request.timesteps or request.sigmas or () if request.timesteps or value)
+            request = replace(request, num_inference_steps=count)
         filled = replace(
             request,
             height=height if request.height is None else request.height,
@@ -309,9 +314,13 @@ class Pipeline:
             raise ValueError(
                 "image: this is an inpainting model, which needs an image and a mask of what to regenerate"
             )
+        self.prompt_encoder.check_embeddings(filled)
         shape = latent_shape(self.model.vae, filled.height or 0, filled.width or 0)
-        if filled.latents is not None and tuple(filled.latents.shape) != shape:
-            raise ValueError(f"latents: shape {list(filled.latents.shape)}, expected {list(shape)}")
+        shapes = {"latents": shape, "image_latents": shape, "posterior_noise": (2, *shape)}
+        for name, expected in shapes.items():
+            tensor = getattr(filled, name)
+            if tensor is not None and tuple(tensor.shape) != expected:
+                raise ValueError(f"{name}: shape {list(tensor.shape)}, expected {list(expected)}")
         return filled
 
     def _default_size(self, image: Image.Image | None) -> tuple[int, int]:

@@ -78,15 +78,50 @@ class PromptEncoder:
 
     def encode_request(self, request: Request, num_chunks: int) -> tuple[Conditioning, Conditioning]:
         """The conditional and the unconditional row of a request; the same one twice at guidance scale 1."""
-        skip, time_ids = request.clip_skip or 0, get_add_time_ids(request)
-        encode = partial(self, num_chunks=num_chunks, clip_skip=skip, time_ids=time_ids)
-        cond = encode(request.prompt)
-        return cond, cond if request.guidance_scale == 1 else encode(request.negative_prompt)
+        cond = self._encode_prompt(request, "", num_chunks)
+        return cond, cond if request.guidance_scale == 1 else self._encode_prompt(request, "negative_", num_chunks)
+
+    def _encode_prompt(self, request: Request, prefix: str, num_chunks: int) -> Conditioning:
+        """A request's prompt, or its negative one: the embeddings that it gives, or else the encoded text."""
+        prompt, skip, time_ids = getattr(request, f"{prefix}prompt"), request.clip_skip or 0, None
+        if self.model.unet.add_embedding is not None:
+            time_ids = get_add_time_ids(request, prefix)
+        embeds = getattr(request, f"{prefix}prompt_embeds")
+        if embeds is None:
+            return self(prompt, num_chunks, clip_skip=skip, time_ids=time_ids)
+        context = embeds[None].to(self.model.unet.conv_in.weight)
+        if missing := num_chunks - self._count_chunks(embeds):
+            context = torch.cat([context, self("", missing, clip_skip=skip).context.to(context)], 1)
+        cond = self.model.unet.compute_kv_cache(Conditioning(context))
+        if time_ids is None:
+            return cond
+        pooled = getattr(request, f"{prefix}pooled_prompt_embeds")[None].to(context)
+        return replace(cond, vector=self.model.unet.make_vector(pooled, time_ids.to(pooled.device)))
 
     def num_chunks(self, request: Request) -> int:
         """The length of a request's prompts in chunks; the negative prompt counts unless the guidance scale is 1."""
-        prompts = (request.prompt,) if request.guidance_scale == 1 else (request.prompt, request.negative_prompt)
-        return max(len(self.tokenize_prompt(prompt)) for prompt in prompts)
+        prompts = [(request.prompt, request.prompt_embeds), (request.negative_prompt, request.negative_prompt_embeds)]
+        return max(
+            len(self.tokenize_prompt(text)) if embeds is None else self._count_chunks(embeds)
+            for text, embeds in prompts[: 1 if request.guidance_scale == 1 else 2]
+        )
+
+    def _count_chunks(self, embeds: Tensor) -> int:
+        return len(embeds) // self.model.text_encoders[0].tokenizer.model_max_length
+
+    def check_embeddings(self, request: Request) -> None:
+        """ValueError for embeddings of another width or length than the model's, and for pooled ones that lack."""
+        length = self.model.text_encoders[0].tokenizer.model_max_length
+        width = self.model.unet.config.cross_attention_dim
+        for prefix in ("", "negative_"):
+            embeds, pooled = (getattr(request, f"{prefix}{kind}prompt_embeds") for kind in ("", "pooled_"))
+            if embeds is None:
+                continue
+            shape = list(embeds.shape)
+            if len(shape) != 2 or not shape[0] or shape[0] % length or shape[1] != width:
+                raise ValueError(f"{prefix}prompt_embeds: shape {shape}, expected [n {length}, {width}]")
+            if pooled is None and self.model.unet.add_embedding is not None:
+                raise ValueError(f"{prefix}pooled_prompt_embeds: this model needs them beside {prefix}prompt_embeds")
 
     def clear(self) -> None:
         """Empty the caches."""

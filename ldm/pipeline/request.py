@@ -129,7 +129,15 @@ class Request:
         grey, as `ldm.image_io.inpaint_mask` reads it.
     upscale: a second pass over the finished image, that much larger, with `upscale_strength`.
     original_size, crops_coords_top_left, target_size: SDXL's micro-conditioning, each (height, width); None is the size
-        of the image.
+        of the image. Those of the negative prompt are the same unless `negative_...` say otherwise.
+    timesteps, sigmas: the network's timesteps, or sigma/alpha, in place of `num_inference_steps` and `spacing`.
+    denoising_start, denoising_end: only the steps between these shares of the training timesteps (`clip_grid`).
+    output_type: "pil", or "latent": the sample itself [C, h, w], as the U-Net scales it, in place of an image.
+    latents: the sample [C, h, w] at the first noise level, in place of the seed's N(0, I).
+    image_latents: the scaled latents of `image`, in place of the mean of its posterior; posterior_noise [2, C, h, w] is
+        what its sample and that of the masked image are drawn with, as diffusers does.
+    prompt_embeds, pooled_prompt_embeds: [T, C] and [P], in place of `prompt`, whatever that is; T is a multiple of the
+        text encoder's length. Likewise those of the negative prompt.
     """
 
     prompt: str = _field(MISSING, parse_text, aliases=("prompts",))
@@ -190,7 +198,23 @@ class Request:
     original_size: tuple[int, int] | None = _field(None, parse_int_pair)
     crops_coords_top_left: tuple[int, int] = _field((0, 0), parse_int_pair)
     target_size: tuple[int, int] | None = _field(None, parse_int_pair)
+    # of Python alone; recorded where they are not the default
+    timesteps: tuple[float, ...] | None = None
+    sigmas: tuple[float, ...] | None = None
+    denoising_start: float | None = None
+    denoising_end: float | None = None
+    negative_original_size: tuple[int, int] | None = None
+    negative_crops_coords_top_left: tuple[int, int] | None = None
+    negative_target_size: tuple[int, int] | None = None
+    output_type: str = "pil"
+    # tensors, which are not recorded
     latents: Tensor | None = field(default=None, compare=False, repr=False)
+    image_latents: Tensor | None = field(default=None, compare=False, repr=False)
+    posterior_noise: Tensor | None = field(default=None, compare=False, repr=False)
+    prompt_embeds: Tensor | None = field(default=None, compare=False, repr=False)
+    pooled_prompt_embeds: Tensor | None = field(default=None, compare=False, repr=False)
+    negative_prompt_embeds: Tensor | None = field(default=None, compare=False, repr=False)
+    negative_pooled_prompt_embeds: Tensor | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         from PIL import Image
@@ -208,13 +232,14 @@ class Request:
     def to_record(self) -> dict[str, Any]:
         """The request as JSON values, with digests in place of images.
 
-        `Request(**record)` is the same request, without images and given latents.
+        `Request(**record)` is the same request, without images and given tensors.
         """
         from PIL import Image
 
         from ldm.image_io import image_digest
 
-        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "latents"}
+        values = {f.name: getattr(self, f.name) for f in fields(self) if f.compare}
+        values = {name: v for name, v in values.items() if name in REQUEST_FIELDS or v != getattr(Request, name)}
         return {name: image_digest(v) if isinstance(v, Image.Image) else v for name, v in values.items()}
 
 
@@ -233,6 +258,7 @@ RECORD_TYPES: dict[str, Callable[[Any], bool]] = {  # of JSON values, by the ann
     "str": lambda value: isinstance(value, str),
     "int": lambda value: type(value) is int and abs(value) < 2**64,
     "float": lambda value: type(value) in (int, float) and abs(value) < 1e300,  # NaN is not
+    "tuple[float, ...": lambda value: isinstance(value, list | tuple) and all(map(RECORD_TYPES["float"], value)),
     "tuple[float": lambda value: _is_pair(value) and all(v is None or RECORD_TYPES["float"](v) for v in value),
     "tuple[int": lambda value: _is_pair(value) and all(map(RECORD_TYPES["int"], value)),
     "Image.Image": lambda value: isinstance(value, dict) and isinstance(value.get("sha256"), str),
@@ -246,7 +272,7 @@ def complete_record(values: Any) -> dict[str, Any]:
     """
     if not isinstance(values, dict):
         raise ValueError("no request")
-    types = {f.name: str(f.type) for f in fields(Request) if f.name != "latents"}
+    types = {f.name: str(f.type) for f in fields(Request) if f.compare}
     for name, value in values.items():
         if name not in types:
             raise ValueError(f"request: unknown field {name!r:.60}")
@@ -293,12 +319,19 @@ def default_strength(request: Request) -> float | None:
     return DEFAULT_IMG2IMG_STRENGTH if request.mask is None else DEFAULT_INPAINT_STRENGTH
 
 
-def get_add_time_ids(request: Request) -> Tensor:
-    """SDXL's micro-conditioning, [1, 6] float32: original height and width, the crop's top and left, target size."""
+TIME_ID_FIELDS = "original_size", "crops_coords_top_left", "target_size"
+
+
+def get_add_time_ids(request: Request, prefix: str = "") -> Tensor:
+    """SDXL's micro-conditioning, [1, 6] float32: original height and width, the crop's top and left, target size.
+
+    With the prefix "negative_" that of the negative prompt.
+    """
     import torch
 
-    size = request.height or 0, request.width or 0
-    ids = *(request.original_size or size), *request.crops_coords_top_left, *(request.target_size or size)
+    own = (getattr(request, prefix + name) for name in TIME_ID_FIELDS)
+    pairs = [pair or getattr(request, name) for name, pair in zip(TIME_ID_FIELDS, own, strict=True)]
+    ids = [n for pair in pairs for n in pair or (request.height or 0, request.width or 0)]
     return torch.tensor([ids], dtype=torch.float32)
 
 
@@ -306,7 +339,8 @@ def hires_pass(request: Request, image: Image.Image, multiple: int) -> Request:
     """The second pass of a request with `upscale`: img2img of its finished image, resized (A1111's "hires. fix")."""
     width, height = upscale_size(image.size, request.upscale or 1, multiple)
     strength = request.upscale_strength
-    return replace(request, image=image, width=width, height=height, strength=strength, upscale=None, latents=None)
+    start: dict[str, Any] = dict.fromkeys(("latents", "image_latents", "posterior_noise"))
+    return replace(request, image=image, width=width, height=height, strength=strength, upscale=None, **start)
 
 
 def upscale_size(size: tuple[int, int], factor: float, multiple: int) -> tuple[int, int]:
@@ -334,11 +368,14 @@ def check_request(request: Request, multiple: int) -> None:
     choose(SPACINGS, request.spacing or "", "spacing")
     if request.eta and request.sampler != "ddim":
         raise ValueError(f"eta {request.eta}: must be 0 for samplers other than ddim")
-    for name in ("original_size", "crops_coords_top_left", "target_size"):
+    for name in (*TIME_ID_FIELDS, *(f"negative_{name}" for name in TIME_ID_FIELDS)):
         pair = getattr(request, name)
         if pair is not None and (len(pair) != 2 or not all(isinstance(n, int) and 0 <= n <= 2**16 for n in pair)):
             raise ValueError(f"{name} {pair}: must be two whole numbers from 0 to {2**16}, height before width")
     _check_upscale(request, multiple)
+    choose({"pil": 0, "latent": 0}, request.output_type, "output_type")
+    if request.output_type == "latent" and request.upscale:
+        raise ValueError("output_type 'latent': a request with upscale gives an image")
 
 
 def _warn_of_single_step(request: Request) -> None:

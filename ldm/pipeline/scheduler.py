@@ -11,10 +11,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from itertools import groupby
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 from ldm.checkpoints.formats import Checkpoint
@@ -23,7 +22,14 @@ from ldm.diffusion.denoiser import Denoise, Denoiser
 from ldm.diffusion.guidance import classifier_free_guidance, inpaint
 from ldm.diffusion.samplers import SAMPLERS, check_finite, ddim
 from ldm.diffusion.sde import VPSDE
-from ldm.diffusion.timesteps import SPACINGS, TimeGrid, truncate_grid
+from ldm.diffusion.timesteps import (
+    SPACINGS,
+    TimeGrid,
+    clip_grid,
+    grid_at_sigmas,
+    grid_at_timesteps,
+    truncate_grid,
+)
 from ldm.image_io import to_pil
 from ldm.nn.vae import decode_latents, latent_shape, vae_scale_factor
 from ldm.pipeline.editing import EditInputs, prepare_edit_inputs
@@ -44,6 +50,22 @@ class RunningRequest:
     edit_inputs: EditInputs | None = None
 
 
+class StepEnd(NamedTuple):
+    """What a network evaluation led to: `latents` [B, ...] are x after it, `x0` its output.
+
+    `nfe` is the number of evaluations before it; `timestep` is the network's. The sampler goes on with
+    what is written into `latents`.
+    """
+
+    nfe: int
+    timestep: float
+    latents: Tensor
+    x0: Tensor
+
+
+OnStep = Callable[[StepEnd], bool | None]  # true ends the sampling of these images
+
+
 class SampleGroup:
     """Requests of one shape, sampler and time grid, sampled together by one coroutine."""
 
@@ -54,14 +76,19 @@ class SampleGroup:
         self.coroutine = check_finite(sampler)(x, grid, noise)
         self.x, self.grid, self.level = x, grid, grid[0]
         self.progress = self._reported_progress = 0.0
+        self.nfe = 0
         self._advance(None)
 
     def __len__(self) -> int:
         return len(self.members)
 
-    def step(self, x0: Tensor) -> None:
+    def step(self, x0: Tensor, on_step: OnStep | None = None) -> None:
         """Take E[x_0 | x] at `level`: the next evaluation is at the new `x` and `level`, or `x` is the sample."""
+        timestep = self.grid.sde.timestep(self.level.t)
         self._advance(x0)
+        if on_step and on_step(StepEnd(self.nfe, round(timestep, 6), self.x, x0)):
+            self.progress = 1.0
+        self.nfe += 1
         self.progress = max(self.progress, sum(level.t > self.level.t for level in self.grid) / len(self.grid))
 
     def _advance(self, x0: Tensor | None) -> None:
@@ -169,23 +196,27 @@ class BatchScheduler:
 
     @torch.inference_mode()
     def run(
-        self, requests: Iterable[Request | None], on_progress: Callable[[float], None]
-    ) -> Iterator[tuple[int, Image.Image]]:
-        """Yield (index, image) of resolved requests as they finish.
+        self,
+        requests: Iterable[Request | None],
+        on_progress: Callable[[float], None],
+        on_step: OnStep | None = None,
+    ) -> Iterator[tuple[int, Any]]:
+        """Yield (index, image) of resolved requests as they finish; latents in place of an image where one asks so.
 
         The next request is taken when there is room for it. None means that none is ready yet; it may come only while
-        an image is being sampled. `on_progress(delta)` is called with the progress since its last call, in images.
+        an image is being sampled. `on_progress(delta)` is called with the progress since its last call, in images, and
+        `on_step` after each network evaluation of a group.
         """
         queue, running = RequestQueue(requests), list[SampleGroup]()
         batches: list[tuple[list[SampleGroup], Denoise]] = []
-        decoding: deque[Future[list[tuple[RunningRequest, Image.Image]]]] = deque()
+        decoding: deque[Future[list[tuple[RunningRequest, Any]]]] = deque()
         with ThreadPoolExecutor(1, "decode") as decoder:
             while running or decoding or queue.hires_passes or not queue.exhausted:
                 arrivals = queue.take(self.batch_size - sum(map(len, running)))
                 if arrivals:
                     running += self._admit(arrivals)
                     batches = self._make_batches(running)
-                self._step(batches)
+                self._step(batches, on_step)
                 on_progress(sum(group.progress_delta() for group in running))
                 finished = [group for group in running if group.done]
                 if finished:
@@ -204,11 +235,11 @@ class BatchScheduler:
         """Encode the prompts of a request ahead of its turn; may be called from another thread."""
         self.prompt_encoder.encode_request(request, 1)
 
-    def _step(self, batches: Sequence[tuple[list[SampleGroup], Denoise]]) -> None:
+    def _step(self, batches: Sequence[tuple[list[SampleGroup], Denoise]], on_step: OnStep | None) -> None:
         for groups, denoise in batches:
             x0 = denoise(torch.cat([g.x for g in groups]), [g.level for g in groups for _ in range(len(g))])
             for group, rows in zip(groups, x0.split([len(g) for g in groups]), strict=True):
-                group.step(rows)
+                group.step(rows, on_step)
 
     def _admit(self, arrivals: Sequence[RunningRequest]) -> list[SampleGroup]:
         """Groups of consecutive requests that can be sampled in step."""
@@ -217,8 +248,9 @@ class BatchScheduler:
             r = member.request
             adaptive = SAMPLERS[r.sampler or ""].adaptive  # its steps would depend on the other rows
             shape = r.height, r.width, self.prompt_encoder.num_chunks(r)
-            settings = r.sampler, r.spacing, r.num_inference_steps, r.eta, r.strength
-            return *shape, *settings, member.index if adaptive else None
+            settings = r.sampler, r.spacing, r.num_inference_steps, r.eta, r.strength, r.output_type
+            grid = r.timesteps, r.sigmas, r.denoising_start, r.denoising_end
+            return *shape, *settings, *grid, member.index if adaptive else None
 
         return [self._start(list(members)) for _, members in groupby(arrivals, group_key)]
 
@@ -261,14 +293,25 @@ class BatchScheduler:
         return inpaint(denoise, torch.stack(image_latents), torch.stack(keep_masks))
 
     @torch.inference_mode()
-    def _decode_group(self, group: SampleGroup) -> list[tuple[RunningRequest, Image.Image]]:
+    def _decode_group(self, group: SampleGroup) -> list[tuple[RunningRequest, Any]]:
+        if group.members[0].request.output_type == "latent":
+            return list(zip(group.members, group.x, strict=True))
         images = zip(group.members, to_pil(self.batched_decode(group.x)), strict=True)
         return [(m, m.edit_inputs.composite(image) if m.edit_inputs else image) for m, image in images]
 
     def time_grid(self, request: Request) -> TimeGrid:
         """The noise levels of a resolved request."""
-        grid = make_time_grid(self.model.sde, request.spacing or "", request.num_inference_steps or 0)
-        return grid if request.strength is None else truncate_grid(grid, request.strength)
+        sde = self.model.sde
+        if request.timesteps:
+            grid = grid_at_timesteps(sde, request.timesteps)
+        elif request.sigmas:
+            grid = grid_at_sigmas(sde, request.sigmas)
+        else:
+            grid = make_time_grid(sde, request.spacing or "", request.num_inference_steps or 0)
+        if request.strength is not None:
+            grid = truncate_grid(grid, request.strength)
+        start, end = request.denoising_start, request.denoising_end
+        return grid if start is None and end is None else clip_grid(grid, start or 0, 1 if end is None else end)
 
 
 def make_cfg_denoiser(
