@@ -1,120 +1,25 @@
-"""Adapters (LoRA, LoHa, LoKr, full differences): merged ("fused") into a model's weights, and removed bit for bit."""
+"""Adapters of every kind (LoRA, LoKr, OFT, ...): merged ("fused") into a model's weights, and removed bit for bit."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
-from typing import Any, TypeVar, cast
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
+from ldm.adapters.factors import Factors, get_factor_tensors, map_factors
 from ldm.errors import list_some
 
-FactorsT = TypeVar("FactorsT", bound="Factors")
 NetworkDict = Mapping[str, nn.Module]  # by component
 AdapterWeight = float | tuple[float, float]  # one weight, or two: of the U-Net and of the text encoders
 
 
 @dataclass(frozen=True)
-class LoRA:
-    """B A of rank r: Hu et al. 2021 (arXiv:2106.09685), eq. 3. A is `down` [r, in], B is `up` [out, r].
-
-    For a convolution A has the kernel and B is 1x1. With `mid` T [r, r, h, w] both are 1x1 (Tucker decomposition):
-    sum_ij B_oi T_ijhw A_jc, LoCon: Yeh et al. 2024 (arXiv:2309.14859).
-    """
-
-    down: Tensor
-    up: Tensor
-    mid: Tensor | None = None
-
-    @property
-    def rank(self) -> int:
-        return len(self.down)
-
-    @property
-    def kernel(self) -> Tensor:
-        """A, [r, in, ...]: `down`, contracted with `mid` if there is one."""
-        return self.down if self.mid is None else torch.einsum("ij...,jc->ic...", self.mid, self.down.flatten(1))
-
-    def unscaled_delta(self) -> Tensor:
-        return self.up.flatten(1) @ self.kernel.flatten(1)
-
-
-@dataclass(frozen=True)
-class LoHa:
-    """(B1 A1) * (B2 A2), a Hadamard product: Hyeon-Woo et al. 2022 (arXiv:2108.06098), prop. 1; a is B, b is A.
-
-    With T1 and T2 (`t1`, `t2` [r, r, h, w]) each factor of a convolution is sum_ij a_io T_ijhw b_jc: prop. 3.
-    """
-
-    w1_a: Tensor
-    w1_b: Tensor
-    w2_a: Tensor
-    w2_b: Tensor
-    t1: Tensor | None = None
-    t2: Tensor | None = None
-
-    @property
-    def rank(self) -> int:
-        return len(self.w1_b)
-
-    def unscaled_delta(self) -> Tensor:
-        return rebuild_tucker(self.t1, self.w1_a, self.w1_b) * rebuild_tucker(self.t2, self.w2_a, self.w2_b)
-
-
-@dataclass(frozen=True)
-class LoKr:
-    """W1 (x) W2, a Kronecker product, each factor whole or a product a b: Yeh et al. 2024 (arXiv:2309.14859).
-
-    If both are whole there is no rank, and alpha has no effect. With T2 (`t2`) W2 is sum_ij a_io T_ijhw b_jc.
-    """
-
-    w1: Tensor | None = None
-    w1_a: Tensor | None = None
-    w1_b: Tensor | None = None
-    w2: Tensor | None = None
-    w2_a: Tensor | None = None
-    w2_b: Tensor | None = None
-    t2: Tensor | None = None
-
-    @property
-    def rank(self) -> int | None:
-        b = self.w1_b if self.w1_b is not None else self.w2_b
-        return None if b is None else len(b)
-
-    def unscaled_delta(self) -> Tensor:
-        w1 = rebuild_tucker(None, self.w1_a, self.w1_b) if self.w1 is None else self.w1
-        w2 = rebuild_tucker(self.t2, self.w2_a, self.w2_b) if self.w2 is None else self.w2
-        return torch.kron(w1.reshape(*w1.shape, *(w2.ndim - w1.ndim) * [1]), w2.contiguous())
-
-
-@dataclass(frozen=True)
-class Full:
-    """The whole difference of the weight, without factors."""
-
-    diff: Tensor
-
-    @property
-    def rank(self) -> None:
-        return None
-
-    def unscaled_delta(self) -> Tensor:
-        return self.diff
-
-
-Factors = LoRA | LoHa | LoKr | Full
-
-
-def rebuild_tucker(t: Tensor | None, a: Any, b: Any) -> Tensor:
-    """a b, or with a kernel t [r, r, h, w] sum_ij a_io t_ijhw b_jc."""
-    return a @ b if t is None else torch.einsum("ij...,io,jc->oc...", t, a, b)
-
-
-@dataclass(frozen=True)
 class ModuleDelta:
-    """The change of one module: of its weight by `factors`, of its bias by `bias`.
+    """The change of one module: of its weight by `factors`, of its bias b by `bias` + `bias_scale` * b.
 
     DoRA's magnitude `dora_scale` m has the weight's number of dimensions, and size 1 along those that its norm is over.
     """
@@ -123,6 +28,7 @@ class ModuleDelta:
     alpha: float | None = None
     dora_scale: Tensor | None = None
     bias: Tensor | None = None
+    bias_scale: Tensor | None = None
 
     @property
     def scale(self) -> float:
@@ -139,25 +45,33 @@ class ModuleDelta:
         w = base.float()
         if self.factors is None:
             return torch.zeros_like(w)
-        delta = self.scale * map_factors(self.factors, lambda a: a.to(w)).unscaled_delta().reshape(w.shape)
+        delta = self.scale * map_factors(self.factors, lambda a: a.to(w)).unscaled_delta(w).reshape(w.shape)
         if self.dora_scale is None:
             return delta
         v, m = w + delta, self.dora_scale.to(w)
         norm = torch.linalg.vector_norm(v, dim=[k for k, n in enumerate(m.shape) if n == 1], keepdim=True)
         return v * (m / (norm + torch.finfo(v.dtype).eps)) - w
 
+    def delta_bias(self, base: Tensor) -> Tensor:
+        """The change of a bias, in float32."""
+        b = base.float()
+        change = torch.zeros_like(b) if self.bias is None else self.bias.to(b)
+        return change if self.bias_scale is None else change + self.bias_scale.to(b) * b
+
     def shape_error(self, module: nn.Module) -> str | None:
         """Why the change does not fit a module, or None; only shapes are read."""
         weight, bias = cast(Tensor, module.weight), cast(Tensor | None, getattr(module, "bias", None))
-        if self.bias is not None and (bias is None or bias.shape != self.bias.shape):
-            expected = "none" if bias is None else str([*bias.shape])
-            return f"changes a bias of shape {[*self.bias.shape]}, expected {expected}"
+        for change in (self.bias, self.bias_scale):
+            if change is not None and (bias is None or bias.shape != change.shape):
+                expected = "none" if bias is None else str([*bias.shape])
+                return f"changes a bias of shape {[*change.shape]}, expected {expected}"
         if self.factors is None:
             return None
         factors = map_factors(self.factors, lambda a: a.to("meta", torch.float32))
         try:
-            shape = factors.unscaled_delta().shape if factors.rank != 0 else torch.Size()
-        except (RuntimeError, IndexError):  # of torch, for factors that cannot be multiplied
+            meta = torch.empty(weight.shape, device="meta")
+            shape = factors.unscaled_delta(meta).shape if factors.rank != 0 else torch.Size()
+        except (RuntimeError, IndexError, ValueError):  # of torch, for factors that cannot be multiplied
             shape = torch.Size()
         if not shape or shape[0] != len(weight) or shape.numel() != weight.numel():
             sizes = " and ".join(str([*a.shape]) for a in get_factor_tensors(self.factors).values())
@@ -250,8 +164,8 @@ class AdapterMerger:
         value = base.float()
         for adapter, weight in wanted.values():
             if (delta := adapter.deltas.get(target)) and (w := get_component_weight(weight, component)):
-                change = delta.delta_weight(base) if kind == "weight" else delta.bias
-                value = value if change is None else value + w * change.to(value)
+                change = delta.delta_weight(base) if kind == "weight" else delta.delta_bias(base)
+                value = value + w * change
         parameter.copy_(value)
 
 
@@ -260,7 +174,7 @@ def iter_changed_parameters(adapter: Adapter) -> Iterator[str]:
     for target, delta in adapter.deltas.items():
         if delta.factors is not None:
             yield f"{target}.weight"
-        if delta.bias is not None:
+        if delta.bias is not None or delta.bias_scale is not None:
             yield f"{target}.bias"
 
 
@@ -288,13 +202,3 @@ def get_module_weight(networks: NetworkDict, target: str) -> Tensor:
     """The weight of the module component/path."""
     component, path = target.split("/")
     return cast(Tensor, networks[component].get_submodule(path).weight)
-
-
-def get_factor_tensors(factors: Factors) -> dict[str, Tensor]:
-    """The fields that hold tensors."""
-    return {name: a for name, a in vars(factors).items() if a is not None}
-
-
-def map_factors(factors: FactorsT, function: Callable[[Tensor], Tensor]) -> FactorsT:
-    """The factors with a function applied to each tensor."""
-    return replace(factors, **{name: function(a) for name, a in get_factor_tensors(factors).items()})  # type: ignore[arg-type]

@@ -1,82 +1,84 @@
-"""The keys of adapter files: kohya's (with LyCORIS' kinds), diffusers' new and old ones, and peft's.
+"""The keys of adapter files: kohya's, LyCORIS', diffusers' new and old ones, ComfyUI's and peft's, as two tables.
 
-A key is a prefix (the network), a module, and a suffix (the field of its change). A module is looked up among all the
-spellings that it has in any format, never parsed: in `down_blocks_0_attentions_0_proj_in` dots and underscores cannot
-be told apart, and kohya's SDXL files number the blocks as the original (SGM) layout does.
+A key is a prefix (the network), a module, and a suffix (the kind of adapter, and a field of it). A module is looked up
+among all the spellings that it has in any format, never parsed: in `down_blocks_0_attentions_0_proj_in` dots and
+underscores cannot be told apart, and kohya's SDXL files number the blocks as the original (SGM) layout does.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import fields
 from functools import lru_cache
 from typing import NamedTuple, cast
 
 from torch import nn
 
-from ldm.adapters.lora import Full, LoHa, LoKr, LoRA
+from ldm.adapters.factors import LoHa, LoKr
 from ldm.checkpoints.keys import map_unet_modules
+from ldm.checkpoints.tensors import TensorInfo
 from ldm.nn.unet import UNet, UNetConfig
 
-DeltaField = tuple[type | None, str]  # (factor class or None, field of it or of ModuleDelta)
+DeltaField = tuple[str | None, str]  # (kind of adapter, a row of KINDS; or None for what any kind may have, field)
 
-DOWN_FIELDS = (LoRA, "down"), (LoHa, "w1_b")  # [rank, in]
+DOWN_FIELDS = ("LoRA", "down"), ("LoHa", "w1_b"), ("GLoRA", "a2")  # [rank, in]
+TEXT_ENCODERS_OF_PREFIXES = {"te": "text_encoder", "te1": "text_encoder", "te2": "text_encoder_2"}  # kohya's
+TEXT_ENCODERS_OF_CLIP = {"clip_l": "text_encoder", "clip_h": "text_encoder", "clip_g": "text_encoder_2"}  # ComfyUI's
 LORA_KEY_PREFIXES = {  # prefix: component; a longer one stands before its own beginning
     "lycoris_": "unet",  # LyCORIS' own, of diffusers' paths
     "diffusion_model.": "unet",  # ComfyUI's
     **{
-        f"text_encoders.{clip}{part}": component
-        for clip, component in {
-            "clip_l.": "text_encoder",
-            "clip_h.": "text_encoder",
-            "clip_g.": "text_encoder_2",
-        }.items()
+        f"text_encoders.{clip}.{part}": component
+        for clip, component in TEXT_ENCODERS_OF_CLIP.items()
         for part in ("transformer.", "")
     },
-    "lora_unet_": "unet",
-    "lora_te_": "text_encoder",
-    "lora_te1_": "text_encoder",
-    "lora_te2_": "text_encoder_2",
+    **{f"{tool}_unet_": "unet" for tool in ("lora", "oft")},
+    **{f"{tool}_{te}_": component for tool in ("lora", "oft") for te, component in TEXT_ENCODERS_OF_PREFIXES.items()},
     "unet.": "unet",
     "text_encoder.": "text_encoder",
     "text_encoder_2.": "text_encoder_2",
 }
 PEFT_KEY_PREFIX = "base_model.model."
 LORA_KEY_SUFFIXES: dict[str, DeltaField] = {  # of a field, the suffix of kohya and LyCORIS comes first
-    ".lora_down.weight": (LoRA, "down"),
-    ".lora_up.weight": (LoRA, "up"),
-    ".lora_mid.weight": (LoRA, "mid"),
-    **{f".hada_{f.name}": (LoHa, f.name) for f in fields(LoHa)},
-    **{f".lokr_{f.name}": (LoKr, f.name) for f in fields(LoKr)},
-    ".diff": (Full, "diff"),
-    ".w_norm": (Full, "diff"),
+    ".lora_down.weight": ("LoRA", "down"),
+    ".lora_up.weight": ("LoRA", "up"),
+    ".lora_mid.weight": ("LoRA", "mid"),
+    **{f".hada_{f.name}": ("LoHa", f.name) for f in fields(LoHa)},
+    **{f".lokr_{f.name}": ("LoKr", f.name) for f in fields(LoKr)},
+    **{f".{name}.weight": ("GLoRA", name) for name in ("a1", "a2", "b1", "b2", "bm")},
+    ".diff": ("Full", "diff"),
+    ".w_norm": ("Full", "diff"),
+    ".oft_blocks": ("OFT", "oft_blocks"),
+    ".oft_diag": ("OFT", "oft_diag"),
+    ".oft_R.weight": ("OFT", "oft_R"),
+    ".boft_R": ("BOFT", "boft_R"),
+    ".boft_s": ("BOFT", "boft_s"),
+    ".on_input": ("IA3", "on_input"),
+    ".ia3_l": ("IA3", "ia3_l"),
     ".diff_b": (None, "bias"),
     ".b_norm": (None, "bias"),
     ".alpha": (None, "alpha"),
+    ".rescale": (None, "rescale"),
     ".dora_scale": (None, "dora_scale"),
-    ".lora_A.weight": (LoRA, "down"),
-    ".lora_B.weight": (LoRA, "up"),
+    ".lora_A.weight": ("LoRA", "down"),
+    ".lora_B.weight": ("LoRA", "up"),
     ".scalar": (None, "scalar"),
     **{suffix: (None, "up_bias") for suffix in (".lora_B.bias", ".lora_up.bias")},
     **{f".lora_magnitude_vector{end}": (None, "magnitude") for end in ("", ".weight")},
-    **{f"{name}.down.weight": (LoRA, "down") for name in (".lora", ".lora_linear_layer", "_lora")},
-    **{f"{name}.up.weight": (LoRA, "up") for name in (".lora", ".lora_linear_layer", "_lora")},
+    **{f"{name}.down.weight": ("LoRA", "down") for name in (".lora", ".lora_linear_layer", "_lora")},
+    **{f"{name}.up.weight": ("LoRA", "up") for name in (".lora", ".lora_linear_layer", "_lora")},
+    ".weight": ("IA3", "weight"),
 }
+NEEDED_BESIDE = {".weight": ".on_input"}  # a suffix of an adapter only if the same module has the other one
+FOUR_DIMENSIONAL: dict[DeltaField, DeltaField] = {("OFT", "oft_blocks"): ("BOFT", "oft_blocks")}  # by its shape
 PEFT_ADAPTER_NAME_PATTERN = re.compile(
-    r"(\.lora_(?:A|B|magnitude_vector))\.(?!(?:weight|bias)$)[^.]+(\.weight|\.bias|)$"
+    r"(\.(?:lora_(?:A|B|magnitude_vector)|oft_R|boft_[Rs]|ia3_l))\.(?!(?:weight|bias)$)[^.]+(\.weight|\.bias|)$"
 )
-UNSUPPORTED_KINDS = {  # LyCORIS' kinds that multiply a weight, and others, by a pattern of their keys
-    "OFT": r".*\.(oft_blocks|oft_diag)|oft_(unet|te\d?)_.*",
-    "BOFT": r".*\.boft_.*",
-    "IA3": r".*\.on_input|.*\.ia3_.*",
-    "GLoRA": r".*\.[ab][12]\.weight",
-}
-REQUIRED_FACTORS: dict[type, tuple[str, ...]] = {
-    LoRA: ("down", "up"),
-    LoHa: ("w1_a", "w1_b", "w2_a", "w2_b"),
-    LoKr: ("w1_a", "w1_b", "w2_a", "w2_b"),  # or w1 for the first two, or w2 for the last two
-    Full: ("diff",),
+UNSUPPORTED_KINDS = {  # by a pattern of their keys
+    "T-LoRA": r".*\.lambda_layer",
+    "VeRA": r".*\.vera_lambda_[bd]",
+    "OFT of peft before 0.16": r".*\.oft_r",
 }
 KOHYA_KEY_SUFFIXES = {delta_field: suffix for suffix, delta_field in reversed(LORA_KEY_SUFFIXES.items())}
 LEGACY_MODULE_NAMES = ((r"\.to_out\.0$", ".to_out"), (r"\.([qkv])_proj$", r".to_\1"), (r"\.out_proj$", ".to_out"))
@@ -107,19 +109,24 @@ class LoRAKey(NamedTuple):
     delta_field: DeltaField
 
 
-def parse_lora_keys(names: Iterable[str]) -> dict[str, LoRAKey]:
+def parse_lora_keys(infos: Mapping[str, TensorInfo]) -> dict[str, LoRAKey]:
     """The keys of any format among the names of a file's tensors."""
-    return {name: key for name in names if (key := _parse_lora_key(name))}
+    return {name: key for name in infos if (key := _parse_lora_key(name, infos))}
 
 
-def _parse_lora_key(name: str) -> LoRAKey | None:
+def _parse_lora_key(name: str, infos: Mapping[str, TensorInfo]) -> LoRAKey | None:
     bare = PEFT_ADAPTER_NAME_PATTERN.sub(r"\1\2", name.removeprefix(PEFT_KEY_PREFIX))
     prefix = next((prefix for prefix in LORA_KEY_PREFIXES if bare.startswith(prefix)), "")
     suffix = next((suffix for suffix in LORA_KEY_SUFFIXES if bare.endswith(suffix)), None)
     if suffix is None:
         return None
+    if suffix in NEEDED_BESIDE and name.removesuffix(suffix) + NEEDED_BESIDE[suffix] not in infos:
+        return None
+    delta_field = LORA_KEY_SUFFIXES[suffix]
+    if len(infos[name].shape) == 4:
+        delta_field = FOUR_DIMENSIONAL.get(delta_field, delta_field)
     module = bare[len(prefix) : len(bare) - len(suffix)].replace(".processor", "")
-    return LoRAKey(LORA_KEY_PREFIXES.get(prefix), module, LORA_KEY_SUFFIXES[suffix])
+    return LoRAKey(LORA_KEY_PREFIXES.get(prefix), module, delta_field)
 
 
 def find_unsupported_kind(names: Iterable[str]) -> str | None:
@@ -131,7 +138,7 @@ def find_unsupported_kind(names: Iterable[str]) -> str | None:
 def detect_lora_format(names: Iterable[str]) -> str:
     """ "kohya", "peft", "comfyui" or "diffusers", by the first name of a file's tensors."""
     first = next(iter(names), "")
-    if first.startswith(("lora_", "lycoris_")):
+    if first.startswith(("lora_", "lycoris_", "oft_")):
         return "kohya"
     if first.startswith(("diffusion_model.", "text_encoders.")):
         return "comfyui"

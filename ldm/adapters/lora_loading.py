@@ -10,19 +10,16 @@ import math
 import os
 import re
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any
 
-from torch import Tensor, nn
+from torch import nn
 
-from ldm.adapters.lora import Adapter, LoKr, ModuleDelta, NetworkDict, find_shape_errors, get_module_weight
+from ldm.adapters.lora import Adapter, ModuleDelta, NetworkDict, find_shape_errors
 from ldm.adapters.lora_keys import (
     BASE_MODEL_VERSIONS,
     DOWN_FIELDS,
-    KOHYA_KEY_SUFFIXES,
-    REQUIRED_FACTORS,
     DeltaField,
     LoRAKey,
     build_module_aliases,
@@ -30,6 +27,7 @@ from ldm.adapters.lora_keys import (
     find_unsupported_kind,
     parse_lora_keys,
 )
+from ldm.adapters.lora_kinds import ModuleContext, build_delta, find_incomplete_reason
 from ldm.adapters.lora_saving import LORA_ADAPTER_METADATA_KEY, save_adapter
 from ldm.adapters.textual_inversion import has_bundled_embeddings, parse_embedding_keys
 from ldm.checkpoints.families import FAMILIES
@@ -44,7 +42,7 @@ if TYPE_CHECKING:
 
 ADAPTER_COMPONENTS = "unet", "text_encoder", "text_encoder_2"
 UNUSED_MODULE = "text_projection"
-SCALED_FACTORS = "up", "w1", "w1_a", "diff"  # one of each kind, in which it is linear
+NUMBER_FIELDS = (None, "alpha"), (None, "scalar"), ("IA3", "on_input")
 DIFFUSION_TRANSFORMER_PATTERN = r"(double|joint|transformer\.transformer|single_transformer)_blocks"
 
 
@@ -97,7 +95,7 @@ def convert_adapter(src: Path, dst: Path, lora_format: str, family: str | None =
 def detect_adapter_family(path: Path) -> str:
     """The family that an adapter was made for, by its shapes, names or metadata; ValueError if none tells."""
     files = map(open_safetensors, find_adapter_files(path))
-    version = next(filter(None, map(_detect_base_model_version, files)), None)
+    version = next(filter(None, map(detect_base_model_version, files)), None)
     if version is None:
         raise ValueError(f"{path}: does not say which base model it is for: choose a family from {', '.join(FAMILIES)}")
     return BASE_MODEL_VERSIONS[version].family
@@ -138,12 +136,13 @@ def _read_deltas(file: SafetensorsFile, networks: NetworkDict, digest: _Hash) ->
         raise ValueError(list_some(faults))
     deltas: dict[str, ModuleDelta] = {}
     for target, names in groups.items():
+        component, path = target.split("/")
         module = keys[next(iter(names.values()))].module
-        config = _PeftModuleConfig(_read_peft_config(file, target.split("/")[0]), module)
+        config = _read_peft_config(file, component)
         fields = {delta_field: tensors[name] for delta_field, name in names.items()}
         if any(0 in tensor.shape for tensor in fields.values()):
             continue
-        deltas[target] = _build_delta(fields, get_module_weight(networks, target).ndim, config)
+        deltas[target] = build_delta(fields, ModuleContext(networks[component].get_submodule(path), module, config))
     if empty := len(groups) - len(deltas):
         warnings.warn(f"{file.path}: {empty} modules have rank 0, and change nothing", stacklevel=2)
     if faults := find_shape_errors(deltas, networks):
@@ -177,12 +176,12 @@ def _group_keys(
             faults.append(f"{name} and {group[key.delta_field]} are the same tensor")
         else:
             group[key.delta_field] = name
-        is_alpha = key.delta_field in ((None, "alpha"), (None, "scalar"))
-        if is_alpha and math.prod(info.shape) != 1:
+        is_number = key.delta_field in NUMBER_FIELDS
+        if is_number and math.prod(info.shape) != 1:
             faults.append(f"{name} has shape {list(info.shape)}, expected one number")
-        elif not is_alpha and not info.dtype.is_floating_point:
+        elif not is_number and not info.dtype.is_floating_point:
             faults.append(f"{name} has dtype {info.dtype}, expected floating point")
-    faults += [f"{target} {why}" for target, group in groups.items() if (why := _incomplete_reason(group))]
+    faults += [f"{target} {why}" for target, group in groups.items() if (why := find_incomplete_reason(group))]
     if faults:
         raise ValueError(list_some(faults))
     return groups
@@ -194,53 +193,20 @@ def _is_unused(key: LoRAKey, aliases: Mapping[str, Mapping[str, str]]) -> bool:
     return key.component == "text_encoder" and key.module == UNUSED_MODULE and key.module not in own
 
 
+def folder_component(path: Path) -> str | None:
+    """The network that the folder of peft's file is named after."""
+    return path.parent.name if path.name == PEFT_LORA_NAME and path.parent.name in ADAPTER_COMPONENTS else None
+
+
 def _infer_component(file: SafetensorsFile, keys: Iterable[LoRAKey], aliases: Mapping[str, Mapping[str, str]]) -> str:
     """The network of the keys that do not name one: by the name of the folder, or the only one with all the modules."""
-    if file.path.name == PEFT_LORA_NAME and file.path.parent.name in ADAPTER_COMPONENTS:
-        return file.path.parent.name
+    if component := folder_component(file.path):
+        return component
     modules = {key.module for key in keys if key.component is None}
     matches = [component for component, names in aliases.items() if modules <= names.keys()]
     if modules and len(matches) > 1:
         raise ValueError(f"its keys fit {' and '.join(matches)}: put it in a folder of that name, as {PEFT_LORA_NAME}")
     return matches[0] if matches else "unet"
-
-
-def _incomplete_reason(fields: Iterable[DeltaField]) -> str | None:
-    """What a change lacks, or has too much of; None if it is complete."""
-    given = set(fields)
-    kinds = {kind for kind, _ in given if kind}
-    if len(kinds) > 1:
-        return f"is given as {' and '.join(sorted(kind.__name__ for kind in kinds))}"
-    if not kinds:
-        return None if given <= {(None, "bias")} else "has no factors"
-    kind = kinds.pop()  # and w1 is there in place of w1_a
-    missing = [name for name in REQUIRED_FACTORS[kind] if not {(kind, name), (kind, name[:2])} & given]
-    return f"lacks {' and '.join(KOHYA_KEY_SUFFIXES[kind, name][1:] for name in missing)}" if missing else None
-
-
-class _PeftModuleConfig(NamedTuple):
-    """peft's configuration, read for one module."""
-
-    settings: Mapping[str, Any]
-    module: str
-
-    def get_number(self, names: Sequence[str], pattern: str) -> float | None:
-        """A field, or the entry of `pattern` for the end of the module's path; ValueError unless it is positive."""
-        patterns = self.settings.get(pattern) or {}
-        if not isinstance(patterns, dict):
-            raise ValueError(f"{pattern} {patterns!r}: must be an object")
-        pattern_values = (
-            value for key, value in patterns.items() if f".{self.module}".endswith(f".{key.removeprefix('^')}")
-        )
-        value = next(pattern_values, next((self.settings[name] for name in names if name in self.settings), None))
-        if value is not None and (type(value) not in (int, float) or not 0 < value < math.inf):
-            raise ValueError(f"{names[0]} {value!r}: must be a positive number")
-        return value
-
-    def get_alpha(self, rank: int | None) -> float | None:
-        """alpha, times sqrt(rank) for rsLoRA, whose scale is alpha / sqrt(rank): arXiv:2312.03732."""
-        alpha = self.get_number(("lora_alpha", "alpha"), "alpha_pattern")
-        return alpha * math.sqrt(rank) if alpha and rank and self.settings.get("use_rslora") else alpha
 
 
 def _read_peft_config(file: SafetensorsFile, component: str) -> Mapping[str, Any]:
@@ -255,33 +221,7 @@ def _read_peft_config(file: SafetensorsFile, component: str) -> Mapping[str, Any
     return {name.removeprefix(prefix): value for name, value in settings.items() if name.startswith(prefix)}
 
 
-def _build_delta(fields: Mapping[DeltaField, Tensor], ndim: int, config: _PeftModuleConfig) -> ModuleDelta:
-    """The change of a module whose weight has `ndim` dimensions."""
-    kind = next((kind for kind, _ in fields if kind), None)
-    factors: Any = kind and kind(**{name: a for (owner, name), a in fields.items() if owner})
-    others = {name: a for (owner, name), a in fields.items() if not owner}
-    if factors is not None and "scalar" in others:
-        name = next(name for name in SCALED_FACTORS if getattr(factors, name, None) is not None)
-        factors = replace(factors, **{name: getattr(factors, name).float() * others["scalar"].float().reshape(())})
-    alpha = float(others["alpha"]) if "alpha" in others else config.get_alpha(factors and factors.rank)
-    if isinstance(factors, LoKr) and factors.rank is None and (r := config.get_number(("r",), "rank_pattern")):
-        w1 = cast(Tensor, factors.w1).float()
-        factors = replace(factors, w1=w1 * ((alpha or r) / r))  # in peft alpha has an effect without a rank, too
-    delta = ModuleDelta(factors, alpha, _reshape_dora_magnitude(others, ndim), others.get("bias"))
-    return replace(delta, bias=delta.scale * others["up_bias"].float()) if "up_bias" in others else delta
-
-
-def _reshape_dora_magnitude(fields: Mapping[str, Tensor], ndim: int) -> Tensor | None:
-    """DoRA's magnitude: one number per output or, in older files of LyCORIS, of shape [1, in], per input."""
-    if "magnitude" in fields:
-        return fields["magnitude"].reshape(-1, *(ndim - 1) * [1])
-    if (m := fields.get("dora_scale")) is None:
-        return None
-    per_input = m.ndim > 1 and len(m) == 1 != m.numel()
-    return m.reshape(*([1] if per_input else []), -1, *(ndim - 1 - per_input) * [1])
-
-
-def _detect_base_model_version(file: SafetensorsFile) -> str | None:
+def detect_base_model_version(file: SafetensorsFile) -> str | None:
     """The row of BASE_MODEL_VERSIONS that a file was made for: by the text width, the names, or the metadata."""
     keys = parse_lora_keys(file.tensor_infos)
     for name, key in keys.items():
@@ -299,7 +239,7 @@ def _base_model_mismatch(file: SafetensorsFile, family: str | None, networks: Ne
     """The error about an adapter for another base model; empty if it is for this one."""
     if any(re.search(DIFFUSION_TRANSFORMER_PATTERN, name) for name in file.tensor_infos):
         return "made for a transformer (SD 3, Flux), which is not supported"
-    made, own = _detect_base_model_version(file), _version_of_networks(family, networks)
+    made, own = detect_base_model_version(file), _version_of_networks(family, networks)
     if made is None or made == own:
         return ""
     name = "of another family" if own is None else BASE_MODEL_VERSIONS[own].name

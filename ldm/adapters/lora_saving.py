@@ -10,15 +10,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ldm.adapters.lora import (
-    Adapter,
-    LoRA,
-    ModuleDelta,
-    NetworkDict,
-    get_factor_tensors,
-    get_module_weight,
-    map_factors,
-)
+from ldm.adapters.factors import IA3, OFT, LoRA, Rotation, get_factor_tensors, map_factors
+from ldm.adapters.lora import Adapter, ModuleDelta, NetworkDict, get_module_weight
 from ldm.adapters.lora_keys import (
     BASE_MODEL_VERSIONS,
     KOHYA_KEY_SUFFIXES,
@@ -51,7 +44,7 @@ def _save_kohya(adapter: Adapter, dst: Path, networks: NetworkDict, family: str 
     tensors: dict[str, Tensor] = {}
     for target, delta in adapter.deltas.items():
         module = _kohya_module_name(target, networks)
-        for delta_field, a in _delta_tensors(delta, get_module_weight(networks, target)).items():
+        for delta_field, a in _delta_tensors(target, delta, get_module_weight(networks, target)).items():
             tensors[module + KOHYA_KEY_SUFFIXES[delta_field]] = a.contiguous()
     deltas = adapter.deltas.values()
     only_lora = all(isinstance(d.factors, LoRA) and d.dora_scale is None for d in deltas)
@@ -75,14 +68,25 @@ def _kohya_module_name(target: str, networks: NetworkDict) -> str:
     return prefix + add_text_model_prefix(path).replace(".", "_")
 
 
-def _delta_tensors(delta: ModuleDelta, weight: Tensor) -> dict[DeltaField, Tensor]:
+def _delta_tensors(target: str, delta: ModuleDelta, weight: Tensor) -> dict[DeltaField, Tensor]:
     """The tensors of a change; those of LoRA in the shape of a layer like the module's."""
     tensors: dict[DeltaField, Tensor] = {}
-    if (factors := delta.factors) is not None:
-        shaped = _reshape_to_layers(factors, weight) if isinstance(factors, LoRA) else factors
-        tensors |= {(type(shaped), name): a for name, a in get_factor_tensors(shaped).items()}
-        if rank := factors.rank:
-            tensors[None, "alpha"] = torch.tensor(float(rank if delta.alpha is None else delta.alpha))
+    match delta.factors:
+        case None:
+            pass
+        case Rotation() | IA3() if delta.bias_scale is not None or isinstance(delta.factors, Rotation):
+            raise ValueError(f"{target}: {type(delta.factors).__name__} of peft has no key in kohya's format")
+        case OFT(blocks, rescale, constraint):
+            parts = {("OFT", "oft_blocks"): blocks, (None, "rescale"): rescale, (None, "alpha"): constraint}
+            tensors |= {delta_field: a for delta_field, a in parts.items() if a is not None}
+        case IA3(vector, on_input):
+            shape = [-1] if weight.ndim == 2 else [1, -1, *(weight.ndim - 2) * [1]]
+            tensors["IA3", "weight"], tensors["IA3", "on_input"] = vector.reshape(shape), torch.tensor(int(on_input))
+        case factors:
+            shaped = _reshape_to_layers(factors, weight) if isinstance(factors, LoRA) else factors
+            tensors |= {(type(shaped).__name__, name): a for name, a in get_factor_tensors(shaped).items()}
+            if rank := factors.rank:
+                tensors[None, "alpha"] = torch.tensor(float(rank if delta.alpha is None else delta.alpha))
     optional = {"dora_scale": delta.dora_scale, "bias": delta.bias}
     return tensors | {(None, name): a for name, a in optional.items() if a is not None}
 

@@ -13,7 +13,8 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.dora import DoraConv2dLayer
 from torch import Tensor, nn
 
-from ldm.adapters.lora import LoRA, ModuleDelta
+from ldm.adapters.factors import LoRA
+from ldm.adapters.lora import ModuleDelta
 from ldm.errors import choose
 
 LORA_TARGET_PATTERNS = {  # ends of module paths: diffusers' names in the U-Net, transformers' in the text encoders

@@ -32,12 +32,8 @@ LORA_DESCRIPTION, VAE_DESCRIPTION = "a LoRA file: --lora", "a VAE: --vae"
 PREDICTION_OPTION_HINT = ": pass --prediction eps or v"
 EMBEDDING_KEY_PATTERN = r"string_to_param.*|emb_params|clip_[gl]|<.+>"
 UNSUPPORTED_KEY_PATTERNS = {  # other models by a tensor that they have (a whole name, as a regular expression)
-    r".*\.(oft_blocks|oft_diag|on_input)|.*\.(boft|ia3)_.*|oft_(unet|te\d?)_.*|(lora|lycoris)_.*\.[ab][12]\.weight": (
-        "an adapter of OFT, BOFT, IA3 or GLoRA: not supported"
-    ),
-    r"((lora_(unet|te\d?)|lycoris)_|.*\.(lora_(A|B|down|up)|lora_linear_layer|hada_w1|lokr_w[12])).*": (
-        LORA_DESCRIPTION
-    ),
+    r"((lora|oft)_(unet|te\d?)|lycoris)_.*": LORA_DESCRIPTION,
+    r".*\.(lora_(A|B|down|up)|lora_linear_layer|hada_w1|lokr_w[12]|oft_|boft_|ia3_l|on_input).*": LORA_DESCRIPTION,
     r".*[._]lora\.(down|up)\..+": LORA_DESCRIPTION,
     EMBEDDING_KEY_PATTERN: "an embedding (textual inversion), which adds a token to a model",
     r"control_.+|.*\b(controlnet_cond_embedding|input_hint_block)\..+": "a ControlNet: not supported",

@@ -6,16 +6,18 @@ Only headers are read, but for the hash and for probing the U-Net.
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ldm.adapters import lora_loading
-from ldm.adapters.lora_keys import DOWN_FIELDS, detect_lora_format, parse_lora_keys
+from ldm.adapters.lora_keys import BASE_MODEL_VERSIONS, DOWN_FIELDS, detect_lora_format, parse_lora_keys
+from ldm.adapters.textual_inversion import has_bundled_embeddings, parse_embedding_keys
 from ldm.checkpoints import detect, formats, keys, layouts
 from ldm.checkpoints.families import FAMILIES, LoadOptions, ModelFamily
+from ldm.checkpoints.hub import PEFT_LORA_NAME
 from ldm.checkpoints.schedule import PREDICTION_TYPES, family_scheduler_config, parse_scheduler_config
 from ldm.checkpoints.tensors import SafetensorsFile, TensorInfo, open_safetensors
 from ldm.diffusion.prediction import PREDICTIONS
@@ -89,7 +91,7 @@ def _inspect_file(path: Path) -> dict[str, Any]:
     sha256 = file_sha256(path)
     if kind := detect.unsupported_reason(tensors):
         content = summarize_tensors(file.tensor_infos.values())
-        return {"format": "safetensors", "kind": kind, **_inspect_adapter(file), "content": content, "sha256": sha256}
+        return {"format": "safetensors", "kind": kind, **_inspect_adapter([file]), "content": content, "sha256": sha256}
     try:
         families = detect.detect_families(tensors)
         prediction, evidence = detect.detect_prediction(tensors, file.metadata)
@@ -177,7 +179,7 @@ def _inspect_component_folder(path: Path) -> dict[str, Any] | None:
         report: dict[str, Any] = {"format": "folder of AutoencoderKL", "kind": detect.VAE_DESCRIPTION}
     elif lora_loading.list_adapter_files(path):
         files = [open_safetensors(file) for file in lora_loading.find_adapter_files(path)]
-        report = {"format": "folder of an adapter", "kind": detect.LORA_DESCRIPTION, **_inspect_adapter(files[0])}
+        report = {"format": "folder of an adapter", "kind": detect.LORA_DESCRIPTION, **_inspect_adapter(files)}
     else:
         return None
     content = summarize_tensors(info for file in files for info in file.tensor_infos.values())
@@ -194,25 +196,28 @@ def _schedule_and_defaults(config: Mapping[str, Any], defaults: Mapping[str, Any
     }
 
 
-def _inspect_adapter(file: SafetensorsFile) -> dict[str, Any]:
-    """The format, kinds, ranks and targets of an adapter's file; nothing for another file."""
-    parsed = parse_lora_keys(file.tensor_infos)
-    if not parsed:
+def _inspect_adapter(files: Sequence[SafetensorsFile]) -> dict[str, Any]:
+    """The format, kinds, ranks and targets of an adapter's files; nothing for other files."""
+    keys = {(file.path, name): key for file in files for name, key in parse_lora_keys(file.tensor_infos).items()}
+    if not keys:
         return {}
-    downs = (file.tensor_infos[name] for name, key in parsed.items() if key.delta_field in DOWN_FIELDS)
-    ranks = Counter(info.shape[0] for info in downs)
-    try:
-        family = lora_loading.detect_adapter_family(file.path)
-    except ValueError:
-        family = None
-    modules = {(key.component or "unet", key.module) for key in parsed.values()}
+    infos = {(file.path, name): info for file in files for name, info in file.tensor_infos.items()}
+    ranks = Counter(infos[at].shape[0] for at, key in keys.items() if key.delta_field in DOWN_FIELDS)
+    version = next(filter(None, map(lora_loading.detect_base_model_version, files)), None)
+    folders = {file.path: lora_loading.folder_component(file.path) or "unet" for file in files}
+    modules = {(key.component or folders[path], key.module) for (path, _), key in keys.items()}
+    fields = {key.delta_field for key in keys.values()}
+    kinds = {"DoRA" if name in ("dora_scale", "magnitude") else kind for kind, name in fields}
+    names = [name for _, name in infos]
+    embeddings = parse_embedding_keys(names) if has_bundled_embeddings(names) else {}
     return {
-        "dialect": detect_lora_format(parsed),
-        "family": family,
-        "kinds": sorted({kind.__name__ for key in parsed.values() if (kind := key.delta_field[0])}),
+        "dialect": "peft" if files[0].path.name == PEFT_LORA_NAME else detect_lora_format(name for _, name in keys),
+        "family": version and BASE_MODEL_VERSIONS[version].family,
+        "kinds": sorted(filter(None, kinds)),
         "rank": [f"{rank} ({count} modules)" for rank, count in sorted(ranks.items())],
         "targets": dict(Counter(component for component, _ in sorted(modules))),
-        "unknown": [name for name in file.tensor_infos if name not in parsed],
+        "embeddings": sorted({token for token, _ in embeddings.values()}),
+        "unknown": [name for path, name in infos if (path, name) not in keys and name not in embeddings],
     }
 
 

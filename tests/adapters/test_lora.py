@@ -8,7 +8,8 @@ import torch
 from peft import LoHaConfig, LoKrConfig, LoraConfig, inject_adapter_in_model
 from torch import nn
 
-from ldm.adapters.lora import Adapter, AdapterMerger, Full, LoHa, LoKr, LoRA, ModuleDelta
+from ldm.adapters.factors import Full, LoHa, LoKr, LoRA
+from ldm.adapters.lora import Adapter, AdapterMerger, ModuleDelta
 from ldm.adapters.lora_saving import save_adapter
 from ldm.pipeline.pipeline import Pipeline
 
@@ -238,7 +239,7 @@ def test_two_weights_are_those_of_the_unet_and_of_the_text_encoders(net, randn):
 class Failing(Full):
     """A change that fits and cannot be made."""
 
-    def unscaled_delta(self):
+    def unscaled_delta(self, weight):
         if not self.diff.is_meta:
             raise MemoryError
         return self.diff

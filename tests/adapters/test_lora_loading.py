@@ -21,7 +21,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from ldm.adapters.lora import Adapter, AdapterMerger, Full, LoHa, LoKr, LoRA, ModuleDelta
+from ldm.adapters.factors import Full, LoHa, LoKr, LoRA
+from ldm.adapters.lora import Adapter, AdapterMerger, ModuleDelta
 from ldm.adapters.lora_keys import _module_aliases, build_module_aliases
 from ldm.adapters.lora_loading import build_adaptable_networks, convert_adapter, detect_adapter_family, load_adapter
 from ldm.adapters.lora_saving import LORA_FORMATS, save_adapter
@@ -486,6 +487,7 @@ def test_what_a_format_cannot_hold_is_refused_and_nothing_written(kind, to, tmp_
 Q = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
 A, B, K = f"{Q}.lora_down.weight", f"{Q}.lora_up.weight", Q.replace("attn1_to_q", "attn2_to_k")
 GOOD = {A: torch.ones(2, 16), B: torch.ones(16, 2), f"{Q}.alpha": torch.tensor(1.0)}
+PATH = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
 BARE = "base_model.model.text_model.encoder.layers.0.mlp.fc1.lora_{}.weight"
 FAULTS = {  # the family of the model, the tensors, the metadata, the error
     "nothing": ("sd1", {}, {"format": "pt"}, "not an adapter"),
@@ -517,11 +519,34 @@ FAULTS = {  # the family of the model, the tensors, the metadata, the error
     "many": ("sd1", GOOD | {f"odd{k}": torch.ones(1) for k in range(9)}, {}, "unknown odd0, .*unknown odd2 and 6 more"),
     "width": ("sd1", GOOD | {A: torch.ones(2, 17)}, {}, r"factors of shape \[2, 17\] and \[16, 2\], .* \[16, 16\]"),
     "ranks": ("sd1", GOOD | {A: torch.ones(3, 16)}, {}, r"to_q has factors of shape"),
-    "OFT": (
+    "OFT's blocks": ("sd1", {f"{Q}.oft_blocks": torch.ones(2, 3, 3)}, {}, r"has factors of shape \[2, 3, 3\]"),
+    "BOFT's blocks": ("sd1", {f"{Q}.oft_blocks": torch.ones(3, 2, 6, 6)}, {}, r"shape \[3, 2, 6, 6\]"),
+    "OFT and LoRA": ("sd1", GOOD | {f"{Q}.oft_blocks": torch.ones(2, 8, 8)}, {}, "is given as LoRA and OFT"),
+    "OFT of peft": (
         "sd1",
-        GOOD | {f"{Q}.oft_blocks": torch.ones(2, 3, 3)},
+        {f"base_model.model.{PATH}.oft_R.weight": torch.ones(4, 5)},
         {},
-        "an adapter of kind OFT, which is not supported",
+        r"oft_R of shape \[4, 5\], expected \[k, n \(n - 1\) / 2\]",
+    ),
+    "IA3's size": (
+        "sd1",
+        {f"{Q}.weight": torch.ones(7), f"{Q}.on_input": torch.tensor(1)},
+        {},
+        r"has factors of shape \[7\]",
+    ),
+    "a weight without on_input": ("sd1", GOOD | {f"{Q}.weight": torch.ones(16)}, {}, "unknown lora_unet_.*weight"),
+    "half of GLoRA": ("sd1", {f"{Q}.a1.weight": torch.ones(16, 2)}, {}, "lacks a2.weight and b1.weight and b2.weight"),
+    "a scalar of OFT": (
+        "sd1",
+        {f"{Q}.oft_blocks": torch.ones(2, 8, 8), f"{Q}.scalar": torch.tensor(1.0)},
+        {},
+        "has a scalar, which OFT does not take",
+    ),
+    "T-LoRA": (
+        "sd1",
+        {f"{Q}.lambda_layer": torch.ones(1, 2)},
+        {},
+        "an adapter of kind T-LoRA, which is not supported",
     ),
     "alpha's shape": ("sd1", GOOD | {f"{Q}.alpha": torch.ones(2)}, {}, r"alpha has shape \[2\], expected one number"),
     "NaN": ("sd1", GOOD | {B: torch.full((16, 2), float("nan"))}, {}, "lora_up.weight is not finite"),
@@ -631,7 +656,6 @@ def test_the_family_is_told_by_the_file_or_asked_for(tmp_path):
         convert_adapter(source, tmp_path / "c", "kohya", "sd9")
 
 
-PATH = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
 SGM = "input_blocks.1.1.transformer_blocks.0.attn1.to_q"
 SPELLINGS = {  # of the same LoRA of one module
     "LyCORIS' own prefix": ("lycoris_" + PATH.replace(".", "_"), "lora_down.weight", "lora_up.weight"),

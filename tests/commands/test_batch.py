@@ -14,7 +14,8 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from ldm.adapters.lora import Adapter, LoRA, ModuleDelta
+from ldm.adapters.factors import LoRA
+from ldm.adapters.lora import Adapter, ModuleDelta
 from ldm.adapters.lora_saving import save_adapter
 from ldm.checkpoints.formats import load_checkpoint
 from ldm.commands.options import ModelOptions, parse_embedding, parse_lora

@@ -1,0 +1,196 @@
+"""Adapter files as people have them: each kind is the change that its own tool makes, each name finds its module."""
+
+import pytest
+import torch
+from lycoris.modules.boft import ButterflyOFTModule
+from lycoris.modules.diag_oft import DiagOFTModule
+from lycoris.modules.glora import GLoRAModule
+from lycoris.modules.ia3 import IA3Module
+from peft import BOFTConfig, IA3Config, OFTConfig, get_peft_model
+from peft.tuners.boft import layer as peft_boft
+from safetensors.torch import load_file, save_file
+
+from ldm.adapters.lora import AdapterMerger
+from ldm.adapters.lora_loading import load_adapter
+from ldm.adapters.lora_saving import save_adapter
+from ldm.convert.inspect import inspect_model
+from ldm.nn.text_encoders import build_text_encoder
+from ldm.nn.unet import UNet, UNetConfig
+
+TEXT = {
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "vocab_size": 40,
+    "max_position_embeddings": 9,
+    "projection_dim": 12,
+    "bos_token_id": 38,
+    "eos_token_id": 39,
+}
+BLOCK = "down_blocks.0.attentions.0"
+ATTENTION = f"{BLOCK}.transformer_blocks.0.attn1"
+LAYERS = (  # a linear layer with and without a bias, a wide one, a 1x1 and a 3x3 convolution, one with a stride
+    f"{ATTENTION}.to_q",
+    f"{ATTENTION}.to_out.0",
+    f"{BLOCK}.transformer_blocks.0.ff.net.2",
+    f"{BLOCK}.proj_in",
+    "down_blocks.1.resnets.0.conv1",
+    "down_blocks.0.downsamplers.0.conv",
+)
+
+
+@pytest.fixture
+def networks():
+    torch.manual_seed(0)
+    config = {
+        "block_out_channels": [16, 32],
+        "layers_per_block": 1,
+        "attention_head_dim": 2,
+        "norm_num_groups": 8,
+        "in_channels": 4,
+        "out_channels": 4,
+        "down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"],
+        "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"],
+        "cross_attention_dim": 768,
+    }
+    networks = {"unet": UNet(UNetConfig.from_dict(config)), "text_encoder": build_text_encoder(TEXT)}
+    return {name: network.eval().requires_grad_(False) for name, network in networks.items()}
+
+
+def merged(networks, path, weight=1.0):
+    """The U-Net's weights with the adapter in a file, and the adapter."""
+    adapters, adapter = AdapterMerger(networks), load_adapter(path, networks, "sd1")
+    adapters.load(adapter, weight)
+    state = {name: a.clone() for name, a in networks["unet"].state_dict().items()}
+    adapters.unload()
+    return state, adapter
+
+
+def assert_close(found, expected):
+    for name, a in expected.items():
+        torch.testing.assert_close(found[name], a, atol=2e-6, rtol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+
+
+LYCORIS = {  # the kind that is found, LyCORIS' class, its options, the sizes of random numbers
+    "diag-oft": ("OFT", DiagOFTModule, {"lora_dim": 4}, 0.3),
+    "diag-oft, constrained and rescaled": (
+        "OFT",
+        DiagOFTModule,
+        {"lora_dim": 8, "constraint": 0.02, "rescaled": True},
+        0.3,
+    ),
+    "diag-oft, within its constraint": ("OFT", DiagOFTModule, {"lora_dim": 4, "constraint": 10}, 0.1),
+    "boft": ("BOFT", ButterflyOFTModule, {"lora_dim": 4}, 0.3),
+    "boft, constrained and rescaled": (
+        "BOFT",
+        ButterflyOFTModule,
+        {"lora_dim": 8, "constraint": 0.02, "rescaled": True},
+        0.3,
+    ),
+    "ia3 of outputs": ("IA3", IA3Module, {}, 0.3),
+    "ia3 of inputs": ("IA3", IA3Module, {"train_on_input": True}, 0.3),
+    "glora": ("GLoRA", GLoRAModule, {"lora_dim": 3, "alpha": 2}, 0.2),
+}
+
+
+@pytest.mark.parametrize("name", LYCORIS)
+def test_what_lycoris_saves_is_merged_as_it_does(name, networks, tmp_path):
+    kind, module_class, options, size = LYCORIS[name]
+    unet, tensors, expected = networks["unet"], {}, {}
+    for path in LAYERS:
+        layer = unet.get_submodule(path)
+        module = module_class("a", layer, 1.0, **options)
+        for parameter in module.parameters():
+            parameter.data += size * torch.randn(parameter.shape)
+        own = {name: a.detach().clone() for name, a in module.state_dict().items()}
+        tensors |= {f"lycoris_{path.replace('.', '_')}.{name}": a for name, a in own.items()}
+        expected[f"{path}.weight"] = module.get_merged_weight()[0].detach()
+    save_file(tensors, tmp_path / "a.safetensors")
+    found, adapter = merged(networks, tmp_path / "a.safetensors")
+    assert_close(found, expected)
+    assert all((found[name] - unet.state_dict()[name]).abs().max() > 0.01 for name in expected)
+    report = inspect_model(tmp_path / "a.safetensors")
+    assert (report["kinds"], report["dialect"], report["unknown"]) == ([kind], "kohya", [])
+    save_adapter(adapter, tmp_path / "b.safetensors", "kohya", networks, "sd1")
+    assert_close(merged(networks, tmp_path / "b.safetensors")[0], expected)
+
+
+def butterfly_cuda(blocks):
+    """What peft's CUDA extension computes: a block-diagonal matrix for each stage."""
+    return [torch.stack([torch.block_diag(*stage) for stage in blocks])]
+
+
+PEFT = {  # the kind that is found, and peft's configuration
+    "oft": ("OFT", OFTConfig(oft_block_size=4, use_cayley_neumann=False)),
+    "oft, of a series": ("OFT", OFTConfig(oft_block_size=8)),
+    "oft, of a longer series": ("OFT", OFTConfig(oft_block_size=8, num_cayley_neumann_terms=8)),
+    "oft, of two terms": ("OFT", OFTConfig(oft_block_size=8, num_cayley_neumann_terms=2)),
+    "oft, constrained": ("OFT", OFTConfig(oft_block_size=4, coft=True, eps=0.5)),
+    "oft, one block for all": ("OFT", OFTConfig(oft_block_size=4, block_share=True)),
+    "oft, by number of blocks": ("OFT", OFTConfig(r=2, oft_block_size=0)),
+    "boft": ("BOFT", BOFTConfig(boft_block_size=4)),
+    "boft, a butterfly": ("BOFT", BOFTConfig(boft_block_size=4, boft_n_butterfly_factor=3)),
+    "boft, by number of blocks": ("BOFT", BOFTConfig(boft_block_size=0, boft_block_num=4, boft_n_butterfly_factor=2)),
+    "ia3": ("IA3", IA3Config(feedforward_modules=["ff.net.2", "downsamplers.0.conv"])),
+    "ia3, a pattern": ("IA3", IA3Config(feedforward_modules=r".*\.(to_q|proj_in|to_out\.0)")),
+}
+
+
+@pytest.mark.parametrize("name", PEFT)
+@pytest.mark.parametrize("adapter_name", ["default", "my-style"])
+def test_what_peft_saves_is_merged_as_it_does(name, adapter_name, networks, tmp_path, monkeypatch):
+    stub = type("FBD", (), {"forward": staticmethod(butterfly_cuda)})
+    monkeypatch.setattr(peft_boft, "get_fbd_cuda", lambda: stub)
+    kind, config = PEFT[name]
+    config.target_modules = list(LAYERS)
+    base = {name: a.clone() for name, a in networks["unet"].state_dict().items()}
+    model = get_peft_model(networks["unet"], config)
+    for part, a in model.named_parameters():
+        if any(mark in part for mark in ("oft_", "ia3_")):
+            a.data = a.data + 0.3 * torch.randn(a.shape)
+    model.save_pretrained(tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    expected = {name: a.clone() for name, a in model.merge_and_unload().state_dict().items()}
+    if adapter_name != "default":  # as other tools save peft's layers, with the adapter's name in the keys
+        ends = ("oft_R", "boft_R", "boft_s", "ia3_l")
+        renamed = {
+            next((n.replace(f".{end}", f".{end}.{adapter_name}") for end in ends if f".{end}" in n), n): a
+            for n, a in load_file(file).items()
+        }
+        save_file(renamed, file)
+    networks["unet"].load_state_dict(base)
+    found, _ = merged(networks, tmp_path)
+    assert_close(found, expected)
+    assert sum((found[n] - base[n]).abs().max() > 0.01 for n in expected) >= len(LAYERS)
+    report = inspect_model(tmp_path)
+    assert (report["kinds"], report["dialect"], report["unknown"]) == ([kind], "peft", [])
+
+
+def test_the_files_of_kohya_and_of_old_lycoris_are_the_same_rotation(networks, tmp_path):
+    """kohya's prefix, and R itself under `oft_diag`, as LyCORIS 2.0 stored it without a constraint."""
+    path = f"{ATTENTION}.to_q"
+    module = DiagOFTModule("a", networks["unet"].get_submodule(path), 1.0, lora_dim=4, constraint=1e-2)
+    module.oft_blocks.data = torch.randn(module.oft_blocks.shape)
+    expected = {f"{path}.weight": module.get_merged_weight()[0].detach()}
+    stem, own = path.replace(".", "_"), {name: a.detach() for name, a in module.state_dict().items()}
+    for tensors in (
+        {f"oft_unet_{stem}.{name}": a for name, a in own.items()},
+        {f"lora_unet_{stem}.oft_diag": module.get_r().detach()},
+        {f"diffusion_model.input_blocks.1.1.{path.split('.', 4)[4]}.{name}": a for name, a in own.items()},
+    ):
+        save_file(tensors, tmp_path / "a.safetensors")
+        assert_close(merged(networks, tmp_path / "a.safetensors")[0], expected)
+
+
+def test_old_glora_names_its_factors_the_other_way_round(networks, tmp_path):
+    path = f"{ATTENTION}.to_q"
+    module = GLoRAModule("a", networks["unet"].get_submodule(path), 1.0, lora_dim=3, alpha=2)
+    for parameter in module.parameters():
+        parameter.data = torch.randn(parameter.shape)
+    expected = {f"{path}.weight": module.get_merged_weight()[0].detach()}
+    old = {"a1": "a2", "a2": "a1", "b1": "b2", "b2": "b1"}
+    tensors = {f"lora_unet_{path.replace('.', '_')}.{old[n]}.weight": getattr(module, n).weight.detach() for n in old}
+    tensors |= {f"lora_unet_{path.replace('.', '_')}.alpha": torch.tensor(2.0)}
+    save_file(tensors, tmp_path / "a.safetensors")
+    assert_close(merged(networks, tmp_path / "a.safetensors")[0], expected)
