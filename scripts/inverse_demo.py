@@ -48,8 +48,8 @@ def main() -> None:
         plain = decode_latents(vae, sample(ddim, denoise, x, grid, noise))
     panels, captions = to_pil(torch.cat([picture, plain])), ["the picture", "unconditioned"]
     for name, operator in operators.items():
-        y = operator(picture) + args.noise_coef * Noise([2])(operator(picture))
-        known = tmpd(denoise, lambda z, operator=operator: operator(decode_latents(vae, z)), y, args.noise_coef)  # type: ignore[misc]
+        y = operator(picture) + args.noise * Noise([2])(operator(picture))
+        known = tmpd(denoise, lambda z, operator=operator: operator(decode_latents(vae, z)), y, args.noise)  # type: ignore[misc]
         with torch.no_grad():
             restored = decode_latents(vae, sample(ddim, known, x, grid, noise))
         residuals = [(operator(image) - y).square().mean().sqrt().item() for image in (restored, plain)]

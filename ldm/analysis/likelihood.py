@@ -241,9 +241,9 @@ def estimate_elbo(
 ) -> Elbo:
     """log p(x) >= -KL(q(x_1 | x) | N(0, I)) - sum w E|x - E[x_0 | x_t]|^2 + E log p(x | x_lowest).
 
-    Kingma et al. 2021, eqs. 11 to 15. The last step to x is N(E[x_0 | x_lowest], (sigma/alpha)^2 I) at the grid's
-    lowest level, the continuous decoder of Ho et al. 2020 (section 3.3). x [B, ...]; every sample takes its own noise
-    for each of the len(grid) - 1 levels. ValueError for a grid of one step.
+    Kingma et al. 2021, eqs. 11 to 15. The decoder is N(E[x_0 | x_lowest], (sigma/alpha)^2 I) at the grid's lowest
+    level. Ho et al. 2020 (section 3.3) decode as N(., beta_1 I); at t = 1/N (sigma/alpha)^2 is beta_1 / (1 - beta_1). x
+    [B, ...]; every sample takes its own noise for each of the len(grid) - 1 levels. ValueError for a grid of one step.
     """
     if len(grid) < 3:
         raise ValueError("the ELBO needs a grid of 2 steps or more")

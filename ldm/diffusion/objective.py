@@ -19,6 +19,8 @@ from ldm.diffusion.prediction import PREDICTIONS, Prediction
 from ldm.diffusion.sde import VPSDE, append_dims
 from ldm.diffusion.timesteps import log_snr_range
 
+TINY_ALPHA = 1e-140  # in place of 0: its square is no denormal number
+
 Weighting = Callable[[Prediction, VPSDE, Tensor], Tensor]  # (prediction, sde, t [B]) -> weight [B]
 TimeSampler = Callable[[VPSDE, Tensor], tuple[Tensor, Tensor]]  # (sde, u [B] in [0, 1)) -> t [B] in (0, 1], weight [B]
 
@@ -28,15 +30,24 @@ def uniform_weighting(prediction: Prediction, sde: VPSDE, t: Tensor) -> Tensor:
     return torch.ones_like(t, dtype=torch.float64)
 
 
-def snr_weighting(weight: Callable[[Tensor], Tensor]) -> Weighting:
-    """Convert a weight w(SNR) on |x0' - x0|^2 to one on |output - target|^2: w(SNR) (d x0 / d output)^2."""
+def snr_weighting(name: str, weight: Callable[[Tensor], Tensor]) -> Weighting:
+    """Convert a weight w(SNR) on |x0' - x0|^2 to one on |output - target|^2: w(SNR) (d x0 / d output)^2.
+
+    At zero SNR that is its limit; ValueError names the weighting where there is none, as for `debiased` on eps.
+    """
 
     def on_target(prediction: Prediction, sde: VPSDE, t: Tensor) -> Tensor:
         alpha, sigma = sde.marginal(t)
-        alpha = alpha.clamp(min=1e-8)  # zero terminal SNR: eps has a limit there, but 0 * inf has none
-        return weight((alpha / sigma) ** 2) * prediction.jacobian(alpha, sigma) ** 2
+        alpha = alpha.clamp(min=TINY_ALPHA)  # 0 * inf has no limit
+        return _refuse_infinite(name, weight((alpha / sigma) ** 2) * prediction.jacobian(alpha, sigma) ** 2)
 
     return on_target
+
+
+def _refuse_infinite(name: str, weight: Tensor) -> Tensor:
+    if not (weight < 1 / TINY_ALPHA**0.5).all():
+        raise ValueError(f"weighting {name!r} is infinite at zero SNR: choose times truncated or importance")
+    return weight
 
 
 def likelihood_weighting(prediction: Prediction, sde: VPSDE, t: Tensor) -> Tensor:
@@ -46,39 +57,37 @@ def likelihood_weighting(prediction: Prediction, sde: VPSDE, t: Tensor) -> Tenso
     on eps diverges at both ends: choose time samplers that avoid them. ValueError at zero SNR, where it is infinite.
     """
     weight = WEIGHTINGS["snr"](prediction, sde, t) * sde.beta(t) / sde.marginal(t)[1] ** 2
-    if not weight.isfinite().all():
-        raise ValueError("weighting 'likelihood' is infinite at zero SNR: choose times truncated or importance")
-    return weight
+    return _refuse_infinite("likelihood", weight)
 
 
 def min_snr_weighting(gamma: float) -> Weighting:
     """min(SNR, gamma): Hang et al. 2023 (min-SNR)."""
-    return snr_weighting(lambda snr: snr.clamp(max=gamma))
+    return snr_weighting("min_snr", lambda snr: snr.clamp(max=gamma))
 
 
 def soft_min_snr_weighting(gamma: float) -> Weighting:
     """1 / (1/SNR + 1/gamma), min-SNR without its corner: Crowson et al. 2024 (HDiT)."""
-    return snr_weighting(lambda snr: snr * gamma / (snr + gamma))
+    return snr_weighting("soft_min_snr", lambda snr: snr * gamma / (snr + gamma))
 
 
 def p2_weighting(gamma: float, k: float = 1.0) -> Weighting:
     """1 / (k + SNR)^gamma on eps: Choi et al. 2022 (P2)."""
-    return snr_weighting(lambda snr: snr / (k + snr) ** gamma)
+    return snr_weighting("p2", lambda snr: snr / (k + snr) ** gamma)
 
 
 def edm_weighting(sigma_data: float) -> Weighting:
     """SNR + 1 / sigma_data^2, which is 1 on the target of EDM's preconditioning: Karras et al. 2022, table 1."""
-    return snr_weighting(lambda snr: snr + 1 / sigma_data**2)
+    return snr_weighting("edm", lambda snr: snr + 1 / sigma_data**2)
 
 
 WEIGHTINGS: dict[str, Weighting] = {
     "uniform": uniform_weighting,
-    "snr": snr_weighting(lambda snr: snr),  # lambda = sigma^2: uniform on eps (Ho et al. 2020, eq. 14)
+    "snr": snr_weighting("snr", lambda snr: snr),  # lambda = sigma^2: uniform on eps (Ho et al. 2020, eq. 14)
     "likelihood": likelihood_weighting,
     "min_snr": min_snr_weighting(5),
     "soft_min_snr": soft_min_snr_weighting(4),
     "p2": p2_weighting(1),
-    "debiased": snr_weighting(torch.sqrt),  # 1 / sqrt(SNR) on eps: Yu et al. 2023
+    "debiased": snr_weighting("debiased", torch.sqrt),  # 1 / sqrt(SNR) on eps: Yu et al. 2023
     "edm": edm_weighting(1),  # the deviation of scaled latents
 }
 

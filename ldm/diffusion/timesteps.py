@@ -20,6 +20,7 @@ from ldm.errors import list_some
 # Where log-SNR(1) is lower (zero terminal SNR: -inf), karras and log_snr start here, a little before t = 1:
 # sigma/alpha = 148, as much noise as the linear schedule of Song et al. ends with.
 MIN_LOG_SNR = -10.0
+MIN_START = 0.5  # x is N(0, I) at a grid's first time
 
 
 class TimeGrid(tuple[NoiseLevel, ...]):
@@ -37,9 +38,10 @@ Spacing = Callable[..., TimeGrid]  # (sde, n) -> n + 1 levels, for n steps
 
 
 def make_spacing(times: Callable[..., Tensor]) -> Spacing:
-    """A spacing from `times(sde, n)`: t [n], falling within (0, 1]; its grids end in `CLEAN_LEVEL`.
+    """A spacing from `times(sde, n)`: t [n], falling within [1/N, 1]; its grids end in `CLEAN_LEVEL`.
 
-    ValueError for n < 1, and for more steps than the times can tell apart.
+    ValueError for n < 1, for more steps than the times can tell apart or than networks know timesteps, and for a grid
+    that would take pure noise for a half-clean image (`leading` with one step: for one at t = .002).
     """
 
     @functools.wraps(times)
@@ -47,10 +49,11 @@ def make_spacing(times: Callable[..., Tensor]) -> Spacing:
         if n < 1:
             raise ValueError(f"{n} steps: at least 1 is needed")
         t = times(sde, n, **options)
-        if not (t[0] <= 1 and t[-1] > 0 and (t.diff() < 0).all()):
-            total = sde.num_train_timesteps
-            name = f"{times.__name__!r} spacing"
+        total, name = sde.num_train_timesteps, f"{times.__name__!r} spacing"
+        if not (t[0] <= 1 and t[-1] > (1 - 1e-6) / total and (t.diff() < 0).all()):
             raise ValueError(f"{n} steps: {name} has at most {total}, the model's training timesteps")
+        if t[0] < MIN_START:
+            raise ValueError(f"{n} step: {name} starts at t = {t[0]:.4g}, not in noise: choose trailing or more steps")
         return TimeGrid(sde, (*map(sde.level, t.tolist()), CLEAN_LEVEL))
 
     return grid

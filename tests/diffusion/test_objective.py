@@ -136,10 +136,17 @@ def test_weights_have_their_limits_at_zero_snr():
     cosine, t = VPSDE.cosine(), torch.ones(1, dtype=torch.float64)
     for name, limit in {"eps": 1.0, "v": 0.0, "x0": 0.0, "score": 1.0}.items():
         assert WEIGHTINGS["min_snr"](PREDICTIONS[name], cosine, t).item() == pytest.approx(limit, abs=1e-12)
-    with pytest.raises(
-        ValueError, match="weighting 'likelihood' is infinite at zero SNR: choose times truncated or importance"
-    ):
-        WEIGHTINGS["likelihood"](PREDICTIONS["v"], cosine, t)
+    assert WEIGHTINGS["edm"](PREDICTIONS["v"], cosine, t).item() == pytest.approx(1)
+
+
+@pytest.mark.parametrize(
+    "name, prediction",
+    [("likelihood", "v"), ("debiased", "eps"), ("debiased", "score"), ("edm", "eps"), ("edm", "score")],
+)
+def test_weights_that_have_no_limit_at_zero_snr_are_refused(name, prediction):
+    t = torch.tensor([0.5, 1.0], dtype=torch.float64)
+    with pytest.raises(ValueError, match=f"{name!r} is infinite at zero SNR: choose times truncated or importance"):
+        WEIGHTINGS[name](PREDICTIONS[prediction], VPSDE.cosine(), t)
 
 
 U = torch.rand(4096, generator=torch.Generator().manual_seed(0))
