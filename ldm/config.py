@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -170,6 +171,18 @@ class FinetuneObjective(ScoreMatchingObjective):
         return self
 
 
+class ModelCardConfig(FrozenConfig):
+    """What the author says about an export: for its README.md and its header; what is None is not written."""
+
+    title: str | None = None  # None: the name of output_dir
+    author: str | None = None
+    description: str | None = None
+    license: str | None = None  # the hub's identifier, as "openrail"
+    trigger_phrase: str | None = None  # None: the placeholder token or the instance prompt
+    tags: tuple[str, ...] = ()
+    date: datetime.date | None = None  # None: the day on which the training began
+
+
 def _data_tag(values: Any) -> str:
     has_sprites = isinstance(values, dict) and "sprites" in values
     return "scenes" if has_sprites or isinstance(values, SceneDataConfig) else "folder"
@@ -222,6 +235,7 @@ class Recipe(FrozenConfig):
     validation_steps: int = Field(500, gt=0)
     validation_prompts: tuple[str, ...] = ()
     validation_guidance: float = Field(2.5, ge=0, le=1000)
+    card: ModelCardConfig = ModelCardConfig()
 
     @model_validator(mode="after")
     def _check_length(self) -> Recipe:

@@ -39,7 +39,7 @@ HOMES = {
     "torchvision": ("nn/__init__.py",),
     "xformers": ("nn/attention.py",),
     "peft": ("adapters/lora_training.py",),
-    "huggingface_hub": ("checkpoints/hub.py",),
+    "huggingface_hub": ("checkpoints/hub.py", "train/card.py"),
     "accelerate": ("train",),
     "bitsandbytes": ("train/optimizers.py",),
     "prodigyopt": ("train/optimizers.py",),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -21,7 +21,7 @@ from ldm.adapters.lora_keys import (
     to_sgm_name,
 )
 from ldm.checkpoints.hub import PEFT_CONFIG_NAME, PEFT_LORA_NAME
-from ldm.checkpoints.tensors import SafetensorsWriter
+from ldm.checkpoints.tensors import write_tensors
 from ldm.errors import choose
 from ldm.files import atomic_write, write_json
 
@@ -55,7 +55,7 @@ def _save_kohya(adapter: Adapter, dst: Path, networks: NetworkDict, family: str 
     if family is not None:
         version = family.split("-")[0]
         metadata |= {"ss_base_model_version": BASE_MODEL_VERSIONS[version].kohya_name, "ss_v2": str(version == "sd2")}
-    _save_safetensors(tensors, dst, metadata)
+    write_tensors(tensors, dst, metadata)
 
 
 def _kohya_module_name(target: str, networks: NetworkDict) -> str:
@@ -105,7 +105,7 @@ def _save_diffusers(adapter: Adapter, dst: Path, networks: NetworkDict, family: 
     for component, state_dict in _peft_state_dicts(adapter, networks, "diffusers").items():
         for name, a in state_dict.items():
             tensors[f"{component}.{name if component == 'unet' else add_text_model_prefix(name)}"] = a
-    _save_safetensors(tensors, dst, _foreign_metadata(adapter))
+    write_tensors(tensors, dst, _foreign_metadata(adapter))
 
 
 def _save_peft(adapter: Adapter, dst: Path, networks: NetworkDict, family: str | None) -> None:
@@ -166,14 +166,6 @@ def _fold_scale(delta: ModuleDelta, weight: Tensor) -> LoRA | None:
 def _foreign_metadata(adapter: Adapter) -> dict[str, str]:
     """The header's metadata but for peft's configuration, which the written tensors no longer follow."""
     return {name: text for name, text in adapter.metadata.items() if name != LORA_ADAPTER_METADATA_KEY}
-
-
-def _save_safetensors(tensors: dict[str, Tensor], dst: Path, metadata: Mapping[str, str]) -> None:
-    """The same bytes for the same adapter; safetensors' own `save_file` writes its metadata in a random order."""
-    like = {name: tensors[name] for name in sorted(tensors)}
-    with atomic_write(dst) as draft, SafetensorsWriter(draft, like, {"format": "pt", **metadata}) as writer:
-        for name, tensor in like.items():
-            writer.write(name, tensor)
 
 
 LORA_FORMATS: dict[str, Callable[[Adapter, Path, NetworkDict, str | None], None]] = {

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ldm.checkpoints.tensors import open_safetensors, save_tensors
+from ldm.checkpoints.tensors import open_safetensors, write_tensors
 from ldm.errors import list_some
 
 SDXL_EMBEDDING_KEYS = {"clip_l": "text_encoder", "clip_g": "text_encoder_2"}  # key: text encoder
@@ -125,12 +125,14 @@ def read_placeholder_token(path: Path) -> str:
     return next(iter(read_placeholder_tokens(path).values()))
 
 
-def save_embeddings(path: Path, placeholder_token: str, embeddings: Mapping[str, Tensor]) -> None:
+def save_embeddings(
+    path: Path, placeholder_token: str, embeddings: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+) -> None:
     """Write a file for `load_embeddings`; for one text encoder the key is the token, as in diffusers."""
     keys = {component: name for name, component in SDXL_EMBEDDING_KEYS.items()}
     single = len(embeddings) == 1
     tensors = {placeholder_token if single else keys[component]: a for component, a in embeddings.items()}
-    save_tensors(tensors, path, torch.float32)
+    write_tensors({name: a.detach().to("cpu", torch.float32) for name, a in tensors.items()}, path, metadata or {})
 
 
 class ExtendedEmbedding(nn.Module):

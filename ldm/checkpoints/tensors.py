@@ -6,6 +6,7 @@ data. The header is validated before memory is allocated. The content decides wh
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Iterator, Mapping
@@ -20,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ldm.errors import error_text, parse_json
-from ldm.files import write_json
+from ldm.files import atomic_write, write_json
 
 if TYPE_CHECKING:
     from hashlib import _Hash
@@ -165,6 +166,34 @@ def _parse_tensor_info(name: str, entry: Any) -> TensorInfo:
     return TensorInfo(dtype, shape, start, end)
 
 
+def order_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors as they lie in a file: each at a multiple of the size of its numbers."""
+    return dict(sorted(tensors.items(), key=lambda item: -item[1].itemsize))
+
+
+def write_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]) -> None:
+    """A file of the same bytes for the same tensors and metadata, whole or not at all, with the hashes of its tensors.
+
+    These are kohya's `sshs_model_hash` and ModelSpec's `modelspec.hash_sha256`: the SHA-256 of all after the header.
+    safetensors' own `save_file` writes its metadata in a random order.
+    """
+    tensors = order_tensors({name: tensors[name].contiguous() for name in sorted(tensors)})
+    digest = hashlib.sha256()
+    for tensor in tensors.values():
+        digest.update(view_bytes(tensor))
+    stated = {name: text for name, text in metadata.items() if name != "sshs_legacy_hash"}
+    hashes = {"sshs_model_hash": digest.hexdigest(), "modelspec.hash_sha256": f"0x{digest.hexdigest()}"}
+    header = {"format": "pt", **stated, **hashes}
+    with atomic_write(path) as draft, SafetensorsWriter(draft, tensors, header) as writer:
+        for name, tensor in tensors.items():
+            writer.write(name, tensor)
+
+
+def view_bytes(tensor: Tensor) -> memoryview:
+    """The bytes of a tensor on the host."""
+    return tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data
+
+
 class SafetensorsWriter:
     """Write a safetensors file tensor by tensor, in any order; `tensors` give names, dtypes and shapes (may be meta).
 
@@ -181,7 +210,7 @@ class SafetensorsWriter:
     ) -> None:
         self.dtype = dtype
         like = {name: self._cast(a.to("meta")) for name, a in tensors.items()}
-        self.pending = dict(sorted(like.items(), key=lambda item: -item[1].itemsize))  # each at a multiple of its size
+        self.pending = order_tensors(like)
         entries: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
         self.tensor_offsets, end = {}, 0
         for name, tensor in self.pending.items():
@@ -201,7 +230,7 @@ class SafetensorsWriter:
         """Write a tensor of the announced shape and dtype at its offset."""
         expected, tensor = self.pending.pop(name), self._cast(tensor)
         assert (tensor.dtype, tensor.shape) == (expected.dtype, expected.shape), name
-        view = tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data
+        view = view_bytes(tensor)
         self.file.seek(self.data_offset + self.tensor_offsets[name])
         while len(view):
             view = view[self.file.write(view) :]

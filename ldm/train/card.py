@@ -1,4 +1,4 @@
-"""The model card of a fine-tuned model, and curves of training logs as SVG."""
+"""The model card of a fine-tuned model, a README.md for the hub, and curves of training logs as SVG."""
 
 from __future__ import annotations
 
@@ -7,33 +7,63 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import yaml
+from huggingface_hub import ModelCardData
 from PIL import Image
 
-from ldm.config import Recipe
+from ldm.checkpoints.formats import is_hub_source
+from ldm.checkpoints.hub import LORA_WEIGHT_NAME_SAFE, TEXT_INVERSION_NAME_SAFE
+from ldm.config import FinetuneObjective, Recipe
 from ldm.data.image_dataset import ImageDataset
 from ldm.files import atomic_write
 from ldm.image_io import contact_sheet
+from ldm.train.model_spec import find_date, find_trigger_phrase
 
 PLOT_WIDTH, PLOT_HEIGHT, PLOT_MARGIN = 420, 220, 44
 PLOT_COLORS = ("#2a6fbb", "#d1495b", "#3a7d44")
+
+METHOD_TAGS = {"lora": ["lora", "template:sd-lora"], "textual_inversion": ["textual_inversion"], "full": []}
+FAMILY_TAGS = {  # by the part of a family's name before "-"
+    "sd1": ["stable-diffusion", "stable-diffusion-diffusers"],
+    "sd2": ["stable-diffusion", "stable-diffusion-diffusers"],
+    "sdxl": ["stable-diffusion-xl", "stable-diffusion-xl-diffusers"],
+}
+LOAD_BASE = (
+    "from diffusers import AutoPipelineForText2Image",
+    "",
+    'pipe = AutoPipelineForText2Image.from_pretrained("{base}")',
+)
+USES = {
+    "lora": (*LOAD_BASE, f'pipe.load_lora_weights("path/to/this/folder", weight_name="{LORA_WEIGHT_NAME_SAFE}")'),
+    "textual_inversion": (*LOAD_BASE, f'pipe.load_textual_inversion("path/to/this/folder/{TEXT_INVERSION_NAME_SAFE}")'),
+    "full": (*LOAD_BASE[:2], 'pipe = AutoPipelineForText2Image.from_pretrained("path/to/this/folder")'),
+}
 
 Curve = list[tuple[float, float]]  # (step, value)
 
 
 def write_model_card(
     recipe: Recipe,
+    objective: FinetuneObjective,
+    family: str | None,
     dataset: ImageDataset,
     samples: Mapping[str, Sequence[Image.Image]],
     folder: Path,
 ) -> None:
-    """Write MODEL_CARD.md about the recipe and the data, with curves.svg and a contact sheet of each of `samples`.
+    """Write README.md, as the hub shows it, about the recipe and the data, with curves.svg and images of `samples`.
 
-    `samples` are images of the recipe's validation prompts, by the name of their sheet.
+    `samples` are images of the recipe's validation prompts, by the name of their contact sheet; those of "after" are
+    written one by one too, as the hub's examples.
     """
+    widget = save_widget_images(recipe.validation_prompts, samples.get("after", ()), folder)
+    parts = [
+        f"---\n{card_data(recipe, objective, family, widget).to_yaml()}\n---",
+        *describe_model(recipe, objective, family),
+    ]
     options = recipe.model_dump(mode="json", exclude_defaults=True)
-    parts = [f"# {recipe.output_dir.name}", f"## Recipe\n\n```yaml\n{yaml.safe_dump(options, sort_keys=False)}```"]
+    parts.append(f"## Recipe\n\n```yaml\n{yaml.safe_dump(options, sort_keys=False)}```")
     parts.append(f"## Images\n\n{summarize_dataset(dataset)}")
     log = recipe.output_dir / "log.jsonl"
     curves = {name: read_curve(log, key) for name, key in (("training", "loss"), ("held out", "val_loss"))}
@@ -43,8 +73,51 @@ def write_model_card(
     for name, images in samples.items():
         contact_sheet(images, recipe.validation_prompts, 8).save(folder / f"{name}.png")
         parts.append(f"## {name.capitalize()}\n\n![{name}]({name}.png)")
-    with atomic_write(folder / "MODEL_CARD.md") as draft:
+    with atomic_write(folder / "README.md") as draft:
         draft.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+
+
+def card_data(
+    recipe: Recipe, objective: FinetuneObjective, family: str | None, widget: list[dict[str, Any]]
+) -> ModelCardData:
+    """The front matter by which the hub files a model; `base_model` is a hub id, the license only what is known."""
+    base = objective.pretrained_model_name_or_path
+    version = (family or "").split("-")[0]
+    tags = ["text-to-image", "diffusers", *METHOD_TAGS[objective.method], *FAMILY_TAGS.get(version, ())]
+    return ModelCardData(
+        base_model=base if isinstance(base, str) and is_hub_source(base) else None,
+        instance_prompt=find_trigger_phrase(recipe, objective),
+        library_name="diffusers",
+        license=recipe.card.license,
+        pipeline_tag="text-to-image",
+        tags=[*tags, "diffusers-training", *recipe.card.tags],
+        widget=widget or None,
+        ignore_metadata_errors=True,
+    )
+
+
+def describe_model(recipe: Recipe, objective: FinetuneObjective, family: str | None) -> list[str]:
+    """Title, what it was made from, trigger words, and how it is used."""
+    card, trigger, date = recipe.card, find_trigger_phrase(recipe, objective), find_date(recipe)
+    base = objective.pretrained_model_name_or_path or "picto"
+    made = [f"{objective.method.replace('_', ' ')} of {base}" + (f" ({family})" if family else "")]
+    made += [f"by {card.author}"] * bool(card.author) + [f"on {date}"] * bool(date)
+    parts = [f"# {card.title or recipe.output_dir.name}", ", ".join(made) + "."]
+    parts += [card.description] if card.description else []
+    parts += [f"## Trigger words\n\nWrite `{trigger}` in the prompt."] if trigger else []
+    lines = "\n".join(line.format(base=base) for line in USES[objective.method])
+    return [*parts, f"## Use\n\n```python\n{lines}\n```"]
+
+
+def save_widget_images(prompts: Sequence[str], images: Sequence[Image.Image], folder: Path) -> list[dict[str, Any]]:
+    """Write images into `samples/`, and return the hub's widget entries of them."""
+    widget = []
+    for k, (prompt, image) in enumerate(zip(prompts, images, strict=True) if images else ()):
+        path = folder / "samples" / f"{k}.png"
+        path.parent.mkdir(exist_ok=True)
+        image.save(path)
+        widget.append({"text": prompt, "output": {"url": f"samples/{k}.png"}})
+    return widget
 
 
 def summarize_dataset(dataset: ImageDataset) -> str:

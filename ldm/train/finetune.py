@@ -30,6 +30,7 @@ from ldm.rng import derive_seed, torch_seed
 from ldm.train.card import write_model_card
 from ldm.train.diffusion import DiffusionTask, encode_latent_moments, validation_requests
 from ldm.train.methods import FINETUNE_METHODS, base_load_options, base_model_path, load_base_pipeline
+from ldm.train.model_spec import describe_export
 from ldm.train.score_matching import NUM_VALIDATION_LEVELS
 from ldm.train.task import Batch
 from ldm.train.trainable import CachedTextEncoder, TrainableModel, cast_frozen_parameters, text_encoder_settings
@@ -111,13 +112,14 @@ class FinetuneTask(DiffusionTask):
         if not self.placeholder_tokens:
             return Pipeline(self.full_model)
         with TemporaryDirectory() as folder:
-            self.method.export(self.full_model, self.objective, Path(folder))
+            self.method.export(self.full_model, self.objective, Path(folder), {})
             return self.method.load_pipeline(self.objective, Path(folder), Pipeline(self.base_model))
 
     def export(self, folder: Path) -> None:
         """Write what was trained, as the method does, and a model card without samples."""
-        self.method.export(self.full_model, self.objective, folder)
-        write_model_card(self.recipe, self.dataset.images, {}, folder)
+        metadata = describe_export(self.recipe, self.objective, self.full_model, self.dataset.images)
+        self.method.export(self.full_model, self.objective, folder, metadata)
+        self._write_model_card({}, folder)
 
     def export_samples(self, folder: Path) -> None:
         """Add samples of the validation prompts, before and after the training, to the card; without prompts none.
@@ -129,7 +131,11 @@ class FinetuneTask(DiffusionTask):
         free_networks(self.full_model, self.base_model)
         before = self._sample(load_base_pipeline(self.objective))
         after = self._sample(self.method.load_pipeline(self.objective, folder, None))
-        write_model_card(self.recipe, self.dataset.images, {"before": before, "after": after}, folder)
+        self._write_model_card({"before": before, "after": after}, folder)
+
+    def _write_model_card(self, samples: Mapping[str, Sequence[Image.Image]], folder: Path) -> None:
+        family = self.full_model.family
+        write_model_card(self.recipe, self.objective, family, self.dataset.images, samples, folder)
 
     def _sample(self, pipe: Pipeline) -> list[Image.Image]:
         images = pipe.generate(validation_requests(self.recipe, self.recipe.validation_prompts))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -25,6 +25,7 @@ from ldm.nn.text_encoders import TextEncoder, tokenize
 from ldm.pipeline.pipeline import Pipeline
 
 KOHYA_LORA_FILE = "lora_kohya.safetensors"
+Metadata = Mapping[str, str]  # of a safetensors header
 
 
 class FinetuneMethod(NamedTuple):
@@ -35,7 +36,7 @@ class FinetuneMethod(NamedTuple):
     """
 
     prepare: Callable[[Checkpoint, FinetuneObjective], Checkpoint]
-    export: Callable[[Checkpoint, FinetuneObjective, Path], None]
+    export: Callable[[Checkpoint, FinetuneObjective, Path, Metadata], None]
     load_pipeline: Callable[..., Pipeline]  # (objective, folder, pipe=None)
 
 
@@ -65,7 +66,7 @@ def prepare_full(model: Checkpoint, objective: FinetuneObjective) -> Checkpoint:
     return model
 
 
-def export_full(model: Checkpoint, objective: FinetuneObjective, folder: Path) -> None:
+def export_full(model: Checkpoint, objective: FinetuneObjective, folder: Path, metadata: Metadata) -> None:
     """The whole model in diffusers' layout: the pretrained one with the trained networks replaced."""
     save_as_directory(locate_weights(base_model_path(objective), base_load_options(objective)), folder)
     for name in trainable_network_names(model, objective):
@@ -82,10 +83,12 @@ def prepare_lora(model: Checkpoint, objective: FinetuneObjective) -> Checkpoint:
     return model
 
 
-def export_lora(model: Checkpoint, objective: FinetuneObjective, folder: Path) -> None:
+def export_lora(model: Checkpoint, objective: FinetuneObjective, folder: Path, metadata: Metadata) -> None:
     """The adapter in diffusers' format and, beside it, in kohya's."""
     deltas = [extract_lora_deltas(network, name) for name, network in model.networks.items()]
-    adapter = Adapter("tuned", {target: delta for network in deltas for target, delta in network.items()})
+    adapter = Adapter(
+        "tuned", {target: delta for network in deltas for target, delta in network.items()}, metadata=metadata
+    )
     for file, lora_format in ((LORA_WEIGHT_NAME_SAFE, "diffusers"), (KOHYA_LORA_FILE, "kohya")):
         save_adapter(adapter, folder / file, lora_format, model.networks, model.family)
 
@@ -116,12 +119,12 @@ def extend_text_encoder(text_encoder: TextEncoder, initializer_ids: Sequence[int
     return extended
 
 
-def export_inversion(model: Checkpoint, objective: FinetuneObjective, folder: Path) -> None:
+def export_inversion(model: Checkpoint, objective: FinetuneObjective, folder: Path, metadata: Metadata) -> None:
     """The placeholder's vectors for each text encoder."""
     folder.mkdir(parents=True, exist_ok=True)
     tables = [encoder.text_model.embeddings.token_embedding for encoder in model.text_encoders]
     vectors = {name: t.vectors.detach().cpu() for name, t in zip(TEXT_ENCODERS, tables, strict=False)}
-    save_embeddings(folder / TEXT_INVERSION_NAME_SAFE, objective.placeholder_token or "", vectors)
+    save_embeddings(folder / TEXT_INVERSION_NAME_SAFE, objective.placeholder_token or "", vectors, metadata)
 
 
 def load_inversion_pipeline(objective: FinetuneObjective, folder: Path, pipe: Pipeline | None = None) -> Pipeline:

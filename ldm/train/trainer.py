@@ -25,6 +25,7 @@ from ldm.files import atomic_write, remove_path
 from ldm.hardware import to_device
 from ldm.nn.unet import UNet
 from ldm.train.ema import SIGMA_RELS, EMAModel, exponential_ema_rate, power_ema_rate, save_ema_snapshot
+from ldm.train.model_spec import record_start
 from ldm.train.optimizers import compute_lr_factor, create_optimizer
 from ldm.train.progress import MetricLogger, filter_installed_trackers, log_sample_image
 from ldm.train.state import TrainState, resolve_recipe, resume_from_checkpoint, save_checkpoint
@@ -88,10 +89,11 @@ def setup_accelerator(recipe: Recipe) -> Accelerator:
 
 
 def prepare_output_dir(recipe: Recipe) -> None:
-    """Write the resolved recipe; remove unfinished files of a run that was killed."""
+    """Write the resolved recipe and the day of the start; remove unfinished files of a run that was killed."""
     for pattern in (".*.part", ".*.old", "averages/.*.part"):
         for draft in recipe.output_dir.glob(pattern):
             remove_path(draft)
+    record_start(recipe.output_dir)
     with atomic_write(recipe.output_dir / "recipe.json") as draft:
         draft.write_text(json.dumps(recipe.model_dump(mode="json"), indent=2) + "\n")
 

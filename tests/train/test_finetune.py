@@ -32,7 +32,7 @@ def test_an_exported_adapter_is_what_was_learnt_in_ours_and_in_diffusers(dora, t
     for name, parameter in trainable_parameters(task.model).items():
         if "magnitude" not in name:
             parameter.data = 0.1 * torch.randn(parameter.shape, generator=drawn)
-    task.method.export(task.full_model, task.objective, tmp_path / "out")
+    task.method.export(task.full_model, task.objective, tmp_path / "out", {})
     x, text, t = (torch.randn(shape, generator=drawn) for shape in ((1, 4, 8, 8), (1, 16, 32), (1,)))
     t = t.abs() * 100
     with torch.no_grad():
@@ -123,16 +123,16 @@ def test_weights_are_published_before_any_sample_of_them_is_generated(method, tu
     with pytest.raises(MemoryError):
         train_model(task.recipe, task)
     export = tmp_path / "run" / "export"
-    assert [*export.rglob("*.safetensors")] and "before" not in (export / "MODEL_CARD.md").read_text()
+    assert [*export.rglob("*.safetensors")] and "before" not in (export / "README.md").read_text()
     assert alive == [[0], [0, True]]
 
 
 def test_without_validation_prompts_no_model_is_loaded_for_samples(tuning, monkeypatch):
     export = go(tuning(**LORA, changes={"validation_prompts": []}))
-    assert not [*export.glob("*.png")] and "## Images" in (export / "MODEL_CARD.md").read_text()
+    assert not [*export.glob("*.png")] and "## Images" in (export / "README.md").read_text()
     shown = go(tuning(**LORA))
     assert {path.name for path in shown.glob("*.png")} == {"before.png", "after.png"}
-    assert "![after](after.png)" in (shown / "MODEL_CARD.md").read_text()
+    assert "![after](after.png)" in (shown / "README.md").read_text()
 
 
 def test_a_folder_of_the_class_is_used_and_what_lacks_is_generated(tuning, tmp_path):
