@@ -113,7 +113,7 @@ class AdapterMerger:
     def load(self, adapter: Adapter, weight: AdapterWeight = 1.0) -> None:
         """Add an adapter; ValueError if its name is taken or it does not fit."""
         if adapter.name in self.loaded:
-            raise ValueError(f"adapter {adapter.name!r}: an adapter of that name is loaded already")
+            raise ValueError(f"adapter {adapter.name!r}: an adapter of that name is loaded already: give NAME=FILE")
         if faults := find_shape_errors(adapter.deltas, self.networks):
             raise ValueError(f"adapter {adapter.name!r}: {list_some(faults)}")
         self._replace_adapters({**self.loaded, adapter.name: (adapter, check_adapter_weight(adapter.name, weight))})

@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from ldm import __version__
-from ldm.adapters.lora import AdapterMerger, AdapterWeight
+from ldm.adapters.lora import Adapter, AdapterMerger, AdapterWeight
 from ldm.adapters.lora_loading import load_adapter
 from ldm.adapters.textual_inversion import has_bundled_embeddings, read_placeholder_tokens
 from ldm.checkpoints import hub
@@ -97,13 +97,14 @@ class Pipeline:
     def load_lora_weights(self, path: str | Path, weight: AdapterWeight = 1.0, adapter_name: str | None = None) -> None:
         """Merge (fuse) an adapter of any format into the weights, times `weight` (or a pair: U-Net, text encoders).
 
-        `path` is a file, a directory or a hub id; it names the adapter unless `adapter_name` does. Not to be called
-        while images are generated. ValueError, with nothing changed, for a file that does not fit:
-        `ldm.adapters.lora_loading.load_adapter`. Embeddings in the file (OneTrainer's) become placeholder tokens.
+        `path` is a file, a directory or a hub id; it names the adapter unless `adapter_name` does, with its folder (or
+        owner) where another one has that name. Not to be called while images are generated. ValueError, with nothing
+        changed, for a file that does not fit: `ldm.adapters.lora_loading.load_adapter`. Embeddings in the file
+        (OneTrainer's) become placeholder tokens.
         """
         file = locate_weights(path, kind="adapter")
         adapter = load_adapter(file, self.model.networks, self.model.family)
-        name = adapter_name or (hub.name_from_repo_id(str(path)) if is_hub_source(path) else adapter.name)
+        name = adapter_name or self._choose_adapter_name(path, adapter)
         self.adapters.load(replace(adapter, name=name), weight)
         self.prompt_encoder.clear()
         if file.is_file() and has_bundled_embeddings(open_safetensors(file).tensor_infos):
@@ -113,6 +114,15 @@ class Pipeline:
             except ValueError:
                 self.unload_lora_weights(name)
                 raise
+
+    def _choose_adapter_name(self, path: str | Path, adapter: Adapter) -> str:
+        """The name of a file, folder or repository; with its folder's name where another adapter has that name."""
+        if is_hub_source(path):
+            name, longer = hub.name_from_repo_id(str(path)), str(path)
+        else:
+            name, longer = adapter.name, f"{Path(path).expanduser().absolute().parent.name}/{adapter.name}"
+        other, _ = self.adapters.loaded.get(name, (adapter, 0.0))
+        return name if other.sha256 == adapter.sha256 else longer
 
     def set_adapters(self, adapter_names: Sequence[str], adapter_weights: Sequence[AdapterWeight]) -> None:
         """Set the weights of loaded adapters; others get 0. ValueError for unequal lists and unknown names."""

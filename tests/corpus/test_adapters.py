@@ -1,5 +1,7 @@
 """Adapter files as people have them: each kind is the change that its own tool makes, each name finds its module."""
 
+import re
+
 import pytest
 import torch
 from lycoris.modules.boft import ButterflyOFTModule
@@ -11,11 +13,12 @@ from peft.tuners.boft import layer as peft_boft
 from safetensors.torch import load_file, save_file
 
 from ldm.adapters.lora import AdapterMerger
-from ldm.adapters.lora_loading import load_adapter
+from ldm.adapters.lora_loading import build_adaptable_networks, load_adapter
 from ldm.adapters.lora_saving import save_adapter
 from ldm.convert.inspect import inspect_model
 from ldm.nn.text_encoders import build_text_encoder
 from ldm.nn.unet import UNet, UNetConfig
+from ldm.pipeline.pipeline import Pipeline
 
 TEXT = {
     "hidden_size": 16,
@@ -194,3 +197,80 @@ def test_old_glora_names_its_factors_the_other_way_round(networks, tmp_path):
     tensors |= {f"lora_unet_{path.replace('.', '_')}.alpha": torch.tensor(2.0)}
     save_file(tensors, tmp_path / "a.safetensors")
     assert_close(merged(networks, tmp_path / "a.safetensors")[0], expected)
+
+
+UNET_BLOCK = "unet/down_blocks.1.attentions.0.transformer_blocks.0"
+CLIP_L, CLIP_G = "text_encoder/encoder.layers.0", "text_encoder_2/text_model.encoder.layers.0"
+NAMES = {  # by family: the names of B and A of one module as a tool writes them, and the module
+    "sd1": {
+        "lycoris_down_blocks_1_attentions_0_proj_in.lora_{up|down}.weight": "unet/down_blocks.1.attentions.0.proj_in",
+        "lora_unet_mid_block_attentions_0_proj_in.lora_{up|down}.weight": "unet/mid_block.attentions.0.proj_in",
+        "diffusion_model.input_blocks.4.1.transformer_blocks.0.attn1.to_q.lora_{up|down}.weight": (
+            f"{UNET_BLOCK}.attn1.to_q"
+        ),
+        "unet.down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_k.lora_{B|A}.default_0.weight": (
+            f"{UNET_BLOCK}.attn1.to_k"
+        ),
+        "unet.down_blocks.1.attentions.0.transformer_blocks.0.attn1.processor.to_v_lora.{up|down}.weight": (
+            f"{UNET_BLOCK}.attn1.to_v"
+        ),
+        "base_model.model.down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_out.0.lora_{B|A}.x-y.weight": (
+            f"{UNET_BLOCK}.attn1.to_out.0"
+        ),
+        "unet.up_blocks.1.resnets.0.time_emb_proj.lora.{up|down}.weight": "unet/up_blocks.1.resnets.0.time_emb_proj",
+        "diffusion_model.time_embed.0.lora_{B|A}.weight": "unet/time_embedding.linear_1",
+        "lora_te_text_model_encoder_layers_0_mlp_fc1.lora_{up|down}.weight": f"{CLIP_L}.mlp.fc1",
+        "text_encoders.clip_l.transformer.text_model.encoder.layers.0.mlp.fc2.lora_{up|down}.weight": (
+            f"{CLIP_L}.mlp.fc2"
+        ),
+        "text_encoder.text_model.encoder.layers.0.self_attn.k_proj.lora_linear_layer.{up|down}.weight": (
+            f"{CLIP_L}.self_attn.k_proj"
+        ),
+    },
+    "sdxl": {
+        "lycoris_down_blocks_1_attentions_0_proj_in.lora_{up|down}.weight": "unet/down_blocks.1.attentions.0.proj_in",
+        "lora_unet_input_blocks_4_1_transformer_blocks_1_attn1_to_q.lora_{up|down}.weight": (
+            "unet/down_blocks.1.attentions.0.transformer_blocks.1.attn1.to_q"
+        ),
+        "lora_unet_down_blocks_1_attentions_0_transformer_blocks_0_attn1_to_k.lora_{up|down}.weight": (
+            f"{UNET_BLOCK}.attn1.to_k"
+        ),
+        "diffusion_model.label_emb.0.2.lora_{up|down}.weight": "unet/add_embedding.linear_2",
+        "lora_te1_text_model_encoder_layers_0_mlp_fc1.lora_{up|down}.weight": f"{CLIP_L}.mlp.fc1",
+        "lora_te2_text_model_encoder_layers_0_mlp_fc1.lora_{up|down}.weight": f"{CLIP_G}.mlp.fc1",
+        "text_encoders.clip_g.transformer.text_model.encoder.layers.0.mlp.fc2.lora_{up|down}.weight": (
+            f"{CLIP_G}.mlp.fc2"
+        ),
+        "text_encoder_2.text_model.encoder.layers.0.self_attn.q_proj.lora_{B|A}.weight": f"{CLIP_G}.self_attn.q_proj",
+        "lora_te2_text_projection.lora_{up|down}.weight": "text_encoder_2/text_projection",
+    },
+}
+
+
+@pytest.mark.parametrize("family", NAMES)
+def test_every_tool_s_name_is_a_module_of_the_full_size_model(family, tmp_path):
+    networks, tensors = build_adaptable_networks(family), {}
+    for name, target in NAMES[family].items():
+        component, path = target.split("/")
+        weight = networks[component].get_submodule(path).weight
+        start, up, down, end = re.split("[{|}]", name)
+        tensors[start + down + end] = torch.ones(1, *weight.shape[1:])
+        tensors[start + up + end] = torch.ones(len(weight), 1, *(weight.ndim - 2) * [1])
+    save_file(tensors, tmp_path / "a.safetensors")
+    assert load_adapter(tmp_path / "a.safetensors", networks, family).deltas.keys() == set(NAMES[family].values())
+    report = inspect_model(tmp_path / "a.safetensors")
+    assert (report["kinds"], report["unknown"]) == (["LoRA"], [])
+
+
+def test_two_adapters_of_one_stem_have_the_names_of_their_folders(tiny, tmp_path):
+    pipe = Pipeline.from_pretrained(tiny, device="cpu", dtype="float32")
+    path = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
+    for k, folder in enumerate("abc"):
+        (tmp_path / folder).mkdir()
+        down, up = torch.full((1, 32), k + 1.0), torch.ones(32, 1)
+        file = tmp_path / folder / "style.safetensors"
+        save_file({f"{path}.lora_down.weight": down, f"{path}.lora_up.weight": up}, file)
+        pipe.load_lora_weights(file)
+    assert [*pipe.adapters.loaded] == ["style", "b/style", "c/style"]
+    with pytest.raises(ValueError, match="adapter 'style': an adapter of that name is loaded already: give NAME=FILE"):
+        pipe.load_lora_weights(tmp_path / "a" / "style.safetensors")
