@@ -12,7 +12,7 @@ import typer
 
 from ldm.commands import batch, generate, measure, models, train, verify
 from ldm.commands.options import normalize_option
-from ldm.errors import describe_system_error, one_line
+from ldm.errors import InputWarning, describe_system_error, one_line
 
 app = typer.Typer(
     add_completion=False,
@@ -80,6 +80,8 @@ def report_error(error: Exception) -> int:
     """Print an error of the caller or of the system as a line, and return the exit status; raise any other."""
     if hasattr(error, "format_message"):  # typer's: an unknown command or option, a wrong type
         message, status = error.format_message(), 2
+    elif isinstance(error, InputWarning):
+        message, status = f"{error} (--strict)", 2
     elif isinstance(error, ValueError):
         message, status = str(error), 2
     elif described := describe_system_error(error):

@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import re
+import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
@@ -19,6 +20,15 @@ MAX_LINE_LENGTH = 4000  # characters of an `error:` line
 UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 EXHAUSTED = errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG, errno.ENOMEM, errno.EMFILE, errno.ENFILE
 OUT_OF_MEMORY = re.compile(r"out of memory|not enough memory|can't allocate|failed to allocate", re.IGNORECASE)
+
+
+class InputWarning(UserWarning):
+    """Input that is left out, or used otherwise than it is written: an error where a command is strict."""
+
+
+def warn_of_input(message: str) -> None:
+    """An `InputWarning`, which commands print as one line."""
+    warnings.warn(message, InputWarning, stacklevel=3)
 
 
 def choose(table: Mapping[Key, Value], name: Key, what: str) -> Value:

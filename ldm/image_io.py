@@ -16,7 +16,7 @@ import torch
 from PIL import Image, ImageCms, ImageDraw, ImageFont, PngImagePlugin
 from torch import Tensor
 
-from ldm.errors import error_text
+from ldm.errors import error_text, warn_of_input
 from ldm.files import read_regular_file
 from ldm.image_repair import MAX_IMAGE_PIXELS, MAX_PNG_TEXT_BYTES, Notices, read_with_repairs
 
@@ -333,5 +333,5 @@ def _decode_file(path: Path) -> DecodedImage:
     except (OSError, ValueError) as error:
         raise ValueError(f"{path}: {error_text(error)}") from None
     for kind, text in decoded.notices:
-        warnings.warn(f"{path}: {kind}: {text}", stacklevel=3)
+        warn_of_input(f"{path}: {kind}: {text}")
     return decoded

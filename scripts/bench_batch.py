@@ -1,9 +1,9 @@
-"""Batch jobs of the shipped model: what continuous batching gains, what strictness costs, how long the device idles.
+"""Batch jobs of the shipped model: what continuous batching gains, what batch invariance costs, and idle times.
 
     python scripts/bench_batch.py [--images 32] [--job 500] [--batch 8] [--steps 6 12 36] [--size 128] [--rounds 3]
 
 Contestants generate the same requests, whose numbers of steps are mixed: continuously; in groups, each finished before
-the next begins; and continuously in strict mode. The gain depends on what a network evaluation of few rows costs. For
+the next begins; and continuously with calls of one size. The gain depends on the cost of an evaluation of few rows. For
 large images on a CPU that is in proportion to the rows, and nothing is gained; for small ones, and on a GPU, it is
 nearly as much as for many rows. So the numbers of evaluations are printed too.
 """
@@ -25,7 +25,7 @@ from _bench import alternate, clock, report
 from ldm import Pipeline, Request
 from ldm.jobs import worker
 from ldm.jobs.source import PromptEntry
-from ldm.jobs.worker import STRICT_ROWS, Job
+from ldm.jobs.worker import INVARIANT_ROWS, Job
 from ldm.pipeline.scheduler import BatchScheduler
 from ldm.rng import derive_seed
 
@@ -118,11 +118,11 @@ def main() -> None:
     pipe = Pipeline.from_pretrained(device=args.device)
     requests = make_requests(pipe, args.images, args.steps, args.size)
     scheduler = BatchScheduler(pipe.model, pipe.prompt_encoder, args.batch)
-    strict = BatchScheduler(pipe.model, pipe.prompt_encoder, args.batch, STRICT_ROWS)
+    invariant = BatchScheduler(pipe.model, pipe.prompt_encoder, args.batch, INVARIANT_ROWS)
     contestants = {
         "continuous": partial(generate, scheduler, requests),
         "grouped": partial(generate_grouped, scheduler, requests, args.batch),
-        "continuous, strict": partial(generate, strict, requests),
+        "continuous, batch-invariant": partial(generate, invariant, requests),
     }
     counts = [count_evaluations(scheduler, contestants[name]) for name in ("continuous", "grouped")]
     ratio = counts[1] / counts[0]

@@ -9,7 +9,6 @@ import hashlib
 import math
 import os
 import re
-import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,7 +33,7 @@ from ldm.checkpoints.families import FAMILIES
 from ldm.checkpoints.hub import LORA_WEIGHT_NAME_SAFE, PEFT_CONFIG_NAME, PEFT_LORA_NAME
 from ldm.checkpoints.keys import build_meta_network
 from ldm.checkpoints.tensors import SafetensorsFile, open_safetensors
-from ldm.errors import choose, list_some, parse_json
+from ldm.errors import choose, list_some, parse_json, warn_of_input
 from ldm.files import check_creatable_dir, ensure_writable_dir, file_sha256, read_json
 
 if TYPE_CHECKING:
@@ -144,7 +143,7 @@ def _read_deltas(file: SafetensorsFile, networks: NetworkDict, digest: _Hash) ->
             continue
         deltas[target] = build_delta(fields, ModuleContext(networks[component].get_submodule(path), module, config))
     if empty := len(groups) - len(deltas):
-        warnings.warn(f"{file.path}: {empty} modules have rank 0, and change nothing", stacklevel=2)
+        warn_of_input(f"{file.path}: {empty} modules have rank 0, and change nothing")
     if faults := find_shape_errors(deltas, networks):
         raise ValueError(list_some(faults))
     return deltas
@@ -165,7 +164,7 @@ def _group_keys(
     faults = [f"unknown {name}" for name in file.tensor_infos if name not in keys and name not in bundled]
     unused = {name for name, key in keys.items() if _is_unused(key, aliases)}
     if unused:
-        warnings.warn(f"{file.path}: {len(unused)} tensors not used: the model takes no {UNUSED_MODULE}", stacklevel=2)
+        warn_of_input(f"{file.path}: {len(unused)} tensors not used: the model takes no {UNUSED_MODULE}")
     for name, key in keys.items():
         if name in unused:
             continue

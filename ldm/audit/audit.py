@@ -159,7 +159,8 @@ def _load_model_config(recipe: Recipe, issues: list[DatasetIssue]) -> ModelConfi
 def _make_report(inputs: _AuditInputs, issues: Sequence[DatasetIssue], with_estimates: bool = False) -> AuditReport:
     recipe, model_config, pairs = inputs.recipe, inputs.model_config, inputs.samples
     samples, infos = [sample for sample, _ in pairs], [info for _, info in pairs]
-    issues, estimates = [*issues], dict[str, Any]()
+    strict, estimates = recipe.image_data.strict, dict[str, Any]()
+    issues = [issue._replace(strict=strict) for issue in issues]
     if samples:
         issues += check_schedule(recipe, samples, infos)
         estimates = estimate_schedule(recipe, samples, infos)

@@ -18,6 +18,8 @@ from ldm.commands.options import (
     JsonOption,
     ModelOptions,
     RequestOptions,
+    StrictOption,
+    apply_strictness,
     check_out_folder,
     check_range,
     expand_options,
@@ -45,12 +47,14 @@ def batch(
     workers: Annotated[int | None, typer.Option(help="Number of workers; default: one for each GPU.")] = None,
     shard: Annotated[str, typer.Option(metavar="I/N", help="Only the I-th of N parts; I from 0.")] = "0/1",
     batch_size: Annotated[int | None, typer.Option(help="Images at a time; default: by free memory.")] = None,
-    strict: Annotated[bool, typer.Option("--strict", help="The same bits in any batch; slower.")] = False,
+    batch_invariant: Annotated[
+        bool, typer.Option("--batch-invariant", help="The same bits in any batch; slower.")
+    ] = False,
     check: Annotated[bool, typer.Option("--check", help="Hash finished files; regenerate changed ones.")] = False,
     format: Annotated[str, typer.Option(help="png, webp (lossless) or jpeg.")] = "png",
     wildcards: Annotated[Path | None, typer.Option(help="Folder of wildcard files; default: beside FILE.")] = None,
     expand: Annotated[str, typer.Option(help="Wildcards: one (for each seed), all or none.")] = "one",
-    lenient: Annotated[bool, typer.Option("--lenient", help="Leave out unknown options in prompt lines.")] = False,
+    strict: StrictOption = None,
     timeout: Annotated[float, typer.Option(help="Stall timeout, seconds.")] = 600.0,
     expiry: Annotated[float, typer.Option(help="Lease timeout, seconds, of workers on other machines.")] = 60.0,
     grid: Annotated[
@@ -65,7 +69,8 @@ def batch(
     each line of FILE) and, with --grid, grids/. Equal items are generated once. Several such commands may work in one
     folder.
     """
-    check_range("--batch-size", batch_size, 1, 8 if strict else 100_000)
+    apply_strictness(strict)
+    check_range("--batch-size", batch_size, 1, 8 if batch_invariant else 100_000)
     check_range("--workers", workers, 1, 1024)
     check_range("--timeout", timeout, 1, 1e9)
     check_range("--expiry", expiry, 1, 1e9)
@@ -94,10 +99,12 @@ def batch(
         wildcards=wildcards,
         expand=expand,
         convert_clip_skip=convert,
-        lenient=lenient,
+        lenient=strict is False,
     )
     unsupported = UnsupportedSyntaxReport()
     source.validate(pipe.resolve, unsupported.collect)
+    unsupported.print_warning(strict)
+    print_notices(source.notices, strict)
     if axes is not None:
         contact_sheets.check_grid_size(out, (pipe.resolve(entry.request).to_record() for entry in source), axes)
     check_out_folder(out)
@@ -108,12 +115,10 @@ def batch(
         model_name=model.display_name,
         image_format=format,
         batch_size=batch_size,
-        strict=strict,
+        batch_invariant=batch_invariant,
         shard=part,
         lease_timeout=expiry,
     )
-    unsupported.print_warning()
-    print_notices(source.notices)
     with exit_on_failure():
         status = run_job(
             job, pipe, source.name, lambda job: engine_type(job, devices), check, timeout, as_json, model.cli_args()

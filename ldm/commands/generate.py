@@ -18,6 +18,8 @@ from ldm.commands.options import (
     JsonOption,
     ModelOptions,
     RequestOptions,
+    StrictOption,
+    apply_strictness,
     check_out_folder,
     check_range,
     expand_options,
@@ -45,6 +47,7 @@ def generate(
     batch_size: Annotated[int, typer.Option(help="Images that are generated at a time.")] = 8,
     model: ModelOptions,
     expand: Annotated[str, typer.Option(help="Wildcards: one (for each seed) or none.")] = "one",
+    strict: StrictOption = None,
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the PNG files, or one .png file.")] = Path("out"),
     as_json: JsonOption = False,
 ) -> None:
@@ -55,6 +58,7 @@ def generate(
     BREAK begins a new chunk.
     Options may be spelled as in diffusers or the web UI: --negative-prompt, --num-inference-steps, --cfg-scale, ...
     """
+    apply_strictness(strict)
     words = [*(prompts or []), *(prompt or [])]
     stdin = lambda: [line for line in read_stdin_prompts() if line.strip()]
     texts = [text for word in words for text in (stdin() if word == "-" else [word])]
@@ -71,7 +75,7 @@ def generate(
     check_out_folder(folder, make=False)
     if expand not in ("one", "none"):
         raise ValueError(f"--expand {expand!r}: choose from one, none")
-    templates = parse_templates(texts, expand)
+    templates = parse_templates(texts, expand, strict)
     pipe, request = load_pipeline_and_request(model, options, batch_size=batch_size)
     given = {embedding.token for embedding in map(parse_embedding, model.embedding or [])}
     for token, embedding in pipe.prompt_encoder.embeddings.items():
@@ -83,11 +87,11 @@ def generate(
         for template, seed in zip(templates, seeds, strict=True)
         for k in range(count)
     ]
-    check_out_folder(folder)
     unsupported = UnsupportedSyntaxReport()
     for request in requests:
         unsupported.collect(request)
-    unsupported.print_warning()
+    unsupported.print_warning(strict)
+    check_out_folder(folder)
     files = generate_images(pipe, model.display_name, requests, folder, out.name if is_file else None)
     if as_json:
         records = [{"file": str(file), **r.to_record()} for file, r in zip(files, requests, strict=True)]
@@ -104,7 +108,7 @@ def read_stdin_prompts() -> list[str]:
         raise ValueError("standard input: not UTF-8") from None
 
 
-def parse_templates(texts: Sequence[str], expand: str) -> list[PromptTemplate]:
+def parse_templates(texts: Sequence[str], expand: str, strict: bool | None = None) -> list[PromptTemplate]:
     """Prompts with their wildcards, whose files lie in `wildcards`; ValueError for what cannot be parsed.
 
     `expand` "none" keeps them as text.
@@ -114,7 +118,7 @@ def parse_templates(texts: Sequence[str], expand: str) -> list[PromptTemplate]:
 
     manager = WildcardManager(Path("wildcards").absolute())
     templates = [PromptTemplate(text, (text,) if expand == "none" else manager(text)) for text in texts]
-    print_notices(dict.fromkeys(manager.notices, ()))
+    print_notices(dict.fromkeys(manager.notices, ()), strict)
     return templates
 
 

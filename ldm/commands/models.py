@@ -10,7 +10,15 @@ from typing import Annotated
 import typer
 
 from ldm.checkpoints.families import LoadOptions
-from ldm.commands.options import JsonOption, RevisionOption, WeightVariantOption, expand_options, print_record
+from ldm.commands.options import (
+    JsonOption,
+    RevisionOption,
+    StrictOption,
+    WeightVariantOption,
+    apply_strictness,
+    expand_options,
+    print_record,
+)
 
 
 def inspect(
@@ -18,13 +26,19 @@ def inspect(
     probe: Annotated[bool, typer.Option(help="Evaluate the U-Net to find its prediction, if no file says it.")] = True,
     revision: RevisionOption = None,
     variant: WeightVariantOption = None,
+    strict: StrictOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Print what a model, adapter or embedding is, with the evidence, and what each of its tensors is for."""
     from ldm.convert import inspect as inspection
+    from ldm.errors import list_some
 
+    apply_strictness(strict)
     record = inspection.inspect_model(model, probe, LoadOptions(revision=revision, variant=variant))
     print(json.dumps(record) if as_json else inspection.format_report(record))
+    for what in ("faults", "unknown", "missing") if strict else ():
+        if names := record.get(what):
+            raise ValueError(f"{model}: {what}: {list_some(names)} (--strict)")
 
 
 @expand_options
@@ -36,12 +50,14 @@ def convert(
     trust: Annotated[bool, typer.Option("--trust", help="Open pickles, weights only, in a separate process.")] = False,
     options: LoadOptions,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; default: unchanged.")] = None,
+    strict: StrictOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Convert a model's folder to a single file or back, an adapter to another format, a pickle to safetensors.
 
     A single file is written where DST ends in .safetensors. DST must not exist, and appears whole or not at all.
     """
+    apply_strictness(strict)
     if to is not None:
         given = {"--trust": trust, "--dtype": dtype, "--prediction": options.prediction}
         given |= {"--zero-snr": options.zero_snr, "--ema": options.ema, "--variant": options.variant}

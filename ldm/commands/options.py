@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import re
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from functools import wraps
@@ -16,6 +17,7 @@ import typer
 
 from ldm import files
 from ldm.checkpoints.families import LoadOptions
+from ldm.errors import InputWarning
 from ldm.pipeline.request import IMAGE_COUNT, REQUEST_FIELDS, FieldSpec, Request, parse_interval
 
 if TYPE_CHECKING:
@@ -24,6 +26,10 @@ if TYPE_CHECKING:
 LoraWeight = float | tuple[float, float]  # of an adapter, or its two: of the U-Net and of the text encoders
 LORA_WEIGHT_PATTERN = re.compile(r"(.+):([-+]?(?:(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?|inf|nan))", re.DOTALL)
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object, for programs.")]
+StrictOption = Annotated[
+    bool | None,
+    typer.Option("--strict/--lenient", help="Refuse what would be left out or changed, or leave out what is broken."),
+]
 RevisionOption = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")]
 WeightVariantOption = Annotated[str | None, typer.Option(help="Weight variant of a folder: fp16, ...")]
 LOAD_OPTIONS: dict[str, Any] = {
@@ -211,6 +217,11 @@ def check_out_folder(folder: Path, make: bool = True) -> None:
 def make_path_absolute(source: str) -> str:
     """A path that is the same from any working directory; a hub id, and "" for picto, stay."""
     return str(Path(source).absolute()) if source and Path(source).exists() else source
+
+
+def apply_strictness(strict: bool | None) -> None:
+    """Make an `InputWarning` an error where a command is strict, else a line."""
+    warnings.simplefilter("error" if strict else "default", InputWarning)
 
 
 class LoraSpec(NamedTuple):

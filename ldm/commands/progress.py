@@ -82,18 +82,23 @@ class UnsupportedSyntaxReport:
             self.first_location = self.first_location if self.parts else location
             self.parts.update(dict.fromkeys(parts))
 
-    def print_warning(self) -> None:
-        """One line on stderr, if anything was found."""
+    def print_warning(self, strict: bool | None = None) -> None:
+        """One line on stderr, if anything was found; ValueError where `strict`."""
         if parts := list(self.parts):
             listed = ", ".join(parts[:MAX_LISTED_PARTS]) + (", ..." if len(parts) > MAX_LISTED_PARTS else "")
             hint = "; LoRAs are given by --lora FILE:WEIGHT" if any("<" in part for part in parts) else ""
             where = f"{self.first_location}: " if self.first_location else ""
-            print(f"warning: {where}read as text, not as syntax of the web UI: {listed}{hint}", file=sys.stderr)
+            message = f"{where}read as text, not as syntax of the web UI: {listed}{hint}"
+            if strict:
+                raise ValueError(f"{message} (--strict)")
+            print(f"warning: {message}", file=sys.stderr)
 
 
-def print_notices(notices: Mapping[str, Sequence[str]]) -> None:
-    """A line on stderr for each notice, with its first place and the number of the others."""
+def print_notices(notices: Mapping[str, Sequence[str]], strict: bool | None = None) -> None:
+    """A line on stderr for each notice, with its first place and the number of others; ValueError where `strict`."""
     for notice, places in notices.items():
         where = f"{places[0]}: " if places else ""
         more = f" (and in {len(places) - 1} more)" if len(places) > 1 else ""
+        if strict:
+            raise ValueError(f"{where}{notice}{more} (--strict)")
         print(f"notice: {where}{notice}{more}", file=sys.stderr)

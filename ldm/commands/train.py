@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ldm.commands.options import JsonOption
+from ldm.commands.options import JsonOption, StrictOption, apply_strictness
 from ldm.commands.progress import show_progress
 
 if TYPE_CHECKING:
@@ -24,18 +24,22 @@ RecipeArgument = Annotated[Path, typer.Argument(metavar="RECIPE.yaml", show_defa
 OverridesOption = Annotated[list[str] | None, typer.Option("--set", help="key.path=value, as in the recipe.")]
 
 
-def train(recipe: RecipeArgument, overrides: OverridesOption = None) -> None:
+def train(recipe: RecipeArgument, overrides: OverridesOption = None, strict: StrictOption = None) -> None:
     """Train from a recipe; the same command again resumes. Prints the folder of the trained weights."""
-    loaded = load_checked_recipe(recipe, overrides)
+    loaded = load_checked_recipe(recipe, overrides, strict)
     preflight(loaded)
     from ldm.train.trainer import train_model
 
     print(train_model(loaded, create_task(loaded)))
 
 
-def load_checked_recipe(path: Path, overrides: list[str] | None) -> Recipe:
-    """A recipe whose names are known, with its steps; ValueError before anything is written."""
-    from ldm.config import load_recipe
+def load_checked_recipe(path: Path, overrides: list[str] | None, strict: bool | None = None) -> Recipe:
+    """A recipe whose names are known, with its steps; ValueError before anything is written.
+
+    `strict` sets an image dataset's `strict`; False its `skip_broken`, too.
+    """
+    apply_strictness(strict)
+    from ldm.config import ImageDataConfig, load_recipe
     from ldm.data.image_dataset import resolve_num_train_epochs
     from ldm.train.optimizers import check_recipe
 
@@ -43,6 +47,9 @@ def load_checked_recipe(path: Path, overrides: list[str] | None) -> Recipe:
     check_recipe(loaded)
     if loaded.num_train_epochs is not None and loaded.max_train_steps:
         print("warning: max_train_steps overrides num_train_epochs", file=sys.stderr)
+    if strict is not None and isinstance(loaded.data, ImageDataConfig):
+        choices = {"strict": strict, "skip_broken": not strict}
+        loaded = loaded.model_copy(update={"data": loaded.data.model_copy(update=choices)})
     return resolve_num_train_epochs(loaded)
 
 
@@ -76,7 +83,7 @@ def preflight(recipe: Recipe) -> None:
     """The quick audit of an image dataset: a line on stderr for each warning; ValueError for an error."""
     from ldm.audit.audit import quick_audit
     from ldm.config import ImageDataConfig
-    from ldm.data.sources import LENIENT_KINDS
+    from ldm.data.sources import COUNTED_KINDS
     from ldm.errors import list_some
 
     if not isinstance(recipe.data, ImageDataConfig):
@@ -84,12 +91,12 @@ def preflight(recipe: Recipe) -> None:
     report = quick_audit(recipe)
     for issue in report.with_severity("warning"):
         print(f"warning: {issue.key}: {issue.what}", file=sys.stderr)
-    notices = [issue for issue in report.with_severity("notice") if issue.kind in LENIENT_KINDS]
+    report.raise_for_errors()
+    notices = [issue for issue in report.with_severity("notice") if issue.kind in COUNTED_KINDS]
     if notices:
         counts = ", ".join(f"{count} {kind}" for kind, count in Counter(issue.kind for issue in notices).items())
         names = list_some([issue.key for issue in notices])
-        print(f"notice: {counts} ({names}): data.strict refuses them", file=sys.stderr)
-    report.raise_for_errors()
+        print(f"notice: {counts} ({names}): --strict refuses them", file=sys.stderr)
 
 
 def average(
@@ -122,6 +129,7 @@ def check(
         Path | None,
         typer.Option("--out", "-o", help="HTML report.", show_default="check.html beside output_dir"),
     ] = None,
+    strict: StrictOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Audit a data set: decode every image, read every caption, and estimate the training's resources and schedule.
@@ -132,7 +140,7 @@ def check(
     from ldm.audit.report import render_html_report
     from ldm.files import atomic_write
 
-    loaded = load_checked_recipe(recipe, overrides)
+    loaded = load_checked_recipe(recipe, overrides, strict)
     with show_progress() as update:
         report = audit_dataset(loaded, latents, update)
     target = out or loaded.output_dir.parent / "check.html"

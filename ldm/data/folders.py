@@ -143,7 +143,7 @@ def _iter_files(
     for entry in entries:
         key = prefix + unicodedata.normalize("NFC", entry.name)
         if is_ignored(entry.name):
-            issues.append(DatasetIssue("skipped", key, "hidden, or a system file"))
+            issues.append(DatasetIssue("hidden", key, "hidden, or a system file"))
         elif entry.is_dir() and entry.is_symlink():
             links.append((entry.path, f"{key}/", ancestors))
         elif entry.is_dir():

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -19,8 +18,10 @@ from ldm.data.buckets import AspectRatioBuckets, BucketPlacement, ImageSize, for
 from ldm.data.folders import open_image_sources
 from ldm.data.latent_cache import LatentCache, blake2b_hexdigest
 from ldm.data.sources import LENIENT_KINDS, DatasetIssue, ImageSample, raise_on_errors
-from ldm.errors import error_text
+from ldm.errors import error_text, warn_of_input
 from ldm.image_io import DecodedImage, decode_image, decode_mask, read_image_size
+
+ReadExtent = Literal["header", "body", "whole"]  # whole: the body without a missing end
 
 
 class ImageInfo(NamedTuple):
@@ -67,7 +68,8 @@ def collect_usable_samples(
     samples: Sequence[ImageSample], data: ImageDataConfig
 ) -> tuple[list[tuple[ImageSample, ImageInfo]], list[DatasetIssue]]:
     """The samples that have a bucket, and an issue for each other: an error, or with `skip_broken` a notice."""
-    infos = collect_image_infos(samples, buckets_from_config(data), data.skip_broken)
+    extent: ReadExtent = "whole" if data.strict else "body" if data.skip_broken else "header"
+    infos = collect_image_infos(samples, buckets_from_config(data), extent)
     issues = [info for info in infos if isinstance(info, DatasetIssue)]
     if data.skip_broken:
         issues = [issue.as_left_out()._replace(strict=data.strict) for issue in issues]
@@ -76,24 +78,28 @@ def collect_usable_samples(
 
 
 def collect_image_infos(
-    samples: Sequence[ImageSample], buckets: AspectRatioBuckets, decode: bool = False
+    samples: Sequence[ImageSample], buckets: AspectRatioBuckets, extent: ReadExtent = "header"
 ) -> list[ImageInfo | DatasetIssue]:
     """Each sample's `read_image_info`, in order."""
     with ThreadPoolExecutor() as pool:
-        return list(pool.map(lambda sample: read_image_info(sample, buckets, decode), samples))
+        return list(pool.map(lambda sample: read_image_info(sample, buckets, extent), samples))
 
 
-def read_image_info(sample: ImageSample, buckets: AspectRatioBuckets, decode: bool = False) -> ImageInfo | DatasetIssue:
-    """A sample's size by its file's header, and its bucket, or what is wrong with it, also in its body if `decode`."""
+def read_image_info(
+    sample: ImageSample, buckets: AspectRatioBuckets, extent: ReadExtent = "header"
+) -> ImageInfo | DatasetIssue:
+    """A sample's size by its file's header, and its bucket, or what is wrong with it, as far as it is read."""
     part = ""
     try:
         data = sample.read_image()
         size = read_image_size(data)
         part = "the mask: "
         mask_size = read_image_size(sample.read_mask()) if sample.read_mask else size
-        if decode:
+        if extent != "header":
             part = ""
-            decode_image(data)
+            notices = dict(decode_image(data).notices)
+            if extent == "whole" and "truncated" in notices:
+                return DatasetIssue("truncated", sample.key, notices["truncated"], strict=True)
             part = "the mask: "
             _ = sample.read_mask and decode_mask(sample.read_mask())
     except (OSError, ValueError) as error:
@@ -252,5 +258,5 @@ class ImageDataset:
             raise ValueError(f"{sample.key}: {error}") from None
         for kind, text in decoded.notices:
             if kind == "truncated":
-                warnings.warn(f"{sample.key}: {kind}: {text}", stacklevel=2)
+                warn_of_input(f"{sample.key}: {kind}: {text}")
         return decoded

@@ -52,7 +52,7 @@ def _open_tar(path: Path, data: ImageDataConfig, issues: list[DatasetIssue]) -> 
     for name, file in _list_members(path, issues):
         base, suffix = base_plus_ext(name)
         if any(map(is_ignored, name.split("/"))):
-            issues.append(DatasetIssue("skipped", name, "hidden, or a system file"))
+            issues.append(DatasetIssue("hidden", name, "hidden, or a system file"))
         elif suffix in groups.setdefault(base, {}):
             issues.append(DatasetIssue("duplicate", name, f"is in {path.name} twice"))
         else:

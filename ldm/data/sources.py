@@ -35,11 +35,13 @@ UNCONDITIONAL = "learnt without a caption"
 HELD_OUT_PREFIX = "held out: "  # before the keys of validation images
 SEVERITIES: tuple[Severity, ...] = ("error", "warning", "notice")
 DUPLICATE_KINDS = ("same image", "other caption", "held-out leak")  # of identical files
-LENIENT_KINDS = (  # go on without, or with another caption: errors where the recipe is strict
+LENIENT_KINDS = (  # a training goes on without, or with another caption
     *("unsupported", "caption without image", "mask without image", "two captions", "shared caption", "not listed"),
     *("empty caption", "no caption", "not text", "other spelling", "missing file", "malformed line", "unequal line"),
     *("duplicate", "symlink loop", "left out"),
 )
+STRICT_KINDS = {*LENIENT_KINDS, "truncated caption", "truncated"}  # errors where the recipe is strict
+COUNTED_KINDS = {*LENIENT_KINDS, "skipped"}  # what a training says in one line
 BROKEN_KINDS = ("broken image", "mask size", "too small", "not UTF-8", "truncated tar", "unreadable", "corrupt dataset")
 SEVERITY_BY_KIND: Mapping[str, Severity] = {  # all other kinds are errors
     **dict.fromkeys(("file name", "markup", "mojibake", "placeholder caption", "truncated caption"), "warning"),
@@ -48,7 +50,9 @@ SEVERITY_BY_KIND: Mapping[str, Severity] = {  # all other kinds are errors
     **dict.fromkeys(("too few steps", "disk space"), "warning"),
     **dict.fromkeys(("metadata", "truncated", "EXIF", "gray levels", "large image"), "notice"),
     **dict.fromkeys(LENIENT_KINDS, "notice"),
-    **dict.fromkeys(("skipped", "animated", "color profile", "color mode", "multiple lines", "small bucket"), "notice"),
+    **dict.fromkeys(
+        ("skipped", "hidden", "animated", "color profile", "color mode", "multiple lines", "small bucket"), "notice"
+    ),
 }
 
 
@@ -63,7 +67,7 @@ class DatasetIssue(NamedTuple):
     @property
     def severity(self) -> Severity:
         """With an error, training would fail or is certain to go wrong, and is refused."""
-        if self.strict and self.kind in LENIENT_KINDS:
+        if self.strict and self.kind in STRICT_KINDS:
             return "error"
         return SEVERITY_BY_KIND.get(self.kind, "error")
 

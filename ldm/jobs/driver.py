@@ -62,7 +62,12 @@ def write_job_file(job: Job, pipe: Pipeline, source: str, cli_args: Sequence[str
         "model": job.model_name,
         "words": list(cli_args),
         "weights": fingerprint_model(pipe),
-        "settings": {"dtype": str(pipe.model.unet.dtype), "output": job.image_format, "strict": job.strict},
+        "settings": {
+            "dtype": str(pipe.model.unet.dtype),
+            "output": job.image_format,
+            "batch_invariant": job.batch_invariant,
+        },
+        "notices": {text: len(places) or 1 for text, places in getattr(job.entries, "notices", {}).items()},
         "version": __version__,
     }
     path = job.folder / "job.json"
@@ -70,6 +75,9 @@ def write_job_file(job: Job, pipe: Pipeline, source: str, cli_args: Sequence[str
         with atomic_write(path) as draft:
             write_json(record, draft)
     existing = read_json(path)
+    if existing.get("notices") != record["notices"] and isinstance(existing.get("settings"), dict):
+        with atomic_write(path) as draft:
+            write_json({**existing, "notices": record["notices"]}, draft)
     for name, values in json.loads(json.dumps({key: record[key] for key in JOB_IDENTITY_KEYS})).items():
         others: Any = existing.get(name)
         if not isinstance(others, dict):

@@ -42,6 +42,8 @@ PARQUET_BATCH_ROWS = 256  # rows of a parquet file in memory
 class ParseError(ValueError):
     """What is wrong with a file from `line` on; line 0 is the file as a whole."""
 
+    ends_reading = False  # whether the rows after it cannot be read
+
     def __init__(self, line: int, message: str) -> None:
         super().__init__(message)
         self.line = line

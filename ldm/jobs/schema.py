@@ -235,7 +235,8 @@ def add_option(options: dict[str, Any], name: str, value: str, lenient: bool = F
             raise ValueError(f"--{name} {value}: not supported")
         if key not in IGNORED_OPTIONS and not lenient:
             raise ValueError(f"--{name}: unknown option; leave it out, or give --lenient to the command")
-        options.setdefault(NOTICES, []).append(f"--{name} has no effect here: left out")
+        reason = "has no effect here" if key in IGNORED_OPTIONS else "is unknown"
+        options.setdefault(NOTICES, []).append(f"--{name} {reason}: left out")
         return
     option = PROMPT_OPTIONS[key]
     if option in options:

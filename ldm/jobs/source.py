@@ -15,6 +15,7 @@ from typing import IO, Any, NamedTuple
 
 from PIL import Image
 
+from ldm.errors import InputWarning
 from ldm.image_io import read_image, read_mask
 from ldm.jobs.readers import (
     MAX_IMAGES_PER_RECORD,
@@ -77,7 +78,8 @@ class PromptRecord:
 class PromptSource:
     """A file of prompts; iterating it, as often as one likes, yields its entries in their order.
 
-    The same file, defaults and wildcards give the same requests. Iterating raises ValueError with the name and line of
+    The same file, defaults and wildcards give the same requests. `validate` comes first: where `lenient`, it finds the
+    rows to leave out. Iterating raises ValueError with the name and line of
     a row that cannot be read, which `validate` has reported before unless the file has changed since.
     """
 
@@ -92,9 +94,13 @@ class PromptSource:
     convert_clip_skip: Callable[[int], int]
     spool_file: Any = field(default=None, repr=False)  # the temporary copy of standard input, kept open
     notices: dict[str, list[str]] = field(default_factory=dict, repr=False)  # what was not read: its places
+    lenient: bool = False  # rows that no request can have are left out
+    left_out: set[int] = field(default_factory=set, repr=False)  # their lines
 
     def __iter__(self) -> Iterator[PromptEntry]:
         for row in self._read_rows():
+            if row.line in self.left_out:
+                continue
             try:
                 for record in self._expand_row(row):
                     extra = row.values.get(EXTRA, {}) if isinstance(row.values, dict) else {}
@@ -125,7 +131,11 @@ class PromptSource:
                         resolve(request := record[k])
                         on_request(request, self._location(row.line))
                     total += record.num_images
-            except ValueError as error:
+            except (ValueError, InputWarning) as error:
+                if self.lenient and not getattr(error, "ends_reading", False):
+                    self.left_out.add(row.line)
+                    self.notices.setdefault(f"left out: {error}", []).append(self._location(row.line))
+                    continue
                 errors += 1
                 if errors <= MAX_REPORTED_ERRORS:
                     messages.append(self._format_error(row.line, error))
@@ -136,7 +146,8 @@ class PromptSource:
         for notice in self.wildcards.notices:
             self.notices[notice] = []
         if not total:
-            raise ValueError(f"{self.name}: no prompts in it")
+            reason = "; ".join(f"{places[0]}: {text}" for text, places in [*self.notices.items()][:1] if places)
+            raise ValueError(f"{self.name}: no prompts in it{reason and f' ({reason})'}")
         return total
 
     def _read_rows(self) -> Iterator[PromptRow]:
@@ -145,6 +156,7 @@ class PromptSource:
             with self.path.open("rb") as file:
                 yield from self.reader(file)
         except ParseError as error:
+            error.ends_reading = True
             yield PromptRow(error.line, error)
         except OSError as error:
             raise ValueError(f"{self.name}: {error.strerror}") from None
@@ -191,8 +203,9 @@ class PromptSource:
             raise ValueError(f"{field} {short_repr(name)}: must lie in the file's folder or below it")
         return CACHED_IMAGE_READERS[field](require_regular_file(self.folder / name, f"{field} {short_repr(name)}"))
 
-    def _format_error(self, line: int, error: ValueError) -> str:
-        return f"{self._location(error.line if isinstance(error, ParseError) else line)}: {error}"
+    def _format_error(self, line: int, error: Exception) -> str:
+        place = self._location(error.line if isinstance(error, ParseError) else line)
+        return f"{place}: {error}{' (--strict)' if isinstance(error, InputWarning) else ''}"
 
     def _location(self, line: int) -> str:
         return f"{self.name}:{line}" if line else self.name
@@ -247,9 +260,9 @@ def open_prompt_source(
 
     The suffix tells the format, one of `PROMPT_READERS`; without a suffix, and in .txt, the content tells JSON lines
     from text. `count` is the number of images of a record that does not state it: image j has seed + j. `wildcards` is
-    the folder of wildcard files, by default `wildcards` beside the file; `expand` is one of `WILDCARD_EXPANSIONS`. If
-    `lenient`, unknown options in lines of text are left out, with a notice. `convert_clip_skip`, picklable, converts
-    the clip skip in a line of text to that of a request.
+    the folder of wildcard files, by default `wildcards` beside the file; `expand` is one of `WILDCARD_EXPANSIONS`.
+    `convert_clip_skip`, picklable, converts the clip skip in a line of text to that of a request. If `lenient`, rows
+    that cannot be read and unknown options in lines of text are left out, with a notice.
     ValueError where there is no such file; `PromptSource.validate` reads its content.
     """
     if expand not in WILDCARD_EXPANSIONS:
@@ -263,7 +276,9 @@ def open_prompt_source(
     if lenient and reader is read_text_rows:
         reader = partial(read_text_rows, lenient=True)
     manager = WildcardManager(wildcards)
-    return PromptSource(path, name, reader, defaults, count, manager, expand, folder, convert_clip_skip, spool)
+    return PromptSource(
+        path, name, reader, defaults, count, manager, expand, folder, convert_clip_skip, spool, lenient=lenient
+    )
 
 
 def spool_to_tempfile(path: Path | None) -> IO[bytes]:

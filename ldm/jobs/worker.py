@@ -31,7 +31,7 @@ FLOAT_FIELDS = {f.name for f in fields(Request) if str(f.type).startswith("float
 CPU_BATCH_SIZE = 8  # images, where free memory cannot be measured
 MAX_BATCH_SIZE = 64  # images: beyond it a device gains nothing
 MEMORY_FRACTION = 0.8  # of the free memory
-STRICT_ROWS = 16  # of each network evaluation in strict mode: CPU_BATCH_SIZE images with guidance
+INVARIANT_ROWS = 16  # of each network evaluation of a batch-invariant job: CPU_BATCH_SIZE images with guidance
 MAX_CONSECUTIVE_FAILURES = 10  # of items, before the worker itself is taken to be at fault
 QUEUE_POLL_INTERVAL = 0.1  # seconds
 MAX_DEFERRED_ITEMS = 1024  # leased by other workers, after which the manifest is read again
@@ -66,7 +66,7 @@ class Job:
     model_name: str = "picto"
     image_format: str = "png"
     batch_size: int | None = None
-    strict: bool = False
+    batch_invariant: bool = False  # network evaluations of one size give the same bits in any batch
     shard: tuple[int, int] = (0, 1)
     lease_timeout: float = LEASE_TIMEOUT
 
@@ -357,16 +357,16 @@ class ImageWriter:
 def build_worker_scheduler(job: Job, pipe: Pipeline) -> BatchScheduler:
     """A scheduler with the job's batch size, or the one that fits into memory."""
     size = job.batch_size or measure_batch_size(job, pipe)
-    return BatchScheduler(pipe.model, pipe.prompt_encoder, size, STRICT_ROWS if job.strict else None)
+    return BatchScheduler(pipe.model, pipe.prompt_encoder, size, INVARIANT_ROWS if job.batch_invariant else None)
 
 
 def measure_batch_size(job: Job, pipe: Pipeline) -> int:
     """How many images like the job's first fit into CUDA memory, by the peaks of batches of one and of two.
 
-    On a CPU, and in strict mode, it is `CPU_BATCH_SIZE`.
+    On a CPU, and where the job is batch-invariant, it is `CPU_BATCH_SIZE`.
     """
     first = next(job.iter_items(pipe), None)
-    if job.strict or first is None or pipe.device.type != "cuda":
+    if job.batch_invariant or first is None or pipe.device.type != "cuda":
         return CPU_BATCH_SIZE
 
     def peak_bytes(count: int) -> int:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gzip
 import json
-import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -17,6 +16,7 @@ from tokenizers.pre_tokenizers import ByteLevel
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer, PreTrainedModel
 
+from ldm.errors import warn_of_input
 from ldm.nn.prompts import (
     PlaceholderTokens,
     WeightedToken,
@@ -151,7 +151,7 @@ def warn_about_truncation(tokenizer: CLIPTokenizer, captions: Sequence[str]) -> 
     long = [p for p in captions if len(tokenizer(p, truncation=False, verbose=False).input_ids) > length]
     if long:
         first = f"the first is {long[0][:80]!r}"
-        warnings.warn(f"{len(long)} of {len(captions)} captions are cut to {length} tokens; {first}", stacklevel=2)
+        warn_of_input(f"{len(long)} of {len(captions)} captions are cut to {length} tokens; {first}")
 
 
 def tokenize_prompt(

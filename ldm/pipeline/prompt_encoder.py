@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Container, Sequence, Set
 from dataclasses import replace
 from functools import lru_cache, partial
@@ -16,6 +15,7 @@ from ldm.adapters.textual_inversion import count_ignored_embedding_keys, load_em
 from ldm.checkpoints.formats import Checkpoint
 from ldm.checkpoints.networks import TEXT_ENCODERS
 from ldm.conditioning import Conditioning
+from ldm.errors import warn_of_input
 from ldm.files import file_sha256
 from ldm.nn.blocks import TransformerBlock
 from ldm.nn.text_encoders import PromptChunk, join_text_embeddings, tokenize, tokenize_prompt
@@ -169,7 +169,7 @@ class PromptEncoder:
         if count := count_ignored_embedding_keys(path):
             notes.append(f"{count} of its tensors are not read")
         if notes:
-            warnings.warn(f"embedding {path}: {'; '.join(notes)}", stacklevel=3)
+            warn_of_input(f"embedding {path}: {'; '.join(notes)}")
 
     def remove_embedding(self, token: str) -> None:
         """Undo `add_embedding`: without placeholder tokens the text encoders are as loaded, bit for bit."""

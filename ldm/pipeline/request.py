@@ -10,12 +10,11 @@ import math
 import numbers
 import re
 import secrets
-import warnings
 from collections.abc import Callable
 from dataclasses import MISSING, dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ldm.errors import choose
+from ldm.errors import choose, warn_of_input
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -383,7 +382,7 @@ def _warn_of_single_step(request: Request) -> None:
     steps = request.num_inference_steps or 0
     for name, strength in (("strength", request.strength), ("upscale strength", request.upscale_strength)):
         if strength and int(steps * strength) == 0 and (name == "strength" or request.upscale):
-            warnings.warn(f"{name} {strength} with {steps} steps: one step is run", stacklevel=3)
+            warn_of_input(f"{name} {strength} with {steps} steps: one step is run")
 
 
 def round_size(request: Request, multiple: int) -> Request:
@@ -393,7 +392,7 @@ def round_size(request: Request, multiple: int) -> Request:
         side = getattr(request, name)
         if isinstance(side, int) and multiple < side <= MAX_SIDE and side % multiple:
             changes[name] = side // multiple * multiple
-            warnings.warn(f"{name} {side}: rounded to {changes[name]}, a multiple of {multiple}", stacklevel=3)
+            warn_of_input(f"{name} {side}: rounded to {changes[name]}, a multiple of {multiple}")
     return replace(request, **changes)
 
 

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ldm.config import FinetuneObjective, Recipe
+from ldm.errors import warn_of_input
 from ldm.files import atomic_write, file_sha256, remove_path
 from ldm.hardware import resolve_frozen_dtype, resolve_mixed_precision
 from ldm.train.ema import EMAModel
@@ -27,6 +28,7 @@ MUTABLE_RECIPE_KEYS = (
     "objective.validation_data_dir",
     "data.train_data_dir",
     "data.skip_broken",
+    "data.strict",
 )
 MAX_NAMED_SAMPLES = 3  # of each kind of change
 OPTIMIZER_FILE = "optimizer.safetensors"
@@ -99,7 +101,7 @@ def resume_from_checkpoint(state: TrainState, recipe: Recipe) -> None:
             raise
         except (OSError, SafetensorError, RuntimeError, LookupError, TypeError, ValueError) as error:
             skipped.append(f"{path}: not a checkpoint of this recipe ({' '.join(str(error).split())})")
-            warnings.warn(skipped[-1], stacklevel=2)
+            warn_of_input(skipped[-1])
     if skipped:
         raise ValueError(f"{skipped[0]}; no other checkpoint fits either: give another output_dir, or move them away")
 

@@ -90,10 +90,10 @@ def test_options_are_every_record_s_defaults_and_count_gives_seeds(batch, tmp_pa
 
 def test_shards_formats_and_strictness(batch, tmp_path):
     for k in range(2):
-        assert batch("--shard", f"{k}/2", "--format", "webp", "--strict")[0] == 0
+        assert batch("--shard", f"{k}/2", "--format", "webp", "--batch-invariant")[0] == 0
     assert [line["file"].rsplit(".", 1)[1] for line in manifest(tmp_path / "out")] == ["webp"] * 3
     settings = json.loads((tmp_path / "out" / "job.json").read_text())["settings"]
-    assert settings == {"dtype": "torch.float32", "output": "webp", "strict": True}
+    assert settings == {"dtype": "torch.float32", "output": "webp", "batch_invariant": True}
 
 
 @pytest.mark.parametrize(
@@ -106,7 +106,7 @@ def test_shards_formats_and_strictness(batch, tmp_path):
         (["--shard", "-1/2"], "--shard -1/2"),
         (["--shard", "1"], "--shard 1"),
         (["--format", "gif"], "--format 'gif': choose from png"),
-        (["--strict", "--batch-size", "9"], "--batch-size 9: must be from 1 to 8"),
+        (["--batch-invariant", "--batch-size", "9"], "--batch-size 9: must be from 1 to 8"),
         (["--timeout", "0"], "--timeout 0"),
         (["--expiry", "nan"], "--expiry nan"),
         (["--count", "0"], "count 0"),

@@ -35,7 +35,7 @@ ITEMS = len(REQUESTS) - 1
 def job_in(folder: Path, pipe: Pipeline, **changes: Any) -> Job:
     """The job of `REQUESTS`, bit for bit the same in any batch."""
     entries = [PromptEntry(k + 1, request) for k, request in enumerate(changes.pop("requests", REQUESTS))]
-    settings = {"model_name": "tiny", "strict": True, "batch_size": 4, "lease_timeout": 0.4, **changes}
+    settings = {"model_name": "tiny", "batch_invariant": True, "batch_size": 4, "lease_timeout": 0.4, **changes}
     return Job(folder, entries, lambda device: pipe, **settings)
 
 

@@ -30,7 +30,7 @@ CUT = ("os.chmod",)  # the ends of drafts
 PATIENT = 120.0  # seconds that one run may take, or anything that is waited for
 LIVES = 8  # of a job, before it is let live to its end
 EXCUSES = ("workers died", "ray: ")  # of a run that ends by its workers' deaths
-ALIKE = {"batch_size": 1, "strict": False}  # calls of one size are bit for bit the same anyway
+ALIKE = {"batch_size": 1, "batch_invariant": False}  # calls of one size are bit for bit the same anyway
 WARM: dict[Path, Pipeline] = {}  # models that forks of this process need not open
 
 

@@ -233,9 +233,10 @@ def test_a_folder_of_parquet_files_from_elsewhere(tmp_path):
     parquet.write_table(pa.Table.from_pylist(rows), tmp_path / "train.parquet", row_group_size=2)
     columns = {"image_column": "photo", "caption_column": "alt", "masks": "file"}
     config = ImageDataConfig(train_data_dir=tmp_path, **columns)
-    first, third = (source := open_image_sources(config)).samples
+    first, second, third = (source := open_image_sources(config)).samples
     assert (first.caption, first.read_image(), first.read_mask()) == ("first", b"one", b"m") and third.read_mask is None
     assert [(fault.kind, fault.key) for fault in source.issues] == [("no caption", "train.parquet:0000001")]
+    assert (second.caption, second.read_image()) == ("", b"two")
     with pytest.raises(OSError, match=r"train\.parquet: row 0 of 'photo' holds no image"):
         third.read_image()
     misspelled = open_image_sources(config.model_copy(update={"caption_column": "alx"}))

@@ -190,7 +190,7 @@ def read(tmp_path, content, name="p.txt", **options):
     "content, prompts, notices",
     [
         ("a --ar 1\nb --zz 1 --w 64\nc --w 64 --zz", None, {}),
-        ("b --zz 1 --w 64\nc --w 64 --zz", ["b", "c"], {"--zz has no effect here: left out": 2}),
+        ("b --zz 1 --w 64\nc --w 64 --zz", ["b", "c"], {"--zz is unknown: left out": 2}),
         ("a --fluffy cat", ["a --fluffy cat"], {"--fluffy is no option: read as text": 1}),
         ("#cat\n# cat\n##\n#cat\na", ["a"], {"taken for a comment: '#cat'": 2}),
         ("--prompt a --restore_faces\n--prompt b", ["a", "b"], {"--restore_faces has no effect here: left out": 1}),
