@@ -19,13 +19,14 @@ class Conditioning:
     every cross-attention, in the order of the network's layers: they depend on the text alone, so one projection serves
     all steps of all images with that text. `vector` [B, D] is SDXL's pooled text and size embedding, added to the
     timestep's. `concat` [B, K, h, w] are an inpainting network's input channels beside x: the mask, and the latents of
-    the known image.
+    the known image. `guidance` [B] is the guidance scale, for a network that was distilled to take it as an input.
     """
 
     context: Tensor
     kv_cache: KVCache | None = None
     vector: Tensor | None = None
     concat: Tensor | None = None
+    guidance: Tensor | None = None
 
     def __len__(self) -> int:
         return self.context.shape[0]
@@ -38,6 +39,7 @@ class Conditioning:
             None if pairs is None else tuple((f(k), f(v)) for k, v in pairs),
             None if self.vector is None else f(self.vector),
             None if self.concat is None else f(self.concat),
+            None if self.guidance is None else f(self.guidance),
         )
 
     def __getitem__(self, rows: slice | Tensor) -> Conditioning:
@@ -50,7 +52,7 @@ class Conditioning:
     def cat(parts: Sequence[Conditioning]) -> Conditioning:
         """Rows of several conditionings, in order, of one text length.
 
-        ValueError where only some have `vector`, or `concat`.
+        ValueError where only some have `vector`, `concat` or `guidance`.
         """
         if len(parts) == 1:
             return parts[0]
@@ -59,6 +61,7 @@ class Conditioning:
             _cat_kv_caches(parts, 0),
             _cat_optional([p.vector for p in parts], "vector"),
             _cat_optional([p.concat for p in parts], "concat"),
+            _cat_optional([p.guidance for p in parts], "guidance"),
         )
 
     @staticmethod

@@ -102,3 +102,26 @@ def xl(tokenizer, channels):
 
 def pixels(pictures):
     return np.stack([np.asarray(picture) for picture in pictures]).astype(int)
+
+
+def distilled(tokenizer, channels):
+    """The networks of a tiny latent consistency model, whose U-Net takes the guidance scale as an input."""
+    kind, networks = plain(tokenizer, channels)
+    network = unet(channels, cross_attention_dim=32, time_cond_proj_dim=16)
+    with torch.no_grad():
+        network.time_embedding.cond_proj.weight *= 10  # else the scale hardly matters
+    return kind, networks | {"unet": network}
+
+
+def pruned(tokenizer, channels):
+    """The networks of a tiny SSD-1B: XL with a depth for each transformer, and none in the middle."""
+    kind, networks = xl(tokenizer, channels)
+    fields = {
+        "layers_per_block": 2,
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+        "mid_block_type": "UNetMidBlock2D",
+        "transformer_layers_per_block": [1, [2, 1]],
+        "reverse_transformer_layers_per_block": [[1, 3, 2], 1],
+    }
+    return kind, networks | {"unet": UNet2DConditionModel(**{**networks["unet"].config, **fields})}

@@ -178,7 +178,9 @@ def probe_unet(unet: UNet, text_encoders: Sequence[TextEncoder], sde: VPSDE) -> 
     vector = None if unet.add_embedding is None or pooled is None else unet.make_vector(pooled, ids)
     extra = unet.config.in_channels - unet.config.out_channels  # inpainting: all is masked
     channels = torch.cat([torch.ones(1, 1, side, side), torch.zeros(1, extra - 1, side, side)], 1) if extra else None
-    cond = Conditioning(context, vector=vector, concat=None if channels is None else channels.to(device))
+    guidance = torch.ones(1, device=device) if unet.config.time_cond_proj_dim else None
+    concat = None if channels is None else channels.to(device)
+    cond = Conditioning(context, vector=vector, concat=concat, guidance=guidance)
     return detect.probe_network(unet, sde, cond, (1, unet.config.out_channels, side, side), Noise([0]))
 
 

@@ -24,7 +24,10 @@ from ldm.nn.unet import UP_BLOCKS, UNet, UNetConfig
 ConversionMap = Mapping[str, str]  # module names in a directory: those in a single file
 ComponentStateDicts = Mapping[str, Mapping[str, Tensor]]  # component: name: tensor
 
-LAYER_COUNT_FIELDS = "layers_per_block", "transformer_layers_per_block", "num_hidden_layers"
+LAYER_COUNT_FIELDS = (
+    *("layers_per_block", "transformer_layers_per_block", "reverse_transformer_layers_per_block"),
+    "num_hidden_layers",
+)
 MAX_LAYERS = 100  # guards against huge configurations
 UNET_PREFIX, VAE_PREFIX, EMA_PREFIX = "model.diffusion_model.", "first_stage_model.", "model_ema."
 UNET_CONVERSION_MAP = {
@@ -90,10 +93,8 @@ DIFFUSERS_KEY_ALIASES = {
 def build_meta_network(component: str, config: Mapping[str, Any]) -> Any:
     """A component's network on the meta device, by the fields of its config.json; ValueError for unsupported values."""
     for name in LAYER_COUNT_FIELDS:
-        values = config.get(name, 1)
-        for depth in values if isinstance(values, list | tuple) else (values,):
-            if type(depth) is not int or not 0 <= depth <= MAX_LAYERS:
-                raise ValueError(f"{name} {depth!r}: must be a whole number from 0 to {MAX_LAYERS}")
+        if config.get(name) is not None:
+            _check_layer_counts(name, config[name])
     with torch.device("meta"):
         if component == "unet":
             fields = UNetConfig.from_dict(config)
@@ -109,6 +110,15 @@ def build_meta_network(component: str, config: Mapping[str, Any]) -> Any:
             if config.get(name) is not None and not 0 <= config[name] < size:
                 raise ValueError(f"text encoder {name} {config[name]}: vocab_size is {size}")
         return text_encoders.build_text_encoder(config, with_projection=component == "text_encoder_2")
+
+
+def _check_layer_counts(name: str, value: Any, max_nesting: int = 2) -> None:
+    """ValueError unless it is a whole number of layers, or a list of these, or of lists of these."""
+    if isinstance(value, list | tuple) and max_nesting:
+        for part in value:
+            _check_layer_counts(name, part, max_nesting - 1)
+    elif type(value) is not int or not 0 <= value <= MAX_LAYERS:
+        raise ValueError(f"{name} {value!r}: must be a whole number from 0 to {MAX_LAYERS}")
 
 
 def build_meta_state_dicts(family: ModelFamily) -> dict[str, dict[str, Tensor]]:

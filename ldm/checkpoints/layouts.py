@@ -7,6 +7,7 @@ Stability's SGM) has no configuration: its tensors tell its family.
 from __future__ import annotations
 
 import re
+import warnings
 from collections import defaultdict
 from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import replace
@@ -46,13 +47,20 @@ from ldm.nn.unet import UNetConfig
 from ldm.nn.vae import get_vae_config, vae_scale_factor
 
 MODEL_INDEX_NAME, GENERATION_CONFIG_NAME = "model_index.json", "generation_config.json"
+PIPELINE_TASKS = [
+    f"{control}{task}Pipeline"
+    for control in ("", "ControlNet", "ControlNetUnion", "PAG", "ControlNetPAG", "ControlNetXS")
+    for task in ("", "Img2Img", "Inpaint")
+]
 PIPELINE_FAMILIES = {  # classes of diffusers, and a family that encodes text and guides by default as they do
-    "StableDiffusionPipeline": "sd1",
-    "StableDiffusionImg2ImgPipeline": "sd1",
-    "StableDiffusionInpaintPipeline": "sd1",
-    "StableDiffusionXLPipeline": "sdxl",
-    "StableDiffusionXLImg2ImgPipeline": "sdxl",
-    "StableDiffusionXLInpaintPipeline": "sdxl",
+    **{f"StableDiffusion{task}": "sd1" for task in PIPELINE_TASKS},
+    **{f"StableDiffusionXL{task}": "sdxl" for task in PIPELINE_TASKS},
+    **{f"LatentConsistencyModel{task}": "sd1" for task in ("Pipeline", "Img2ImgPipeline")},
+    "DiffusionPipeline": "sd1",  # any: "sdxl" where there is a second text encoder
+}
+PIPELINE_DEFAULTS = {  # of classes with other settings than the family's
+    f"LatentConsistencyModel{task}": {"num_inference_steps": 4, "guidance_scale": 8.5}
+    for task in ("Pipeline", "Img2ImgPipeline")
 }
 TOKENIZER_FOLDERS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
 COMPONENT_CLASSES = {  # library and classes of each component that is read
@@ -67,6 +75,7 @@ IGNORED_COMPONENT_CLASSES = {  # of components that are not read, whatever the l
     "safety_checker": ("StableDiffusionSafetyChecker",),
     "feature_extractor": ("CLIPImageProcessor", "CLIPFeatureExtractor", "CLIPImageProcessorPil"),
     "image_encoder": ("CLIPVisionModelWithProjection",),  # for image prompts
+    "controlnet": ("ControlNetModel", "ControlNetUnionModel", "ControlNetXSAdapter", "MultiControlNetModel"),
 }
 MODEL_INDEX_FLAGS = {  # supported values of flags in the index
     "force_zeros_for_empty_prompt": (True, False),
@@ -92,7 +101,9 @@ def read_directory(folder: Path, options: LoadOptions = LoadOptions()) -> ModelS
     read, or the only ones.
     """
     index = read_model_index(folder)
-    pipeline = FAMILIES[PIPELINE_FAMILIES[index["_class_name"]]]
+    pipeline = FAMILIES[_pipeline_family(index)]
+    if "controlnet" in index:
+        warnings.warn(f"{folder}: its ControlNet is not read", stacklevel=2)
     networks, groups = {}, []
     for name in pipeline.configs:
         networks[name], files = read_component(folder / name, name, options.variant)
@@ -114,7 +125,11 @@ def read_directory(folder: Path, options: LoadOptions = LoadOptions()) -> ModelS
         tuple(groups),
         _text_encoder_factories(pipeline, tokenizers, FAMILIES[family] if family else pipeline),
         lambda probe: ResolvedConfig(schedule, family, unet),
-        {**pipeline.generation_defaults, **read_generation_config(folder)},
+        {
+            **pipeline.generation_defaults,
+            **PIPELINE_DEFAULTS.get(index["_class_name"], {}),
+            **read_generation_config(folder),
+        },
         index.get("force_zeros_for_empty_prompt", pipeline.force_zeros_for_empty_prompt),
     )
 
@@ -149,7 +164,8 @@ def read_model_index(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{folder}: not a model (no {MODEL_INDEX_NAME})")
     index = read_json(path)
     try:
-        family = FAMILIES[choose(PIPELINE_FAMILIES, index.get("_class_name", ""), "_class_name")]
+        choose(PIPELINE_FAMILIES, index.get("_class_name", ""), "_class_name")
+        family = FAMILIES[_pipeline_family(index)]
         for name, value in index.items():
             if not name.startswith("_"):
                 _check_index_entry(name, value)
@@ -159,6 +175,12 @@ def read_model_index(folder: Path) -> dict[str, Any]:
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path}: {error}") from None
     return index
+
+
+def _pipeline_family(index: Mapping[str, Any]) -> str:
+    """A family that encodes text and guides as the pipeline of an index."""
+    has_second_encoder = index["_class_name"] == "DiffusionPipeline" and index.get("text_encoder_2", [None])[0]
+    return "sdxl" if has_second_encoder else PIPELINE_FAMILIES[index["_class_name"]]
 
 
 def _check_index_entry(name: str, value: Any) -> None:

@@ -57,14 +57,17 @@ def sincos(phase: Tensor, flip_sin_to_cos: bool) -> Tensor:
 
 
 class TimestepEmbedding(nn.Module):
-    """A two-layer perceptron, [B, width] -> [B, out]."""
+    """A two-layer perceptron, [B, width] -> [B, out], of x or of x + W cond, cond [B, cond_width]."""
 
-    def __init__(self, width: int, out: int) -> None:
+    def __init__(self, width: int, out: int, cond_width: int | None = None) -> None:
         super().__init__()
         self.linear_1 = nn.Linear(width, out)
+        self.cond_proj = nn.Linear(cond_width, width, bias=False) if cond_width else None
         self.linear_2 = nn.Linear(out, out)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, cond: Tensor | None = None) -> Tensor:
+        if self.cond_proj is not None and cond is not None:
+            x = x + self.cond_proj(cond)
         return self.linear_2(F.silu(self.linear_1(x)))
 
 

@@ -54,6 +54,7 @@ PER_LEVEL_FIELDS = (
     "layers_per_block",
     "attention_head_dim",
     "transformer_layers_per_block",
+    "reverse_transformer_layers_per_block",
 )
 # diffusers' fields that are not implemented, with the only value that is accepted
 UNSUPPORTED_UNET_FIELDS: dict[str, Any] = {
@@ -77,8 +78,6 @@ UNSUPPORTED_UNET_FIELDS: dict[str, Any] = {
     "only_cross_attention": False,
     "resnet_out_scale_factor": 1,
     "resnet_skip_time_act": False,
-    "reverse_transformer_layers_per_block": None,
-    "time_cond_proj_dim": None,
     "time_embedding_act_fn": None,
     "time_embedding_dim": None,
     "timestep_post_act": None,
@@ -90,8 +89,11 @@ class UNetConfig:
     """The fields of diffusers' config.json of a U-Net; a tuple holds a value per resolution, the finest first.
 
     `attention_head_dim` is a misnomer that every published file keeps: it is the NUMBER of heads, each of width
-    channels / heads. `upcast_attention` asks for float32 logits where float16 overflows, which every backend computes
-    anyway; it is kept for other readers of the file. ValueError names an invalid field.
+    channels / heads. `transformer_layers_per_block` may hold a tuple for a resolution, a depth for each of its
+    transformers; `reverse_transformer_layers_per_block` are then those of the up blocks, in their order. A network with
+    `time_cond_proj_dim` is distilled: it takes the guidance scale as an input. `upcast_attention` asks for float32
+    logits where float16 overflows, which every backend computes anyway; it is kept for other readers of the file.
+    ValueError names an invalid field.
     """
 
     sample_size: int | tuple[int, ...] | None = None
@@ -110,19 +112,19 @@ class UNetConfig:
     norm_eps: float = 1e-5
     cross_attention_dim: int = 1280
     attention_head_dim: int | tuple[int, ...] = 8
-    transformer_layers_per_block: int | tuple[int, ...] = 1
+    transformer_layers_per_block: int | tuple[int | tuple[int, ...], ...] = 1
+    reverse_transformer_layers_per_block: tuple[int | tuple[int, ...], ...] | None = None
     use_linear_projection: bool = False
     upcast_attention: bool = False
     resnet_time_scale_shift: str = "default"
     addition_embed_type: str | None = None
     addition_time_embed_dim: int | None = None
     projection_class_embeddings_input_dim: int | None = None
+    time_cond_proj_dim: int | None = None
 
     def __post_init__(self) -> None:
         for field in fields(self):
-            value = getattr(self, field.name)
-            if isinstance(value, list):  # JSON has no tuples
-                object.__setattr__(self, field.name, tuple(value))
+            object.__setattr__(self, field.name, _to_tuple(getattr(self, field.name)))  # JSON has no tuples
         for name, table in UNET_FIELD_CHOICES.items():
             value = getattr(self, name)
             for choice in value if isinstance(value, tuple) else (value,):
@@ -145,6 +147,20 @@ class UNetConfig:
             raise ValueError(f"U-Net {name} {value!r}: expected {levels} values, one per entry of block_out_channels")
         return values
 
+    def transformer_depths(self, level: int, count: int, up: bool = False) -> list[int]:
+        """The layers of each of the `count` transformers of a resolution, on the way down or up."""
+        name = "transformer_layers_per_block"
+        depth = self.per_level(name)[level]
+        if up and self.reverse_transformer_layers_per_block is not None:
+            name = "reverse_transformer_layers_per_block"
+            depth = self.per_level(name)[-1 - level]
+        elif up and isinstance(depth, tuple):
+            raise ValueError(f"U-Net {name} {depth}: reverse_transformer_layers_per_block is needed beside it")
+        depths = list(depth[:count]) if isinstance(depth, tuple) else [depth] * count
+        if len(depths) != count:
+            raise ValueError(f"U-Net {name} {depth}: {count} transformers need a depth each")
+        return depths
+
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> UNetConfig:
         """A diffusers config.json; ValueError names the first field that is unknown or not implemented."""
@@ -160,22 +176,29 @@ class UNetConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as JSON values, for diffusers' `UNet2DConditionModel.from_config`."""
-        values = {name: list(v) if isinstance(v, tuple) else v for name, v in asdict(self).items()}
-        return {"_class_name": UNET_CLASS_NAME, **values}
+        return {"_class_name": UNET_CLASS_NAME, **{name: _to_list(value) for name, value in asdict(self).items()}}
+
+
+def _to_tuple(value: Any) -> Any:
+    return tuple(map(_to_tuple, value)) if isinstance(value, list | tuple) else value
+
+
+def _to_list(value: Any) -> Any:
+    return list(map(_to_list, value)) if isinstance(value, list | tuple) else value
 
 
 UNetLayer = tuple[nn.Module, nn.Module | None]  # a residual block and its transformer
 
 
 class UNetBlock(nn.Module):
-    """One resolution: a residual block per input width, `num_attentions` transformers among them, then resampling."""
+    """One resolution: a residual block per input width, transformers of `depths` layers among them, then resampling."""
 
     def __init__(
         self,
         config: UNetConfig,
         level: int,
         inputs: list[int],
-        num_attentions: int,
+        depths: Sequence[int],
         down: bool = False,
         up: bool = False,
     ) -> None:
@@ -184,12 +207,13 @@ class UNetBlock(nn.Module):
         emb = TIME_EMBEDDING_TYPES[config.time_embedding_type] * config.block_out_channels[0]
         shift = RESNET_TIME_SCALE_SHIFTS[config.resnet_time_scale_shift]
         heads = config.per_level("attention_head_dim")[level]
-        depth = config.per_level("transformer_layers_per_block")[level]
-        transformer = width, config.cross_attention_dim, heads, depth, groups, config.use_linear_projection
+        context, linear = config.cross_attention_dim, config.use_linear_projection
         # initialized first: the initial weights of a seed depend on the order
         downsamplers, upsamplers = [Downsample(width)] if down else [], [Upsample(width)] if up else []
         self.resnets = nn.ModuleList(ResnetBlock(dim, width, emb, groups, eps, shift) for dim in inputs)
-        self.attentions = nn.ModuleList(SpatialTransformer(*transformer) for _ in range(num_attentions))
+        self.attentions = nn.ModuleList(
+            SpatialTransformer(width, context, heads, depth, groups, linear) for depth in depths
+        )
         self.downsamplers, self.upsamplers = nn.ModuleList(downsamplers), nn.ModuleList(upsamplers)
 
     def layers(self) -> Iterator[UNetLayer]:
@@ -222,7 +246,12 @@ class UNet(nn.Module):
             if config.time_embedding_type == "fourier"
             else SinusoidalEmbedding(widths[0], config.flip_sin_to_cos, config.freq_shift)
         )
-        self.time_embedding = TimestepEmbedding(self.time_proj.width, emb)
+        self.time_embedding = TimestepEmbedding(self.time_proj.width, emb, config.time_cond_proj_dim)
+        self.guidance_proj = (
+            SinusoidalEmbedding(config.time_cond_proj_dim, flip_sin_to_cos=False, freq_shift=1)
+            if config.time_cond_proj_dim
+            else None
+        )
         self.add_time_proj = self.add_embedding = None
         if ADDITION_EMBED_TYPES[config.addition_embed_type]:
             width = config.addition_time_embed_dim or 0
@@ -234,17 +263,20 @@ class UNet(nn.Module):
         for i, kind in enumerate(config.down_block_types):
             inputs = [dim] + [widths[i]] * (layers[i] - 1)
             down = i < len(widths) - 1
-            self.down_blocks.append(UNetBlock(config, i, inputs, layers[i] * DOWN_BLOCKS[kind], down=down))
+            depths = config.transformer_depths(i, layers[i] * DOWN_BLOCKS[kind])
+            self.down_blocks.append(UNetBlock(config, i, inputs, depths, down=down))
             skips += [widths[i]] * (layers[i] + down)
             dim = widths[i]
 
         resnets, attentions = MID_BLOCKS[config.mid_block_type]
-        self.mid_block = UNetBlock(config, len(widths) - 1, [dim] * resnets, attentions)
+        depths = config.transformer_depths(len(widths) - 1, attentions)
+        self.mid_block = UNetBlock(config, len(widths) - 1, [dim] * resnets, depths)
 
         self.up_blocks = nn.ModuleList()
         for i, kind in zip(reversed(range(len(widths))), config.up_block_types, strict=True):
             inputs = [n + skips.pop() for n in [dim] + [widths[i]] * layers[i]]
-            self.up_blocks.append(UNetBlock(config, i, inputs, len(inputs) * UP_BLOCKS[kind], up=i > 0))
+            depths = config.transformer_depths(i, len(inputs) * UP_BLOCKS[kind], up=True)
+            self.up_blocks.append(UNetBlock(config, i, inputs, depths, up=i > 0))
             dim = widths[i]
 
         self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, dim, config.norm_eps)
@@ -293,8 +325,15 @@ class UNet(nn.Module):
         return vector
 
     def embed_timestep(self, t: Tensor, cond: Conditioning) -> Tensor:
-        """The embedding [B, E] of the timestep, plus that of `cond.vector` if the U-Net takes it."""
-        emb = self.time_embedding(self.time_proj(t).to(self.dtype))
+        """The embedding [B, E] of the timestep, plus that of `cond.vector` if the U-Net takes it.
+
+        A distilled U-Net adds the projected embedding of 1000 (w - 1), w = `cond.guidance`, before the perceptron
+        (Meng et al. 2023, arXiv:2210.03142, sec. 3; Luo et al. 2023, arXiv:2310.04378, for latents).
+        """
+        guidance = None
+        if self.guidance_proj is not None and cond.guidance is not None:
+            guidance = self.guidance_proj(1000 * (cond.guidance.to(t.device) - 1)).to(self.dtype)
+        emb = self.time_embedding(self.time_proj(t).to(self.dtype), guidance)
         if (self.add_embedding is None) != (cond.vector is None):
             takes = "takes no" if self.add_embedding is None else "needs"
             raise ValueError(f"this U-Net {takes} pooled text and time ids (Conditioning.vector)")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -40,6 +41,7 @@ from ldm.pipeline.request import (
 from ldm.pipeline.scheduler import BatchScheduler, make_cfg_denoiser, num_concat_channels
 
 PIPELINE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+READ_BY_CFG = "negative_prompt", "guidance_rescale", "guidance_interval"  # by nothing else
 
 
 @dataclass(frozen=True)
@@ -312,6 +314,10 @@ class Pipeline:
             **{name: value for name, value in self.model.generation_defaults.items() if getattr(request, name) is None},
         )
         check_request(filled, multiple)
+        unread = [name for name in READ_BY_CFG if getattr(request, name)]
+        if self.prompt_encoder.is_distilled and unread:
+            what = "not read: this distilled model takes the guidance scale as an input"
+            warnings.warn(f"{' and '.join(unread)}: {what}", stacklevel=2)
         self.batch_scheduler.time_grid(filled)  # ValueError for more steps than it can distinguish
         for prompt in (filled.prompt, filled.negative_prompt):
             self.prompt_encoder.tokenize_prompt(prompt)  # ValueError for characters outside the vocabulary

@@ -77,9 +77,21 @@ class PromptEncoder:
         return replace(cond, vector=self.model.unet.make_vector(pooled[0], time_ids.to(pooled[0].device)))
 
     def encode_request(self, request: Request, num_chunks: int) -> tuple[Conditioning, Conditioning]:
-        """The conditional and the unconditional row of a request; the same one twice at guidance scale 1."""
+        """The conditional and the unconditional row of a request; the same one twice without `uses_cfg`."""
         cond = self._encode_prompt(request, "", num_chunks)
-        return cond, cond if request.guidance_scale == 1 else self._encode_prompt(request, "negative_", num_chunks)
+        if self.is_distilled:
+            scale = torch.tensor([request.guidance_scale], dtype=torch.float32, device=cond.context.device)
+            cond = replace(cond, guidance=scale)
+        return cond, self._encode_prompt(request, "negative_", num_chunks) if self.uses_cfg(request) else cond
+
+    @property
+    def is_distilled(self) -> bool:
+        """Whether the U-Net takes the guidance scale as an input, and was trained to need no second evaluation."""
+        return self.model.unet.config.time_cond_proj_dim is not None
+
+    def uses_cfg(self, request: Request) -> bool:
+        """Whether a request is guided by a second row, which reads its negative prompt."""
+        return request.guidance_scale != 1 and not self.is_distilled
 
     def _encode_prompt(self, request: Request, prefix: str, num_chunks: int) -> Conditioning:
         """A request's prompt, or its negative one: the embeddings that it gives, or else the encoded text."""
@@ -99,11 +111,11 @@ class PromptEncoder:
         return replace(cond, vector=self.model.unet.make_vector(pooled, time_ids.to(pooled.device)))
 
     def num_chunks(self, request: Request) -> int:
-        """The length of a request's prompts in chunks; the negative prompt counts unless the guidance scale is 1."""
+        """The length of a request's prompts in chunks; the negative prompt counts where it is read (`uses_cfg`)."""
         prompts = [(request.prompt, request.prompt_embeds), (request.negative_prompt, request.negative_prompt_embeds)]
         return max(
             len(self.tokenize_prompt(text)) if embeds is None else self._count_chunks(embeds)
-            for text, embeds in prompts[: 1 if request.guidance_scale == 1 else 2]
+            for text, embeds in prompts[: 2 if self.uses_cfg(request) else 1]
         )
 
     def _count_chunks(self, embeds: Tensor) -> int:

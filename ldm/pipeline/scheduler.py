@@ -319,8 +319,8 @@ def make_cfg_denoiser(
 ) -> Denoise:
     """The denoiser of a row per resolved request, by `classifier_free_guidance` with its prompts, scale and interval.
 
-    `concats` holds what an inpainting U-Net takes beside x, [1 + C, h, w] per row. ValueError if the requests differ in
-    `PromptEncoder.num_chunks`.
+    `concats` holds what an inpainting U-Net takes beside x, [1 + C, h, w] per row. A distilled U-Net is evaluated once,
+    whatever the scale. ValueError if the requests differ in `PromptEncoder.num_chunks`.
     """
     lengths = sorted(set(map(prompt_encoder.num_chunks, requests)))
     if len(lengths) > 1:
@@ -334,7 +334,7 @@ def make_cfg_denoiser(
         denoiser,
         cond,
         uncond,
-        torch.tensor([r.guidance_scale for r in requests], dtype=torch.float64),
+        torch.tensor([r.guidance_scale if prompt_encoder.uses_cfg(r) else 1.0 for r in requests], dtype=torch.float64),
         torch.tensor([r.guidance_rescale for r in requests]),
         torch.tensor([resolve_guidance_interval(r) for r in requests], dtype=torch.float64),
     )

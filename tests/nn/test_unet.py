@@ -9,7 +9,7 @@ import pytest
 import torch
 
 # isort: split
-from diffusers import UNet2DConditionModel  # after the repair of torchvision
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel  # after the repair of torchvision
 from peft import LoraConfig, inject_adapter_in_model
 
 from ldm.checkpoints.families import FAMILIES
@@ -52,6 +52,15 @@ CONFIGS = {
         addition_time_embed_dim=8,
         projection_class_embeddings_input_dim=6 * 8 + 10,
     ),
+    "SSD-1B": replace(  # pruned: a depth for each transformer, another one on the way up, none in the middle
+        TINY,
+        layers_per_block=2,
+        mid_block_type="UNetMidBlock2D",
+        transformer_layers_per_block=(1, (2, 1)),
+        reverse_transformer_layers_per_block=((1, 3, 2), (2, 1, 1)),
+        **EVERYWHERE,
+    ),
+    "distilled": replace(TINY, time_cond_proj_dim=12),
     "three levels": replace(
         TINY,
         block_out_channels=(16, 16, 32),
@@ -84,7 +93,8 @@ def twin(model: UNet2DConditionModel, config: UNetConfig) -> UNet:
 def inputs(config: UNetConfig, height: int = 8, width: int = 8, rows: int = 2):
     x, text = noise(rows, config.in_channels, height, width, seed=1), noise(rows, 7, config.cross_attention_dim, seed=2)
     added = None if config.addition_embed_type is None else UNet(config).make_vector(*pooled_and_ids(rows))
-    return x, torch.linspace(3.25, 999, rows), Conditioning(text, vector=added)
+    guidance = torch.linspace(1.5, 8.5, rows) if config.time_cond_proj_dim else None
+    return x, torch.linspace(3.25, 999, rows), Conditioning(text, vector=added, guidance=guidance)
 
 
 def pooled_and_ids(rows: int):
@@ -93,11 +103,15 @@ def pooled_and_ids(rows: int):
 
 
 def call(model, x, t, cond):
-    """Either implementation's output; diffusers embeds the ids itself."""
+    """Either implementation's output; diffusers embeds the ids itself, and its pipeline the guidance scale."""
     if isinstance(model, UNet):
         return model(x, t, cond)
     added = dict(zip(("text_embeds", "time_ids"), pooled_and_ids(len(x)), strict=True))
-    return model(x, t, cond.context, added_cond_kwargs=None if cond.vector is None else added).sample
+    embed, w = StableDiffusionPipeline.get_guidance_scale_embedding, cond.guidance
+    guidance = None if w is None else embed(None, w - 1, embedding_dim=model.config.time_cond_proj_dim)
+    return model(
+        x, t, cond.context, timestep_cond=guidance, added_cond_kwargs=None if cond.vector is None else added
+    ).sample
 
 
 def output_and_gradients(model, config: UNetConfig, height: int, width: int) -> dict[str, torch.Tensor]:
@@ -276,6 +290,7 @@ def test_every_field_of_diffusers_is_ours_or_refused_unless_neutral():
         ({"attention_head_dim": [8, 8]}, "attention_head_dim .*expected 4 values"),
         ({"attention_head_dim": 7}, "320: not a multiple of attention_head_dim 7"),
         ({"norm_num_groups": 48}, "320: not a multiple of norm_num_groups 48"),
+        ({"reverse_transformer_layers_per_block": [1]}, "reverse_transformer_layers_per_block .*expected 4 values"),
     ],
 )
 def test_what_cannot_be_honoured_is_refused(fields, message):

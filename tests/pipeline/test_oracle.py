@@ -14,7 +14,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
-from diffusers_models import NEGATIVE, PROMPT, SCHEDULE, UNCHECKED, pixels, plain, second, vae, xl
+from diffusers_models import NEGATIVE, PROMPT, SCHEDULE, UNCHECKED, distilled, pixels, plain, pruned, second, vae, xl
 from PIL import Image
 from transformers import CLIPTextModel, CLIPTokenizer
 
@@ -226,3 +226,29 @@ def test_xl_image_to_image(painter, theirs, case):
 def test_xl_inpainting(painter, theirs, case, channels):
     pipe, folder = painter(case.prediction, channels, xl)
     inpainted(diffusers.StableDiffusionXLInpaintPipeline, pipe, folder, theirs, case, 0.8)
+
+
+@pytest.mark.parametrize("guidance", [1.5, 8.5])
+def test_distilled_text_to_image(painter, theirs, guidance):
+    """One evaluation a step, whatever the scale, which the network reads; it reads no negative prompt."""
+    pipe, folder = painter("epsilon", model=distilled)
+    case, call = CASES[0]._replace(guidance=guidance, seeds=[3, 4]), {"height": 40, "width": 56}
+    with pytest.warns(UserWarning, match="negative_prompt: not read"):
+        drawn = ours(pipe, case, **call)
+    same(drawn, theirs(diffusers.StableDiffusionPipeline, folder, case, **call))
+    assert np.abs(drawn - ours(pipe, case._replace(guidance=4.0), negative_prompt=None, **call)).max() > 5
+
+
+def test_rows_of_a_distilled_model_have_scales_of_their_own(painter):
+    pipe, _ = painter("epsilon", model=distilled)
+    requests = [Request(PROMPT, seed=3, height=32, width=32, guidance_scale=scale) for scale in (1.0, 3.0, 8.5)]
+    alone = [pipe.generate([request])[0] for request in requests]
+    assert np.abs(pixels(alone) - pixels(pipe.generate(requests))).max() <= 1
+    assert np.abs(pixels(alone)[0] - pixels(alone)[2]).max() > 5
+
+
+@pytest.mark.parametrize("case", CASES[1:3])
+def test_pruned_xl_text_to_image(painter, theirs, case):
+    pipe, folder = painter(case.prediction, model=pruned)
+    call = dict(zip(("height", "width"), case.size, strict=True))
+    same(ours(pipe, case, **call), theirs(diffusers.StableDiffusionXLPipeline, folder, case, **call))
