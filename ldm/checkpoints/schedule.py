@@ -47,7 +47,7 @@ MULTISTEP_SPACINGS = {"leading": "sgm_leading", "linspace": "sgm_uniform", "trai
 DPM_SOLVERS = {
     ("dpmsolver++", 1): "ddim",
     ("dpmsolver++", 2): "dpmpp_2m",
-    ("dpmsolver++", 3): "dpmpp_3m",
+    ("dpmsolver++", 3): "dpmpp_3m_published",
     ("sde-dpmsolver++", 1): "euler_ancestral",
     ("sde-dpmsolver++", 2): "dpmpp_2m_sde",
     ("sde-dpmsolver++", 3): "dpmpp_3m_sde",

@@ -29,12 +29,9 @@ from ldm.diffusion.sde import NoiseLevel
 from ldm.diffusion.timesteps import TimeGrid
 from ldm.rng import Noise
 
-HEUN_MIN_RHO = 0.1  # longer steps, to a tenth of sigma/alpha or less, are no business of a line in sigma/alpha
-# A parabola is continued over a step only where its three weights sum to no more than this in absolute value, by rate.
-# 7 is the sum at the end of a step as long as the last two (3, -3, 1); short steps have 3.7. In the SDE, whose outputs
-# scatter with the noise, it must be nearer to that.
-MAX_PARABOLA_WEIGHT = {1.0: 7.0, 2.0: 4.7}
-
+HEUN_MIN_RHO = 0.2  # longer steps, to a fifth of sigma/alpha or less, are no business of a line in sigma/alpha
+MAX_EXTRAPOLATED_H = 2.2  # nor are steps to a ninth of it any of outputs before them: x0 is taken as it is
+MAX_EULER_STEP = 0.5  # of the reverse SDE, as a share of the variance of the noise in x: longer ones overshoot
 # yields (x, level), is sent E[x_0 | x], returns x
 SamplerCoroutine = Generator[tuple[Tensor, NoiseLevel], Tensor, Tensor]
 Sampler = Callable[[Tensor, TimeGrid, Noise], SamplerCoroutine]
@@ -129,22 +126,56 @@ def _interpolant_weights(history: History, level: NoiseLevel, next_level: NoiseL
     return _multistep_weights([_h(level, past) for past, _ in history], _h(level, next_level), rate)
 
 
-def _extrapolate_x0(history: History, level: NoiseLevel, next_level: NoiseLevel, rate: float = 1.0) -> Tensor:
-    """The mean of x0 over the next step: by the last one, the middle of the line through two, or a parabola.
+def _half_parabola_weights(history: History, level: NoiseLevel, next_level: NoiseLevel, rate: float) -> list[float]:
+    """As the weights of a parabola through three outputs, but with half its second derivative.
+
+    The mean of the parabola and of its tangent at the step's start: what the published codes of 3M compute.
+    """
+    parabola = _interpolant_weights(history, level, next_level, rate)
+    a, b = (_h(level, past) for past, _ in history[1:])
+    slopes = [-(a + b) / (a * b), -b / (a * (a - b)), -a / (b * (b - a))]  # of Lagrange's basis at s = 0
+    mean = _multistep_weights([0.0, 1.0], _h(level, next_level), rate)[1]  # of s
+    return [(w + (j == 0) + mean * slope) / 2 for j, (w, slope) in enumerate(zip(parabola, slopes, strict=True))]
+
+
+class Parabola(NamedTuple):
+    """How x0 is extrapolated from three outputs: weights, the most of their absolute sum, and the longest step.
 
     Over a step much longer than the last, as grids in t have near the clean image, a parabola ends many times farther
-    off than the outputs that it goes through: beyond `MAX_PARABOLA_WEIGHT` the line is taken. The steps of a refined
-    grid are alike, so the order stays.
+    off than the outputs that it goes through. The sum is 3 + 3 + 1 at the end of a step as long as the last two.
     """
-    x0 = history[0][1]
-    if len(history) == 1:
+
+    weights: Callable[[History, NoiseLevel, NoiseLevel, float], list[float]]
+    max_weight: float = math.inf
+    max_h: float = math.inf
+
+
+WHOLE_PARABOLA = Parabola(_interpolant_weights, 7.0, 1.5)
+HALF_PARABOLA = Parabola(_half_parabola_weights, 4.0, 1.5)  # for SDEs, whose outputs scatter with the noise
+PUBLISHED_PARABOLA = Parabola(_half_parabola_weights)
+
+
+def _extrapolate_x0(
+    history: History,
+    level: NoiseLevel,
+    next_level: NoiseLevel,
+    rate: float = 1.0,
+    parabola: Parabola = WHOLE_PARABOLA,
+) -> Tensor:
+    """The mean of x0 over the next step: by the last one, the middle of the line through two, or a parabola.
+
+    The line is taken where the parabola is no good, and the last output where the step is longer than
+    `MAX_EXTRAPOLATED_H`. The steps of a refined grid are short and alike, so the order stays.
+    """
+    x0, h = history[0][1], _h(level, next_level)
+    if len(history) == 1 or h > MAX_EXTRAPOLATED_H:
         return x0
-    if len(history) > 2:
-        weights = _interpolant_weights(history, level, next_level, rate)
-        if sum(map(abs, weights)) <= MAX_PARABOLA_WEIGHT[rate]:
+    if len(history) > 2 and h <= parabola.max_h:
+        weights = parabola.weights(history, level, next_level, rate)
+        if sum(map(abs, weights)) <= parabola.max_weight:
             return weighted_sum(weights, [x0 for _, x0 in history])
     before, x0_before = history[1]
-    return x0 + _h(level, next_level) / (2 * _h(before, level)) * (x0 - x0_before)
+    return x0 + h / (2 * _h(before, level)) * (x0 - x0_before)
 
 
 def ddim(x: Tensor, grid: TimeGrid, noise: Noise, eta: float = 0.0) -> SamplerCoroutine:
@@ -186,10 +217,10 @@ def euler_maruyama(x: Tensor, grid: TimeGrid, noise: Noise) -> SamplerCoroutine:
     """
     for now, to in pairwise(grid):
         x0 = yield x, now
-        if _h(now, to) == math.inf:
+        tau = 2 * math.log(to.alpha / now.alpha) if now.alpha > 0 else math.inf
+        if tau > MAX_EULER_STEP * now.sigma**2:
             x = _ddim_step(x, x0, now, to, noise)
         else:
-            tau = 2 * math.log(to.alpha / now.alpha)
             z = noise.between(x, now.sigma, to.sigma)
             x = x + tau * (x / 2 + _score(x, x0, now)) + math.sqrt(tau) * z
     return x
@@ -264,7 +295,13 @@ def dpmpp_2s(x: Tensor, grid: TimeGrid, noise: Noise) -> SamplerCoroutine:
 
 
 def _multistep(
-    x: Tensor, grid: TimeGrid, noise: Noise, order: int, eta: float = 0.0, rate: float = 1.0
+    x: Tensor,
+    grid: TimeGrid,
+    noise: Noise,
+    order: int,
+    eta: float = 0.0,
+    rate: float = 1.0,
+    parabola: Parabola = WHOLE_PARABOLA,
 ) -> SamplerCoroutine:
     """DDIM's step with x0 extrapolated from the last `order` outputs; steps from zero SNR and to the end take it as it
     is.
@@ -274,7 +311,7 @@ def _multistep(
         x0 = yield x, now
         if _h(now, to) < math.inf:
             history = [(now, x0), *history[: order - 1]]
-            x0 = _extrapolate_x0(history, now, to, rate)
+            x0 = _extrapolate_x0(history, now, to, rate, parabola)
         x = _ddim_step(x, x0, now, to, noise, eta)
     return x
 
@@ -317,12 +354,28 @@ def dpmpp_3m(x: Tensor, grid: TimeGrid, noise: Noise) -> SamplerCoroutine:
     return x
 
 
+def dpmpp_3m_published(x: Tensor, grid: TimeGrid, noise: Noise) -> SamplerCoroutine:
+    """DPM-Solver++(3M) as its authors' code and diffusers compute it: half the parabola's curvature, so of order 2.
+
+    It starts with DDIM's step and 2M's, and ends with 2M's in fewer than 15 steps.
+    """
+    history: History = []
+    for k, (now, to) in enumerate(pairwise(grid), start=1):
+        x0 = yield x, now
+        if _h(now, to) < math.inf:
+            history = [(now, x0), *history[:2]]
+            use_line = len(grid) <= 15 and k == len(grid) - 2
+            x0 = _extrapolate_x0(history[: 2 if use_line else 3], now, to, parabola=PUBLISHED_PARABOLA)
+        x = _ode_step(x, x0, now, to)
+    return x
+
+
 def dpmpp_3m_sde(x: Tensor, grid: TimeGrid, noise: Noise) -> SamplerCoroutine:
     """DPM-Solver++(3M)'s parabola, averaged with the weight of the reverse SDE, in DDPM's step.
 
-    k-diffusion's `sample_dpmpp_3m_sde` with eta = 1, but with the parabola's whole second derivative.
+    k-diffusion's `sample_dpmpp_3m_sde` with eta = 1, but a line where its parabola is continued too far.
     """
-    return _multistep(x, grid, noise, 3, eta=1.0, rate=2.0)
+    return _multistep(x, grid, noise, 3, eta=1.0, rate=2.0, parabola=HALF_PARABOLA)
 
 
 def unipc(x: Tensor, grid: TimeGrid, noise: Noise, order: int = 2) -> SamplerCoroutine:
@@ -366,11 +419,11 @@ def predictor_corrector(x: Tensor, grid: TimeGrid, noise: Noise, r: float = 0.16
             eps = 2 * (r * _image_norm(z) / _image_norm(score)) ** 2
             x = x + eps * score + (2 * eps).sqrt() * z
             x0 = yield x, now
-        if _h(now, to) == math.inf:
+        kept = now.alpha / to.alpha
+        b = 1 - kept**2
+        if b > MAX_EULER_STEP * now.sigma**2:
             x = _ddim_step(x, x0, now, to, noise)
         else:
-            kept = now.alpha / to.alpha
-            b = 1 - kept**2
             z = noise.between(x, now.sigma, to.sigma)
             x = (2 - kept) * x + b * _score(x, x0, now) + math.sqrt(b) * z
     return x
@@ -451,6 +504,9 @@ SAMPLERS: dict[str, SamplerSpec] = {
     "dpmpp_2s": SamplerSpec(dpmpp_2s, 2, False, "Lu et al. 2022 (DPM-Solver++), algorithm 1"),
     "dpmpp_2m": SamplerSpec(dpmpp_2m, 2, False, "Lu et al. 2022 (DPM-Solver++), algorithm 2"),
     "dpmpp_3m": SamplerSpec(dpmpp_3m, 3, False, "Lu et al. 2022 (DPM-Solver++), multistep 3M of the authors' code"),
+    "dpmpp_3m_published": SamplerSpec(
+        dpmpp_3m_published, 2, False, "diffusers, DPMSolverMultistepScheduler, solver_order 3"
+    ),
     "dpmpp_2m_sde": SamplerSpec(dpmpp_2m_sde, 2, True, "Lu et al. 2022 (DPM-Solver++), SDE-DPM-Solver++(2M)"),
     "dpmpp_3m_sde": SamplerSpec(dpmpp_3m_sde, 2, True, "k-diffusion, sample_dpmpp_3m_sde"),
     "unipc_1": SamplerSpec(partial(unipc, order=1), 2, False, "Zhao et al. 2023 (UniPC), algorithms 1 and 2, p = 1"),

@@ -29,7 +29,7 @@ def test_a_scheduler_config_is_read_as_diffusers_reads_it(name, config):
     theirs = getattr(diffusers, name)(**config)
     drawn = {"PNDMScheduler": "dpmpp_2m", "DDIMScheduler": "ddim", "DDPMScheduler": "ddpm"}
     drawn |= {"HeunDiscreteScheduler": "heun", "UniPCMultistepScheduler": "unipc"}
-    expected = drawn.get(name, "dpmpp_3m" if "solver_order" in config else "dpmpp_2m_sde")
+    expected = drawn.get(name, "dpmpp_3m_published" if "solver_order" in config else "dpmpp_2m_sde")
     spacings = {"use_karras_sigmas": "karras", "use_lu_lambdas": "log_snr", "use_beta_sigmas": "beta"}
     asked = [spacings[field] for field in config if field in spacings]
     schedule = parse_scheduler_config({"_class_name": name, **theirs.config})
