@@ -53,7 +53,7 @@ def text_encoder(tokenizer, kind=CLIPTextModel, width=32, activation="quick_gelu
         projection_dim=24,
         num_hidden_layers=3,
         num_attention_heads=2,
-        max_position_embeddings=16,
+        max_position_embeddings=tokenizer.model_max_length,
         hidden_act=activation,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,

@@ -22,7 +22,7 @@ LAYERS = (
     {"checkpoints"},
     {"adapters", "data"},
     {"pipeline"},
-    {"train", "jobs", "evaluate", "audit", "convert", "analysis"},
+    {"train", "jobs", "evaluate", "audit", "convert", "analysis", "compat"},
     {"serve", "picto"},
     {""},  # ldm/__init__.py, which offers the pipeline to users and is nobody's short cut inside
     {"commands"},

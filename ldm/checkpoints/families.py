@@ -18,13 +18,17 @@ from ldm.files import read_json
 BuildResult = TypeVar("BuildResult")
 
 
+HUB_ACCESS = "token", "local_files_only"  # options that do not change what is loaded
+
+
 @dataclass(frozen=True)
 class LoadOptions:
     """How a checkpoint is found and read; `Pipeline.from_pretrained` takes the same names.
 
-    `revision` and `token` are the hub's; `variant` chooses among a directory's weights ("fp16"); `family` and `ema`
-    (the U-Net's moving average in place of its last weights) are for single files. `prediction` ("eps", "v", "x0") and
-    `zero_snr` (zero terminal SNR) override what the model says; `vae` is the folder, file or hub id of another VAE.
+    `revision`, `token` and `local_files_only` (its cache alone) are the hub's; `variant` chooses among a directory's
+    weights ("fp16"); `family` and `ema` (the U-Net's moving average in place of its last weights) are for single files.
+    `prediction` ("eps", "v", "x0") and `zero_snr` (zero terminal SNR) override what the model says; `vae` is the
+    folder, file or hub id of another VAE.
     """
 
     revision: str | None = None
@@ -35,11 +39,14 @@ class LoadOptions:
     zero_snr: bool | None = None
     ema: bool = False
     token: str | None = None
+    local_files_only: bool = False
 
     def to_record(self) -> dict[str, Any]:
-        """The options that are set, as JSON values; never the token."""
+        """The options that are set and choose what is loaded, as JSON values; never the token."""
         options = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
-        return {n: str(value) if isinstance(value, Path) else value for n, value in options.items() if n != "token"}
+        return {
+            n: str(value) if isinstance(value, Path) else value for n, value in options.items() if n not in HUB_ACCESS
+        }
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from ldm.conditioning import Conditioning
 from ldm.diffusion.prediction import Prediction
 from ldm.diffusion.sde import VPSDE
 from ldm.errors import error_text
+from ldm.files import read_json
 from ldm.installation import find_picto, missing_picto
 from ldm.nn import vae
 from ldm.nn.text_encoders import TextEncoder, join_text_embeddings, tokenize_prompt
@@ -50,7 +51,7 @@ class Checkpoint:
     (of its shards' bytes, one after another). `force_zeros_for_empty_prompt`: an empty negative prompt is encoded as
     zeros rather than as "". `family` is a name of `FAMILIES` or None; `vae_name` names the file of another autoencoder
     than the model's own. `load_options` are those of `load_checkpoint` as JSON values:
-    `Pipeline.from_pretrained(**load_options)` loads the same again.
+    `Pipeline.from_pretrained(**load_options)` loads the same again. `scheduler_config` is what the SDE was read from.
     """
 
     unet: UNet
@@ -64,6 +65,7 @@ class Checkpoint:
     family: str | None = None
     vae_name: str | None = None
     load_options: Mapping[str, Any] = field(default_factory=dict)
+    scheduler_config: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def networks(self) -> dict[str, nn.Module]:
@@ -102,7 +104,7 @@ def load_checkpoint(
         network.eval().requires_grad_(False)
     unet = networks["unet"]
     encoders = tuple(factory(networks[name]) for name, factory in spec.text_encoder_factories.items())
-    schedule, family, unet.config = spec.resolve_config(lambda sde: probe_unet(unet, encoders, sde))
+    schedule, family, unet.config, scheduler_config = spec.resolve_config(lambda sde: probe_unet(unet, encoders, sde))
     path = {} if source == PICTO_PATH else {"path": str(source)}
     return Checkpoint(
         unet,
@@ -116,6 +118,7 @@ def load_checkpoint(
         family,
         vae_name=None if options.vae is None else Path(options.vae).name,
         load_options={**path, **options.to_record()},
+        scheduler_config=scheduler_config,
     )
 
 
@@ -140,6 +143,12 @@ def locate_weights(source: str | Path, options: LoadOptions = LoadOptions(), kin
     if is_hub_source(source):
         return hub.download_from_hub(str(source), options, kind)
     return check_local_path(source)
+
+
+def read_scheduler_config(source: str | Path, folder: str = "scheduler") -> dict[str, Any]:
+    """The scheduler_config.json of a model's folder, or of a hub id."""
+    name = f"{folder}/scheduler_config.json"
+    return read_json(hub.download_file(str(source), name) if is_hub_source(source) else Path(source) / name)
 
 
 def is_hub_source(source: str | Path) -> bool:

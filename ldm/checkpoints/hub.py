@@ -99,6 +99,8 @@ def download_from_hub(source: str, options: LoadOptions = LoadOptions(), kind: s
     (repo_id, file), revision, token = match.groups(), options.revision, options.token
     with translate_hub_errors(source, revision):
         try:
+            if options.local_files_only:
+                raise OSError("local files only")
             siblings = HfApi(token=token).model_info(repo_id, revision=revision).siblings or ()
             names, folder = [sibling.rfilename for sibling in siblings], None
         except (HTTPError, OSError) as error:
@@ -116,6 +118,20 @@ def download_from_hub(source: str, options: LoadOptions = LoadOptions(), kind: s
             patterns = [glob.escape(name) for name in picked]
             folder = Path(snapshot_download(repo_id, revision=revision, token=token, allow_patterns=patterns))
         return folder / picked[0] if picked[0].endswith(".safetensors") else folder
+
+
+def download_file(repo_id: str, name: str, revision: str | None = None) -> Path:
+    """The cached path of one file of a repository; ValueError as `download_from_hub`."""
+    with translate_hub_errors(repo_id, revision):
+        return Path(hf_hub_download(repo_id, name, revision=revision))
+
+
+def upload_folder(folder: Path, repo_id: str, private: bool, token: str | None, message: str) -> str:
+    """Make a repository, if need be, of a folder's files, and return its address; ValueError as `download_from_hub`."""
+    with translate_hub_errors(repo_id, None):
+        api = HfApi(token=token)
+        api.create_repo(repo_id, private=private, exist_ok=True)
+        return str(api.upload_folder(folder_path=folder, repo_id=repo_id, commit_message=message))
 
 
 def _suggest_files(repo_id: str, names: Sequence[str]) -> str:

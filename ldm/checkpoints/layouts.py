@@ -113,7 +113,8 @@ def read_directory(folder: Path, options: LoadOptions = LoadOptions()) -> ModelS
         overrides["prediction_type"] = choose(DIFFUSERS_PREDICTION_TYPES, options.prediction, "prediction")
     if options.zero_snr is not None:
         overrides["rescale_betas_zero_snr"] = options.zero_snr
-    schedule = load_scheduler_config(folder / "scheduler" / "scheduler_config.json", **overrides)
+    scheduler_path = folder / "scheduler" / "scheduler_config.json"
+    schedule = load_scheduler_config(scheduler_path, **overrides)
     unet = networks["unet"].config
     family = find_family_by_unet(unet, schedule.prediction)
     tokenizers = {
@@ -124,7 +125,7 @@ def read_directory(folder: Path, options: LoadOptions = LoadOptions()) -> ModelS
         networks,
         tuple(groups),
         _text_encoder_factories(pipeline, tokenizers, FAMILIES[family] if family else pipeline),
-        lambda probe: ResolvedConfig(schedule, family, unet),
+        lambda probe: ResolvedConfig(schedule, family, unet, {**read_json(scheduler_path), **overrides}),
         {
             **pipeline.generation_defaults,
             **PIPELINE_DEFAULTS.get(index["_class_name"], {}),
@@ -366,7 +367,8 @@ def read_single_file(path: Path, options: LoadOptions = LoadOptions()) -> ModelS
             )
             sibling = FAMILIES[detection.family]  # with the same tensors, but maybe another native size
             config = family_scheduler_config(sibling, detection.prediction, detection.zero_snr)
-            return ResolvedConfig(parse_scheduler_config(config), detection.family, UNetConfig.from_dict(sibling.unet))
+            unet_config = UNetConfig.from_dict(sibling.unet)
+            return ResolvedConfig(parse_scheduler_config(config), detection.family, unet_config, config)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
 

@@ -41,11 +41,15 @@ class WeightFile(NamedTuple):
 
 
 class ResolvedConfig(NamedTuple):
-    """What is known once the U-Net can be probed: its schedule, its family, its configuration in this family."""
+    """What is known once the U-Net can be probed: its schedule, its family, its configuration in this family.
+
+    `scheduler_config` is what the schedule was read from.
+    """
 
     schedule: SchedulerSettings
     family: str | None
     unet_config: UNetConfig
+    scheduler_config: Mapping[str, Any]
 
 
 UNetProbe = Callable[[VPSDE], ProbeResult]  # measures what the U-Net predicts, at a noise level of this SDE

@@ -3,31 +3,31 @@
 from __future__ import annotations
 
 import json
+import re
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
 
 from ldm import __version__
-from ldm.adapters.lora import Adapter, AdapterMerger, AdapterWeight
-from ldm.adapters.lora_loading import load_adapter
-from ldm.adapters.textual_inversion import has_bundled_embeddings, read_placeholder_tokens
-from ldm.checkpoints import hub
+from ldm.adapters.lora import AdapterMerger, AdapterWeight
 from ldm.checkpoints.families import LoadOptions
-from ldm.checkpoints.formats import PICTO_PATH, Checkpoint, is_hub_source, load_checkpoint, locate_weights
-from ldm.checkpoints.tensors import open_safetensors
+from ldm.checkpoints.formats import PICTO_PATH, Checkpoint, load_checkpoint
 from ldm.diffusion.denoiser import Denoise
 from ldm.errors import choose
 from ldm.hardware import best_device
 from ldm.image_io import from_uint8
 from ldm.metadata import create_infotext
 from ldm.nn.vae import Posterior, encode_images, latent_shape, vae_scale_factor
+from ldm.pipeline.adapters_api import AdaptersAPI
+from ldm.pipeline.call import CallState, PipelineOutput, call_pipeline
+from ldm.pipeline.compat import LOADING, translate
+from ldm.pipeline.diffusers_api import DiffusersAPI
 from ldm.pipeline.prompt_encoder import PromptEncoder
 from ldm.pipeline.request import (
     RANDOM_SEED,
@@ -40,19 +40,15 @@ from ldm.pipeline.request import (
 )
 from ldm.pipeline.scheduler import BatchScheduler, make_cfg_denoiser, num_concat_channels
 
+DEFAULTS: dict[str, Any] = {"path": PICTO_PATH, "device": "auto", "dtype": "auto"}
+HUB_FILE_URL = re.compile(
+    r"https://(?:huggingface\.co|hf\.co)/(?P<repo>[^/]+/[^/]+)/(?:blob|resolve)/(?P<revision>[^/]+)/(?P<file>[^?]+)(?:\?.*)?"
+)
 PIPELINE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 READ_BY_CFG = "negative_prompt", "guidance_rescale", "guidance_interval"  # by nothing else
 
 
-@dataclass(frozen=True)
-class PipelineOutput:
-    """Images and their seeds, in the order of the requests."""
-
-    images: list[Image.Image]
-    seeds: list[int]
-
-
-class Pipeline:
+class Pipeline(AdaptersAPI, DiffusersAPI):
     """A model that generates images for requests: text to image, image to image, inpainting and hires fix in one class.
 
     Any mixture of requests shares network calls (`BatchScheduler`). Prompts may be of any length and are weighted in
@@ -62,10 +58,11 @@ class Pipeline:
     def __init__(self, model: Checkpoint, batch_size: int = 8) -> None:
         self.model = model
         self.prompt_encoder = PromptEncoder(model)
-        self.bundled_tokens: dict[str, list[str]] = {}  # by adapter: placeholder tokens that came in its file
+        self.bundled_tokens, self.adapter_files, self.fused_weights, self.disabled_weights = {}, {}, {}, {}
         self.adapters = AdapterMerger(model.networks)
         self.batch_scheduler = BatchScheduler(model, self.prompt_encoder, batch_size)
         self.denoiser = self.batch_scheduler.denoiser
+        self.call_state = CallState()
 
     @classmethod
     def from_pretrained(
@@ -76,147 +73,55 @@ class Pipeline:
         dtype: str | torch.dtype = "auto",
         batch_size: int = 8,
         **load_options: Any,
-    ) -> Pipeline:
+    ) -> Self:
         """Load a model from a directory, a single file or the hub; ValueError names what is missing or invalid.
 
         device "auto" is CUDA if available, else the CPU; dtype "auto" is bfloat16 on CUDA and float32 on a CPU.
-        `load_options`: the fields of `LoadOptions` (revision, variant, token, family, prediction, zero_snr, ema, vae).
+        `load_options`: the fields of `LoadOptions` (revision, variant, token, family, prediction, zero_snr, ema, vae),
+        or diffusers' (torch_dtype, device_map, scheduler, safety_checker=None, ...).
         """
-        place = choose_device(device)
-        return cls(load_checkpoint(path, place, choose_dtype(dtype, place), LoadOptions(**load_options)), batch_size)
+        own = {"path": path, "device": device, "dtype": dtype}
+        given = {name: value for name, value in own.items() if value != DEFAULTS[name]}
+        names = [*own, *(f.name for f in fields(LoadOptions)), "scheduler"]
+        options = {**DEFAULTS, **translate(LOADING, {**given, **load_options}, names, "from_pretrained")}
+        place, scheduler = choose_device(str(options.pop("device"))), options.pop("scheduler", None)
+        dtype = choose_dtype(options.pop("dtype"), place)
+        pipe = cls(load_checkpoint(options.pop("path"), place, dtype, LoadOptions(**options)), batch_size)
+        if scheduler is not None:
+            pipe.scheduler = scheduler
+        return pipe
+
+    @classmethod
+    def from_single_file(cls, path: str | Path, **load_options: Any) -> Self:
+        """Load a model from a file or a hub's address, https://huggingface.co/owner/name/blob/main/file.safetensors."""
+        if match := HUB_FILE_URL.fullmatch(str(path)):
+            path = f"{match['repo']}:{match['file']}"
+            load_options = {"revision": match["revision"], **load_options}
+        return cls.from_pretrained(path, **load_options)
 
     @property
     def device(self) -> torch.device:
         return self.model.unet.conv_in.weight.device
 
-    def to(self, device: str | torch.device) -> Pipeline:
-        """Move the networks to a device, and return the pipeline."""
-        for network in self.model.networks.values():
-            network.to(device)
-        self.prompt_encoder.clear()
-        return self
-
-    def load_lora_weights(self, path: str | Path, weight: AdapterWeight = 1.0, adapter_name: str | None = None) -> None:
-        """Merge (fuse) an adapter of any format into the weights, times `weight` (or a pair: U-Net, text encoders).
-
-        `path` is a file, a directory or a hub id; it names the adapter unless `adapter_name` does, with its folder (or
-        owner) where another one has that name. Not to be called while images are generated. ValueError, with nothing
-        changed, for a file that does not fit: `ldm.adapters.lora_loading.load_adapter`. Embeddings in the file
-        (OneTrainer's) become placeholder tokens.
-        """
-        file = locate_weights(path, kind="adapter")
-        adapter = load_adapter(file, self.model.networks, self.model.family)
-        name = adapter_name or self._choose_adapter_name(path, adapter)
-        self.adapters.load(replace(adapter, name=name), weight)
-        self.prompt_encoder.clear()
-        if file.is_file() and has_bundled_embeddings(open_safetensors(file).tensor_infos):
-            try:
-                tokens = self._add_embeddings(file, read_placeholder_tokens(file), may_rename=False)
-                self.bundled_tokens[name] = tokens
-            except ValueError:
-                self.unload_lora_weights(name)
-                raise
-
-    def _choose_adapter_name(self, path: str | Path, adapter: Adapter) -> str:
-        """The name of a file, folder or repository; with its folder's name where another adapter has that name."""
-        if is_hub_source(path):
-            name, longer = hub.name_from_repo_id(str(path)), str(path)
-        else:
-            name, longer = adapter.name, f"{Path(path).expanduser().absolute().parent.name}/{adapter.name}"
-        other, _ = self.adapters.loaded.get(name, (adapter, 0.0))
-        return name if other.sha256 == adapter.sha256 else longer
-
-    def set_adapters(self, adapter_names: Sequence[str], adapter_weights: Sequence[AdapterWeight]) -> None:
-        """Set the weights of loaded adapters; others get 0. ValueError for unequal lists and unknown names."""
-        if isinstance(adapter_names, str) or len(adapter_names) != len(adapter_weights):
-            lists = f"names {adapter_names!r} and weights {adapter_weights!r}"
-            raise ValueError(f"set_adapters: {lists} must be two lists of one length")
-        self.adapters.set_weights(dict(zip(adapter_names, adapter_weights, strict=True)))
-        self.prompt_encoder.clear()
-
-    def unload_lora_weights(self, adapter_name: str | None = None) -> None:
-        """Remove one adapter, or all: the weights are as before, bit for bit."""
-        self.adapters.unload(adapter_name)
-        for name in list(self.bundled_tokens) if adapter_name is None else [adapter_name]:
-            for token in self.bundled_tokens.pop(name, []):
-                self.prompt_encoder.remove_embedding(token)
-        self.prompt_encoder.clear()
-
-    def load_textual_inversion(self, path: str | Path, token: str | None = None) -> str:
-        """Add the embeddings in a file, or of a hub id, under placeholder tokens, and return the first of these.
-
-        A token is the file's own (`read_placeholder_tokens`), or the file's stem where the vocabulary has that word;
-        `token` names that of a file with one. ValueError as `PromptEncoder.add_embedding`.
-        """
-        file = locate_weights(path, kind="embedding")
-        tokens = read_placeholder_tokens(file) or {"": file.stem}
-        if token is not None and len(tokens) > 1:
-            raise ValueError(f"{file}: holds {len(tokens)} tokens ({', '.join(tokens)}), which are not renamed")
-        added = self._add_embeddings(file, tokens if token is None else dict.fromkeys(tokens, token), token is None)
-        return added[0]
-
-    def _add_embeddings(self, file: Path, tokens: Mapping[str, str], may_rename: bool) -> list[str]:
-        """Add all of a file's embeddings, by its own names for their tokens, or none."""
-        added: list[str] = []
-        try:
-            for own, token in tokens.items():
-                known = may_rename and len(tokens) == 1 and self.prompt_encoder.is_in_vocabulary(token)
-                self.prompt_encoder.add_embedding(file.stem if known else token, file, own)
-                added.append(file.stem if known else token)
-        except ValueError:
-            for token in added:
-                self.prompt_encoder.remove_embedding(token)
-            raise
-        return added
-
-    def unload_textual_inversion(self, token: str) -> None:
-        """Remove a placeholder token."""
-        self.prompt_encoder.remove_embedding(token)
-
-    @property
-    def embedding_hashes(self) -> dict[str, str]:
-        """The SHA-256 of the file of each placeholder token."""
-        return {token: embedding.sha256 for token, embedding in self.prompt_encoder.embeddings.items()}
-
     def convert_clip_skip(self, a1111_clip_skip: int) -> int:
         """`Request.clip_skip` from the clip skip of the web UI and kohya, which counts layers from the last, 1."""
         return self.model.text_encoders[0].clip_skip_converter()(a1111_clip_skip)
 
-    def __call__(
-        self,
-        prompt: str | Sequence[str],
-        negative_prompt: str | Sequence[str | None] | None = None,
-        num_images_per_prompt: int = 1,
-        seed: int | Sequence[int] = 0,
-        latents: Tensor | None = None,
-        **settings: Any,
-    ) -> PipelineOutput:
+    def __call__(self, prompt: str | Sequence[str] | None = None, *args: Any, **arguments: Any) -> PipelineOutput:
         """Generate `num_images_per_prompt` images of each prompt, image k with seed + k; names as in diffusers.
 
-        Seed -1 draws one.
+        The arguments are the fields of `Request`, with `negative_prompt`, `seed` (-1 draws one), `guidance_scale`,
+        `image` and `mask` as one for all prompts or a list of one for each, and those of diffusers' pipelines:
+        `generator` (one, or one per image), `latents` [B, C, h, w], `prompt_embeds`, `output_type` (pil, np, pt,
+        latent), `callback_on_step_end`, `cross_attention_kwargs={"scale": ...}`, `return_dict`, `mask_image`, ...
+        Positional are negative_prompt, num_images_per_prompt, seed and latents or, where a number or an image follows
+        the prompt, diffusers' (height, width, ...; image, strength, ...). ValueError for an invalid request, TypeError
+        for an unknown argument, with the nearest name.
 
-        `seed` and `negative_prompt` may be one per prompt; `latents` [B, C, h, w] (N(0, I), prompt by prompt) replaces
-        the initial noise; `settings` are the other fields of `Request`. ValueError for an invalid request.
+        The image of a generator on the CPU is diffusers'. What cannot be equal: stochastic samplers add noise of their
+        own, a function of the seed; prompts are weighted, and of any length; a mask's pixels are taken as a whole.
         """
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        seeds = [seed] * len(prompts) if isinstance(seed, int | np.integer) else list(seed)
-        if negative_prompt is None or isinstance(negative_prompt, str):
-            negative_prompt = [negative_prompt] * len(prompts)
-        seeds = [draw_seed() if first == RANDOM_SEED else first for first in seeds]
-        lists: dict[str, Sequence[Any]] = {"seed": seeds, "negative_prompt": negative_prompt}
-        for name, values in lists.items():
-            if len(values) != len(prompts):
-                raise ValueError(f"{name}: {len(values)} given for {len(prompts)} prompts")
-        requests = [
-            Request(text, negative, int(first) + k, **settings)
-            for text, negative, first in zip(prompts, negative_prompt, seeds, strict=True)
-            for k in range(num_images_per_prompt)
-        ]
-        if latents is not None:
-            if len(latents) != len(requests):
-                raise ValueError(f"latents: {len(latents)} given for {len(requests)} images")
-            requests = [replace(request, latents=row) for request, row in zip(requests, latents, strict=True)]
-        return PipelineOutput(self.generate(requests), [request.seed for request in requests])
+        return call_pipeline(self, prompt, args, arguments)
 
     def generate(
         self, requests: Sequence[Request], on_progress: Callable[[float], None] = lambda delta: None

@@ -68,13 +68,17 @@ class PromptEncoder:
         pooled vector they give `Conditioning.vector`. ValueError for a prompt that cannot be tokenized and a missing
         layer.
         """
+        cond, pooled = self.encode(prompt, num_chunks, clip_skip)
+        if time_ids is None or pooled is None:
+            return cond
+        return replace(cond, vector=self.model.unet.make_vector(pooled, time_ids.to(pooled.device)))
+
+    def encode(self, prompt: str | None, num_chunks: int, clip_skip: int = 0) -> EncodedChunk:
+        """A prompt's states in at least that many chunks, without a vector, and the first chunk's pooled vector."""
         chunks = self.tokenize_prompt(prompt)
         chunks += self.tokenize_prompt(None if prompt is None else "") * (num_chunks - len(chunks))
         parts, pooled = zip(*(self._encode_chunk(chunk, clip_skip) for chunk in chunks), strict=True)
-        cond = Conditioning.cat_context(parts)
-        if time_ids is None or pooled[0] is None:
-            return cond
-        return replace(cond, vector=self.model.unet.make_vector(pooled[0], time_ids.to(pooled[0].device)))
+        return Conditioning.cat_context(parts), pooled[0]
 
     def encode_request(self, request: Request, num_chunks: int) -> tuple[Conditioning, Conditioning]:
         """The conditional and the unconditional row of a request; the same one twice without `uses_cfg`."""
@@ -163,7 +167,7 @@ class PromptEncoder:
             raise ValueError(
                 f"{path}: an embedding for {' and '.join(vectors)}; this model has {' and '.join(encoders)}"
             )
-        for name in encoders.keys() & vectors.keys():
+        for name in [name for name in encoders if name in vectors]:
             (n, width), expected = vectors[name].shape, encoders[name].model.config.hidden_size
             if width != expected:
                 raise ValueError(f"{path}: vectors of width {width} for {name}, expected {expected}")

@@ -339,11 +339,12 @@ def test_a_pipeline_s_adapters_are_set_by_two_lists_and_taken_out(tiny, tmp_path
     pipe.set_adapters(["b"], [0.5])
     half = generate()
     assert len({base, both, half}) == 3
-    for names, weights in ((["a", "b"], [1]), ("a", [1]), ("ab", [1, 1])):
+    for names, weights in ((["a", "b"], [1]), ("a", [1, 1]), ("ab", [1, 1])):
         with pytest.raises(ValueError, match="must be two lists of one length"):
             pipe.set_adapters(names, weights)
     with pytest.raises(ValueError, match="adapter 'c': choose from a, b"):
         pipe.set_adapters(["c"], [1])
+    pipe.set_adapters("b", 0.5)
     assert generate() == half
     pipe.unload_lora_weights("a")
     assert generate() == half and [*pipe.adapters.loaded] == ["b"]
