@@ -300,9 +300,11 @@ SCHEDULERS = [
                 ("LMSDiscreteScheduler", ""),
                 ("DPMSolverMultistepScheduler", ', final_sigmas_type="zero"'),
                 ("DPMSolverMultistepScheduler", ', final_sigmas_type="zero", timestep_spacing="trailing"'),
-                ("DPMSolverMultistepScheduler", ", use_karras_sigmas=True"),
             )
         ),
+        "from diffusers import DPMSolverMultistepScheduler\npipe.scheduler = DPMSolverMultistepScheduler.from_config("
+        f"pipe.scheduler.config, use_karras_sigmas=True)\n{PROMPT}{GENERATOR}"
+        "image = pipe(prompt, num_inference_steps=9, generator=generator).images[0]",
         "from diffusers import DDIMScheduler\npipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, "
         f'rescale_betas_zero_snr=True, timestep_spacing="trailing", prediction_type="v_prediction")\n{RUN}',
     ),
