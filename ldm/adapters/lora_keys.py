@@ -36,6 +36,8 @@ LORA_KEY_PREFIXES = {  # prefix: component; a longer one stands before its own b
     **{f"{tool}_unet_": "unet" for tool in ("lora", "oft")},
     **{f"{tool}_{te}_": component for tool in ("lora", "oft") for te, component in TEXT_ENCODERS_OF_PREFIXES.items()},
     "unet.": "unet",
+    "unet:": "unet",  # lora_diffusion's, which numbers modules
+    "text_encoder:": "text_encoder",
     "text_encoder.": "text_encoder",
     "text_encoder_2.": "text_encoder_2",
 }
@@ -69,6 +71,8 @@ LORA_KEY_SUFFIXES: dict[str, DeltaField] = {  # of a field, the suffix of kohya 
     **{f"{name}.down.weight": ("LoRA", "down") for name in (".lora", ".lora_linear_layer", "_lora")},
     **{f"{name}.up.weight": ("LoRA", "up") for name in (".lora", ".lora_linear_layer", "_lora")},
     ".weight": ("IA3", "weight"),
+    ":down": ("LoRA", "down"),
+    ":up": ("LoRA", "up"),
 }
 NEEDED_BESIDE = {".weight": ".on_input"}  # a suffix of an adapter only if the same module has the other one
 FOUR_DIMENSIONAL: dict[DeltaField, DeltaField] = {("OFT", "oft_blocks"): ("BOFT", "oft_blocks")}  # by its shape
@@ -81,6 +85,18 @@ UNSUPPORTED_KINDS = {  # by a pattern of their keys
     "OFT of peft before 0.16": r".*\.oft_r",
 }
 KOHYA_KEY_SUFFIXES = {delta_field: suffix for suffix, delta_field in reversed(LORA_KEY_SUFFIXES.items())}
+ATTENTION_LAYERS = "to_q", "to_k", "to_v", "to_out.0"
+TRANSFORMER_LAYERS = (
+    *(f"attn1.{name}" for name in ATTENTION_LAYERS),
+    "ff.net.0.proj",
+    *(f"attn2.{name}" for name in ATTENTION_LAYERS),
+)
+NUMBERED_MODULES: dict[
+    str, dict[str, tuple[str, tuple[str, ...]]]
+] = {  # by component: how paths of modules begin and end, in order, and their layers
+    "unet": {part: (r"\.transformer_blocks\.\d+$", TRANSFORMER_LAYERS) for part in ("down", "up", "mid")},
+    "text_encoder": {"": (r"\.self_attn$", ("k_proj", "v_proj", "q_proj", "out_proj"))},
+}
 LEGACY_MODULE_NAMES = ((r"\.to_out\.0$", ".to_out"), (r"\.([qkv])_proj$", r".to_\1"), (r"\.out_proj$", ".to_out"))
 
 
@@ -136,8 +152,10 @@ def find_unsupported_kind(names: Iterable[str]) -> str | None:
 
 
 def detect_lora_format(names: Iterable[str]) -> str:
-    """ "kohya", "peft", "comfyui" or "diffusers", by the first name of a file's tensors."""
-    first = next(iter(names), "")
+    """ "kohya", "peft", "comfyui", "lora_diffusion" or "diffusers", by the first key among a file's tensors."""
+    first = next((name for name in names if not name.startswith("<")), "")
+    if first.startswith(("unet:", "text_encoder:")):
+        return "lora_diffusion"
     if first.startswith(("lora_", "lycoris_", "oft_")):
         return "kohya"
     if first.startswith(("diffusion_model.", "text_encoders.")):
@@ -152,7 +170,22 @@ def build_module_aliases(component: str, network: nn.Module) -> dict[str, str]:
         if isinstance(getattr(module, "weight", None), nn.Parameter):
             for name in _module_aliases(component, path, network):
                 aliases[name] = aliases[name.replace(".", "_")] = path
-    return aliases
+    return aliases | {str(k): path for k, path in enumerate(number_modules(component, network))}
+
+
+def number_modules(component: str, network: nn.Module) -> list[str]:
+    """The modules in the order by which lora_diffusion (cloneofsimo) numbers them, that of diffusers in 2023.
+
+    There the middle block comes after the others, and the feed-forward layer between the two attentions.
+    """
+    paths = [path for path, _ in network.named_modules()]
+    return [
+        f"{path}.{name}"
+        for start, (end, names) in NUMBERED_MODULES.get(component, {}).items()
+        for path in paths
+        if path.startswith(start) and re.search(end, path)
+        for name in names
+    ]
 
 
 def _module_aliases(component: str, path: str, network: nn.Module) -> Iterator[str]:

@@ -9,6 +9,7 @@ import hashlib
 import math
 import os
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +25,7 @@ from ldm.adapters.lora_keys import (
     build_module_aliases,
     detect_lora_format,
     find_unsupported_kind,
+    number_modules,
     parse_lora_keys,
 )
 from ldm.adapters.lora_kinds import ModuleContext, build_delta, find_incomplete_reason
@@ -162,6 +164,7 @@ def _group_keys(
     groups: dict[str, dict[DeltaField, str]] = {}
     bundled = parse_embedding_keys(file.tensor_infos) if has_bundled_embeddings(file.tensor_infos) else {}
     faults = [f"unknown {name}" for name in file.tensor_infos if name not in keys and name not in bundled]
+    faults += _find_numbering_errors(keys.values(), networks)
     unused = {name for name, key in keys.items() if _is_unused(key, aliases)}
     if unused:
         warn_of_input(f"{file.path}: {len(unused)} tensors not used: the model takes no {UNUSED_MODULE}")
@@ -184,6 +187,14 @@ def _group_keys(
     if faults:
         raise ValueError(list_some(faults))
     return groups
+
+
+def _find_numbering_errors(keys: Iterable[LoRAKey], networks: NetworkDict) -> list[str]:
+    """Why modules that a file numbers are not all those that its tool numbers, which their order depends on."""
+    given = Counter(component for component, module in {key[:2] for key in keys} if component and module.isdigit())
+    expected = {name: len(number_modules(name, networks[name])) for name in given if name in networks}
+    faults = ((name, count, expected.get(name, 0)) for name, count in given.items())
+    return [f"numbers {n} modules of the {name}, expected {wanted}" for name, n, wanted in faults if n != wanted]
 
 
 def _is_unused(key: LoRAKey, aliases: Mapping[str, Mapping[str, str]]) -> bool:

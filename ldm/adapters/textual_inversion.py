@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -23,7 +23,10 @@ BUNDLE_PREFIX = "bundle_emb."  # OneTrainer's, of embeddings in the file of a Lo
 WEBUI_EMBEDDING_KEY = "emb_params"  # the only tensor of AUTOMATIC1111's files
 PARAM_PREFIX = "string_to_param."  # of pickles of the web UI and of Gal et al., written as safetensors
 IGNORED_EMBEDDING_KEYS = re.compile(r"(.+_out|string_to_token\..+|step|global_step)")
-NETWORK_KEYS = re.compile(r".*\.(weight|bias|alpha|diff\w*|\w+_scale)|(lora|lycoris)_.*")  # of no embedding
+NUMBERED_KEYS = re.compile(r"(unet|text_encoder):\d+:(up|down)")  # of lora_diffusion's LoRA
+NETWORK_KEYS = re.compile(
+    r"(unet|text_encoder):\d+:(up|down)|.*\.(weight|bias|alpha|diff\w*|\w+_scale)|(lora|lycoris)_.*"
+)  # of no embedding
 
 Embeddings = dict[str, dict[str, Tensor]]  # by placeholder token, "" where the file names none, and text encoder
 
@@ -78,9 +81,8 @@ def read_embeddings(path: Path) -> Embeddings:
 def parse_embedding_keys(names: Iterable[str]) -> dict[str, tuple[str, str]]:
     """The placeholder token and text encoder of each key of an embedding; nothing where a key is of no embedding."""
     names = list(names)
-    if bundled := [name for name in names if name.startswith(BUNDLE_PREFIX)]:
-        parts = ((name, *name.removeprefix(BUNDLE_PREFIX).rpartition(".")[::2]) for name in bundled)
-        return {name: (token, ENCODER_KEYS[key]) for name, token, key in parts if key in ENCODER_KEYS}
+    if bundled := _parse_bundled_keys(names):
+        return bundled
     used = [name for name in names if not IGNORED_EMBEDDING_KEYS.fullmatch(name)]
     if any(NETWORK_KEYS.fullmatch(name) for name in used):
         return {}
@@ -91,7 +93,15 @@ def parse_embedding_keys(names: Iterable[str]) -> dict[str, tuple[str, str]]:
 
 def has_bundled_embeddings(names: Iterable[str]) -> bool:
     """Whether a LoRA's file holds embeddings too."""
-    return any(name.startswith(BUNDLE_PREFIX) for name in names)
+    return bool(_parse_bundled_keys(list(names)))
+
+
+def _parse_bundled_keys(names: Sequence[str]) -> dict[str, tuple[str, str]]:
+    """Those of a LoRA's file: OneTrainer's with their prefix, and lora_diffusion's beside its numbered modules."""
+    if any(NUMBERED_KEYS.fullmatch(name) for name in names):
+        return {name: (name, "text_encoder") for name in names if not NUMBERED_KEYS.fullmatch(name)}
+    parts = ((n, *n.removeprefix(BUNDLE_PREFIX).rpartition(".")[::2]) for n in names if n.startswith(BUNDLE_PREFIX))
+    return {name: (token, ENCODER_KEYS[key]) for name, token, key in parts if key in ENCODER_KEYS}
 
 
 def _token_of_key(name: str) -> str:

@@ -34,7 +34,7 @@ EMBEDDING_KEY_PATTERN = r"string_to_param.*|emb_params|clip_[gl]|<.+>"
 UNSUPPORTED_KEY_PATTERNS = {  # other models by a tensor that they have (a whole name, as a regular expression)
     r"((lora|oft)_(unet|te\d?)|lycoris)_.*": LORA_DESCRIPTION,
     r".*\.(lora_(A|B|down|up)|lora_linear_layer|hada_w1|lokr_w[12]|oft_|boft_|ia3_l|on_input).*": LORA_DESCRIPTION,
-    r".*[._]lora\.(down|up)\..+": LORA_DESCRIPTION,
+    r".*[._]lora\.(down|up)\..+|(unet|text_encoder):\d+:(down|up)": LORA_DESCRIPTION,
     EMBEDDING_KEY_PATTERN: "an embedding (textual inversion), which adds a token to a model",
     r"control_.+|.*\b(controlnet_cond_embedding|input_hint_block)\..+": "a ControlNet: not supported",
     r".*\bmotion_modules\..+": "a motion module of AnimateDiff: not supported",

@@ -90,8 +90,10 @@ def _inspect_file(path: Path) -> dict[str, Any]:
     tensors = file.meta_tensors()
     sha256 = file_sha256(path)
     if kind := detect.unsupported_reason(tensors):
-        content = summarize_tensors(file.tensor_infos.values())
-        return {"format": "safetensors", "kind": kind, **_inspect_adapter([file]), "content": content, "sha256": sha256}
+        content, adapter = summarize_tensors(file.tensor_infos.values()), _inspect_adapter([file])
+        if kind == detect.LORA_DESCRIPTION and not adapter:
+            kind = f"a LoRA whose names are no known tool's, as {next(iter(file.tensor_infos))}"
+        return {"format": "safetensors", "kind": kind, **adapter, "content": content, "sha256": sha256}
     try:
         families = detect.detect_families(tensors)
         prediction, evidence = detect.detect_prediction(tensors, file.metadata)

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from ldm.adapters.lora import AdapterMerger
 from ldm.adapters.lora_loading import build_adaptable_networks, load_adapter
 from ldm.adapters.lora_saving import save_adapter
+from ldm.adapters.textual_inversion import read_placeholder_tokens
 from ldm.convert.inspect import inspect_model
 from ldm.nn.text_encoders import build_text_encoder
 from ldm.nn.unet import UNet, UNetConfig
@@ -274,3 +275,43 @@ def test_two_adapters_of_one_stem_have_the_names_of_their_folders(tiny, tmp_path
     assert [*pipe.adapters.loaded] == ["style", "b/style", "c/style"]
     with pytest.raises(ValueError, match="adapter 'style': an adapter of that name is loaded already: give NAME=FILE"):
         pipe.load_lora_weights(tmp_path / "a" / "style.safetensors")
+
+
+def test_numbered_modules_of_lora_diffusion_are_those_of_diffusers_in_2023(networks, tmp_path):
+    """cloneofsimo's files have no names; the order is that of a real one's shapes, embeddings lie beside."""
+    unet, tensors = networks["unet"], {"<s1>": torch.ones(16), "<s2>": torch.ones(16)}
+    blocks = (
+        "down_blocks.0.attentions.0",
+        "up_blocks.1.attentions.0",
+        "up_blocks.1.attentions.1",
+        "mid_block.attentions.0",
+    )
+    attention = ("to_q", "to_k", "to_v", "to_out.0")
+    layers = [*(f"attn1.{x}" for x in attention), "ff.net.0.proj", *(f"attn2.{x}" for x in attention)]
+    paths = [f"{block}.transformer_blocks.0.{layer}" for block in blocks for layer in layers]
+    expected = {}
+    for k, path in enumerate(paths):
+        w = unet.get_submodule(path).weight
+        down, up = torch.randn(2, w.shape[1]), torch.randn(len(w), 2)
+        tensors |= {f"unet:{k}:down": down, f"unet:{k}:up": up}
+        expected[f"{path}.weight"] = w + up @ down
+    for k in range(4):
+        tensors |= {f"text_encoder:{k}:down": torch.ones(1, 16), f"text_encoder:{k}:up": torch.ones(16, 1)}
+    save_file(tensors, tmp_path / "a.safetensors")
+    found, adapter = merged(networks, tmp_path / "a.safetensors")
+    assert_close(found, expected)
+    assert sum(target.startswith("text_encoder/") for target in adapter.deltas) == 4
+    report = inspect_model(tmp_path / "a.safetensors")
+    assert (report["kind"], report["dialect"], report["unknown"]) == ("a LoRA file: --lora", "lora_diffusion", [])
+    assert report["embeddings"] == ["<s1>", "<s2>"] == [*read_placeholder_tokens(tmp_path / "a.safetensors")]
+    save_file({name: a for name, a in tensors.items() if not name.startswith("unet:3:")}, tmp_path / "b.safetensors")
+    with pytest.raises(ValueError, match="numbers 35 modules of the unet, expected 36"):
+        load_adapter(tmp_path / "b.safetensors", networks, "sd1")
+
+
+def test_a_lora_of_unknown_names_is_said_to_be_one(networks, tmp_path):
+    name = "lora_unet_unet_down_blocks_0_attentions_0_proj_in_lora_down.weight"
+    save_file({name: torch.ones(2, 16)}, tmp_path / "a.safetensors")
+    assert inspect_model(tmp_path / "a.safetensors")["kind"] == f"a LoRA whose names are no known tool's, as {name}"
+    with pytest.raises(ValueError, match="not an adapter: no tensor has a LoRA key"):
+        load_adapter(tmp_path / "a.safetensors", networks, "sd1")
