@@ -19,7 +19,7 @@ from torch import nn
 from ldm.adapters.lora import Adapter, ModuleDelta, NetworkDict, find_shape_errors
 from ldm.adapters.lora_keys import (
     BASE_MODEL_VERSIONS,
-    DOWN_FIELDS,
+    INPUT_WIDTH_FIELDS,
     DeltaField,
     LoRAKey,
     build_module_aliases,
@@ -44,6 +44,10 @@ if TYPE_CHECKING:
 ADAPTER_COMPONENTS = "unet", "text_encoder", "text_encoder_2"
 UNUSED_MODULE = "text_projection"
 NUMBER_FIELDS = (None, "alpha"), (None, "scalar"), ("IA3", "on_input")
+SDXL_MODULE_PATTERN = r"transformer_blocks[._][1-9]|^(add_embedding|label_emb)(?![a-z])"  # no other has two in a row
+OTHER_ARCHITECTURE_PATTERN = (  # of what trainers write into the metadata
+    "sd3|stable-(cascade|diffusion-3)|flux|chroma|lumina|hunyuan|pixart|auraflow|kolors|qwen|wan|hidream|anima|z-?image"
+)
 DIFFUSION_TRANSFORMER_PATTERN = r"(double|joint|transformer\.transformer|single_transformer)_blocks"
 
 
@@ -233,16 +237,33 @@ def _read_peft_config(file: SafetensorsFile, component: str) -> Mapping[str, Any
 
 def detect_base_model_version(file: SafetensorsFile) -> str | None:
     """The row of BASE_MODEL_VERSIONS that a file was made for: by the text width, the names, or the metadata."""
-    keys = parse_lora_keys(file.tensor_infos)
-    for name, key in keys.items():
-        if "attn2" in key.module and key.module.endswith(("to_k", "to_v")) and key.delta_field in DOWN_FIELDS:
-            width = file.tensor_infos[name].shape[1]
-            return next((name for name, v in BASE_MODEL_VERSIONS.items() if v.cross_attention_dim == width), None)
-    if any(key.component == "text_encoder_2" for key in keys.values()):
+    if any(re.search(DIFFUSION_TRANSFORMER_PATTERN, name) for name in file.tensor_infos):
+        return None
+    if width := _read_text_width(file):
+        return next((name for name, v in BASE_MODEL_VERSIONS.items() if v.cross_attention_dim == width), None)
+    keys = parse_lora_keys(file.tensor_infos).values()
+    if any(key.component == "text_encoder_2" or re.search(SDXL_MODULE_PATTERN, key.module) for key in keys):
         return "sdxl"
-    texts = [file.metadata.get(key, "") for key in ("ss_base_model_version", "modelspec.architecture")]
+    texts = _read_base_model_names(file)
     matches = (name for name, v in BASE_MODEL_VERSIONS.items() if any(t.startswith(v.metadata_prefixes) for t in texts))
     return next(matches, None)
+
+
+def _read_text_width(file: SafetensorsFile) -> int | None:
+    """The width of the text that a file's cross-attention takes; None if no tensor tells."""
+    keys = parse_lora_keys(file.tensor_infos).items()
+    widths = (
+        file.tensor_infos[name].shape[1]
+        for name, key in keys
+        if "attn2" in key.module and key.module.endswith(("to_k", "to_v")) and key.delta_field in INPUT_WIDTH_FIELDS
+    )
+    return next(widths, None)
+
+
+def _read_base_model_names(file: SafetensorsFile) -> list[str]:
+    """The base model in kohya's and in ModelSpec's words."""
+    texts = (file.metadata.get(key, "") for key in ("ss_base_model_version", "modelspec.architecture"))
+    return [text for text in texts if text]
 
 
 def _base_model_mismatch(file: SafetensorsFile, family: str | None, networks: NetworkDict) -> str:
@@ -250,15 +271,25 @@ def _base_model_mismatch(file: SafetensorsFile, family: str | None, networks: Ne
     if any(re.search(DIFFUSION_TRANSFORMER_PATTERN, name) for name in file.tensor_infos):
         return "made for a transformer (SD 3, Flux), which is not supported"
     made, own = detect_base_model_version(file), _version_of_networks(family, networks)
-    if made is None or made == own:
+    width, own_width = _read_text_width(file), _text_width(networks)
+    if made is not None and made != own:
+        base = BASE_MODEL_VERSIONS[made].name
+    elif made is None and width not in (None, own_width):
+        base = f"a model whose text is {width} wide"
+    elif others := [text for text in _read_base_model_names(file) if re.match(OTHER_ARCHITECTURE_PATTERN, text)]:
+        base = others[0]
+    else:
         return ""
-    name = "of another family" if own is None else BASE_MODEL_VERSIONS[own].name
-    return f"made for {BASE_MODEL_VERSIONS[made].name}: this model is {name}"
+    return f"made for {base}: this model is {BASE_MODEL_VERSIONS[own].name if own else f'one of {own_width} wide text'}"
+
+
+def _text_width(networks: NetworkDict) -> int | None:
+    return getattr(getattr(networks.get("unet"), "config", None), "cross_attention_dim", None)
 
 
 def _version_of_networks(family: str | None, networks: NetworkDict) -> str | None:
     """The row of BASE_MODEL_VERSIONS of a family, or else of the U-Net's text width."""
     if family is not None and (version := family.split("-")[0]) in BASE_MODEL_VERSIONS:
         return version
-    width = getattr(getattr(networks.get("unet"), "config", None), "cross_attention_dim", None)
+    width = _text_width(networks)
     return next((name for name, v in BASE_MODEL_VERSIONS.items() if v.cross_attention_dim == width), None)

@@ -578,6 +578,36 @@ FAULTS = {  # the family of the model, the tensors, the metadata, the error
         {},
         "made for SD 1.x: this model is SDXL$",
     ),
+    "an XL file, by its depth": (
+        "sd1",
+        {"lora_unet_input_blocks_7_1_transformer_blocks_9_attn1_to_q.oft_blocks": torch.ones(4, 8, 8)},
+        {},
+        "made for SDXL: this model is SD 1.x$",
+    ),
+    "a file for a model of our own": (
+        "sd1",
+        {f"{K}.lora_down.weight": torch.ones(2, 256), f"{K}.lora_up.weight": torch.ones(16, 2)},
+        {},
+        "made for a model whose text is 256 wide: this model is SD 1.x$",
+    ),
+    "a whole difference for another family": (
+        "sd1",
+        {f"{K}.diff": torch.ones(16, 1024)},
+        {},
+        "made for SD 2.x: this model is SD 1.x$",
+    ),
+    "a file for another architecture": (
+        "sd1",
+        {f"{Q}_x.alpha": torch.ones(1)},
+        {"modelspec.architecture": "lumina-2/lora"},
+        "made for lumina-2/lora: this model is SD 1.x$",
+    ),
+    "an unknown word for the architecture": (
+        "sd1",
+        {f"{Q}_x.alpha": torch.ones(1)},
+        {"ss_base_model_version": "my model"},
+        "no module for",
+    ),
     "Flux": (
         "sd1",
         {"lora_unet_double_blocks_0_img_attn_proj.alpha": torch.ones(1)},
