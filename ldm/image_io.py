@@ -260,11 +260,12 @@ def image_digest(image: Image.Image) -> dict[str, Any]:
     return {"size": list(image.size), "sha256": hashlib.sha256(image.convert("RGB").tobytes()).hexdigest()}
 
 
-def contact_sheet(images: Sequence[Image.Image], captions: Sequence[str], columns: int) -> Image.Image:
-    """A grid of images of one size in rows of `columns`, each above its caption."""
+def contact_sheet(images: Sequence[Image.Image], captions: Sequence[str], columns: int | None = None) -> Image.Image:
+    """A grid of images of one size in rows of `columns`, each above its caption; by default it is nearly square."""
     width, height = images[0].size
     wrapped = [textwrap.wrap(caption, width // 5) for caption in captions]
     cell = width + 8, height + 10 + 12 * max(map(len, wrapped))
+    columns = columns or max(1, round(math.sqrt(len(images) * cell[1] / cell[0])))
     sheet = Image.new("RGB", (columns * cell[0], -(-len(images) // columns) * cell[1]), "white")
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=10)
     for k, (image, lines) in enumerate(zip(images, wrapped, strict=True)):

@@ -185,6 +185,15 @@ def test_a_contact_sheet_shows_every_image_over_its_caption():
         assert (cell[36:].max(-1) < 100).any() == written
 
 
+SHEETS = [(1, (40, 40), 1), (9, (128, 128), 3), (8, (512, 64), 1), (8, (64, 512), 8), (40, (64, 64), 6)]
+
+
+@pytest.mark.parametrize("count, size, columns", SHEETS)
+def test_a_contact_sheet_is_nearly_square(count, size, columns):
+    sheet = contact_sheet([Image.new("RGB", size)] * count, [""] * count)
+    assert sheet.width == columns * (size[0] + 8)
+
+
 PIXELS = noise(9, 6)
 LEVELS = np.linspace(0, 65535, 9 * 6).astype(np.uint16).reshape(6, 9)
 

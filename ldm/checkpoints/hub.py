@@ -162,7 +162,8 @@ def translate_hub_errors(source: str, revision: str | None) -> Iterator[None]:
         reason = f"no revision {revision!r}"
     except EntryNotFoundError as error:
         local = isinstance(error, FileNotFoundError)
-        reason = "not in the local cache, and cannot reach the hub" if local else "no such file on the hub"
+        what = f"revision {revision!r} is not" if revision else "not"
+        reason = f"{what} in the local cache, and cannot reach the hub" if local else "no such file on the hub"
     except HFValidationError:
         reason = "not the name of a model on the hub"
     except (HTTPError, OSError) as error:

@@ -147,12 +147,13 @@ def _read_json_caption(members: MembersBySuffix, data: ImageDataConfig, issues: 
     return values.get(match_column(data.caption_column, values))
 
 
-def import_pyarrow(path: Path) -> Any:
-    """pyarrow; ValueError that says how to install it."""
+def import_pyarrow(path: Path | None = None) -> Any:
+    """pyarrow; ValueError that names the path and says how to install it."""
     try:
         import pyarrow
     except ImportError:
-        raise ValueError(f"{path}: needs pyarrow: {install_command('data')}") from None
+        place = f"{path}: " if path else ""
+        raise ValueError(f"{place}needs pyarrow: {install_command('data')}") from None
     return pyarrow
 
 

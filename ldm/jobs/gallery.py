@@ -57,7 +57,7 @@ def write_gallery(folder: Path) -> Path:
         "fields": list_gallery_fields(),
         "record": RECORD_FIELDS,
         "defaults": Request("").to_record(),
-        "labels": FIELD_LABELS,
+        "labels": {**FIELD_LABELS, "seconds": "seconds, of its worker's time"},
         "options": GENERATE_OPTIONS,
         "chunks": [f"{GALLERY_DATA}/{name}" for name in chunks],
     }

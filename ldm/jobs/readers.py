@@ -8,7 +8,6 @@ import math
 import re
 from collections.abc import Callable, Iterator, Sequence
 from itertools import product
-from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 import yaml
@@ -218,7 +217,10 @@ def check_header(line: int, names: Sequence[str]) -> None:
 
 def read_parquet_rows(file: BinaryIO) -> Iterator[PromptRow]:
     """Parquet, `PARQUET_BATCH_ROWS` at a time; a row's number stands for its line."""
-    pa = import_pyarrow(Path(file.name))
+    try:
+        pa = import_pyarrow()
+    except ValueError as error:
+        raise ParseError(0, str(error)) from None
     from pyarrow import parquet
 
     row = 0

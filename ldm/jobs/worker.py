@@ -151,7 +151,8 @@ class Worker:
     stop: threading.Event
 
     def __post_init__(self) -> None:
-        self.running: dict[int, tuple[JobItem, float]] = {}  # the scheduler's index: item and start time
+        self.running: dict[int, tuple[JobItem, float]] = {}  # the scheduler's index: item and start on the clock
+        self.clock = SharedClock()
         self.consecutive_failures = 0
 
     def run(self) -> None:
@@ -169,9 +170,10 @@ class Worker:
 
     def _generate(self, requests: Iterator[Request | None]) -> None:
         for index, image in self.scheduler.run(requests, self._on_progress):
-            item, start = self.running.pop(index)
+            seconds = self.clock.advance(len(self.running)) - self.running[index][1]
+            item, _ = self.running.pop(index)
             self.consecutive_failures = 0
-            self.writer.put(item, image, time.monotonic() - start)
+            self.writer.put(item, image, seconds)
 
     def _iter_requests(self) -> Iterator[Request | None]:
         """Requests as there is room for them; None while nothing is leased and others are running."""
@@ -180,7 +182,7 @@ class Worker:
         while not self._should_stop():
             item = self.prefetcher.get(block=not self.running)
             if item is not None:
-                self.running[index] = item, time.monotonic()
+                self.running[index] = item, self.clock.advance(len(self.running))
                 index += 1
                 yield item.request
             elif self.prefetcher.exhausted:
@@ -189,7 +191,7 @@ class Worker:
                 yield None
 
     def _generate_alone(self, item: JobItem) -> None:
-        self.running = {0: (item, time.monotonic())}
+        self.running = {0: (item, self.clock.advance(len(self.running)))}
         try:
             self._generate(iter([item.request]))
         except Exception as error:
@@ -204,6 +206,20 @@ class Worker:
 
     def _should_stop(self) -> bool:
         return self.stop.is_set() or self.writer.error is not None
+
+
+class SharedClock:
+    """Time that all who run at once share: between two readings it goes on by seconds / number of runners."""
+
+    def __init__(self) -> None:
+        self.shared, self.last = 0.0, time.monotonic()
+
+    def advance(self, num_running: int) -> float:
+        """The clock's time now, where so many have run since the last reading."""
+        now = time.monotonic()
+        self.shared += (now - self.last) / max(1, num_running)
+        self.last = now
+        return self.shared
 
 
 class Prefetcher:
@@ -319,7 +335,7 @@ class ImageWriter:
             raise self.error
 
     def put(self, item: JobItem, image: Image.Image, seconds: float) -> None:
-        """Write an image that took `seconds`."""
+        """Write an image that took `seconds` of the worker's time."""
         self._tasks.put(lambda: self._write_image(item, image, seconds))
 
     def put_failure(self, item: JobItem, message: str) -> None:

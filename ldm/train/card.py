@@ -71,7 +71,7 @@ def write_model_card(
         (folder / "curves.svg").write_text(render_figure({"loss (log scale)": curves}), encoding="utf-8")
         parts.append("## Curves\n\n![curves](curves.svg)")
     for name, images in samples.items():
-        contact_sheet(images, recipe.validation_prompts, 8).save(folder / f"{name}.png")
+        contact_sheet(images, recipe.validation_prompts).save(folder / f"{name}.png")
         parts.append(f"## {name.capitalize()}\n\n![{name}]({name}.png)")
     with atomic_write(folder / "README.md") as draft:
         draft.write_text("\n\n".join(parts) + "\n", encoding="utf-8")

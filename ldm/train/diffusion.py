@@ -120,7 +120,7 @@ class DiffusionTask(TrainingTask):
         if not prompts:
             return None
         with autocast(self.device):
-            return contact_sheet(self.make_pipeline().generate(validation_requests(self.recipe, prompts)), prompts, 10)
+            return contact_sheet(self.make_pipeline().generate(validation_requests(self.recipe, prompts)), prompts)
 
     def make_pipeline(self) -> Pipeline:
         """A pipeline with the weights that the model has now."""

@@ -5,10 +5,13 @@ import json
 import os
 import resource
 import shutil
+import sys
+import tarfile
+from dataclasses import replace
 
 import pytest
 import yaml
-from job_folders import go, job_in
+from job_folders import SETTLED, go, job_in, write_job
 
 from ldm.config import ImageDataConfig
 from ldm.data.folders import open_image_sources
@@ -82,6 +85,37 @@ def test_datasets_opens_the_folder_with_its_images(job, lines, export, tmp_path)
     for row, line in zip(found, lines, strict=True):
         assert hashlib.sha256(row["image"].convert("RGB").tobytes()).hexdigest() == line["pixels"]
         assert without(row, "image") == without(told(line), "prompt", "image", "mask")
+
+
+EXTRAS = [  # further columns of a table, and what they are in parquet
+    ({"Category": "x", "n": 1, "seed": "s", "mixed": "a", "flag": True}, ["x", 1.0, "s", '"a"', True]),
+    ({"Category": "y", "n": 0.5, "mixed": 2}, ["y", 0.5, None, "2", None]),
+    ({"mixed": [1, {"a": None}], "n": None}, [None, None, None, '[1, {"a": null}]', None]),
+]
+
+
+def test_further_columns_of_the_table_are_carried_along(tmp_path, export):
+    from pyarrow import parquet
+
+    folder = tmp_path / "job"
+    lines = write_job(folder, [replace(SETTLED, prompt=name) for name in "abc"])
+    for line, (extra, _) in zip(lines, EXTRAS, strict=True):
+        line |= {"extra": extra, "sha256": hashlib.sha256((folder / line["file"]).read_bytes()).hexdigest()}
+    (folder / "manifest.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    rows = parquet.read_table(export(folder, "parquet", "a", 3)).to_pylist()
+    names = ["Category", "n", "extra_seed", "mixed", "flag"]
+    assert [[row[name] for name in names] for row in rows] == [cells for _, cells in EXTRAS]
+    with tarfile.open(export(folder, "webdataset", "b", 3) / "000000.tar") as tar:
+        first = json.load(tar.extractfile(f"{lines[0]['id']}.json"))
+    assert (first["Category"], first["extra_seed"], first["seed"]) == ("x", "s", 0)
+
+
+def test_without_pyarrow_the_folder_is_named_and_nothing_written(refused, job, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    refused(
+        "export", job, "--to", "parquet", "--out", tmp_path / "data", said=f"error: {tmp_path / 'data'}: needs pyarrow"
+    )
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("kind", exports.EXPORT_FORMATS)

@@ -5,7 +5,7 @@ import json
 import os
 import threading
 import time
-from dataclasses import fields, replace
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -17,7 +17,7 @@ from ldm.jobs import manifest, worker
 from ldm.jobs.engines import InlineEngine
 from ldm.jobs.source import PromptEntry
 from ldm.jobs.worker import canonical_json, compute_item_id, fingerprint_model, fit_batch_size
-from ldm.pipeline.request import Request
+from ldm.pipeline.request import REQUEST_FIELDS, Request
 from ldm.pipeline.scheduler import BatchScheduler, MicroBatcher
 
 BATCHES = range(1, 9) if os.environ.get("LDM_STRESS_KILLS") else (1, 3, 8)  # scripts/stress_batch.py does all
@@ -318,7 +318,7 @@ CHANGES = {
 
 
 def test_every_field_of_a_request_and_of_the_model_is_in_its_name():
-    assert CHANGES.keys() | {"latents"} == {field.name for field in fields(Request)}
+    assert CHANGES.keys() == REQUEST_FIELDS.keys()
     names = [compute_item_id(replace(PLAIN, **{name: value}), MODEL) for name, value in CHANGES.items()]
     others = [
         {**MODEL, "weights": {"unet": "1"}},
@@ -350,3 +350,22 @@ def test_a_model_is_its_hashes_and_an_adapter_without_weight_is_none(pipe, monke
         pipe.adapters, "loaded", {k: (type("A", (), {"sha256": k}), w) for k, w in (("9", 0.5), ("1", 2))}
     )
     assert fingerprint_model(pipe)["adapters"] == [["1", 2], ["9", 0.5]]
+
+
+def test_images_that_are_generated_at_once_share_the_seconds(pipe, tmp_path):
+    start = time.monotonic()
+    assert go(job_in(tmp_path / "job", pipe, batch_size=4), pipe) == 0
+    lines = [json.loads(line) for line in (tmp_path / "job" / "manifest.jsonl").read_text().splitlines()]
+    assert len(lines) > 4 and 0 < sum(line["seconds"] for line in lines) <= time.monotonic() - start + 0.001 * len(
+        lines
+    )
+
+
+def test_a_shared_clock_goes_on_by_each_share(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(worker.time, "monotonic", lambda: now[0])
+    clock, readings = worker.SharedClock(), []
+    for seconds, running in ((1, 0), (2, 1), (4, 2), (8, 4)):
+        now[0] += seconds
+        readings.append(clock.advance(running))
+    assert readings == [1, 3, 5, 7]
