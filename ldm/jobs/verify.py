@@ -86,6 +86,8 @@ def rebuild_request(original: RecordedImage, pipe: Pipeline, input_images: Mappi
     """The request in a file's record; ValueError where the model or an input image is another one."""
     if mismatches := find_model_mismatches(original.record, pipe):
         raise ValueError("; ".join(mismatches) + describe_version(original))
+    if tensors := original.record.get("tensors"):
+        raise ValueError(f"made from tensors that no metadata holds: {tensors!r:.100}")
     values = dict(original.record["request"])
     for name, image in input_images.items():
         if (digest := values.get(name)) is None:

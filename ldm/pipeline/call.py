@@ -98,6 +98,8 @@ def call_pipeline(pipe: Pipeline, prompt: Any, args: Sequence[Any], arguments: M
         add_diffusers_defaults(pipe, values, options)
     requests, num_inputs = make_requests(pipe, prompt, values, options)
     requests = [pipe.resolve(request) for request in requests]
+    if not requests:
+        return PipelineOutput([], [])
     if options.generator is not None:
         requests = draw_noise(pipe, requests, options.generator, num_inputs)
     grid = pipe.batch_scheduler.time_grid(requests[0])
@@ -147,7 +149,7 @@ def make_requests(
     rows = {
         name: list(a if a.ndim == 3 - ("pooled" in name) else a[None]) for name, a in embeds.items() if a is not None
     }
-    prompts = [prompt] if isinstance(prompt, str) or prompt is None else list(prompt)
+    prompts = list(prompt) if isinstance(prompt, list | tuple | np.ndarray) else [prompt]
     lengths = [len(prompts), *map(len, inputs.values()), *map(len, rows.values())]
     count = max(lengths) if len(prompts) == 1 else len(prompts)
     if prompt is None and "prompt_embeds" not in rows:
@@ -155,10 +157,9 @@ def make_requests(
     rows |= {"prompt": ["" if text is None else text for text in prompts], **{k: v for k, v in inputs.items() if v}}
     columns = {name: broadcast(name, row, count) for name, row in rows.items()}
     columns |= {name: per_prompt(name, values.pop(name), count) for name in PER_PROMPT if name in values}
-    columns["seed"] = [draw_seed() if s == RANDOM_SEED else int(s) for s in columns.get("seed", [0] * count)]
-    settings: dict[str, Any] = {
-        name: tuple(v) if name in NUMBER_LISTS and v is not None else v for name, v in values.items()
-    }
+    seeds = [0 if seed is None else seed for seed in columns.get("seed", [0] * count)]
+    columns["seed"] = [draw_seed() if seed == RANDOM_SEED else seed for seed in seeds]
+    settings: dict[str, Any] = {**values, **{n: read_numbers(n, values[n]) for n in NUMBER_LISTS if n in values}}
     latents = settings.pop("latents", None)
     settings["output_type"] = "latent" if options.output_type == "latent" else "pil"
     columns |= join_second_prompts(pipe, columns, options, int(settings.get("clip_skip") or 0))
@@ -166,12 +167,20 @@ def make_requests(
         split_image_latents(pipe, {**{name: row[k] for name, row in columns.items()}, **settings}) for k in range(count)
     ]
     each = options.num_images_per_prompt
-    requests = [replace(request, seed=request.seed + k) for request in requests for k in range(each)]
+    requests = [replace(request, seed=request.seed + k) if k else request for request in requests for k in range(each)]
     if latents is not None:
         if len(latents) != len(requests):
             raise ValueError(f"latents: {len(latents)} given for {len(requests)} images")
         requests = [replace(request, latents=row) for request, row in zip(requests, latents, strict=True)]
     return requests, max(1, len(inputs["image"]))
+
+
+def read_numbers(name: str, values: Any) -> tuple[float, ...] | None:
+    """The numbers of a list, array or tensor."""
+    values = values.tolist() if isinstance(values, Tensor | np.ndarray) else values
+    if values is not None and not isinstance(values, list | tuple):
+        raise ValueError(f"{name} {values!r:.60}: must be a list of numbers")
+    return None if values is None else tuple(values)
 
 
 def broadcast(name: str, row: list[Any], count: int) -> list[Any]:
@@ -201,6 +210,8 @@ def read_inputs(value: Any, name: str, latent_channels: int) -> list[Image.Image
         return []
     if isinstance(value, list | tuple):
         return [image for one in value for image in read_inputs(one, name, latent_channels)]
+    if isinstance(value, str) and value.startswith(("http://", "https://")):
+        raise ValueError(f"{name} {value}: write {name}=ldm.compat.load_image(address)")
     if isinstance(value, str | Path):
         return [IMAGE_FIELDS[name](Path(value))]
     if not isinstance(value, np.ndarray | Tensor):
@@ -259,7 +270,9 @@ def draw_noise(pipe: Pipeline, requests: Sequence[Request], generator: Generator
     A fresh generator on the CPU, of a seed below 2**32, that gives one image from noise alone is its seed. Other images
     have latents, and a hash of these as the seed of what stochastic samplers add, which is not diffusers'.
     """
-    generators = [generator] if isinstance(generator, torch.Generator) else list(generator)
+    generators: list[Any] = list(generator) if isinstance(generator, list | tuple) else [generator]
+    if others := [g for g in generators if not isinstance(g, torch.Generator)]:
+        raise ValueError(f"generator {others[0]!r:.60}: must be a torch.Generator")
     if len(generators) not in (1, len(requests)):
         raise ValueError(f"generator: {len(generators)} given for {len(requests)} images")
     first, fresh = requests[0], [is_fresh(g) for g in generators]

@@ -63,8 +63,9 @@ CALL: Mapping[str, Rule] = {
 
 def component_source(value: Any) -> Any:
     """The folder, file or hub id of a network: one of diffusers remembers where it was loaded from."""
-    source = getattr(value, "config", {}).get("_name_or_path") if hasattr(value, "parameters") else value
-    if source is not None and not isinstance(source, str | Path):
+    is_network = hasattr(value, "parameters")
+    source = value.config.get("_name_or_path") if is_network else value
+    if not (isinstance(source, str | Path) and str(source)) and value is not None:
         raise ValueError(f"vae: {type(value).__name__} that was loaded from no file; write {OWN_VAE}")
     return source
 

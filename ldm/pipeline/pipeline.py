@@ -185,6 +185,8 @@ class Pipeline(AdaptersAPI, DiffusersAPI):
             "embeddings": self.embedding_hashes,
             "request": settings,
         }
+        if tensors := [f.name for f in fields(request) if not f.compare and getattr(request, f.name) is not None]:
+            record["tensors"] = tensors  # which are not recorded
         encoder, skip = self.model.text_encoders[0], request.clip_skip
         tags = "".join(f"<lora:{name}:{format_lora_weight(weight)}>" for name, (_, weight) in adapters.items())
         a1111_clip_skip = skip and skip + encoder.num_dropped_layers - encoder.layer_idx

@@ -294,6 +294,8 @@ def coerce_request(request: Request) -> Request:
     changes: dict[str, Any] = {}
     for f in fields(Request):
         value, kind = getattr(request, f.name), str(f.type).split(" ")[0]
+        if kind == "str" and not isinstance(value, str) and value is not f.default:
+            raise ValueError(f"{f.name} {value!r:.60}: must be text")
         if kind not in NUMBER_TYPES or (value is None and f.default is None) or type(value) in NUMBER_TYPES[kind]:
             continue
         if not isinstance(value, numbers.Integral if kind == "int" else numbers.Real):

@@ -499,6 +499,16 @@ MEMORY = [
 ]
 
 MISTAKES = [
+    ("sd", "pipe(5)", "prompt 5: must be text"),
+    ("sd", "pipe('a cat', True)", "height 1: must be a multiple"),
+    ("sd", "pipe('a cat', generator=5)", "must be a torch.Generator"),
+    ("sd", "pipe('a cat', timesteps=5)", "timesteps 5: must be a list"),
+    ("sd", "pipe('a cat', output_type='gif')", "choose from pil, np, pt, latent"),
+    ("sd", "pipe(['a', 'b'], guidance_scale=[1.0])", "1 given for 2 prompts"),
+    ("sd", "pipe('a cat', seed='5')", "seed '5': must be a whole number"),
+    ("sd", "pipe('a cat', mask=3, mask_image=3)", "mask is given twice"),
+    ("img2img", "pipe('a cat', image='https://x.org/y.png')", "load_image"),
+    ("sd", f'StableDiffusionPipeline.from_pretrained("{SD}", vae=pipe.vae)', "loaded from no file"),
     (
         "",
         f"""from diffusers import DiffusionPipeline

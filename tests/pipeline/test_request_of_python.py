@@ -81,6 +81,12 @@ def test_a_record_holds_what_is_given(pipe):
     assert Request(**record) == request and "sigmas" not in record
 
 
+def test_metadata_names_the_tensors_that_it_lacks(pipe):
+    request = pipe.resolve(Request("a cat", prompt_embeds=embeds(pipe, "a cat"), **STEPS))
+    assert json.loads(pipe.metadata(request, "tiny")["ldm"])["tensors"] == ["prompt_embeds"]
+    assert "tensors" not in json.loads(pipe.metadata(pipe.resolve(Request("a cat")), "tiny")["ldm"])
+
+
 @pytest.mark.parametrize(
     "fields, said",
     [
