@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
+import logging
 import zlib
 from collections.abc import Callable
+from contextlib import suppress
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
@@ -18,10 +21,22 @@ PNG_PIXEL_CHUNKS = {b"tRNS", b"acTL", b"fcTL", b"fdAT"}  # optional by their nam
 MAX_PNG_TEXT_BYTES = 2**24  # of a text or a color profile, where Pillow allows 2**20
 MAX_IMAGE_PIXELS = 2**28  # of a file
 HEIC_BRANDS = tuple(b"ftyp" + brand for brand in (b"hei", b"hev", b"mif1", b"msf1"))
+OTHER_FILES = {  # files that lie where images should, by their first bytes
+    b"version https://git-lfs": "a pointer of Git LFS, not the image: run `git lfs pull`",
+    b"<!doctype html": "a web page, not an image",
+    b"<html": "a web page, not an image",
+    b"<svg": "SVG images are not read: convert it to PNG",
+}
 JXL_STARTS = b"\xff\x0a", b"\0\0\0\x0cJXL \r\n\x87\n"
 
 Notices = tuple[tuple[str, str], ...]
 Result = TypeVar("Result")
+
+
+logging.getLogger("PIL").addHandler(logging.NullHandler())  # Pillow and libtiff would print what Pillow raises, too
+with suppress(OSError, AttributeError):
+    ctypes.CDLL(Image.core.__file__).TIFFSetErrorHandler(None)
+    ctypes.CDLL(Image.core.__file__).TIFFSetWarningHandler(None)
 
 
 class ImagePlugin(NamedTuple):
@@ -119,6 +134,9 @@ def _decode_error(data: bytes, error: Exception) -> str:
         return f"more than {MAX_IMAGE_PIXELS // 10**6} million pixels"
     if file_format := detect_plugin_format(data):
         return f"a damaged {file_format} image"
+    start = data[:64].lstrip().lower()
+    if other := next((text for begin, text in OTHER_FILES.items() if start.startswith(begin)), None):
+        return other
     if isinstance(error, Image.UnidentifiedImageError):
         return "not an image"
     return error_text(error) if str(error).strip() else f"not an image ({type(error).__name__})"

@@ -153,6 +153,33 @@ def test_other_readers_find_the_parameters_of_every_format(tmp_path, image_forma
     assert read_image_and_metadata(path)[1] == texts
 
 
+def read_by_sd_parsers(path):
+    sd_parsers = pytest.importorskip("sd_parsers")
+    info = sd_parsers.ParserManager().parse(path)
+    (sampler,), (model,) = info.samplers, info.models
+    prompts = (text.value for prompts in (info.prompts, info.negative_prompts) for text in prompts)
+    return [*prompts], sampler.name, sampler.parameters, model.name, info.metadata["Size"]
+
+
+def read_by_sd_prompt_reader(path):
+    """Its package has pins of its own: `pip install --no-deps sd-prompt-reader`."""
+    reader = pytest.importorskip("sd_prompt_reader.image_data_reader").ImageDataReader(path)
+    values = reader.parameter
+    parameters = {"cfg_scale": values["cfg"], "seed": values["seed"], "steps": values["steps"], "scheduler": "Karras"}
+    return [reader.positive, reader.negative], values["sampler"], parameters, values["model"], values["size"]
+
+
+@pytest.mark.parametrize("image_format", ["png", "jpeg", "webp"])
+@pytest.mark.parametrize("read", [read_by_sd_parsers, read_by_sd_prompt_reader])
+@pytest.mark.parametrize("prompt", ["a red apple", "\u00e9 \u96ea \U0001f388, (2 lines:1.2)\nof it"])
+def test_the_readers_that_people_use_read_every_format(tmp_path, image_format, read, prompt):
+    infotext = create_infotext({**RECORD, "prompt": prompt, "negative_prompt": "a dog"}, "m", "f" * 64, "1.0")
+    path = tmp_path / f"x.{image_format}"
+    save_image(Image.new("RGB", (64, 32), "red"), path, {"parameters": infotext, "ldm": "{}"}, image_format)
+    parameters = {"cfg_scale": "3", "seed": "7", "steps": "20", "scheduler": "Karras"}
+    assert read(path) == ([prompt, "a dog"], "DPM++ 2M", parameters, "m", "64x32")
+
+
 @pytest.mark.parametrize("image_format", ["jpeg", "webp"])
 def test_a_user_comment_is_of_type_undefined(tmp_path, image_format):
     save_image(Image.new("RGB", (8, 8)), tmp_path / "x", {"parameters": "a", "ldm": "{}"}, image_format)
