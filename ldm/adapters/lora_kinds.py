@@ -159,7 +159,7 @@ KINDS = {
     "GLoRA": AdapterKind(("a1", "a2", "b1", "b2"), build_glora, ("a1", "b1")),
     "IA3": AdapterKind(("weight|ia3_l", "on_input|ia3_l"), build_ia3, ("weight",)),
     "OFT": AdapterKind(("oft_blocks|oft_diag|oft_R",), build_oft),
-    "BOFT": AdapterKind(("oft_blocks|boft_R",), build_boft),
+    "BOFT": AdapterKind(("boft_R|oft_blocks",), build_boft),
 }
 KINDS_WITH_CONSTRAINT = "OFT", "BOFT"  # whose alpha and rescale are theirs
 
@@ -202,7 +202,11 @@ def _build_factors(
     if "scalar" in others:
         scalar = others["scalar"].float().reshape(())
         tensors |= {name: tensors[name].float() * scalar for name in KINDS[kind].scaled if name in tensors}
-    return KINDS[kind].build(tensors, context)
+    try:
+        return KINDS[kind].build(tensors, context)
+    except (RuntimeError, IndexError):  # of torch, for tensors of another number of dimensions
+        sizes = " and ".join(str([*a.shape]) for a in tensors.values())
+        raise ValueError(f"{context.name} has tensors of shape {sizes}, which are no {kind}") from None
 
 
 def _peft_ia3_bias_scale(

@@ -44,11 +44,16 @@ if TYPE_CHECKING:
 ADAPTER_COMPONENTS = "unet", "text_encoder", "text_encoder_2"
 UNUSED_MODULE = "text_projection"
 NUMBER_FIELDS = (None, "alpha"), (None, "scalar"), ("IA3", "on_input")
-SDXL_MODULE_PATTERN = r"transformer_blocks[._][1-9]|^(add_embedding|label_emb)(?![a-z])"  # no other has two in a row
+SDXL_MODULE_PATTERN = (  # no other family has two blocks in a row, or embeds sizes
+    r"(attentions|(input|output)_blocks|middle_block)[._].*transformer_blocks[._][1-9]|^(add_embedding|label_emb)(?![a-z])"
+)
 OTHER_ARCHITECTURE_PATTERN = (  # of what trainers write into the metadata
     "sd3|stable-(cascade|diffusion-3)|flux|chroma|lumina|hunyuan|pixart|auraflow|kolors|qwen|wan|hidream|anima|z-?image"
 )
-DIFFUSION_TRANSFORMER_PATTERN = r"(double|joint|transformer\.transformer|single_transformer)_blocks"
+DIFFUSION_TRANSFORMER_PATTERN = (
+    r"(double|joint|single_transformer)_blocks"
+    r"|^(base_model\.model\.|transformer\.|diffusion_model\.|lora_unet_|lycoris_)*(transformer_)?(blocks|layers)[._]\d"
+)
 
 
 def load_adapter(path: Path, networks: NetworkDict, family: str | None = None) -> Adapter:
@@ -159,8 +164,8 @@ def _group_keys(
     file: SafetensorsFile, keys: Mapping[str, LoRAKey], networks: NetworkDict
 ) -> dict[str, dict[DeltaField, str]]:
     """The names of a file's tensors by target and field; ValueError lists what is unknown or missing."""
-    if kind := find_unsupported_kind(file.tensor_infos):
-        raise ValueError(f"an adapter of kind {kind}, which is not supported")
+    if reason := find_unsupported_reason(file):
+        raise ValueError(reason)
     if not keys:
         raise ValueError("not an adapter: no tensor has a LoRA key")
     aliases = {name: build_module_aliases(name, networks[name]) for name in ADAPTER_COMPONENTS if name in networks}
@@ -237,7 +242,7 @@ def _read_peft_config(file: SafetensorsFile, component: str) -> Mapping[str, Any
 
 def detect_base_model_version(file: SafetensorsFile) -> str | None:
     """The row of BASE_MODEL_VERSIONS that a file was made for: by the text width, the names, or the metadata."""
-    if any(re.search(DIFFUSION_TRANSFORMER_PATTERN, name) for name in file.tensor_infos):
+    if find_unsupported_reason(file):
         return None
     if width := _read_text_width(file):
         return next((name for name, v in BASE_MODEL_VERSIONS.items() if v.cross_attention_dim == width), None)
@@ -249,6 +254,14 @@ def detect_base_model_version(file: SafetensorsFile) -> str | None:
     return next(matches, None)
 
 
+def find_unsupported_reason(file: SafetensorsFile) -> str | None:
+    """Why no model here takes an adapter, by its names; None for others."""
+    if any(re.search(DIFFUSION_TRANSFORMER_PATTERN, name) for name in file.tensor_infos):
+        return "made for a transformer (SD 3, Flux, ...), which is not supported"
+    kind = find_unsupported_kind(file.tensor_infos)
+    return kind and f"an adapter of kind {kind}, which is not supported"
+
+
 def _read_text_width(file: SafetensorsFile) -> int | None:
     """The width of the text that a file's cross-attention takes; None if no tensor tells."""
     keys = parse_lora_keys(file.tensor_infos).items()
@@ -256,6 +269,7 @@ def _read_text_width(file: SafetensorsFile) -> int | None:
         file.tensor_infos[name].shape[1]
         for name, key in keys
         if "attn2" in key.module and key.module.endswith(("to_k", "to_v")) and key.delta_field in INPUT_WIDTH_FIELDS
+        if len(file.tensor_infos[name].shape) > 1
     )
     return next(widths, None)
 
@@ -268,8 +282,6 @@ def _read_base_model_names(file: SafetensorsFile) -> list[str]:
 
 def _base_model_mismatch(file: SafetensorsFile, family: str | None, networks: NetworkDict) -> str:
     """The error about an adapter for another base model; empty if it is for this one."""
-    if any(re.search(DIFFUSION_TRANSFORMER_PATTERN, name) for name in file.tensor_infos):
-        return "made for a transformer (SD 3, Flux), which is not supported"
     made, own = detect_base_model_version(file), _version_of_networks(family, networks)
     width, own_width = _read_text_width(file), _text_width(networks)
     if made is not None and made != own:

@@ -91,7 +91,9 @@ def _inspect_file(path: Path) -> dict[str, Any]:
     sha256 = file_sha256(path)
     if kind := detect.unsupported_reason(tensors):
         content, adapter = summarize_tensors(file.tensor_infos.values()), _inspect_adapter([file])
-        if kind == detect.LORA_DESCRIPTION and not adapter:
+        if kind == detect.LORA_DESCRIPTION and (reason := lora_loading.find_unsupported_reason(file)):
+            kind = f"a LoRA file, {reason}"
+        elif kind == detect.LORA_DESCRIPTION and not adapter:
             kind = f"a LoRA whose names are no known tool's, as {next(iter(file.tensor_infos))}"
         return {"format": "safetensors", "kind": kind, **adapter, "content": content, "sha256": sha256}
     try:
@@ -204,7 +206,9 @@ def _inspect_adapter(files: Sequence[SafetensorsFile]) -> dict[str, Any]:
     if not keys:
         return {}
     infos = {(file.path, name): info for file in files for name, info in file.tensor_infos.items()}
-    ranks = Counter(infos[at].shape[0] for at, key in keys.items() if key.delta_field in DOWN_FIELDS)
+    ranks = Counter(
+        infos[at].shape[0] for at, key in keys.items() if key.delta_field in DOWN_FIELDS and infos[at].shape
+    )
     version = next(filter(None, map(lora_loading.detect_base_model_version, files)), None)
     folders = {file.path: lora_loading.folder_component(file.path) or "unet" for file in files}
     modules = {(key.component or folders[path], key.module) for (path, _), key in keys.items()}

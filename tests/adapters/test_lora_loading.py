@@ -528,6 +528,19 @@ FAULTS = {  # the family of the model, the tensors, the metadata, the error
         {},
         r"oft_R of shape \[4, 5\], expected \[k, n \(n - 1\) / 2\]",
     ),
+    "BOFT of peft": (
+        "sd1",
+        {f"base_model.model.{PATH}.boft_R": torch.ones(2, 3), f"base_model.model.{PATH}.boft_s": torch.ones(16, 1)},
+        {},
+        r"to_q has tensors of shape \[2, 3\] and \[16, 1\], which are no BOFT",
+    ),
+    "R of one dimension": ("sd1", {f"{Q}.oft_diag": torch.ones(4)}, {}, r"shape \[4\], which are no OFT"),
+    "GLoRA of one dimension": (
+        "sd1",
+        {f"{Q}.{name}.weight": torch.ones(4) for name in ("a1", "a2", "b1", "b2")},
+        {},
+        "which are no GLoRA",
+    ),
     "IA3's size": (
         "sd1",
         {f"{Q}.weight": torch.ones(7), f"{Q}.on_input": torch.tensor(1)},
@@ -612,7 +625,7 @@ FAULTS = {  # the family of the model, the tensors, the metadata, the error
         "sd1",
         {"lora_unet_double_blocks_0_img_attn_proj.alpha": torch.ones(1)},
         {},
-        r"made for a transformer \(SD 3, Flux\), which is not supported",
+        r"made for a transformer \(SD 3, Flux, ...\), which is not supported",
     ),
     "either text encoder": (
         "sdxl",

@@ -1,5 +1,6 @@
 """Adapter files as people have them: each kind is the change that its own tool makes, each name finds its module."""
 
+import random
 import re
 
 import pytest
@@ -13,6 +14,7 @@ from peft.tuners.boft import layer as peft_boft
 from safetensors.torch import load_file, save_file
 
 from ldm.adapters.lora import AdapterMerger
+from ldm.adapters.lora_keys import LORA_KEY_SUFFIXES
 from ldm.adapters.lora_loading import build_adaptable_networks, load_adapter
 from ldm.adapters.lora_saving import save_adapter
 from ldm.adapters.textual_inversion import read_placeholder_tokens
@@ -315,3 +317,43 @@ def test_a_lora_of_unknown_names_is_said_to_be_one(networks, tmp_path):
     assert inspect_model(tmp_path / "a.safetensors")["kind"] == f"a LoRA whose names are no known tool's, as {name}"
     with pytest.raises(ValueError, match="not an adapter: no tensor has a LoRA key"):
         load_adapter(tmp_path / "a.safetensors", networks, "sd1")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [  # of Flux, SD 3, Qwen, Wan, Anima, Z-Image
+        "transformer.single_transformer_blocks.1.attn.to_q.lora_A.weight",
+        "lora_unet_joint_blocks_0_context_block_attn_qkv.lora_down.weight",
+        "transformer_blocks.1.attn.add_k_proj.lora_A.weight",
+        "lora_unet_transformer_blocks_1_attn_to_k.lokr_w1",
+        "diffusion_model.blocks.0.cross_attn.k_proj.lora_A.weight",
+        "lora_unet_blocks_0_attn_gate.lora_down.weight",
+        "diffusion_model.layers.0.attention.to_q.lora_A.weight",
+    ],
+)
+def test_an_adapter_of_a_transformer_is_said_to_be_one(name, networks, tmp_path):
+    save_file({name: torch.ones(2, 16)}, tmp_path / "a.safetensors")
+    why = "made for a transformer (SD 3, Flux, ...), which is not supported"
+    report = inspect_model(tmp_path / "a.safetensors")
+    assert (report["kind"], report["family"]) == (f"a LoRA file, {why}", None)
+    with pytest.raises(ValueError, match=re.escape(why)):
+        load_adapter(tmp_path / "a.safetensors", networks, "sd1")
+
+
+@pytest.mark.filterwarnings("ignore:.*rank 0")
+def test_tensors_of_any_shape_are_an_adapter_or_one_line(networks, tmp_path):
+    """Suffixes of every kind with random shapes and dtypes: no error but the file's own."""
+    rng, g = random.Random(0), torch.Generator().manual_seed(0)
+    modules = [f"lora_unet_{path.replace('.', '_')}" for path in LAYERS] + ["unet:3"]
+    dtypes = torch.float32, torch.float16, torch.int64, torch.bool
+    path = tmp_path / "a.safetensors"
+    for _ in range(150):
+        names = [m + s for m in rng.sample(modules, 2) for s in rng.sample(list(LORA_KEY_SUFFIXES), 2)]
+        shapes = [[rng.choice((0, 1, 2, 3, 4, 16)) for _ in range(rng.randint(0, 5))] for _ in names]
+        tensors = {n: torch.rand(s, generator=g).to(rng.choice(dtypes)) for n, s in zip(names, shapes, strict=True)}
+        save_file(tensors, path)
+        inspect_model(path)
+        try:
+            load_adapter(path, networks, "sd1")
+        except ValueError as error:
+            assert str(error).startswith(f"{path}: ") and "\n" not in str(error)
