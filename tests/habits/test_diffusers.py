@@ -18,6 +18,7 @@ import PIL.Image
 import pytest
 import torch
 from diffusers import DDIMScheduler, EulerDiscreteScheduler
+from diffusers.pipelines import pipeline_utils
 from diffusers_models import SCHEDULE, pixels, plain, vae, xl
 from peft import LoraConfig, get_peft_model_state_dict
 from safetensors.torch import save_file
@@ -27,6 +28,7 @@ from ldm.picto import clip
 from ldm.pipeline import compat, pipeline
 
 STEPS = 4
+THEIRS = {}  # networks that diffusers has loaded
 MODELS = {
     "stable-diffusion-v1-5/stable-diffusion-v1-5": (plain, 4, DDIMScheduler),
     "stable-diffusion-v1-5/stable-diffusion-inpainting": (plain, 9, DDIMScheduler),
@@ -111,23 +113,41 @@ def few_steps():
             call = getattr(diffusers, name).__call__.__wrapped__
             usual.append((call, call.__defaults__))
             call.__defaults__ = tuple(STEPS if default == 50 else default for default in call.__defaults__)
-    load, models = pipeline.load_checkpoint, {}
+    yield
+    for call, defaults in usual:
+        call.__defaults__ = defaults
 
-    def load_once(path, *args):
+
+@pytest.fixture(scope="module", autouse=True)
+def loaded_once():
+    """Networks are loaded once, and have their own weights again for each of our pipelines."""
+    load, load_sub_model, models = pipeline.load_checkpoint, pipeline_utils.load_sub_model, {}
+
+    def load_ours(path, *args):
         key = str(Path(path).resolve()), *args
         if key not in models:
             model = load(path, *args)
-            models[key] = replace(
-                model, generation_defaults={**model.generation_defaults, "num_inference_steps": STEPS}
-            )
-        tokenizers = [encoder.tokenizer for encoder in models[key].text_encoders]
-        return copy.deepcopy(models[key], {id(one): one for one in tokenizers})
+            weights = {name: copy.deepcopy(network.state_dict()) for name, network in model.networks.items()}
+            defaults = {**model.generation_defaults, "num_inference_steps": STEPS}
+            models[key] = replace(model, generation_defaults=defaults), weights
+        model, weights = models[key]
+        for encoder in model.text_encoders:
+            encoder.set_placeholder_embeddings([])
+        for name, network in model.networks.items():
+            network.load_state_dict(weights[name])
+        return model
 
-    pipeline.load_checkpoint = load_once
+    def load_theirs(**options):
+        key = options["name"], str(Path(options["cached_folder"]).resolve())
+        if options["name"] == "scheduler":
+            return load_sub_model(**options)
+        if key not in THEIRS:
+            THEIRS[key] = load_sub_model(**options)
+        return THEIRS[key]
+
+    pipeline.load_checkpoint, pipeline_utils.load_sub_model = load_ours, load_theirs
     yield
-    pipeline.load_checkpoint = load
-    for call, defaults in usual:
-        call.__defaults__ = defaults
+    pipeline.load_checkpoint, pipeline_utils.load_sub_model = load, load_sub_model
 
 
 @pytest.fixture
@@ -153,6 +173,8 @@ def paste(hub, tmp_path, monkeypatch):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             exec(compile(code, "pasted", "exec"), names)
+        if re.search("lora|enable|fuse", lines):  # which change diffusers' networks
+            THEIRS.clear()
         return names
 
     return run
