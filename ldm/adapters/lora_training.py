@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
+import torch
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.dora import DoraConv2dLayer
@@ -47,6 +48,19 @@ def inject_lora(network: nn.Module, targets: Sequence[str], rank: int, alpha: fl
     for module in network.modules():
         if type(module) is DoraConv2dLayer:
             module.__class__ = AnyLayoutDoRAConv
+        if isinstance(module, LoraLayer) and module.get_base_layer().weight.dtype != torch.float32:
+            _init_in_float32(module)
+
+
+@torch.no_grad()
+def _init_in_float32(layer: LoraLayer) -> None:
+    """Give a layer float32 factors, where peft has rounded them to the dtype of the frozen weight."""
+    for part in (layer.lora_A, layer.lora_B, layer.lora_magnitude_vector):
+        part.float()
+    layer.reset_lora_parameters(PEFT_ADAPTER_NAME, init_lora_weights=True)
+    if PEFT_ADAPTER_NAME in layer.lora_magnitude_vector:
+        magnitude = layer.lora_magnitude_vector[PEFT_ADAPTER_NAME].weight  # of W + 0
+        magnitude.copy_(layer.get_base_layer().weight.float().flatten(1).norm(dim=1).view_as(magnitude))
 
 
 def extract_lora_deltas(network: nn.Module, component: str) -> dict[str, ModuleDelta]:

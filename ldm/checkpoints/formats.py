@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from stat import S_ISDIR, S_ISREG
@@ -88,17 +88,19 @@ FORMATS = {
 
 
 def load_checkpoint(
-    source: str | Path, device: torch.device, dtype: torch.dtype, options: LoadOptions = LoadOptions()
+    source: str | Path,
+    device: torch.device,
+    dtype: torch.dtype,
+    options: LoadOptions = LoadOptions(),
+    float32_components: Container[str] = (),
 ) -> Checkpoint:
     """The model in a directory, a single file or on the hub (`owner/name`, `owner/name:file.safetensors`).
 
-    In float16 an autoencoder with `force_upcast` stays in float32. ValueError in one line names the file and what is
-    missing, unknown, truncated or of another shape.
+    `float32_components`, and in float16 an autoencoder with `force_upcast`, are in float32. ValueError in one line
+    names the file and what is missing, unknown, truncated or of another shape.
     """
     spec = read_model_spec(source, options)
-    networks, dtypes = spec.networks, dict.fromkeys(spec.networks, dtype)
-    if dtype == torch.float16 and networks["vae"].config.force_upcast:
-        dtypes["vae"] = torch.float32
+    networks, dtypes = spec.networks, choose_dtypes(spec, dtype, float32_components)
     hashes = load_weights(networks, spec.shard_groups, device, dtypes)
     for network in networks.values():
         network.eval().requires_grad_(False)
@@ -120,6 +122,14 @@ def load_checkpoint(
         load_options={**path, **options.to_record()},
         scheduler_config=scheduler_config,
     )
+
+
+def choose_dtypes(
+    spec: ModelSpec, dtype: torch.dtype, float32_components: Container[str] = ()
+) -> dict[str, torch.dtype]:
+    """The dtype of each network, as `load_checkpoint` says."""
+    upcast = {"vae"} if dtype == torch.float16 and spec.networks["vae"].config.force_upcast else set()
+    return {n: torch.float32 if n in float32_components or n in upcast else dtype for n in spec.networks}
 
 
 def read_model_spec(source: str | Path, options: LoadOptions = LoadOptions()) -> ModelSpec:

@@ -17,7 +17,6 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ldm.errors import error_text, parse_json
@@ -270,10 +269,8 @@ def save_module(module: nn.Module, config: Mapping[str, Any], folder: Path, name
     write_json(add_dtype(config), folder / "config.json")
 
 
-def save_tensors(tensors: Mapping[str, Tensor], path: Path, dtype: torch.dtype = torch.float16) -> None:
-    """Write a safetensors file with the floating-point tensors in `dtype`."""
-    cast = {
-        name: value.detach().to("cpu", dtype if value.is_floating_point() else value.dtype).contiguous()
-        for name, value in tensors.items()
-    }
-    save_file(cast, path, metadata={"format": "pt"})
+def save_tensors(tensors: Mapping[str, Tensor], path: Path, dtype: torch.dtype | None = torch.float16) -> None:
+    """Write a safetensors file, floating-point tensors in `dtype` (None: each in its own), one copy at a time."""
+    with SafetensorsWriter(path, tensors, {"format": "pt"}, dtype) as writer:
+        for name, value in tensors.items():
+            writer.write(name, value)

@@ -6,7 +6,7 @@ import hashlib
 import json
 import mmap
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -67,18 +67,25 @@ class LatentCache:
 
 def blake2b_hexdigest(*parts: bytes | str) -> str:
     """BLAKE2b of the parts with their lengths, so that ("ab", "c") and ("a", "bc") differ; 32 hexadecimal digits."""
+    return _hash_parts(parts)
+
+
+def _hash_parts(parts: Iterable[bytes | memoryview | str]) -> str:
     hasher = hashlib.blake2b(digest_size=16)
     for part in parts:
-        data = part.encode() if isinstance(part, str) else part
-        hasher.update(len(data).to_bytes(8, "big"))
+        data = memoryview(part.encode() if isinstance(part, str) else part)
+        hasher.update(data.nbytes.to_bytes(8, "big"))
         hasher.update(data)
     return hasher.hexdigest()
 
 
 def hash_network_weights(network: nn.Module, *extra: Any) -> str:
     """A digest of a network's weights (name, dtype and bytes, on any device) and of `extra` JSON values."""
-    parts: list[bytes | str] = [json.dumps(extra, sort_keys=True)]
-    for name, value in sorted(network.state_dict().items()):
-        data = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
-        parts += [f"{name} {value.dtype} {tuple(value.shape)}", data]
-    return blake2b_hexdigest(*parts)
+
+    def parts() -> Iterator[memoryview | str]:  # one tensor in memory at a time
+        yield json.dumps(extra, sort_keys=True)
+        for name, value in sorted(network.state_dict().items()):
+            yield f"{name} {value.dtype} {tuple(value.shape)}"
+            yield value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+
+    return _hash_parts(parts())

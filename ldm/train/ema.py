@@ -12,9 +12,10 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from ldm.checkpoints.tensors import save_tensors
 from ldm.files import atomic_write
 from ldm.train.task import TrainingTask, copy_tensors, trainable_parameters
 
@@ -94,9 +95,8 @@ def save_ema_snapshot(
     folder: Path, step: int, sigma_rel: float, tensors: Mapping[str, Tensor], dtype: torch.dtype
 ) -> None:
     """Publish an average after `step` updates as `averages/<step>-<sigma_rel>.safetensors`."""
-    cast = {name: value.to("cpu", dtype).contiguous() for name, value in tensors.items()}
     with atomic_write(folder / "averages" / f"{step:08d}-{sigma_rel:.3f}.safetensors") as draft:
-        save_file(cast, draft)
+        save_tensors(tensors, draft, dtype)
 
 
 def list_ema_snapshots(folder: Path) -> list[EMASnapshot]:

@@ -29,7 +29,13 @@ from ldm.pipeline.request import Request
 from ldm.rng import derive_seed, torch_seed
 from ldm.train.card import write_model_card
 from ldm.train.diffusion import DiffusionTask, encode_latent_moments, validation_requests
-from ldm.train.methods import FINETUNE_METHODS, base_load_options, base_model_path, load_base_pipeline
+from ldm.train.methods import (
+    FINETUNE_METHODS,
+    base_load_options,
+    base_model_path,
+    float32_components,
+    load_base_pipeline,
+)
 from ldm.train.model_spec import describe_export
 from ldm.train.score_matching import NUM_VALIDATION_LEVELS
 from ldm.train.task import Batch
@@ -184,9 +190,9 @@ def prepare_captions(
 
 
 def load_base_model(objective: FinetuneObjective, device: torch.device) -> Checkpoint:
-    """The pretrained model in float32; ValueError for an inpainting model."""
-    path = base_model_path(objective)
-    model = load_checkpoint(path, device, torch.float32, base_load_options(objective))
+    """The pretrained model, frozen networks in their own dtype; ValueError for an inpainting model."""
+    path, dtype = base_model_path(objective), resolve_frozen_dtype(objective.frozen_dtype, device)
+    model = load_checkpoint(path, device, dtype, base_load_options(objective), float32_components(objective))
     if model.unet.config.in_channels != model.unet.config.out_channels:
         raise ValueError(f"{path}: an inpainting model cannot be fine-tuned")
     model.unet.attention = objective.attention

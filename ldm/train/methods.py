@@ -29,7 +29,7 @@ Metadata = Mapping[str, str]  # of a safetensors header
 
 
 class FinetuneMethod(NamedTuple):
-    """`prepare` makes the trained parameters of a float32 model require a gradient; `export` writes them to a folder.
+    """`prepare` makes the trained parameters of a model require a gradient; `export` writes them to a folder.
 
     `load_pipeline` is a pipeline with that folder's content: adapters and embeddings are loaded into the pipeline that
     is given, by default that of the recipe's pretrained model.
@@ -58,6 +58,13 @@ def load_base_pipeline(objective: FinetuneObjective) -> Pipeline:
 def trainable_network_names(model: Checkpoint, objective: FinetuneObjective) -> list[str]:
     """The folders of the networks that are trained, or get adapters."""
     return ["unet", *TEXT_ENCODERS[: len(model.text_encoders) if objective.train_text_encoder else 0]]
+
+
+def float32_components(objective: FinetuneObjective) -> tuple[str, ...]:
+    """The networks that are trained whole, and so are in float32; the others are frozen."""
+    if objective.method != "full":
+        return ()
+    return ("unet", *(TEXT_ENCODERS if objective.train_text_encoder else ()))
 
 
 def prepare_full(model: Checkpoint, objective: FinetuneObjective) -> Checkpoint:

@@ -10,16 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from ldm.checkpoints.tensors import open_safetensors, save_tensors
 from ldm.config import FinetuneObjective, Recipe
 from ldm.errors import warn_of_input
 from ldm.files import atomic_write, file_sha256, remove_path
 from ldm.hardware import resolve_frozen_dtype, resolve_mixed_precision
 from ldm.train.ema import EMAModel
-from ldm.train.task import copy_tensors, trainable_parameters
+from ldm.train.task import check_same_shapes, trainable_parameters
 
 IMMUTABLE_RECIPE_KEYS = ("objective", "data", "seed", "optimizer")  # fixed for a training
 # folders may be renamed: data are compared by their content
@@ -67,7 +66,7 @@ def save_checkpoint(state: TrainState, recipe: Recipe) -> None:
     with atomic_write(recipe.output_dir / f"checkpoint-{state.step}") as draft:
         draft.mkdir()
         for name, tensors in state.tensors_by_file().items():
-            save_file(_clone_shared_tensors(tensors), draft / f"{name}.safetensors")
+            save_tensors(tensors, draft / f"{name}.safetensors", None)
         optimizer_tensors: dict[str, Tensor] = {}
         record = {
             "step": state.step,
@@ -79,7 +78,7 @@ def save_checkpoint(state: TrainState, recipe: Recipe) -> None:
             "scaler": state.scaler and state.scaler.state_dict(),
             "figures": state.pending_metrics,
         }
-        save_file(_clone_shared_tensors(optimizer_tensors), draft / OPTIMIZER_FILE)
+        save_tensors(optimizer_tensors, draft / OPTIMIZER_FILE, None)
         (draft / "state.json").write_text(json.dumps(record) + "\n")
         checksums = {file.name: file_sha256(file) for file in sorted(draft.iterdir())}
         (draft / CHECKSUMS_FILE).write_text(json.dumps(checksums) + "\n")
@@ -99,7 +98,7 @@ def resume_from_checkpoint(state: TrainState, recipe: Recipe) -> None:
             return _load_checkpoint(state, path, recipe)
         except ChangedDataError:
             raise
-        except (OSError, SafetensorError, RuntimeError, LookupError, TypeError, ValueError) as error:
+        except (OSError, RuntimeError, LookupError, TypeError, ValueError) as error:
             skipped.append(f"{path}: not a checkpoint of this recipe ({' '.join(str(error).split())})")
             warn_of_input(skipped[-1])
     if skipped:
@@ -138,7 +137,7 @@ def _flatten_options(value: Any, name: str) -> Iterator[tuple[str, Any]]:
 
 
 def _load_checkpoint(state: TrainState, path: Path, recipe: Recipe) -> None:
-    """Read and check all files of a checkpoint, then copy them into the state."""
+    """Check all files of a checkpoint, then copy them into the state, one tensor at a time beside the optimizer's."""
     for name, digest in json.loads((path / CHECKSUMS_FILE).read_text()).items():
         if file_sha256(path / name) != digest:
             raise ValueError(f"{name} is damaged: its SHA-256 is not the one in {CHECKSUMS_FILE}")
@@ -148,10 +147,15 @@ def _load_checkpoint(state: TrainState, path: Path, recipe: Recipe) -> None:
         if name in options and options[name] != value:
             raise ValueError(f"its {name} is {value!r}, the recipe's {options[name]!r}")
     _check_samples(record.get("samples") or {}, state.sample_digests, path, recipe)
-    tensors = {name: load_file(path / f"{name}.safetensors") for name in state.tensors_by_file()}
-    optimizer_tensors = load_file(path / OPTIMIZER_FILE)
-    for name, target in state.tensors_by_file().items():
-        copy_tensors(tensors[name], target)
+    targets = state.tensors_by_file()
+    files = {name: open_safetensors(path / f"{name}.safetensors") for name in targets}
+    for name, target in targets.items():
+        check_same_shapes(files[name].meta_tensors(), target)
+    optimizer_tensors = dict(open_safetensors(path / OPTIMIZER_FILE).iter_tensors())
+    for name, target in targets.items():
+        with torch.no_grad():
+            for key, tensor in files[name].iter_tensors():
+                target[key].copy_(tensor)
     state.optimizer.load_state_dict(tree_from_json(record["optimizer"], optimizer_tensors))
     _restore_memory_format(state.optimizer)
     if state.scaler and record["scaler"]:
@@ -212,17 +216,6 @@ def tree_from_json(tree: Any, tensors: Mapping[str, Tensor]) -> Any:
         case list():
             return [tree_from_json(value, tensors) for value in tree]
     return tree
-
-
-def _clone_shared_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Contiguous tensors, none of which shares memory with another, as safetensors requires."""
-    seen: set[int] = set()
-    ready = {}
-    for name, value in tensors.items():
-        value = value.detach().contiguous()
-        ready[name] = value.clone() if value.untyped_storage().data_ptr() in seen else value
-        seen.add(ready[name].untyped_storage().data_ptr())
-    return ready
 
 
 def _restore_memory_format(optimizer: torch.optim.Optimizer) -> None:

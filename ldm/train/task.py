@@ -64,8 +64,13 @@ def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 @torch.no_grad()
 def copy_tensors(source: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> None:
     """Copy values into tensors of the same names and shapes; ValueError, with nothing changed, where these differ."""
+    check_same_shapes(source, target)
+    for name, value in target.items():
+        value.copy_(source[name])
+
+
+def check_same_shapes(source: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> None:
+    """ValueError where the names or shapes of tensors differ."""
     for name in sorted(source.keys() | target.keys()):
         if name not in source or name not in target or source[name].shape != target[name].shape:
             raise ValueError(f"{name}: missing on one side, or shapes differ")
-    for name, value in target.items():
-        value.copy_(source[name])
