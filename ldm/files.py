@@ -8,15 +8,17 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryFile
-from typing import Any
+from typing import Any, ClassVar, NamedTuple
 
 from ldm.errors import error_text, parse_json
 
 MAX_DRAFT_STEM = 48  # characters of a file's name in its draft's; a name has at most 255 bytes
+HASHED_BLOCK_BYTES = 2**20
 UMASK = os.umask(0o077)  # it can only be read by setting it, which is safe before there are threads
 os.umask(UMASK)
 
@@ -139,6 +141,69 @@ def read_json(path: Path) -> dict[str, Any]:
 def write_json(values: Mapping[str, Any], path: Path) -> None:
     """Write an indented JSON object."""
     path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+
+
+class FileVersion(NamedTuple):
+    """A file as it is now: another content has another size, time of change or inode."""
+
+    path: Path
+    size: int
+    mtime_ns: int
+    inode: int
+
+    @classmethod
+    def of(cls, path: Path) -> FileVersion:
+        """The version that a path has now."""
+        stat = path.stat()
+        return cls(path.absolute(), stat.st_size, stat.st_mtime_ns, stat.st_ino)
+
+
+class FileHashes(Mapping[str, str]):
+    """The SHA-256 of some files' content, one after another, by name; computed when first asked for, once a process.
+
+    ValueError from a look-up where a file has changed since its version was taken.
+    """
+
+    _known: ClassVar[dict[tuple[FileVersion, ...], str]] = {}
+
+    def __init__(self, files: Mapping[str, tuple[FileVersion, ...]]) -> None:
+        self._files = files
+        self._thread: threading.Thread | None = None
+
+    def __getitem__(self, name: str) -> str:
+        if self._thread and threading.current_thread() is not self._thread:
+            self._thread.join()
+        files = self._files[name]
+        if files not in self._known:
+            self._known[files] = _hash_files(files)
+        return self._known[files]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._files)
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def prefetch(self) -> None:
+        """Compute all in a thread; an error is for whoever asks."""
+
+        def run() -> None:
+            with suppress(OSError, ValueError):
+                dict(self)
+
+        self._thread = threading.Thread(target=run, name="hash", daemon=True)
+        self._thread.start()
+
+
+def _hash_files(files: Sequence[FileVersion]) -> str:
+    hasher = hashlib.sha256()
+    for version in files:
+        with version.path.open("rb") as file:
+            while block := file.read(HASHED_BLOCK_BYTES):
+                hasher.update(block)
+        if FileVersion.of(version.path) != version:
+            raise ValueError(f"{version.path}: has changed since it was loaded")
+    return hasher.hexdigest()
 
 
 def file_sha256(path: Path, offset: int = 0) -> str:

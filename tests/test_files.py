@@ -1,6 +1,7 @@
 """Publishing: the old file or the new one, never a piece."""
 
 import errno
+import hashlib
 import os
 import stat
 from concurrent.futures import ThreadPoolExecutor
@@ -8,7 +9,7 @@ from threading import Barrier
 
 import pytest
 
-from ldm.files import atomic_write, rename_noreplace
+from ldm.files import FileHashes, FileVersion, atomic_write, rename_noreplace
 
 
 def names(folder):
@@ -87,3 +88,17 @@ def test_of_many_that_claim_a_name_at_once_one_has_it(tmp_path, links):
     with ThreadPoolExecutor(8) as pool:
         (winner,) = filter(None, pool.map(write, range(8)))
     assert names(tmp_path) == ["a"] and (tmp_path / "a").read_text() == winner
+
+
+def test_hashes_are_those_of_the_files_that_were_loaded(tmp_path, monkeypatch):
+    a, b = tmp_path / "a", tmp_path / "b"
+    a.write_bytes(b"one")
+    b.write_bytes(b"two")
+    versions = FileVersion.of(a), FileVersion.of(b)
+    hashes = FileHashes({"both": versions, "first": versions[:1]})
+    hashes.prefetch()
+    assert dict(hashes) == {k: hashlib.sha256(v).hexdigest() for k, v in (("both", b"onetwo"), ("first", b"one"))}
+    b.write_bytes(b"2")
+    assert hashes["both"] == hashlib.sha256(b"onetwo").hexdigest()  # known: not read again
+    with pytest.raises(ValueError, match="b: has changed since it was loaded"):
+        FileHashes({"second": versions[1:]})["second"]

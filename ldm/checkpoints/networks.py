@@ -7,7 +7,6 @@ the model and one tensor.
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from ldm.checkpoints.keys import IDENTITY, KeyMapping, check_keys_and_shapes, di
 from ldm.checkpoints.schedule import SchedulerSettings
 from ldm.checkpoints.tensors import SafetensorsFile
 from ldm.diffusion.sde import VPSDE
+from ldm.files import FileHashes, FileVersion
 from ldm.nn.text_encoders import TextEncoder
 from ldm.nn.unet import UNetConfig
 
@@ -142,32 +142,31 @@ def load_weights(
     shard_groups: Sequence[Sequence[WeightFile]],
     device: torch.device,
     dtypes: Mapping[str, torch.dtype],
-) -> dict[str, str]:
-    """Load networks' weights to a device and initialize their buffers; the SHA-256 of each component's file.
+) -> FileHashes:
+    """Load networks' weights to a device and initialize their buffers; the SHA-256 of each component's files.
 
-    The files of a group (the shards of a network) are hashed as one content. ValueError for a tensor that is not
-    floating-point, before anything is read, and for a file that ends early.
+    ValueError for a tensor that is not floating-point, before anything is read, and for a file that ends early.
     """
     for source in (source for group in shard_groups for source in group):
         for name in source.key_mappings:
             if not (dtype := source.file.tensor_infos[name].dtype).is_floating_point:
                 raise ValueError(f"{source.file.path}: {name} has dtype {dtype}, expected floating-point")
     weights: dict[str, dict[str, Tensor]] = {component: {} for component in networks}
-    hashes = {}
+    hashed_files: dict[str, tuple[FileVersion, ...]] = {}
     for group in shard_groups:
-        hasher = hashlib.sha256()
+        versions = tuple(FileVersion.of(source.file.path) for source in group)
         for source in group:
-            for name, tensor in source.file.iter_tensors(hasher):
+            for name, tensor in source.file.map_tensors():
                 if mapping := source.key_mappings.get(name):
                     parts = _split_and_cast(mapping, tensor, device, dtypes[mapping.component])
                     weights[mapping.component].update(parts)
         components = {mapping.component for source in group for mapping in source.key_mappings.values()}
-        hashes.update(dict.fromkeys(components, hasher.hexdigest()))
+        hashed_files.update(dict.fromkeys(components, versions))
     for component, network in networks.items():
         names = {diffusers_key(component, name): name for name in network.state_dict()}
         network.load_state_dict({names[key]: a for key, a in weights.pop(component).items()}, assign=True)
         _init_buffers(network, device)
-    return hashes
+    return FileHashes(hashed_files)
 
 
 def _split_and_cast(mapping: KeyMapping, tensor: Tensor, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -176,7 +175,7 @@ def _split_and_cast(mapping: KeyMapping, tensor: Tensor, device: torch.device, d
         name: torch.channels_last if a.ndim == 4 else torch.contiguous_format for name, a in mapping.parts.items()
     }
     return {
-        name: part.to(device=device, dtype=dtype, memory_format=memory_formats[name], copy=len(memory_formats) > 1)
+        name: part.to(device=device, dtype=dtype, memory_format=memory_formats[name], copy=True)
         for name, part in mapping.to_diffusers(tensor).items()
     }
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import mmap
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -80,6 +81,26 @@ class SafetensorsFile:
     def meta_tensors(self) -> dict[str, Tensor]:
         """The tensors without their values, on the meta device."""
         return {name: torch.empty(a.shape, dtype=a.dtype, device="meta") for name, a in self.tensor_infos.items()}
+
+    def map_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Each name and tensor, mapped from the file one at a time: to be copied, as the file may change later.
+
+        ValueError where the file has become shorter.
+        """
+        with self.path.open("rb") as file:
+            for name, info in self.tensor_infos.items():
+                start, size = self.data_offset + info.start, info.end - info.start
+                page = start - start % mmap.ALLOCATIONGRANULARITY
+                if not size:
+                    yield name, torch.empty(info.shape, dtype=info.dtype)
+                    continue
+                try:
+                    data = mmap.mmap(file.fileno(), start - page + size, access=mmap.ACCESS_COPY, offset=page)
+                except ValueError:
+                    raise ValueError(f"{self.path}: ends before the last byte of {name}") from None
+                raw = torch.frombuffer(data, dtype=torch.uint8, offset=start - page)
+                aligned = raw if start % info.dtype.itemsize == 0 else raw.clone()
+                yield name, aligned.view(info.dtype).reshape(info.shape)
 
     def iter_tensors(self, hasher: _Hash | None = None) -> Iterator[tuple[str, Tensor]]:
         """Each name and tensor on the host, in the file's order; `hasher` is updated with every byte of the file.
@@ -189,8 +210,8 @@ def write_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[s
 
 
 def view_bytes(tensor: Tensor) -> memoryview:
-    """The bytes of a tensor on the host."""
-    return tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data
+    """The bytes of a tensor, on the host."""
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 class SafetensorsWriter:

@@ -27,6 +27,7 @@ from ldm.commands.options import (
     parse_embedding,
 )
 from ldm.commands.progress import UnsupportedSyntaxReport, print_notices, show_progress
+from ldm.files import FileHashes
 from ldm.pipeline.request import RANDOM_SEED, draw_seed
 
 if TYPE_CHECKING:
@@ -87,6 +88,8 @@ def generate(
         for template, seed in zip(templates, seeds, strict=True)
         for k in range(count)
     ]
+    if isinstance(pipe.model.weight_hashes, FileHashes):
+        pipe.model.weight_hashes.prefetch()  # for the metadata, beside the first steps
     unsupported = UnsupportedSyntaxReport()
     for request in requests:
         unsupported.collect(request)

@@ -173,7 +173,7 @@ class Pipeline(AdaptersAPI, DiffusersAPI):
 
     def metadata(self, request: Request, model_name: str) -> dict[str, str]:
         """The texts for an image file: A1111's `parameters`, and as `ldm` everything that regenerates it, in JSON."""
-        hashes, settings = self.model.weight_hashes, request.to_record()
+        hashes, settings = dict(self.model.weight_hashes), request.to_record()
         adapters = {name: (adapter, weight) for name, (adapter, weight) in self.adapters.loaded.items() if weight}
         record = {
             "version": __version__,

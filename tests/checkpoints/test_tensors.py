@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from ldm.checkpoints.tensors import SAFETENSORS_DTYPES, open_safetensors
+from ldm.checkpoints.tensors import SAFETENSORS_DTYPES, SafetensorsFile, open_safetensors
 
 TENSORS = {
     **{f"of {dtype}": torch.randn(3, 5).mul(9).to(dtype) for dtype in SAFETENSORS_DTYPES.values()},
@@ -22,8 +22,9 @@ def path(tmp_path):
     return tmp_path / "a.safetensors"
 
 
-def test_tensors_are_the_library_s(path):
-    expected, found = load_file(path), dict(open_safetensors(path).iter_tensors())
+@pytest.mark.parametrize("read", [SafetensorsFile.iter_tensors, SafetensorsFile.map_tensors])
+def test_tensors_are_the_library_s(path, read):
+    expected, found = load_file(path), dict(read(open_safetensors(path)))
     assert found.keys() == expected.keys() == TENSORS.keys()
     for name, a in found.items():
         assert a.dtype == expected[name].dtype and a.shape == expected[name].shape
@@ -57,9 +58,10 @@ def test_no_tensor_shares_memory_with_another(path):
     assert len({a.untyped_storage().data_ptr() for a in found}) == len(found)
 
 
-def test_a_file_that_shrinks_while_it_is_read_is_told(path):
+@pytest.mark.parametrize("read", [SafetensorsFile.iter_tensors, SafetensorsFile.map_tensors])
+def test_a_file_that_shrinks_while_it_is_read_is_told(path, read):
     file = open_safetensors(path)
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(ValueError, match=r"a\.safetensors: ends before the last byte of "):
-        for _ in file.iter_tensors():
+        for _ in read(file):
             pass
