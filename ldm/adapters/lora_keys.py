@@ -26,8 +26,8 @@ DOWN_FIELDS = ("LoRA", "down"), ("LoHa", "w1_b"), ("GLoRA", "a2")  # [rank, in]
 INPUT_WIDTH_FIELDS = *DOWN_FIELDS, ("Full", "diff")  # [..., in]
 TEXT_ENCODERS_OF_PREFIXES = {"te": "text_encoder", "te1": "text_encoder", "te2": "text_encoder_2"}  # kohya's
 TEXT_ENCODERS_OF_CLIP = {"clip_l": "text_encoder", "clip_h": "text_encoder", "clip_g": "text_encoder_2"}  # ComfyUI's
-LORA_KEY_PREFIXES = {  # prefix: component; a longer one stands before its own beginning
-    "lycoris_": "unet",  # LyCORIS' own, of diffusers' paths
+LORA_KEY_PREFIXES: dict[str, str | None] = {  # prefix: component; a longer one stands before its own beginning
+    "lycoris_": None,  # LyCORIS' own, for any network
     "diffusion_model.": "unet",  # ComfyUI's
     **{
         f"text_encoders.{clip}.{part}": component

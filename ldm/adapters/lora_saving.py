@@ -74,8 +74,13 @@ def _delta_tensors(target: str, delta: ModuleDelta, weight: Tensor) -> dict[Delt
     match delta.factors:
         case None:
             pass
-        case Rotation() | IA3() if delta.bias_scale is not None or isinstance(delta.factors, Rotation):
-            raise ValueError(f"{target}: {type(delta.factors).__name__} of peft has no key in kohya's format")
+        case Rotation(blocks, rescale, on_input=False, unit=None) if len(blocks) == 1:
+            parts = {("OFT", "oft_diag"): blocks[0].mT, (None, "rescale"): rescale}
+            tensors |= {delta_field: a for delta_field, a in parts.items() if a is not None}
+        case Rotation():
+            raise ValueError(f"{target}: an OFT or BOFT of peft has no key in kohya's format")
+        case IA3() if delta.bias_scale is not None:
+            raise ValueError(f"{target}: an IA3 of peft that scales a bias has no key in kohya's format")
         case OFT(blocks, rescale, constraint):
             parts = {("OFT", "oft_blocks"): blocks, (None, "rescale"): rescale, (None, "alpha"): constraint}
             tensors |= {delta_field: a for delta_field, a in parts.items() if a is not None}

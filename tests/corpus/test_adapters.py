@@ -166,8 +166,10 @@ def test_what_peft_saves_is_merged_as_it_does(name, adapter_name, networks, tmp_
         }
         save_file(renamed, file)
     networks["unet"].load_state_dict(base)
-    found, _ = merged(networks, tmp_path)
+    found, adapter = merged(networks, tmp_path)
     assert_close(found, expected)
+    with pytest.raises(ValueError, match=f"an? .*{kind}.* of peft .*has no key in kohya's format"):
+        save_adapter(adapter, tmp_path / "b.safetensors", "kohya", networks)
     assert sum((found[n] - base[n]).abs().max() > 0.01 for n in expected) >= len(LAYERS)
     report = inspect_model(tmp_path)
     assert (report["kinds"], report["dialect"], report["unknown"]) == ([kind], "peft", [])
@@ -186,7 +188,10 @@ def test_the_files_of_kohya_and_of_old_lycoris_are_the_same_rotation(networks, t
         {f"diffusion_model.input_blocks.1.1.{path.split('.', 4)[4]}.{name}": a for name, a in own.items()},
     ):
         save_file(tensors, tmp_path / "a.safetensors")
-        assert_close(merged(networks, tmp_path / "a.safetensors")[0], expected)
+        found, adapter = merged(networks, tmp_path / "a.safetensors")
+        assert_close(found, expected)
+        save_adapter(adapter, tmp_path / "b.safetensors", "kohya", networks)
+        assert_close(merged(networks, tmp_path / "b.safetensors")[0], expected)
 
 
 def test_old_glora_names_its_factors_the_other_way_round(networks, tmp_path):
@@ -263,6 +268,18 @@ def test_every_tool_s_name_is_a_module_of_the_full_size_model(family, tmp_path):
     assert load_adapter(tmp_path / "a.safetensors", networks, family).deltas.keys() == set(NAMES[family].values())
     report = inspect_model(tmp_path / "a.safetensors")
     assert (report["kinds"], report["unknown"]) == (["LoRA"], [])
+
+
+@pytest.mark.parametrize("prefix", ["lycoris_", "base_model.model."])
+def test_a_text_encoder_alone_is_known_by_its_modules(prefix, networks, tmp_path):
+    name = "text_model.encoder.layers.0.mlp.fc1"
+    name = prefix + (name.replace(".", "_") if "_" in prefix[-1] else name)
+    ends = ("lora_down", "lora_up") if prefix == "lycoris_" else ("lora_A", "lora_B")
+    tensors = {f"{name}.{ends[0]}.weight": torch.ones(1, 16), f"{name}.{ends[1]}.weight": torch.ones(24, 1)}
+    save_file(tensors, tmp_path / "a.safetensors")
+    assert [*load_adapter(tmp_path / "a.safetensors", networks, "sd1").deltas] == [
+        "text_encoder/encoder.layers.0.mlp.fc1"
+    ]
 
 
 def test_two_adapters_of_one_stem_have_the_names_of_their_folders(tiny, tmp_path):
