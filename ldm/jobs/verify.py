@@ -88,7 +88,7 @@ def rebuild_request(original: RecordedImage, pipe: Pipeline, input_images: Mappi
         raise ValueError("; ".join(mismatches) + describe_version(original))
     if tensors := original.record.get("tensors"):
         raise ValueError(f"made from tensors that no metadata holds: {tensors!r:.100}")
-    values = dict(original.record["request"])
+    values = {**original.record["request"], "output_type": "pil"}
     for name, image in input_images.items():
         if (digest := values.get(name)) is None:
             continue

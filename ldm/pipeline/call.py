@@ -245,22 +245,18 @@ def join_second_prompts(
 ) -> dict[str, list[Tensor]]:
     """Embeddings of which the second text encoder's part, and the pooled ones, are those of `prompt_2`."""
     joined: dict[str, list[Tensor]] = {}
-    width = pipe.model.text_encoders[0].model.config.hidden_size
     for name, second in (("prompt", options.prompt_2), ("negative_prompt", options.negative_prompt_2)):
         if second is None:
             continue
         if len(pipe.model.text_encoders) == 1:
             raise TypeError(f"pipe(...): {name}_2 is not supported; write {name}=..., this model has one text encoder")
         firsts = columns.get(name) or [""] * len(columns["prompt"])
-        rows = []
-        for pair in zip(firsts, per_prompt(f"{name}_2", second, len(firsts)), strict=True):
-            texts = ["" if text is None else text for text in pair]
-            count = max(len(pipe.prompt_encoder.tokenize_prompt(text)) for text in texts)
-            (own, _), (other, pooled) = (pipe.prompt_encoder.encode(text, count, clip_skip) for text in texts)
-            assert pooled is not None
-            rows.append((torch.cat([own.context[..., :width], other.context[..., width:]], -1)[0], pooled[0]))
-        joined[f"{name}_embeds"] = [states for states, _ in rows]
-        joined[f"{name.replace('prompt', 'pooled_prompt')}_embeds"] = [pooled for _, pooled in rows]
+        pairs = zip(firsts, per_prompt(f"{name}_2", second, len(firsts)), strict=True)
+        rows = [pipe.prompt_encoder.encode(first, 1, clip_skip, other) for first, other in pairs]
+        joined[f"{name}_embeds"] = [states.context[0] for states, _ in rows]
+        joined[f"{name.replace('prompt', 'pooled_prompt')}_embeds"] = [
+            pooled[0] for _, pooled in rows if pooled is not None
+        ]
     return joined
 
 

@@ -26,7 +26,7 @@ from ldm.errors import suggest
 from ldm.files import atomic_write, write_json
 from ldm.nn.text_encoders import save_clip_tokenizer
 from ldm.nn.vae import get_vae_config, vae_scale_factor
-from ldm.pipeline.call import CallState
+from ldm.pipeline.call import CallState, per_prompt
 from ldm.pipeline.compat import (
     COMPONENTS,
     EMPTY_COMPONENTS,
@@ -233,15 +233,17 @@ class DiffusersAPI:
         given = dict(zip(order, args, strict=False)) | arguments
         if unknown := given.keys() - {*order, *second, "clip_skip", "lora_scale"}:
             raise TypeError(f"encode_prompt: unknown argument {(name := sorted(unknown)[0])!r}{suggest(name, order)}")
-        if any(given.get(name) is not None for name in second):
-            raise TypeError("encode_prompt: prompt_2 is not supported; write pipe(..., prompt_2=...)")
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        negatives = given.get("negative_prompt")
-        negatives = list(negatives) if isinstance(negatives, list | tuple) else [negatives] * len(prompts)
         skip, each = given.get("clip_skip") or 0, given.get("num_images_per_prompt", 1)
-        texts = prompts + (negatives if given.get("do_classifier_free_guidance", True) else [])
-        count = max(len(self.prompt_encoder.tokenize_prompt(text)) for text in texts)
-        rows = [self.prompt_encoder.encode(text, count, skip) for text in texts for _ in range(each)]
+
+        def column(name: str) -> list[Any]:
+            return per_prompt(name, given.get(name), len(prompts))
+
+        pairs = list(zip(prompts, column("prompt_2"), strict=True))
+        if given.get("do_classifier_free_guidance", True):
+            pairs += zip(column("negative_prompt"), column("negative_prompt_2"), strict=True)
+        count = max(len(self.prompt_encoder.tokenize_prompt(text)) for pair in pairs for text in pair)
+        rows = [self.prompt_encoder.encode(text, count, skip, other) for text, other in pairs for _ in range(each)]
         both = torch.cat([cond.context for cond, _ in rows]).split(len(prompts) * each)
         embeds = (*both, None)[:2]
         if not is_xl:

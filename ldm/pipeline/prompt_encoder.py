@@ -73,12 +73,24 @@ class PromptEncoder:
             return cond
         return replace(cond, vector=self.model.unet.make_vector(pooled, time_ids.to(pooled.device)))
 
-    def encode(self, prompt: str | None, num_chunks: int, clip_skip: int = 0) -> EncodedChunk:
-        """A prompt's states in at least that many chunks, without a vector, and the first chunk's pooled vector."""
+    def encode(
+        self, prompt: str | None, num_chunks: int, clip_skip: int = 0, prompt_2: str | None = None
+    ) -> EncodedChunk:
+        """A prompt's states in at least that many chunks, without a vector, and the first chunk's pooled vector.
+
+        `prompt_2` is for the second text encoder, whose states are the last, and pooled.
+        """
+        if prompt_2 is not None:
+            width = self.model.text_encoders[0].model.config.hidden_size
+            num_chunks = max(num_chunks, *(len(self.tokenize_prompt(text or "")) for text in (prompt, prompt_2)))
+            first, _ = self.encode(prompt or "", num_chunks, clip_skip)
+            second, pooled = self.encode(prompt_2, num_chunks, clip_skip)
+            states = torch.cat([first.context[..., :width], second.context[..., width:]], -1)
+            return Conditioning(states), pooled
         chunks = self.tokenize_prompt(prompt)
         chunks += self.tokenize_prompt(None if prompt is None else "") * (num_chunks - len(chunks))
-        parts, pooled = zip(*(self._encode_chunk(chunk, clip_skip) for chunk in chunks), strict=True)
-        return Conditioning.cat_context(parts), pooled[0]
+        parts, vectors = zip(*(self._encode_chunk(chunk, clip_skip) for chunk in chunks), strict=True)
+        return Conditioning.cat_context(parts), vectors[0]
 
     def encode_request(self, request: Request, num_chunks: int) -> tuple[Conditioning, Conditioning]:
         """The conditional and the unconditional row of a request; the same one twice without `uses_cfg`."""
@@ -132,6 +144,8 @@ class PromptEncoder:
         for prefix in ("", "negative_"):
             embeds, pooled = (getattr(request, f"{prefix}{kind}prompt_embeds") for kind in ("", "pooled_"))
             if embeds is None:
+                if pooled is not None:
+                    raise ValueError(f"{prefix}pooled_prompt_embeds: needs {prefix}prompt_embeds beside it")
                 continue
             shape = list(embeds.shape)
             if len(shape) != 2 or not shape[0] or shape[0] % length or shape[1] != width:

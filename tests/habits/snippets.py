@@ -175,6 +175,8 @@ image = pipe(prompt_embeds=embeds, guidance_scale=1.0, generator=generator).imag
         "latents = pipe('a cat', output_type='latent').images\nassert latents.shape == (1, 4, 8, 8)",
         PROMPT + "with torch.inference_mode():\n    image = pipe(prompt).images[0]",
         "pipe.set_progress_bar_config(disable=True)\npipe('a cat')",
+        "output = pipe('a cat', generator=torch.Generator().manual_seed(31))\nassert output.seeds == [31]\n"
+        "assert pipe('a cat', seed=31).images[0].tobytes() == output.images[0].tobytes()",
         "assert pipe('a cat')._repr_png_()[:4] == b'\\x89PNG'",
     ),
     ("sd", "pipe('a cat', ip_adapter_image=None, cross_attention_kwargs={'gligen': 1})", "only scale"),
@@ -202,6 +204,12 @@ SDXL = [
 image = pipe(prompt_embeds=prompt_embeds, negative_prompt_embeds=negative_prompt_embeds,
              pooled_prompt_embeds=pooled_prompt_embeds, negative_pooled_prompt_embeds=negative_pooled_prompt_embeds,
              generator=generator).images[0]""",
+        PROMPT
+        + GENERATOR
+        + """embeds, negative, pooled, negative_pooled = pipe.encode_prompt(prompt, "an oil painting",
+    "cuda", 1, True, negative_prompt="rain")
+image = pipe(prompt_embeds=embeds, negative_prompt_embeds=negative, pooled_prompt_embeds=pooled,
+             negative_pooled_prompt_embeds=negative_pooled, generator=generator).images[0]""",
         PROMPT
         + GENERATOR
         + """latents = pipe(prompt, denoising_end=0.5, output_type="latent", generator=generator).images
