@@ -268,10 +268,16 @@ def _read_text_width(file: SafetensorsFile) -> int | None:
     widths = (
         file.tensor_infos[name].shape[1]
         for name, key in keys
-        if "attn2" in key.module and key.module.endswith(("to_k", "to_v")) and key.delta_field in INPUT_WIDTH_FIELDS
+        if _reads_text(key) and key.delta_field in INPUT_WIDTH_FIELDS
         if len(file.tensor_infos[name].shape) > 1
     )
     return next(widths, None)
+
+
+def _reads_text(key: LoRAKey) -> bool:
+    """Whether a module's input is the text: to_k and to_v of attn2, of which the seventh number is one."""
+    is_numbered = key.component == "unet" and key.module == "6"
+    return is_numbered or ("attn2" in key.module and key.module.endswith(("to_k", "to_v")))
 
 
 def _read_base_model_names(file: SafetensorsFile) -> list[str]:

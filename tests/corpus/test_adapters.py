@@ -321,7 +321,8 @@ def test_numbered_modules_of_lora_diffusion_are_those_of_diffusers_in_2023(netwo
     assert_close(found, expected)
     assert sum(target.startswith("text_encoder/") for target in adapter.deltas) == 4
     report = inspect_model(tmp_path / "a.safetensors")
-    assert (report["kind"], report["dialect"], report["unknown"]) == ("a LoRA file: --lora", "lora_diffusion", [])
+    assert (report["kind"], report["dialect"], report["family"]) == ("a LoRA file: --lora", "lora_diffusion", "sd1")
+    assert report["unknown"] == []
     assert report["embeddings"] == ["<s1>", "<s2>"] == [*read_placeholder_tokens(tmp_path / "a.safetensors")]
     save_file({name: a for name, a in tensors.items() if not name.startswith("unet:3:")}, tmp_path / "b.safetensors")
     with pytest.raises(ValueError, match="numbers 35 modules of the unet, expected 36"):
