@@ -275,7 +275,8 @@ def detect_families(tensors: Mapping[str, Tensor]) -> tuple[str, ...]:
         name: _text_encoder_prefixes(spec.prefix for spec in family.text_encoders.values())
         for name, family in candidates.items()
     }
-    matches = [name for name in candidates if prefixes <= family_prefixes[name]]
+    # encoders may be missing, or another's left over
+    matches = [name for name, own in family_prefixes.items() if prefixes <= own or own <= prefixes]
     if not matches:
         encoders = " and ".join(prefixes)
         raise ValueError(f"the U-Net matches {' or '.join(candidates)}, but the text encoders are {encoders}")

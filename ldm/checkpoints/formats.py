@@ -13,8 +13,9 @@ from torch import nn
 
 from ldm.checkpoints import detect, hub
 from ldm.checkpoints.families import LoadOptions
-from ldm.checkpoints.layouts import read_component, read_directory, read_single_file, replace_vae
+from ldm.checkpoints.layouts import read_component, read_directory
 from ldm.checkpoints.networks import TEXT_ENCODERS, ModelSpec, check_model_spec, load_weights
+from ldm.checkpoints.single_file import read_single_file, replace_vae
 from ldm.conditioning import Conditioning
 from ldm.diffusion.prediction import Prediction
 from ldm.diffusion.sde import VPSDE

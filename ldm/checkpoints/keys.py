@@ -33,6 +33,7 @@ UNET_PREFIX, VAE_PREFIX, EMA_PREFIX = "model.diffusion_model.", "first_stage_mod
 UNET_CONVERSION_MAP = {
     "conv_in": "input_blocks.0.0",
     "time_embedding.linear_1": "time_embed.0",
+    "time_embedding.cond_proj": "time_embed.cond_proj",
     "time_embedding.linear_2": "time_embed.2",
     "add_embedding.linear_1": "label_emb.0.0",
     "add_embedding.linear_2": "label_emb.0.2",
@@ -76,10 +77,19 @@ IGNORED_KEYS = {
     r"model_ema\..+": "a moving average of the U-Net, which `ema` puts in its place",
     r".+\.position_ids": "position ids",
     r".+\.logit_scale": "CLIP's logit scale, used in its training only",
+    r"first_stage_model\.(loss|model_ema)\..+": "of the autoencoder's training",
+    r"(.+\.)?scaled_fp8|.+\.(scale_weight|weight_scale)": "the scales of fp8 weights, which are multiplied by them",
+    r".+\.(scale_input|input_scale)": "the scales of inputs in fp8, which are not rounded here",
+    r"(?!model\.diffusion_model\.|first_stage_model\.|cond_stage_model\.|conditioner\.)[^/]+": (
+        LEFT_OVER := "left over from training, or of another tool"
+    ),
 }
+ANOTHER_TEXT_ENCODER = "of a text encoder that this U-Net does not read"
+UNUSUAL_REASONS = LEFT_OVER, ANOTHER_TEXT_ENCODER  # of tensors that are passed over with a notice
 # Other names in files: those of transformers 5, without "text_model", and of the first versions of diffusers.
 SINGLE_FILE_KEY_ALIASES = {
-    r"(cond_stage_model|conditioner\.embedders\.0)\.transformer\.(?!text_model\.)": r"\1.transformer.text_model."
+    r"(cond_stage_model|conditioner\.embedders\.0)\.transformer\.(?!text_model\.)": r"\1.transformer.text_model.",
+    r"model\.diffusion_model\.time_embedding\.cond_proj\.": "model.diffusion_model.time_embed.cond_proj.",
 }
 DIFFUSERS_KEY_ALIASES = {
     r"(text_encoder\w*)/(?!text_model\.|text_projection\.)": r"\1/text_model.",
@@ -154,6 +164,13 @@ def map_unet_modules(config: UNetConfig) -> Iterator[tuple[str, str]]:
             n += 1
         index = 2 if UP_BLOCKS[config.up_block_types[i]] else 1
         yield f"up_blocks.{i}.upsamplers.0.conv", f"output_blocks.{n - 1}.{index}.conv"
+
+
+def original_unet_tensors(config: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The tensors of a U-Net in a single file, on the meta device."""
+    conversion_map = dict(map_unet_modules(UNetConfig.from_dict(config)))
+    tensors = build_meta_network("unet", config).state_dict()
+    return {UNET_PREFIX + _to_original_key(name, conversion_map): a for name, a in tensors.items()}
 
 
 def map_vae_modules(num_blocks: int, layers_per_block: int) -> Iterator[tuple[str, str]]:
@@ -273,11 +290,13 @@ def map_single_file_keys(
 ) -> dict[str, KeyMapping]:
     """The mapping of each tensor of a single file, by its name in the file, without the ignored ones.
 
-    1x1 convolutions and linear maps may stand for each other. `ema` takes the U-Net's moving average instead of its
-    last weights. ValueError names the first tensors that are missing, unknown or of another shape.
+    1x1 convolutions and linear maps may stand for each other; single numbers that are not known are passed over. `ema`
+    takes the U-Net's moving average instead of its last weights. ValueError names the first tensors that are missing,
+    unknown or of another shape.
     """
     mappings = {mapping.original_key: mapping for mapping in build_key_mappings(family)}
     names = resolve_key_aliases((name for name in tensors if not ignored_reason(name, family)), SINGLE_FILE_KEY_ALIASES)
+    names = {name: alias for name, alias in names.items() if name in mappings or tensors[alias].numel() > 1}
     if ema:
         names |= _map_ema_keys(tensors)
     actual = {name: tensors[alias] for name, alias in names.items()}
@@ -348,7 +367,15 @@ def ignored_reason(name: str, family: ModelFamily) -> str | None:
             reasons[rf"{prefix}transformer\.resblocks\.{k}\..+"] = (
                 "the last layer of text, which the U-Net does not see"
             )
+    own = tuple(spec.prefix for spec in family.text_encoders.values())
+    if name.startswith(("cond_stage_model.", "conditioner.")) and not name.startswith(own):
+        return ANOTHER_TEXT_ENCODER
     return next((reason for pattern, reason in reasons.items() if re.fullmatch(pattern, name)), None)
+
+
+def ema_key(name: str) -> str:
+    """The name of a weight's moving average (LDM's LitEma)."""
+    return EMA_PREFIX + name.removeprefix("model.").replace(".", "")
 
 
 def _map_ema_keys(names: Iterable[str]) -> dict[str, str]:
@@ -358,7 +385,7 @@ def _map_ema_keys(names: Iterable[str]) -> dict[str, str]:
     """
     present = set(names)
     weights = (name for name in present if name.startswith(UNET_PREFIX))
-    averages = {name: EMA_PREFIX + name.removeprefix("model.").replace(".", "") for name in weights}
+    averages = {name: ema_key(name) for name in weights}
     for name, average in averages.items():
         if average not in present:
             raise ValueError(f"no moving average of {name} ({average})")

@@ -1,42 +1,32 @@
-"""The two layouts of a model on disk: a directory of diffusers and a single file; and files of one component.
-
-A directory has a folder for each component, and an index that names their classes. A single file (CompVis' LDM,
-Stability's SGM) has no configuration: its tensors tell its family.
-"""
+"""A model as a directory of diffusers: a folder for each component, and an index that names their classes."""
 
 from __future__ import annotations
 
 import re
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Container, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
-from ldm.checkpoints import detect, keys
+from ldm.checkpoints import keys
 from ldm.checkpoints.families import FAMILIES, LoadOptions, ModelFamily, build_from_config, get_config_number
 from ldm.checkpoints.networks import (
     TEXT_ENCODERS,
     ModelSpec,
     ResolvedConfig,
-    UNetProbe,
     WeightFile,
     match_weight_files,
-    select_weights,
 )
 from ldm.checkpoints.schedule import (
     DIFFUSERS_PREDICTION_TYPES,
     DIFFUSERS_SCHEDULERS,
     PREDICTION_TYPES,
-    family_scheduler_config,
     load_scheduler_config,
-    parse_scheduler_config,
 )
-from ldm.checkpoints.tensors import PICKLE_MESSAGE, PICKLE_SUFFIXES, SafetensorsFile, open_safetensors
+from ldm.checkpoints.tensors import PICKLE_MESSAGE, PICKLE_SUFFIXES, SafetensorsFile, dequantize, open_safetensors
 from ldm.diffusion.prediction import PREDICTIONS, Prediction
 from ldm.diffusion.samplers import SAMPLERS
 from ldm.diffusion.timesteps import SPACINGS
@@ -44,7 +34,6 @@ from ldm.errors import choose, error_text
 from ldm.files import read_json
 from ldm.nn import text_encoders
 from ldm.nn.unet import UNetConfig
-from ldm.nn.vae import get_vae_config, vae_scale_factor
 
 MODEL_INDEX_NAME, GENERATION_CONFIG_NAME = "model_index.json", "generation_config.json"
 PIPELINE_TASKS = [
@@ -91,7 +80,6 @@ TOKENIZER_FILES = (
     *("vocab.json", "merges.txt", "tokenizer.json"),
     *("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
 )
-LOSS_PREFIX = "loss."  # of the training loss's tensors in an autoencoder's own file
 
 
 def read_directory(folder: Path, options: LoadOptions = LoadOptions()) -> ModelSpec:
@@ -108,6 +96,8 @@ def read_directory(folder: Path, options: LoadOptions = LoadOptions()) -> ModelS
     for name in pipeline.configs:
         networks[name], files = read_component(folder / name, name, options.variant)
         groups.append(files)
+    if options.variant:
+        _note_other_variants(folder, dict(zip(networks, groups, strict=True)), options.variant)
     overrides: dict[str, Any] = {"_class_name": index["scheduler"][1]}
     if options.prediction is not None:
         overrides["prediction_type"] = choose(DIFFUSERS_PREDICTION_TYPES, options.prediction, "prediction")
@@ -124,7 +114,7 @@ def read_directory(folder: Path, options: LoadOptions = LoadOptions()) -> ModelS
     return ModelSpec(
         networks,
         tuple(groups),
-        _text_encoder_factories(pipeline, tokenizers, FAMILIES[family] if family else pipeline),
+        text_encoder_factories(pipeline, tokenizers, FAMILIES[family] if family else pipeline),
         lambda probe: ResolvedConfig(schedule, family, unet, {**read_json(scheduler_path), **overrides}),
         {
             **pipeline.generation_defaults,
@@ -135,7 +125,17 @@ def read_directory(folder: Path, options: LoadOptions = LoadOptions()) -> ModelS
     )
 
 
-def _text_encoder_factories(
+def _note_other_variants(folder: Path, files: Mapping[str, Sequence[WeightFile]], variant: str) -> None:
+    """A warning that names the components without weights of a variant; ValueError if none has any."""
+    pattern = re.compile(rf"[.]{re.escape(variant)}[.-]")
+    others = [name for name, group in files.items() if not any(pattern.search(file.path.name) for file, _ in group)]
+    if len(others) == len(files):
+        raise ValueError(f"{folder}: no weights of variant {variant!r}")
+    if others:
+        warnings.warn(f"{folder}: no variant {variant} of {', '.join(others)}: read as they are", stacklevel=3)
+
+
+def text_encoder_factories(
     family: ModelFamily, tokenizers: Mapping[str, text_encoders.CLIPTokenizer], source_family: ModelFamily
 ) -> Mapping[str, Callable[[Any], text_encoders.TextEncoder]]:
     """Factories of a family's text encoders; the layers that were dropped are those of `source_family`."""
@@ -155,7 +155,8 @@ def _text_encoder_factories(
 def read_component(folder: Path, name: str, variant: str | None = None) -> tuple[Any, tuple[WeightFile, ...]]:
     """The network of a component on the meta device, from its folder, and its files, compared with it."""
     network = build_from_config(folder / "config.json", partial(keys.build_meta_network, name))
-    return network, match_weight_files(name, network, open_weight_files(folder, WEIGHT_FILE_STEMS[name], variant))
+    files = open_weight_files(folder, WEIGHT_FILE_STEMS[name], variant)
+    return network, match_weight_files(name, network, map(dequantize, files))
 
 
 def read_model_index(folder: Path) -> dict[str, Any]:
@@ -216,7 +217,8 @@ def open_weight_files(folder: Path, stem: str, variant: str | None = None) -> li
 def choose_weight_files(names: Iterable[str], stem: str, variant: str | None = None) -> list[str]:
     """Of the names in a folder those of its weights: one file, or an index and its shards.
 
-    ValueError where there are none of that variant, and where several variants and no plain weights are there.
+    Where there are none of that variant, they are the plain ones, or the only ones. ValueError where several variants
+    and no plain weights are there.
     """
     pattern = re.compile(
         rf"{stem}(?:\.(\w+))?(?P<shard>-\d{{5}}-of-\d{{5}})?(?:\.(\w+))?\.safetensors(?P<index>\.index(?:\.(\w+))?\.json)?"
@@ -231,7 +233,8 @@ def choose_weight_files(names: Iterable[str], stem: str, variant: str | None = N
             pickles.append(name)
     if pickles and not variants:
         raise ValueError(f"{pickles[0]}: {PICKLE_MESSAGE.format(what='a pickle')}")
-    key = variant or ("" if "" in variants or len(variants) != 1 else next(iter(variants)))
+    plain = "" if "" in variants or len(variants) != 1 else next(iter(variants))
+    key = variant if variant and (variant in variants or plain not in variants) else plain
     if key not in variants:
         known = ", ".join(name or "the plain one" for name in variants) or "none"
         raise ValueError(f"{stem}.{f'{key}.' if key else ''}safetensors: no such file; variants here: {known}")
@@ -336,105 +339,3 @@ def select_model_files(names: Iterable[str], variant: str | None = None) -> list
 def select_component_files(names: Iterable[str], component: str, variant: str | None = None) -> list[str]:
     """Of the names in a component's folder those that `read_component` opens."""
     return ["config.json", *choose_weight_files(names, WEIGHT_FILE_STEMS[component], variant)]
-
-
-def read_single_file(path: Path, options: LoadOptions = LoadOptions()) -> ModelSpec:
-    """The model in a file (diffusers' `from_single_file`), with the configurations of its family.
-
-    The tensors tell the family, or `options.family` does.
-
-    If the file has no autoencoder, the spec lacks its weights. ValueError names the file and what is missing, unknown
-    or of another shape.
-    """
-    file = open_safetensors(path)
-    tensors = file.meta_tensors()
-    user_options = {"family": options.family, "prediction": options.prediction}
-    try:
-        detect.detect_prediction(tensors, file.metadata, **user_options)  # refuses contradictions
-        family = FAMILIES[options.family or detect.detect_families(tensors)[0]]
-        mappings = keys.map_single_file_keys(_add_missing_vae(tensors, family), family, options.ema)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
-
-    def resolve(probe: UNetProbe) -> ResolvedConfig:
-        try:
-            detection = detect.detect_model(
-                tensors,
-                file.metadata,
-                lambda: probe(parse_scheduler_config(family.scheduler).sde),
-                **user_options,
-                zero_snr=options.zero_snr,
-            )
-            sibling = FAMILIES[detection.family]  # with the same tensors, but maybe another native size
-            config = family_scheduler_config(sibling, detection.prediction, detection.zero_snr)
-            unet_config = UNetConfig.from_dict(sibling.unet)
-            return ResolvedConfig(parse_scheduler_config(config), detection.family, unet_config, config)
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from None
-
-    tokenizers = {n: text_encoders.build_clip_tokenizer(spec.pad_token_id) for n, spec in family.text_encoders.items()}
-    return ModelSpec(
-        {component: keys.build_meta_network(component, config) for component, config in family.configs.items()},
-        ((WeightFile(file, {name: mapping for name, mapping in mappings.items() if name in tensors}),),),
-        _text_encoder_factories(family, tokenizers, family),
-        resolve,
-        family.generation_defaults,
-        family.force_zeros_for_empty_prompt,
-    )
-
-
-def _add_missing_vae(tensors: Mapping[str, Tensor], family: ModelFamily) -> dict[str, Tensor]:
-    """The tensors, and a missing autoencoder's on the meta device; ValueError if another network is missing."""
-    prefixes = {"unet": keys.UNET_PREFIX, "vae": keys.VAE_PREFIX}
-    prefixes |= {name: spec.prefix for name, spec in family.text_encoders.items()}
-    missing = [n for n, prefix in prefixes.items() if not any(name.startswith(prefix) for name in tensors)]
-    for component in missing:
-        if component != "vae":
-            raise ValueError(f"no {component} in it (nothing begins with {prefixes[component]})")
-    return {**_original_tensors(family, missing), **tensors}
-
-
-def _original_tensors(family: ModelFamily, components: Container[str]) -> dict[str, Tensor]:
-    """The tensors of some components in a family's single file, on the meta device."""
-    return {m.original_key: m.original_tensor for m in keys.build_key_mappings(family) if m.component in components}
-
-
-def replace_vae(model: ModelSpec, source: Path) -> ModelSpec:
-    """The model with the autoencoder of a folder or file instead, which must have latents of the same shape.
-
-    A folder has its own configuration, a file the model's; a file's names are those of diffusers or of LDM, with or
-    without the prefix `first_stage_model.`
-    """
-    network, files = _read_vae(source, get_vae_config(model.networks["vae"]))
-    expected, actual = (
-        f"{a.config.latent_channels} channels at scale factor {vae_scale_factor(a)}"
-        for a in (model.networks["vae"], network)
-    )
-    if expected != actual:
-        raise ValueError(f"{source}: its latents have {actual}, the model's {expected}")
-    groups = (select_weights(group, model.networks.keys() - {"vae"}) for group in model.shard_groups)
-    return replace(
-        model, networks={**model.networks, "vae": network}, shard_groups=(*(group for group in groups if group), files)
-    )
-
-
-def _read_vae(source: Path, config: Mapping[str, Any]) -> tuple[Any, tuple[WeightFile, ...]]:
-    if source.is_dir():
-        whole = not (source / "config.json").is_file() and (source / "vae").is_dir()
-        return read_component(source / "vae" if whole else source, "vae")
-    file = open_safetensors(source)
-    network = keys.build_meta_network("vae", config)
-    if any(name.startswith(("encoder.down_blocks.", "decoder.up_blocks.")) for name in file.tensor_infos):
-        return network, match_weight_files("vae", network, [file])
-    names = {
-        keys.VAE_PREFIX + name.removeprefix(keys.VAE_PREFIX): name
-        for name in file.tensor_infos
-        if not name.startswith((LOSS_PREFIX, keys.EMA_PREFIX))
-    }
-    family, tensors = replace(FAMILIES["sd1"], vae=config), file.meta_tensors()
-    others = _original_tensors(family, family.configs.keys() - {"vae"})
-    try:
-        mappings = keys.map_single_file_keys(others | {key: tensors[name] for key, name in names.items()}, family)
-    except ValueError as error:
-        raise ValueError(f"{source}: {error}") from None
-    return network, (WeightFile(file, {name: mappings[key] for key, name in names.items() if key in mappings}),)

@@ -31,6 +31,7 @@ POSITION_IDS = "position_ids"  # a buffer with the numbers 0 to 76, which direct
 
 
 OTHER_CLIP_PARTS = re.compile(r"(text_projection\.|visual_projection\.|vision_model\.|logit_scale$)")
+FP8_SCALES = re.compile(r"(.+\.)?(scale_weight|weight_scale|scale_input|input_scale|scaled_fp8)$")
 
 
 class WeightFile(NamedTuple):
@@ -95,10 +96,12 @@ def check_model_spec(spec: ModelSpec, path: Path) -> None:
             raise ValueError(f"{path}: the U-Net expects {what} {expected} channels, got {actual}")
 
 
-def is_superfluous(component: str, name: str, expected: Container[str]) -> bool:
-    """Whether a directory's tensor is one that transformers passes over: position ids, other parts of CLIP."""
+def is_superfluous(component: str, name: str, tensor: Tensor, expected: Container[str]) -> bool:
+    """Whether a directory's tensor is passed over: position ids, parts of CLIP, scales of fp8, a single number."""
     if diffusers_key(component, name) in expected:
         return False
+    if tensor.numel() < 2 or FP8_SCALES.match(name):
+        return True
     return name.endswith(POSITION_IDS) or (component in TEXT_ENCODERS and OTHER_CLIP_PARTS.match(name) is not None)
 
 
@@ -113,7 +116,7 @@ def match_weight_files(component: str, network: nn.Module, files: Iterable[Safet
     for file in files:
         tensors, mappings = file.meta_tensors(), {}
         for name in tensors:
-            if is_superfluous(component, name, expected):
+            if is_superfluous(component, name, tensors[name], expected):
                 continue
             if (key := diffusers_key(component, name)) in actual:
                 raise ValueError(f"{file.path}: {key} is given twice")

@@ -19,6 +19,7 @@ from torch import Tensor
 from ldm.checkpoints import detect, formats, keys, layouts
 from ldm.checkpoints.families import FAMILIES, LoadOptions, ModelFamily
 from ldm.checkpoints.schedule import family_scheduler_config
+from ldm.checkpoints.single_file import read_single_file, with_unet_structure
 from ldm.checkpoints.tensors import (
     PICKLE_SUFFIXES,
     SafetensorsFile,
@@ -46,11 +47,12 @@ def write_directory(
     src: Path, draft: Path, dtype: torch.dtype | None = None, options: LoadOptions = LoadOptions()
 ) -> dict[str, Any]:
     """Write a single file as a directory, floating-point tensors in `dtype` (None: each in its own), and report."""
-    (((file, key_mappings),),) = layouts.read_single_file(src, options).shard_groups
+    (((file, key_mappings),),) = read_single_file(src, options).shard_groups
     if not any(mapping.component == "vae" for mapping in key_mappings.values()):
         raise ValueError(f"{src}: no vae in it, and a directory needs one")
     detection = _detect_model(file, options)
-    family, meta = FAMILIES[detection.family], file.meta_tensors()
+    meta = file.meta_tensors()
+    family = with_unet_structure(FAMILIES[detection.family], meta)
     components: dict[str, dict[str, Tensor]] = defaultdict(dict)
     for name, mapping in key_mappings.items():
         components[mapping.component].update(mapping.to_diffusers(meta[name]))
@@ -66,7 +68,8 @@ def write_directory(
     _write_configs(family, detection, draft)
     ignored: dict[str, list[str]] = defaultdict(list)
     for name in sorted(file.tensor_infos.keys() - key_mappings.keys()):
-        ignored[keys.ignored_reason(name, family) or "its moving average is in its place"].append(name)
+        stray = "a stray number" if meta[name].numel() < 2 else "its moving average is in its place"
+        ignored[keys.ignored_reason(name, family) or stray].append(name)
     count = sum(map(len, components.values()))
     return {"layout": "folder", "tensors": count, **asdict(detection), "ignored": dict(ignored)}
 

@@ -12,7 +12,7 @@ import math
 import mmap
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -43,6 +43,8 @@ SAFETENSORS_DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+FP8_DTYPES = torch.float8_e4m3fn, torch.float8_e5m2
+FP8_SCALE_SUFFIXES = ".scale_weight", ".weight_scale"  # ComfyUI's, in place of ".weight"
 SAFETENSORS_DTYPE_NAMES = {dtype: code for code, dtype in SAFETENSORS_DTYPES.items()}
 MAX_NUMEL = 2**63  # torch's own limit, which holds for the sides of an empty tensor too
 MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit
@@ -71,16 +73,19 @@ class TensorInfo(NamedTuple):
 
 @dataclass(frozen=True)
 class SafetensorsFile:
-    """A safetensors file by its header; no tensor is in memory."""
+    """A safetensors file by its header; no tensor is in memory but the `scales` that some are multiplied by."""
 
     path: Path
     metadata: Mapping[str, str]
     tensor_infos: Mapping[str, TensorInfo]
     data_offset: int
+    scales: Mapping[str, Tensor] = field(default_factory=dict)
 
     def meta_tensors(self) -> dict[str, Tensor]:
         """The tensors without their values, on the meta device."""
-        return {name: torch.empty(a.shape, dtype=a.dtype, device="meta") for name, a in self.tensor_infos.items()}
+        dtypes = {name: torch.float32 if name in self.scales else a.dtype for name, a in self.tensor_infos.items()}
+        infos = self.tensor_infos.items()
+        return {name: torch.empty(a.shape, dtype=dtypes[name], device="meta") for name, a in infos}
 
     def map_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Each name and tensor, mapped from the file one at a time: to be copied, as the file may change later.
@@ -100,7 +105,7 @@ class SafetensorsFile:
                     raise ValueError(f"{self.path}: ends before the last byte of {name}") from None
                 raw = torch.frombuffer(data, dtype=torch.uint8, offset=start - page)
                 aligned = raw if start % info.dtype.itemsize == 0 else raw.clone()
-                yield name, aligned.view(info.dtype).reshape(info.shape)
+                yield name, self._scale(name, aligned.view(info.dtype).reshape(info.shape))
 
     def iter_tensors(self, hasher: _Hash | None = None) -> Iterator[tuple[str, Tensor]]:
         """Each name and tensor on the host, in the file's order; `hasher` is updated with every byte of the file.
@@ -120,9 +125,32 @@ class SafetensorsFile:
                 if hasher and pending:
                     pending.result()  # one tensor behind the disk, so that no more than one waits
                     pending = hashing.submit(hasher.update, view)
-                yield name, data.view(info.dtype).reshape(info.shape)
+                yield name, self._scale(name, data.view(info.dtype).reshape(info.shape))
             if pending:
                 pending.result()
+
+    def _scale(self, name: str, tensor: Tensor) -> Tensor:
+        return tensor.float() * self.scales[name] if name in self.scales else tensor
+
+
+def dequantize(file: SafetensorsFile) -> SafetensorsFile:
+    """The file with the scales of its fp8 weights, one for the tensor or one for each row: weight times scale."""
+    scales = {}
+    for name, info in file.tensor_infos.items():
+        suffix = next((suffix for suffix in FP8_SCALE_SUFFIXES if name.endswith(suffix)), None)
+        weight = file.tensor_infos.get(f"{name.removesuffix(suffix)}.weight") if suffix else None
+        if suffix is None or weight is None or weight.dtype not in FP8_DTYPES:
+            continue
+        count = math.prod(info.shape)
+        if count not in (1, weight.shape[0] if weight.shape else 1) or not info.dtype.is_floating_point:
+            raise ValueError(f"{file.path}: {name} has shape {list(info.shape)}, expected one scale, or one a row")
+        with file.path.open("rb") as opened:
+            opened.seek(file.data_offset + info.start)
+            data = bytearray(opened.read(info.end - info.start))
+        scale = torch.frombuffer(data, dtype=info.dtype).float()
+        shape = [count, *[1] * (len(weight.shape) - 1)] if count > 1 else []
+        scales[f"{name.removesuffix(suffix)}.weight"] = scale.reshape(shape)
+    return replace(file, scales=scales)
 
 
 def open_safetensors(path: Path) -> SafetensorsFile:

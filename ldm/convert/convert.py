@@ -24,7 +24,7 @@ from ldm.checkpoints.layouts import read_directory
 from ldm.checkpoints.networks import WeightFile
 from ldm.checkpoints.schedule import PREDICTION_TYPES
 from ldm.checkpoints.tensors import PICKLE_SUFFIXES, SafetensorsWriter
-from ldm.convert.family_match import list_omissions, match_family
+from ldm.convert.family_match import list_omissions, match_family, match_structure
 from ldm.convert.unpickle import is_pickle, unpickle_weights
 from ldm.files import atomic_write, check_creatable_dir, ensure_writable_dir, read_json
 
@@ -122,7 +122,7 @@ def _write_single_file(
     prediction = options.prediction or PREDICTION_TYPES[scheduler.get("prediction_type", "epsilon")]
     zero_snr = bool(scheduler.get("rescale_betas_zero_snr")) if options.zero_snr is None else options.zero_snr
     name = match_family(model, scheduler, prediction, src, options.family)
-    family = FAMILIES[name]
+    family = match_structure(FAMILIES[name], model)
     components: dict[str, dict[str, Tensor]] = defaultdict(dict)
     for source in model.weight_files:
         meta = source.file.meta_tensors()

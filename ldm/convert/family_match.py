@@ -11,10 +11,11 @@ from typing import Any
 import torch
 
 from ldm.checkpoints.families import FAMILIES, TEXT_ENCODER_CONFIG_SCHEMA, VAE_CONFIG_SCHEMA, ModelFamily
-from ldm.checkpoints.keys import build_meta_network
+from ldm.checkpoints.keys import build_meta_network, original_unet_tensors
 from ldm.checkpoints.layouts import MODEL_INDEX_NAME, TOKENIZER_FOLDERS
 from ldm.checkpoints.networks import POSITION_IDS, ModelSpec
 from ldm.checkpoints.schedule import PREDICTION_TYPES, compute_alphas_cumprod
+from ldm.checkpoints.single_file import with_unet_structure
 from ldm.errors import choose, list_some
 from ldm.nn import text_encoders
 from ldm.nn.unet import UNetConfig
@@ -51,6 +52,7 @@ def find_differences(model: ModelSpec, scheduler: Mapping[str, Any], family: Mod
     if model.text_encoder_factories.keys() != family.text_encoders.keys():
         return [f"text encoders {' and '.join(model.text_encoder_factories)}"]
     differences = []
+    family = match_structure(family, model)
     for name, config in family.configs.items():
         actual = _comparable_config(name, model.networks[name].config)
         full = UNetConfig.from_dict(config) if name == "unet" else build_meta_network(name, config).config
@@ -68,6 +70,17 @@ def find_differences(model: ModelSpec, scheduler: Mapping[str, Any], family: Mod
         if tokenizer.get_vocab() != usual.get_vocab() or tokenizer.pad_token_id != usual.pad_token_id:
             differences.append(f"another vocabulary or padding in {TOKENIZER_FOLDERS[name]}")
     return differences
+
+
+def match_structure(family: ModelFamily, model: ModelSpec) -> ModelFamily:
+    """The family with the structure that a single file tells of the directory's U-Net, by its tensors."""
+    config = model.networks["unet"].config
+    if config == UNetConfig.from_dict(family.unet):
+        return family
+    try:
+        return with_unet_structure(family, original_unet_tensors(config.to_dict()))
+    except Exception:  # no network can be built from it: its fields are compared as they are
+        return family
 
 
 def _comparable_config(component: str, config: Any) -> dict[str, Any]:

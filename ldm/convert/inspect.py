@@ -5,6 +5,7 @@ Only headers are read, but for the hash and for probing the U-Net.
 
 from __future__ import annotations
 
+import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -19,6 +20,7 @@ from ldm.checkpoints import detect, formats, keys, layouts
 from ldm.checkpoints.families import FAMILIES, LoadOptions, ModelFamily
 from ldm.checkpoints.hub import PEFT_LORA_NAME
 from ldm.checkpoints.schedule import PREDICTION_TYPES, family_scheduler_config, parse_scheduler_config
+from ldm.checkpoints.single_file import find_structure_changes, open_single_file, with_unet_structure
 from ldm.checkpoints.tensors import SafetensorsFile, TensorInfo, open_safetensors
 from ldm.diffusion.prediction import PREDICTIONS
 from ldm.files import file_sha256, read_json
@@ -86,22 +88,24 @@ def summarize_tensors(infos: Iterable[TensorInfo]) -> dict[str, Any]:
 
 
 def _inspect_file(path: Path) -> dict[str, Any]:
-    file = open_safetensors(path)
+    file, notes = open_single_file(path)
     tensors = file.meta_tensors()
     sha256 = file_sha256(path)
     if kind := detect.unsupported_reason(tensors):
-        content, adapter = summarize_tensors(file.tensor_infos.values()), _inspect_adapter([file])
-        if kind == detect.LORA_DESCRIPTION and (reason := lora_loading.find_unsupported_reason(file)):
+        original = open_safetensors(path)
+        content, adapter = summarize_tensors(file.tensor_infos.values()), _inspect_adapter([original])
+        if kind == detect.LORA_DESCRIPTION and (reason := lora_loading.find_unsupported_reason(original)):
             kind = f"a LoRA file, {reason}"
         elif kind == detect.LORA_DESCRIPTION and not adapter:
-            kind = f"a LoRA whose names are no known tool's, as {next(iter(file.tensor_infos))}"
+            kind = f"a LoRA whose names are no known tool's, as {next(iter(original.tensor_infos))}"
         return {"format": "safetensors", "kind": kind, **adapter, "content": content, "sha256": sha256}
     try:
         families = detect.detect_families(tensors)
         prediction, evidence = detect.detect_prediction(tensors, file.metadata)
         zero_snr, zero_snr_evidence = detect.detect_zero_snr(tensors, file.metadata, families[0])
         name = detect.select_family(families, prediction)
-        uses = _classify_keys(file, FAMILIES[name])
+        changes = find_structure_changes(FAMILIES[name].unet, tensors)
+        uses = _classify_keys(file, with_unet_structure(FAMILIES[name], tensors))
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     config = family_scheduler_config(FAMILIES[name], prediction or detect.family_prediction(name), zero_snr)
@@ -110,7 +114,13 @@ def _inspect_file(path: Path) -> dict[str, Any]:
         "family": name if prediction or len(families) == 1 else " or ".join(families),
         "prediction": prediction,
         "zero_snr": zero_snr,
-        "evidence": [detect.describe_family_evidence(tensors, families), *evidence, zero_snr_evidence],
+        "evidence": [
+            detect.describe_family_evidence(tensors, families),
+            *evidence,
+            zero_snr_evidence,
+            *(f"U-Net of another structure: {field} = {value}" for field, value in changes.items()),
+            *notes,
+        ],
         **_schedule_and_defaults(config, FAMILIES[name].generation_defaults),
         **uses,
         "ema": any(name.startswith(keys.EMA_PREFIX) for name in tensors),
@@ -136,7 +146,7 @@ def _classify_keys(file: SafetensorsFile, family: ModelFamily) -> dict[str, Any]
     return {
         "components": {component: summarize_tensors(infos) for component, infos in components.items()},
         "ignored": dict(Counter(reasons.values())),
-        "unknown": [key for name, key in names.items() if name not in expected],
+        "unknown": [k for n, k in names.items() if n not in expected and math.prod(file.tensor_infos[k].shape) > 1],
         "missing": sorted({mapping.component for mapping in expected.values()} - components.keys())
         + [name for name, mapping in expected.items() if mapping.component in components and name not in names],
         "faults": faults,

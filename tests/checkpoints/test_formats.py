@@ -67,7 +67,7 @@ FAULTS = {
     "torn": (lambda f: (f / UNET).write_bytes((f / UNET).read_bytes()[:-64]), "not a whole safetensors file"),
     "text": (lambda f: (f / UNET).write_text("hello " * 99), "not a whole safetensors file"),
     "missing": (lambda f: edit(f / UNET, lambda t: t.pop("conv_in.bias")), "missing conv_in.bias"),
-    "unknown": (lambda f: edit(f / UNET, lambda t: t.update(extra=torch.ones(1))), "unknown extra"),
+    "unknown": (lambda f: edit(f / UNET, lambda t: t.update(extra=torch.ones(2))), "unknown extra"),
     "shape": (
         lambda f: edit(f / UNET, lambda t: t.update({"conv_in.bias": torch.ones(3)})),
         r"conv_in.bias has shape \[3\], expected \[32\]",

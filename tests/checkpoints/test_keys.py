@@ -305,7 +305,7 @@ BIAS = "model.diffusion_model.out.2.bias"
 FUSED = "cond_stage_model.model.transformer.resblocks.0.attn.in_proj_weight"
 SPOILT = {
     "missing": (lambda t: t.pop(BIAS), "missing model.diffusion_model.out.2.bias"),
-    "unknown": (lambda t: t.update(lora_unet=torch.ones(1)), "unknown lora_unet"),
+    "unknown": (lambda t: t.update({f"{BIAS}2": torch.ones(2)}), "unknown model.diffusion_model.out.2.bias2"),
     "shape": (lambda t: t.update({BIAS: torch.ones(3)}), r"out.2.bias has shape \[3\], expected \[4\]"),
     "fused": (lambda t: t.update({FUSED: torch.ones(47, 16)}), r"has shape \[47, 16\], expected \[48, 16\]"),
     "many": (

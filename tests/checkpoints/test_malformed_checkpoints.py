@@ -228,7 +228,7 @@ CASES = {  # what is wrong: how it comes about, what is said
     "a class of its own": (fields("model_index.json", unet=REMOTE), "unet is modelling_evil.EvilModel"),
     "a pipeline of its own": (fields("model_index.json", _class_name="EvilPipeline"), "_class_name 'EvilPipeline'"),
     "a pipeline of a list": (fields("model_index.json", _class_name=REMOTE), "model_index.json"),
-    "a ControlNet": (fields("model_index.json", controlnet=["diffusers", "ControlNetModel"]), "controlnet is"),
+    "a ControlNet": (fields("model_index.json", controlnet=["diffusers", "T2IAdapter"]), "controlnet is"),
     "a safety checker of its own": (fields("model_index.json", safety_checker=REMOTE), "safety_checker is"),
     "no U-Net in the index": (fields("model_index.json", unet=[None, None]), "no unet"),
     "no U-Net's folder": (gone("unet"), "unet/config.json"),
@@ -254,7 +254,7 @@ CASES = {  # what is wrong: how it comes about, what is said
     "a recommendation of its own": (fields("generation_config.json", do_sample=True), "do_sample"),
     "latents of another width": (fields("unet/config.json", cross_attention_dim=64), "has shape"),
     "a missing tensor": (tensors(UNET, lambda t: t.pop("conv_in.bias")), "missing conv_in.bias"),
-    "an extra tensor": (tensors(UNET, lambda t: t.update(extra=torch.ones(1))), "unknown extra"),
+    "an extra tensor": (tensors(UNET, lambda t: t.update(extra=torch.ones(2))), "unknown extra"),
     "two tensors that changed places": (tensors(UNET, swap), "conv_in.weight has shape"),
     "whole numbers for weights": (
         tensors(UNET, lambda t: t.update({"conv_in.bias": torch.ones(32).int()})),

@@ -78,7 +78,7 @@ OTHERS = {
     "model_ema.decay": torch.zeros(()),
     "model_ema.num_updates": torch.zeros((), dtype=torch.int32),
     "cond_stage_model.model.logit_scale": torch.zeros(()),
-    "what.is.this": torch.zeros(2),
+    "cond_stage_model.model.what.is.this": torch.zeros(2),
 }
 
 
@@ -87,7 +87,7 @@ def test_every_tensor_of_a_single_file_is_accounted_for(write):
     found = inspect_model(path, probe=False)
     assert list(found["components"]) == ["unet", "text_encoder"]  # in this order, as in a folder
     assert found["ema"] and sorted(found["ignored"].values()) == [1, 1, 2]
-    assert found["unknown"] == ["what.is.this"]
+    assert found["unknown"] == ["cond_stage_model.model.what.is.this"]
     assert found["missing"] == ["vae", "model.diffusion_model.out.2.bias"]
     assert found["faults"] and found["faults"][0].startswith("missing model.diffusion_model.out.2.bias, ")
     known = sum(part["tensors"] for part in found["components"].values()) + sum(found["ignored"].values())
