@@ -80,6 +80,7 @@ class _BoundedTarInfo(tarfile.TarInfo):
 def _list_members(path: Path, issues: list[DatasetIssue]) -> list[tuple[str, FileSlice]]:
     """Names of a tar's files and their slices of it; of a truncated tar those that are complete."""
     found: list[tuple[str, FileSlice]] = []
+    slices: dict[str, FileSlice] = {}  # of `found`, for links
     with open(path, "rb") as file:
         if file.read(2) == b"\x1f\x8b":  # gzip
             issues.append(DatasetIssue("compressed tar", path.name, "members cannot be read in place: unpack the .gz"))
@@ -90,8 +91,15 @@ def _list_members(path: Path, issues: list[DatasetIssue]) -> list[tuple[str, Fil
             for member in tar:
                 if member.size < 0 or member.offset_data + member.size > file_size:
                     raise tarfile.ReadError(f"a member of {member.size} bytes is beyond its end")
+                name = posixpath.normpath(member.name)
+                file_slice = slices.get(posixpath.normpath(member.linkname)) if member.islnk() else None
                 if member.isfile():
-                    found.append((posixpath.normpath(member.name), FileSlice(path, member.offset_data, member.size)))
+                    file_slice = FileSlice(path, member.offset_data, member.size)
+                if file_slice:
+                    slices[name] = file_slice
+                    found.append((name, file_slice))
+                elif not member.isdir():
+                    issues.append(DatasetIssue("skipped", name, "a link or a device"))
             if tar.offset >= file_size:
                 issues.append(DatasetIssue("truncated tar", path.name, "has no end-of-archive mark"))
     except (

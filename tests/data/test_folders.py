@@ -213,6 +213,25 @@ def long_name(size):
     return header.tobuf(tarfile.GNU_FORMAT) + bytes(2048)
 
 
+def test_of_links_in_a_tar_hard_ones_are_files(tmp_path):
+    """GNU tar writes the second name of a file as a link to the first."""
+    with tarfile.open(tmp_path / "a.tar", "w") as archive:
+        for name in ("a.png", "a.txt"):
+            data = encoded(noise(12, 8)) if name == "a.png" else b"x"
+            info = tarfile.TarInfo(f"./{name}")
+            info.size = len(data)
+            archive.addfile(info, io.BytesIO(data))
+        for name, kind in (("b.png", tarfile.LNKTYPE), ("b.txt", tarfile.LNKTYPE), ("c.png", tarfile.SYMTYPE)):
+            info = tarfile.TarInfo(name)
+            info.type, info.linkname = kind, f"./a{name[1:]}"
+            archive.addfile(info)
+    source = open_images(tmp_path)
+    assert [(s.key, s.caption, s.read_image()) for s in source.samples] == [
+        (key, "x", encoded(noise(12, 8))) for key in ("a.png", "b.png")
+    ]
+    assert [(issue.kind, issue.key) for issue in source.issues] == [("skipped", "c.png")]
+
+
 @pytest.mark.parametrize("data", [pax(10**20), pax(10**14), pax(-5), long_name(8 << 30), long_name(1 << 40)])
 def test_a_tar_of_absurd_sizes_is_a_truncated_one(tmp_path, data):
     (tmp_path / "a.tar").write_bytes(data)
