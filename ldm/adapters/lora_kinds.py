@@ -52,9 +52,12 @@ class ModuleContext(NamedTuple):
     def is_feedforward(self) -> bool:
         """Whether peft's IA3 scales this module's inputs: `feedforward_modules` are ends of its name, or a pattern."""
         names = self.settings.get("feedforward_modules") or []
-        if isinstance(names, str):
-            return re.fullmatch(names, self.name) is not None
-        return any(self.name.endswith(str(name)) for name in names)
+        try:
+            if isinstance(names, str):
+                return re.fullmatch(names, self.name) is not None
+            return self.name.endswith(tuple(names))
+        except (re.error, TypeError) as error:
+            raise ValueError(f"feedforward_modules {names!r}: {error}") from None
 
 
 class AdapterKind(NamedTuple):

@@ -1,5 +1,6 @@
 """Adapter files as people have them: each kind is the change that its own tool makes, each name finds its module."""
 
+import json
 import random
 import re
 
@@ -327,6 +328,26 @@ def test_numbered_modules_of_lora_diffusion_are_those_of_diffusers_in_2023(netwo
     save_file({name: a for name, a in tensors.items() if not name.startswith("unet:3:")}, tmp_path / "b.safetensors")
     with pytest.raises(ValueError, match="numbers 35 modules of the unet, expected 36"):
         load_adapter(tmp_path / "b.safetensors", networks, "sd1")
+
+
+@pytest.mark.parametrize(
+    "settings, match",
+    [
+        ({"feedforward_modules": "("}, "feedforward_modules '\\(': missing"),
+        ({"feedforward_modules": [5]}, r"feedforward_modules \[5\]: "),
+        ({"num_cayley_neumann_terms": 10**9}, "num_cayley_neumann_terms 1000000000: must be at most 100"),
+        ({"coft": True, "eps": -1}, "eps -1: must be a positive number"),
+    ],
+)
+def test_settings_of_peft_that_mean_nothing_are_named(settings, match, networks, tmp_path):
+    name = f"base_model.model.{ATTENTION}.to_q"
+    tensors = {f"{name}.oft_R.weight": torch.ones(4, 6)}
+    if "feedforward_modules" in settings:
+        tensors = {f"base_model.model.{BLOCK}.proj_in.ia3_l": torch.ones(1, 16, 1, 1)}
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    (tmp_path / "adapter_config.json").write_text(json.dumps(settings))
+    with pytest.raises(ValueError, match=match):
+        load_adapter(tmp_path, networks, "sd1")
 
 
 def test_a_lora_of_unknown_names_is_said_to_be_one(networks, tmp_path):
