@@ -150,6 +150,33 @@ METHODS: Mapping[str, Automatic | Missing] = {
     "_guidance_scale": Missing("guidance_interval=(sigma, None), which guides only above a noise level"),
     "_callback_tensor_inputs": Missing("callback_on_step_end_tensor_inputs=..."),
     "download": Missing("from_pretrained, which downloads what it reads"),
+    **dict.fromkeys(
+        ("clip_skip", "cross_attention_kwargs", "denoising_start", "denoising_end", "guidance_rescale", "lora_scale"),
+        Missing("pipe(...), whose argument it is"),
+    ),
+    **dict.fromkeys(
+        ("lora_state_dict", "load_lora_into_unet", "load_lora_into_text_encoder"),
+        Missing("pipe.load_lora_weights(...)"),
+    ),
+    **dict.fromkeys(("fused_loras", "num_fused_loras"), Missing("pipe.get_active_adapters()")),
+    **dict.fromkeys(("write_lora_layers", "pack_weights"), Missing("ldm.adapters.lora_saving.save_adapter")),
+    **dict.fromkeys(("decode_latents", "numpy_to_pil"), Missing('output_type="pil", or ldm.nn.vae.decode_latents')),
+    "encode_image": Missing("pipe.encode_images([image])"),
+    "maybe_convert_prompt": Missing("the prompt itself"),
+    "progress_bar": Missing("pipe.set_progress_bar_config(...)"),
+    **dict.fromkeys(
+        ("prepare_extra_step_kwargs", "prepare_mask_latents", "get_timesteps", "get_guidance_scale_embedding"),
+        Missing("pipe(...), which does that"),
+    ),
+    **dict.fromkeys(
+        (
+            *("register_modules", "register_to_config", "from_config", "load_config", "get_config_dict", "save_config"),
+            *("extract_init_dict", "to_json_string", "to_json_file", "config_name", "ignore_for_config"),
+            *("has_compatibles", "register_for_auto_class", "model_cpu_offload_seq", "unet_name", "text_encoder_name"),
+            *("set_attention_slice", "parameters"),
+        ),
+        Missing("pipe.config, or a component's own: pipe.unet"),
+    ),
 }
 # What networks of ours do not have as attributes, though diffusers' have: assigned, it would have no effect.
 COMPONENTS = "unet", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler"
@@ -162,8 +189,8 @@ _REST_XL = "guidance_scale negative_prompt negative_prompt_2 num_images_per_prom
 POSITIONAL = {
     "ours": "negative_prompt num_images_per_prompt seed latents",
     "text2image": f"height width {_STEPS} {_REST}",
-    "image2image": f"image strength {_STEPS} {_REST}",
-    "inpainting": f"image mask_image masked_image_latents padding_mask_crop height width strength {_STEPS} {_REST}",
+    "image2image": f"image strength {_STEPS} {_REST.removesuffix(' latents')}",
+    "inpainting": f"image mask_image masked_image_latents height width padding_mask_crop strength {_STEPS} {_REST}",
     "text2image xl": f"prompt_2 height width {_STEPS} denoising_end {_REST_XL}",
     "image2image xl": f"prompt_2 image strength {_STEPS} denoising_start denoising_end {_REST_XL}",
     "inpainting xl": f"prompt_2 image mask_image masked_image_latents height width padding_mask_crop strength {_STEPS} "

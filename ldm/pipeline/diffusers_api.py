@@ -15,7 +15,13 @@ from ldm.adapters.lora import AdapterMerger, AdapterWeight
 from ldm.checkpoints import hub
 from ldm.checkpoints.formats import Checkpoint
 from ldm.checkpoints.hub import is_repo_id
-from ldm.checkpoints.layouts import COMPONENT_CLASSES, MODEL_INDEX_NAME, TOKENIZER_FOLDERS, WEIGHT_FILE_STEMS
+from ldm.checkpoints.layouts import (
+    COMPONENT_CLASSES,
+    GENERATION_CONFIG_NAME,
+    MODEL_INDEX_NAME,
+    TOKENIZER_FOLDERS,
+    WEIGHT_FILE_STEMS,
+)
 from ldm.checkpoints.networks import TEXT_ENCODERS
 from ldm.checkpoints.saving import DIFFUSERS_VERSION, SAFETENSORS_SUFFIX
 from ldm.checkpoints.schedule import DIFFUSERS_PREDICTION_TYPES, parse_scheduler_config
@@ -145,6 +151,10 @@ class DiffusersAPI:
     def guidance_scale(self) -> float | None:
         """Of the current call."""
         return self.call_state.guidance_scale
+
+    @property
+    def do_classifier_free_guidance(self) -> bool:
+        return (self.guidance_scale or 0) > 1
 
     @property
     def interrupt(self) -> bool:
@@ -277,6 +287,10 @@ class DiffusersAPI:
             save_clip_tokenizer(encoder.tokenizer, folder / name)
         (folder / "scheduler").mkdir(exist_ok=True)
         write_json(dict(self.scheduler.config), folder / "scheduler" / "scheduler_config.json")
+        settings = parse_scheduler_config(self.scheduler.config)
+        implied = {"sampler": settings.sampler, "spacing": settings.spacing}
+        defaults = {name: v for name, v in model.generation_defaults.items() if implied.get(name) != v}
+        write_json(defaults, folder / GENERATION_CONFIG_NAME)
         write_json(self._model_index(), folder / MODEL_INDEX_NAME)
         if self.prompt_encoder.embeddings:
             say_once("save_pretrained: placeholder tokens are not saved: their files are to be loaded again")
