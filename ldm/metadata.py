@@ -28,6 +28,8 @@ A1111_SAMPLERS = {
     "dpmpp_2m_sde": "DPM++ 2M SDE",
     "dpmpp_3m_sde": "DPM++ 3M SDE",
     "unipc": "UniPC",
+    "lcm": "LCM",
+    "tcd": "TCD",
 }
 A1111_SPACINGS = {
     "karras": "Karras",

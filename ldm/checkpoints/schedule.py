@@ -2,36 +2,32 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
-from ldm.checkpoints.families import ConfigSchema, ModelFamily, build_from_config, get_config_number
+from ldm.checkpoints.families import ModelFamily, build_from_config, get_config_number
+from ldm.checkpoints.scheduler_classes import (
+    ALGORITHM_ALIASES,
+    ALLOWED_VALUES,
+    DIFFUSERS_SCHEDULERS,
+    IGNORED_FIELDS,
+    PLAIN_SPACINGS,
+    SIGMA_FLAG_SPACINGS,
+    UNSUPPORTED_SCHEDULERS,
+    SchedulerSpec,
+)
 from ldm.diffusion.prediction import PREDICTIONS, Prediction
 from ldm.diffusion.sde import BETA_SCHEDULES, VPSDE, rescale_zero_terminal_snr
-from ldm.errors import choose
+from ldm.errors import choose, warn_of_input
 
 PREDICTION_TYPES = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}  # diffusers' names: ours
 DIFFUSERS_PREDICTION_TYPES = {name: diffusers_name for diffusers_name, name in PREDICTION_TYPES.items()}
 MAX_TRAIN_TIMESTEPS = 100_000
-
-
-class SchedulerSpec(NamedTuple):
-    """A scheduler class of diffusers: the sampler that computes the same, and the class's own defaults.
-
-    `solvers` are the samplers by `algorithm_type` and `solver_order` where the class has these, `solver_types` the
-    values of `solver_type` that leave them as they are, and `spacings` its grids.
-    """
-
-    sampler: str
-    spacing: str = "linspace"
-    beta_range: tuple[float, float] = (1e-4, 0.02)
-    solvers: Mapping[tuple[str, int], str] = {}
-    solver_types: tuple[str, ...] = ()
-    spacings: Mapping[str, str] = {"leading": "leading", "linspace": "linspace", "trailing": "trailing"}
+# Fields that files keep from another class, whose value says little of what is wanted.
+QUIET_FIELDS = frozenset().union(*(kind.field_names for kind in DIFFUSERS_SCHEDULERS.values())) - {*SIGMA_FLAG_SPACINGS}
 
 
 class SchedulerSettings(NamedTuple):
@@ -43,114 +39,74 @@ class SchedulerSettings(NamedTuple):
     spacing: str
 
 
-MULTISTEP_SPACINGS = {"leading": "sgm_leading", "linspace": "sgm_uniform", "trailing": "trailing"}  # n of n + 1 points
-DPM_SOLVERS = {
-    ("dpmsolver++", 1): "ddim",
-    ("dpmsolver++", 2): "dpmpp_2m",
-    ("dpmsolver++", 3): "dpmpp_3m_published",
-    ("sde-dpmsolver++", 1): "euler_ancestral",
-    ("sde-dpmsolver++", 2): "dpmpp_2m_sde",
-    ("sde-dpmsolver++", 3): "dpmpp_3m_sde",
-}
-SINGLESTEP_SOLVERS = {("dpmsolver++", 1): "ddim", ("dpmsolver++", 2): "dpmpp_2s"}
-UNIPC_SOLVERS = {("", 1): "unipc_1", ("", 2): "unipc", ("", 3): "unipc_3"}  # it has no algorithm_type
-DEIS_SOLVERS = {("deis", 1): "ddim", ("deis", 2): "dpmpp_2m", ("deis", 3): "dpmpp_3m"}  # exponential integrators too
-ALGORITHM_ALIASES = {  # what a class reads another class's algorithm_type as
-    "DPMSolverMultistepScheduler": {"deis": "dpmsolver++"},
-    "DPMSolverSinglestepScheduler": {"deis": "dpmsolver++"},
-    "DEISMultistepScheduler": {"dpmsolver": "deis", "dpmsolver++": "deis"},
-}
-DIFFUSERS_SCHEDULERS = {
-    "DDIMScheduler": SchedulerSpec("ddim", "leading"),
-    "DDIMParallelScheduler": SchedulerSpec("ddim", "leading"),
-    "DDPMScheduler": SchedulerSpec("ddpm", "leading"),
-    "DDPMParallelScheduler": SchedulerSpec("ddpm", "leading"),
-    "PNDMScheduler": SchedulerSpec("dpmpp_2m", "leading"),  # a linear multistep method; ours is of order 2
-    "EulerDiscreteScheduler": SchedulerSpec("euler"),
-    "EulerAncestralDiscreteScheduler": SchedulerSpec("euler_ancestral"),
-    "HeunDiscreteScheduler": SchedulerSpec("heun", beta_range=(0.00085, 0.012)),
-    "LMSDiscreteScheduler": SchedulerSpec("lms"),
-    "DPMSolverMultistepScheduler": SchedulerSpec(
-        "dpmpp_2m",
-        solvers=DPM_SOLVERS,
-        solver_types=("midpoint", "logrho", "bh1", "bh2"),  # the last three are read as midpoint
-        spacings=MULTISTEP_SPACINGS,
-    ),
-    "DPMSolverSinglestepScheduler": SchedulerSpec(
-        "dpmpp_2s",
-        solvers=SINGLESTEP_SOLVERS,
-        solver_types=("midpoint", "logrho", "bh1", "bh2"),
-        spacings=MULTISTEP_SPACINGS,
-    ),
-    "UniPCMultistepScheduler": SchedulerSpec(
-        "unipc",
-        solvers=UNIPC_SOLVERS,
-        solver_types=("bh2", "midpoint", "heun", "logrho"),  # the last three are read as bh2
-        spacings=MULTISTEP_SPACINGS,
-    ),
-    "DEISMultistepScheduler": SchedulerSpec(
-        "dpmpp_2m",
-        solvers=DEIS_SOLVERS,
-        solver_types=("logrho", "midpoint", "heun", "bh1", "bh2"),
-        spacings=MULTISTEP_SPACINGS,
-    ),
-    "KDPM2DiscreteScheduler": SchedulerSpec("heun", beta_range=(0.00085, 0.012)),  # also second-order, single-step
-    "KDPM2AncestralDiscreteScheduler": SchedulerSpec("euler_ancestral", beta_range=(0.00085, 0.012)),
-}
-SIGMA_FLAG_SPACINGS = {  # spacings by the field that is true
-    "use_karras_sigmas": "karras",
-    "use_exponential_sigmas": "exponential",
-    "use_beta_sigmas": "beta",
-    "use_lu_lambdas": "log_snr",
-}
-SCHEDULER_CONFIG_SCHEMA = ConfigSchema(
-    "scheduler",
-    """num_train_timesteps beta_start beta_end beta_schedule trained_betas rescale_betas_zero_snr prediction_type
-    timestep_spacing algorithm_type solver_order solver_type use_karras_sigmas use_exponential_sigmas use_beta_sigmas
-    use_lu_lambdas""",
-    {
-        "thresholding": (False,),
-        "timestep_type": ("discrete",),  # "continuous": a network conditioned on log sigma
-        "use_flow_sigmas": (False, None),
-        "use_dynamic_shifting": (False,),
-        "shift_terminal": (None,),
-        "predict_x0": (True,),
-        "sigma_min": (None, 0),
-        "sigma_max": (None, 0),
-        "variance_type": (None, "fixed_small", "fixed_small_log"),  # not learned
-        "lambda_min_clipped": (None, -math.inf, "-inf"),  # our steps begin where the schedule does
-        "disable_corrector": ([], None),
-        "solver_p": (None,),
-    },
-    {
-        "False, as diffusers' pipelines set it, whatever a file says": "clip_sample clip_sample_range",
-        "1, as diffusers' pipelines set it, whatever a file says": "steps_offset",
-        "our last step always ends at sigma = 0": """set_alpha_to_one final_sigmas_type euler_at_final
-        lower_order_final""",
-        "alphas_cumprod is interpolated smoothly": "interpolation_type",
-        "the sampler has its own": "skip_prk_steps noise_sampler_seed",
-        "of thresholding alone, which is refused": "dynamic_thresholding_ratio sample_max_value",
-        "of flow matching alone, which is refused": "flow_shift time_shift_type",
-    },
-)
-
-
 def load_scheduler_config(path: Path, **overrides: Any) -> SchedulerSettings:
-    """The settings in a scheduler_config.json, with some fields overridden; ValueError names the file."""
-    return build_from_config(path, lambda config: parse_scheduler_config({**config, **overrides}))
+    """The settings in a scheduler_config.json, with some fields overridden; ValueError names the file.
+
+    What is not read and would change diffusers' images is one warning.
+    """
+
+    def build(config: dict[str, Any]) -> SchedulerSettings:
+        settings = parse_scheduler_config({**config, **overrides})
+        if notes := list_ignored_fields({**config, **overrides}, quiet=False):
+            warn_of_input(f"{path}: ignored: {'; '.join(notes)}")
+        return settings
+
+    return build_from_config(path, build)
 
 
 def parse_scheduler_config(config: Mapping[str, Any]) -> SchedulerSettings:
     """The SDE through a configuration's alphas_cumprod, its prediction, and the sampler and spacing of its class.
 
-    ValueError names the first field that is not supported.
+    Fields that the class does not have are not read, as in diffusers, but for `rescale_betas_zero_snr`: what the
+    network learnt. ValueError names the first field that is not supported.
     """
-    SCHEDULER_CONFIG_SCHEMA.validate(config)
-    kind = choose(DIFFUSERS_SCHEDULERS, config.get("_class_name", ""), "scheduler _class_name")
-    prediction = choose(PREDICTION_TYPES, config.get("prediction_type", "epsilon"), "prediction_type")
-    sampler = _resolve_solver(config, kind) if kind.solvers else kind.sampler
+    kind = _resolve_class(config)
+    read = {name: value for name, value in config.items() if name.startswith("_") or name in kind.field_names}
+    for name in ALLOWED_VALUES.keys() & read.keys():
+        if read[name] not in ALLOWED_VALUES[name]:
+            allowed = " or ".join(map(repr, ALLOWED_VALUES[name]))
+            raise ValueError(f"scheduler config: {name} = {read[name]!r} is not supported, only {allowed}")
+    prediction = choose(PREDICTION_TYPES, read.get("prediction_type", "epsilon"), "prediction_type")
+    sampler = _resolve_solver(read, kind) if kind.solvers else kind.sampler
     sde = VPSDE.tabulated(compute_alphas_cumprod(config))
-    return SchedulerSettings(sde, PREDICTIONS[prediction], sampler, _resolve_spacing(config, kind))
+    return SchedulerSettings(sde, PREDICTIONS[prediction], sampler, _resolve_spacing(read, kind))
+
+
+def list_ignored_fields(config: Mapping[str, Any], quiet: bool = True) -> list[str]:
+    """The fields of a configuration that are not read although their values ask for something else, with the reasons.
+
+    Not `quiet`: without those that Stable Diffusion's own files have, which change an image by about its rounding.
+    """
+    kind, notes = _resolve_class(config), []
+    for name, value in config.items():
+        reason, is_quiet = _why_ignored(config, kind, name)
+        if reason and (quiet or not is_quiet):
+            notes.append(f"{name} = {value!r:.60} ({reason})")
+    if quiet and not kind.exact:
+        notes.append(f"_class_name = {config['_class_name']!r} (sampled by {kind.sampler}, the nearest of ours)")
+    return notes
+
+
+def _why_ignored(config: Mapping[str, Any], kind: SchedulerSpec, name: str) -> tuple[str, bool]:
+    """Why a field is not read, or "", and whether that is quiet."""
+    value, has_flag = config[name], any(config.get(flag) for flag in SIGMA_FLAG_SPACINGS)
+    if name.startswith("_") or name == "rescale_betas_zero_snr":
+        return "", True
+    if name not in kind.field_names:
+        return (f"{config['_class_name']} has no such field", name in QUIET_FIELDS) if value else ("", True)
+    if name == "timestep_spacing" and has_flag and value != "linspace" and kind.spacings is PLAIN_SPACINGS:
+        return "our grids of sigmas span the whole schedule", False
+    reason, values, is_quiet = IGNORED_FIELDS.get(name, ("", (), True))
+    leads = config.get("timestep_spacing", kind.spacing) == "leading"
+    has_effect = has_flag if name in ("sigma_min", "sigma_max") else leads or name != "steps_offset"
+    return (reason, is_quiet) if has_effect and values and value not in values else ("", True)
+
+
+def _resolve_class(config: Mapping[str, Any]) -> SchedulerSpec:
+    name = config.get("_class_name", "")
+    if name in UNSUPPORTED_SCHEDULERS:
+        raise ValueError(f"scheduler _class_name {name!r} is not supported: {UNSUPPORTED_SCHEDULERS[name]}")
+    return choose(DIFFUSERS_SCHEDULERS, name, "scheduler _class_name")
 
 
 def _resolve_solver(config: Mapping[str, Any], scheduler: SchedulerSpec) -> str:
@@ -182,7 +138,7 @@ def _resolve_spacing(config: Mapping[str, Any], scheduler: SchedulerSpec) -> str
 
 def compute_alphas_cumprod(config: Mapping[str, Any]) -> torch.Tensor:
     """alphas_cumprod [num_train_timesteps], float64, by the fields and defaults of diffusers' schedulers."""
-    start, end = DIFFUSERS_SCHEDULERS.get(config.get("_class_name", ""), SchedulerSpec("")).beta_range
+    usual, start, end = DIFFUSERS_SCHEDULERS.get(config.get("_class_name", ""), SchedulerSpec("")).betas
     steps = get_config_number(config, "num_train_timesteps", 1000)
     if not (isinstance(steps, int) and 3 <= steps <= MAX_TRAIN_TIMESTEPS):
         raise ValueError(f"num_train_timesteps {steps}: must be a whole number from 3 to {MAX_TRAIN_TIMESTEPS}")
@@ -192,7 +148,7 @@ def compute_alphas_cumprod(config: Mapping[str, Any]) -> torch.Tensor:
         betas = [get_config_number({"trained_betas": beta}, "trained_betas", 0) for beta in trained]
         alphas = torch.cumprod(1 - torch.tensor(betas, dtype=torch.float64), 0)
     else:
-        schedule = choose(BETA_SCHEDULES, config.get("beta_schedule", "linear"), "beta_schedule")
+        schedule = choose(BETA_SCHEDULES, config.get("beta_schedule", usual), "beta_schedule")
         ends = get_config_number(config, "beta_start", start), get_config_number(config, "beta_end", end)
         if not 0 < ends[0] <= ends[1] < 1:
             raise ValueError(f"beta_start {ends[0]} and beta_end {ends[1]}: must be 0 < beta_start <= beta_end < 1")

@@ -19,7 +19,12 @@ from ldm.adapters.textual_inversion import has_bundled_embeddings, parse_embeddi
 from ldm.checkpoints import detect, formats, keys, layouts
 from ldm.checkpoints.families import FAMILIES, LoadOptions, ModelFamily
 from ldm.checkpoints.hub import PEFT_LORA_NAME
-from ldm.checkpoints.schedule import PREDICTION_TYPES, family_scheduler_config, parse_scheduler_config
+from ldm.checkpoints.schedule import (
+    PREDICTION_TYPES,
+    family_scheduler_config,
+    list_ignored_fields,
+    parse_scheduler_config,
+)
 from ldm.checkpoints.single_file import find_structure_changes, open_single_file, with_unet_structure
 from ldm.checkpoints.tensors import SafetensorsFile, TensorInfo, open_safetensors
 from ldm.diffusion.prediction import PREDICTIONS
@@ -176,7 +181,10 @@ def _inspect_folder(path: Path, options: LoadOptions) -> dict[str, Any]:
             for name, group in zip(model.networks, model.shard_groups, strict=True)
         },
         "files": [*files],
-        "ignored": {"position ids and other parts of CLIP": num_ignored} if num_ignored else {},
+        "ignored": {
+            **({"position ids and other parts of CLIP": num_ignored} if num_ignored else {}),
+            **{f"scheduler_config.json: {note}": 1 for note in list_ignored_fields(config)},
+        },
         "unknown": [],
         "missing": [],
         "faults": [],

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from ldm.diffusion.denoiser import Denoise
 from ldm.diffusion.ode import DOPRI5_NODES, dopri5_step, drive, velocity, weighted_sum
-from ldm.diffusion.sde import NoiseLevel
+from ldm.diffusion.sde import CLEAN_LEVEL, NoiseLevel
 from ldm.diffusion.timesteps import TimeGrid
 from ldm.rng import Noise
 
@@ -383,7 +383,8 @@ def unipc(x: Tensor, grid: TimeGrid, noise: Noise, order: int = 2) -> SamplerCor
 
     Zhao et al. 2023 (UniPC), algorithms 1 and 2 for x0, with B(h) = e^h - 1: both take the mean over the step of the
     polynomial through the outputs, of which the corrector has one more; the middle of the line through two. The
-    corrector lifts UniPC-2 to order 3; UniPC-3 stays at 3: its first step is the trapezoidal rule.
+    corrector lifts UniPC-2 to order 3; UniPC-3 stays at 3: its first step is the trapezoidal rule. The step before the
+    one to the clean image is of order 2 at most, as in the authors' code.
     """
     history: History = []
     start = x
@@ -396,6 +397,7 @@ def unipc(x: Tensor, grid: TimeGrid, noise: Noise, order: int = 2) -> SamplerCor
             x = _ode_step(start, mean, before, now)
         start = x
         if _h(now, to) < math.inf:
+            order = min(order, 2) if grid[-2:] == (to, CLEAN_LEVEL) else order
             history = [(now, x0), *history[: order - 1]]
             x0 = _extrapolate_x0(history, now, to)
         x = _ode_step(x, x0, now, to)
@@ -448,6 +450,36 @@ def langevin(x: Tensor, grid: TimeGrid, noise: Noise, eps: float = 0.3, steps_pe
     return x
 
 
+def lcm(x: Tensor, grid: TimeGrid, noise: Noise) -> SamplerCoroutine:
+    """x' = alpha' x0 + sigma' z: multistep consistency sampling.
+
+    Song et al. 2023 (consistency models), algorithm 1; Luo et al. 2023 (LCM). For networks that were distilled to give
+    the end of the flow for x0: others, whose x0 is a mean, lose detail with every step.
+    """
+    for now, to in pairwise(grid):
+        x0 = yield x, now
+        x = to.alpha * x0 + to.sigma * noise(x) if to.sigma > 0 else x0
+    return x
+
+
+def tcd(x: Tensor, grid: TimeGrid, noise: Noise, gamma: float = 0.3) -> SamplerCoroutine:
+    """DDIM's step to timestep s = floor((1 - gamma) k'), then noise up to the next one, k'.
+
+    Zheng et al. 2024 (TCD), algorithm 4 (strategic stochastic sampling), for networks distilled so; gamma is diffusers'
+    `eta`. The step to the clean image is DDIM's.
+    """
+    for now, to in pairwise(grid):
+        x0 = yield x, now
+        if to.sigma == 0:
+            return x0
+        s = grid.sde.level_at_timestep(math.floor((1 - gamma) * grid.sde.timestep(to.t) + 1e-6))
+        kept = to.alpha / s.alpha
+        x = kept * _ode_step(x, x0, now, s)
+        if (fresh := to.sigma**2 - (kept * s.sigma) ** 2) > 0:
+            x = x + math.sqrt(fresh) * noise(x)
+    return x
+
+
 def rk45(x: Tensor, grid: TimeGrid, noise: Noise, atol: float = 1e-4, rtol: float = 1e-4) -> SamplerCoroutine:
     """The probability flow by Dormand & Prince's 5(4) pair with adaptive steps, from grid[0] to the last noisy level.
 
@@ -483,7 +515,8 @@ class SamplerSpec(NamedTuple):
     """A sampler, its order of convergence (in law if stochastic), and its source.
 
     Order 0 is none: Langevin steps follow no SDE, and leave an error that more levels and repeats reduce. An `adaptive`
-    sampler chooses its steps by the whole batch: an image is independent of others only in a batch of one.
+    sampler chooses its steps by the whole batch: an image is independent of others only in a batch of one. Those of
+    `consistency` are for distilled networks.
     """
 
     function: Sampler
@@ -491,6 +524,7 @@ class SamplerSpec(NamedTuple):
     stochastic: bool
     source: str
     adaptive: bool = False
+    consistency: bool = False
 
 
 SAMPLERS: dict[str, SamplerSpec] = {
@@ -512,6 +546,8 @@ SAMPLERS: dict[str, SamplerSpec] = {
     "unipc_1": SamplerSpec(partial(unipc, order=1), 2, False, "Zhao et al. 2023 (UniPC), algorithms 1 and 2, p = 1"),
     "unipc": SamplerSpec(unipc, 3, False, "Zhao et al. 2023 (UniPC), algorithms 1 and 2, p = 2"),
     "unipc_3": SamplerSpec(partial(unipc, order=3), 3, False, "Zhao et al. 2023 (UniPC), algorithms 1 and 2, p = 3"),
+    "lcm": SamplerSpec(lcm, 0, True, "Luo et al. 2023 (LCM)", consistency=True),
+    "tcd": SamplerSpec(tcd, 0, True, "Zheng et al. 2024 (TCD), algorithm 4", consistency=True),
     "rk45": SamplerSpec(rk45, 5, False, "Dormand & Prince 1980, RK5(4)7M", adaptive=True),
     "predictor_corrector": SamplerSpec(predictor_corrector, 1, True, "Song et al. 2021, algorithms 3 and 5"),
     "langevin": SamplerSpec(langevin, 0, True, "Song & Ermon 2019, algorithm 1"),

@@ -20,6 +20,8 @@ from ldm.errors import list_some
 # Where log-SNR(1) is lower (zero terminal SNR: -inf), karras and log_snr start here, a little before t = 1:
 # sigma/alpha = 148, as much noise as the linear schedule of Song et al. ends with.
 MIN_LOG_SNR = -10.0
+MAX_BETA_SIGMA = 50.0
+LCM_STEPS = 50  # `original_inference_steps` of diffusers
 MIN_START = 0.5  # x is N(0, I) at a grid's first time
 
 
@@ -128,6 +130,29 @@ def beta(sde: VPSDE, n: int) -> Tensor:
 
 
 @make_spacing
+def beta_sigmas(sde: VPSDE, n: int) -> Tensor:
+    """sigma/alpha by the quantiles of Beta(.6, .6) between its ends: diffusers' `use_beta_sigmas`.
+
+    Lee et al. 2024 mean `beta`, quantiles of time. ValueError for schedules that start far above Stable Diffusion's
+    sigma/alpha of 14.6: most steps would be spent there, and one would be left for the image.
+    """
+    start, end = torch.exp(-log_snr_range(sde) / 2)
+    if start > MAX_BETA_SIGMA:
+        raise ValueError(f"'beta_sigmas' spacing: sigma/alpha starts at {start:.4g}, too high for it: choose beta")
+    quantile = torch.from_numpy(betaincinv(0.6, 0.6, 1 - np.linspace(0, 1, n)))
+    return sde.time_at_log_snr(-2 * (end + quantile * (start - end)).log())
+
+
+@make_spacing
+def lcm(sde: VPSDE, n: int) -> Tensor:
+    """n of the 50 timesteps that consistency models are distilled at: Luo et al. 2023 (LCM), as in diffusers."""
+    if n > LCM_STEPS:
+        raise ValueError(f"{n} steps: 'lcm' spacing has at most {LCM_STEPS}, those of distillation")
+    total, chosen = sde.num_train_timesteps, np.floor(np.linspace(0, LCM_STEPS, n, endpoint=False))
+    return torch.from_numpy((LCM_STEPS - chosen) * (total // LCM_STEPS)) / total
+
+
+@make_spacing
 def uniform(sde: VPSDE, n: int) -> Tensor:
     """t = 1 - i/n: equal steps of time down to the clean image, as in the chain (Ho et al. 2020)."""
     return 1 - torch.arange(n, dtype=torch.float64) / n
@@ -192,5 +217,7 @@ SPACINGS: dict[str, Spacing] = {
     "log_snr": log_snr,
     "exponential": log_snr,
     "beta": beta,
+    "beta_sigmas": beta_sigmas,
+    "lcm": lcm,
     "uniform": uniform,
 }
