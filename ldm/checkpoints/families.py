@@ -113,6 +113,43 @@ TEXT_ENCODER_CONFIG_SCHEMA = ConfigSchema(
 )
 
 
+MAX_SAMPLE_SIZE = 8192  # latents a side
+VALUE_KINDS: dict[str, Callable[[Any], bool]] = {  # by what a value must be
+    "a whole number, at least 1": lambda v: type(v) is int and v >= 1,
+    "a number above 0": lambda v: _is_number(v) and v > 0,
+    "a number": lambda v: _is_number(v),
+    "true or false": lambda v: v is None or isinstance(v, bool),
+    f"a whole number from 1 to {MAX_SAMPLE_SIZE}, or two": lambda v: (
+        v is None or all(type(side) is int and 1 <= side <= MAX_SAMPLE_SIZE for side in (v if _is_pair(v) else [v]))
+    ),
+}
+FIELD_NAMES_BY_KIND = {  # of the networks' configurations: values that are used long after they were read
+    "a whole number, at least 1": """in_channels out_channels latent_channels norm_num_groups cross_attention_dim
+    vocab_size hidden_size intermediate_size projection_dim num_attention_heads max_position_embeddings""",
+    "a number above 0": "scaling_factor layer_norm_eps norm_eps",
+    "a number": "freq_shift",
+    "true or false": """force_upcast use_quant_conv use_post_quant_conv mid_block_add_attention center_input_sample
+    flip_sin_to_cos use_linear_projection upcast_attention""",
+    f"a whole number from 1 to {MAX_SAMPLE_SIZE}, or two": "sample_size",
+}
+FIELD_KINDS = {name: kind for kind, names in FIELD_NAMES_BY_KIND.items() for name in names.split()}
+
+
+def check_config_values(config: Mapping[str, Any]) -> None:
+    """ValueError names the first field of a network's configuration that is not of its kind."""
+    for name, value in config.items():
+        if (kind := FIELD_KINDS.get(name)) and not VALUE_KINDS[kind](value):
+            raise ValueError(f"{name} {value!r:.60}: {kind} is needed")
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)
+
+
+def _is_pair(value: Any) -> bool:
+    return isinstance(value, list | tuple) and len(value) == 2
+
+
 def build_from_config(path: Path, build: Callable[[dict[str, Any]], BuildResult]) -> BuildResult:
     """What `build` makes of the configuration in a file; ValueError in one line that names the file."""
     config = read_json(path)
@@ -126,7 +163,7 @@ def build_from_config(path: Path, build: Callable[[dict[str, Any]], BuildResult]
 def get_config_number(config: Mapping[str, Any], name: str, default: float) -> float:
     """A finite number of a configuration."""
     value = config.get(name, default)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    if not _is_number(value):
         raise ValueError(f"{name} {value!r}: a finite number is needed")
     return value
 

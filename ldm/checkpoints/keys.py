@@ -16,7 +16,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ldm.checkpoints.families import TEXT_ENCODER_CONFIG_SCHEMA, VAE_CONFIG_SCHEMA, ModelFamily, TextEncoderSpec
+from ldm.checkpoints.families import (
+    TEXT_ENCODER_CONFIG_SCHEMA,
+    VAE_CONFIG_SCHEMA,
+    ModelFamily,
+    TextEncoderSpec,
+    check_config_values,
+)
 from ldm.errors import list_some
 from ldm.nn import text_encoders, vae
 from ldm.nn.unet import UP_BLOCKS, UNet, UNetConfig
@@ -102,6 +108,7 @@ DIFFUSERS_KEY_ALIASES = {
 
 def build_meta_network(component: str, config: Mapping[str, Any]) -> Any:
     """A component's network on the meta device, by the fields of its config.json; ValueError for unsupported values."""
+    check_config_values(config)
     for name in LAYER_COUNT_FIELDS:
         if config.get(name) is not None:
             _check_layer_counts(name, config[name])

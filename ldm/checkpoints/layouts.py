@@ -76,6 +76,7 @@ WEIGHT_FILE_STEMS = {  # by component
     **dict.fromkeys(("unet", "vae"), "diffusion_pytorch_model"),
     **dict.fromkeys(TEXT_ENCODERS, "model"),
 }
+MIN_PROMPT_TOKENS = 3  # BOS, one token, EOS
 TOKENIZER_FILES = (
     *("vocab.json", "merges.txt", "tokenizer.json"),
     *("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
@@ -127,12 +128,16 @@ def read_directory(folder: Path, options: LoadOptions = LoadOptions()) -> ModelS
 
 def _note_other_variants(folder: Path, files: Mapping[str, Sequence[WeightFile]], variant: str) -> None:
     """A warning that names the components without weights of a variant; ValueError if none has any."""
-    pattern = re.compile(rf"[.]{re.escape(variant)}[.-]")
-    others = [name for name, group in files.items() if not any(pattern.search(file.path.name) for file, _ in group)]
+    names = {component: [file.path.name for file, _ in group] for component, group in files.items()}
+    others = [component for component, group in names.items() if not any(_is_variant(n, variant) for n in group)]
     if len(others) == len(files):
         raise ValueError(f"{folder}: no weights of variant {variant!r}")
     if others:
         warnings.warn(f"{folder}: no variant {variant} of {', '.join(others)}: read as they are", stacklevel=3)
+
+
+def _is_variant(name: str, variant: str) -> bool:
+    return re.search(rf"[.]{re.escape(variant)}[.-]", name) is not None
 
 
 def text_encoder_factories(
@@ -271,7 +276,14 @@ def load_matching_tokenizer(folder: Path, config: Any) -> text_encoders.CLIPToke
     tokenizer = load_checked_tokenizer(folder)
     if len(tokenizer) > config.vocab_size:
         raise ValueError(f"{folder}: {len(tokenizer)} tokens, and the text encoder knows {config.vocab_size}")
-    tokenizer.model_max_length = min(tokenizer.model_max_length, config.max_position_embeddings)
+    token, last = max(tokenizer.get_vocab().items(), key=lambda item: item[1])
+    if last >= config.vocab_size:
+        raise ValueError(f"{folder}: {token!r:.60} has id {last}, and the text encoder knows {config.vocab_size}")
+    length = tokenizer.model_max_length
+    if type(length) not in (int, float) or not min(length, config.max_position_embeddings) >= MIN_PROMPT_TOKENS:
+        limits = f"model_max_length {length!r:.60} with max_position_embeddings {config.max_position_embeddings}"
+        raise ValueError(f"{folder}: {limits}: a number, at least {MIN_PROMPT_TOKENS}, is needed")
+    tokenizer.model_max_length = int(min(length, config.max_position_embeddings))
     return tokenizer
 
 
@@ -321,7 +333,7 @@ def find_family_by_unet(unet: UNetConfig, prediction: Prediction) -> str | None:
 
 
 def select_model_files(names: Iterable[str], variant: str | None = None) -> list[str]:
-    """Of all files of a repository those that `read_directory` opens."""
+    """Of all files of a repository those that `read_directory` opens; ValueError where none is of the variant."""
     files = defaultdict(list)
     for path in names:
         folder, _, name = path.rpartition("/")
@@ -333,6 +345,8 @@ def select_model_files(names: Iterable[str], variant: str | None = None) -> list
     for component in WEIGHT_FILE_STEMS:
         if component in files:
             chosen += [f"{component}/{n}" for n in select_component_files(files[component], component, variant)]
+    if variant and not any(_is_variant(name, variant) for name in chosen):
+        raise ValueError(f"no weights of variant {variant!r}")
     return chosen
 
 

@@ -48,7 +48,8 @@ FP8_SCALE_SUFFIXES = ".scale_weight", ".weight_scale"  # ComfyUI's, in place of 
 SAFETENSORS_DTYPE_NAMES = {dtype: code for code, dtype in SAFETENSORS_DTYPES.items()}
 MAX_NUMEL = 2**63  # torch's own limit, which holds for the sides of an empty tensor too
 MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit
-MAX_HEADER_KEYS = 1_000_000  # of JSON; a tensor has four, and the largest models have some 10,000 tensors
+MAX_HEADER_STRINGS = 500_000  # of JSON; a tensor has five, and the largest models have some 10,000 tensors
+MAX_HEADER_COMMAS = 20 * MAX_HEADER_STRINGS
 MAX_TENSOR_DIMS = 64  # torch's own limit
 PICKLE_MESSAGE = (
     "{what}; it may run code when it is read, so it is not: `ldm convert --trust FILE DST` makes weights of it"
@@ -167,8 +168,9 @@ def open_safetensors(path: Path) -> SafetensorsFile:
     except OSError as error:
         raise ValueError(f"{path}: {error_text(error)}") from None
     try:
-        if header.count(b'":') - header.count(b'\\":') > MAX_HEADER_KEYS:  # seconds, and gigabytes, to parse
-            raise ValueError(f"a header of more than {MAX_HEADER_KEYS} keys")
+        num_strings = (header.count(b'"') - header.count(b'\\"')) // 2
+        if num_strings > MAX_HEADER_STRINGS or header.count(b",") > MAX_HEADER_COMMAS:  # seconds, gigabytes to parse
+            raise ValueError(f"a header of {num_strings} strings, {MAX_HEADER_STRINGS} at most")
         entries = parse_json(header)
         metadata = entries.pop("__metadata__", None) or {}
         if not all(isinstance(value, str) for value in metadata.values()):

@@ -192,7 +192,7 @@ def test_a_repository_of_several_adapters_lists_them(fetch):
         ("owner/nothing", {}, "no such folder or file here, and no such model on the hub"),
         ("owner/gated", {}, "gated: its terms must be accepted"),
         ("owner/tiny", {"revision": "v9"}, "no revision 'v9'"),
-        ("owner/tiny", {"variant": "bf16"}, "diffusion_pytorch_model.bf16.safetensors: no such file; variants here: "),
+        ("owner/tiny", {"variant": "bf16"}, "no weights of variant 'bf16'"),
         ("owner/tiny:other.safetensors", {}, "no such file on the hub"),
         (
             "owner/single",

@@ -1,6 +1,7 @@
 """Model files and folders as people have them: what loads, with which weights and notice, or the error line."""
 
 import json
+import shutil
 import warnings
 from dataclasses import replace
 from functools import cache
@@ -234,3 +235,130 @@ def test_a_pruned_model_goes_to_a_folder_and_back(write, tmp_path, name):
     shown = inspect_model(path, probe=False)
     assert shown["family"] == "sdxl" and not shown["faults"]
     assert any(line.startswith("U-Net of another structure: ") for line in shown["evidence"])
+
+
+UNET_FILE, TEXT_FILE = "unet/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors"
+
+
+def fields(name, **changes):
+    """A change of a folder: other values in a configuration."""
+
+    def change(folder):
+        config = json.loads((folder / name).read_text()) if (folder / name).is_file() else {}
+        (folder / name).write_text(json.dumps({**config, **changes}))
+
+    return change
+
+
+def extra(name, **more):
+    """A change of a folder: further tensors in a file."""
+    return lambda folder: save_file(load_file(folder / name) | more, folder / name)
+
+
+def variant(*names):
+    """A change of a folder: these files are of variant fp16."""
+    return lambda folder: [(folder / n).rename((folder / n).with_suffix(".fp16.safetensors")) for n in names]
+
+
+VAE_CONFIG, TEXT_CONFIG = "vae/config.json", "text_encoder/config.json"
+SAME_FOLDERS = {  # changes of a folder that leave the model as it is, options, and the notice
+    "a number beside a text encoder": (extra(TEXT_FILE, temperature=torch.tensor(1.0)), {}, None),
+    "parts of CLIP": (
+        extra(TEXT_FILE, logit_scale=torch.tensor(1.0), **{"vision_model.x": torch.ones(3, 3)}),
+        {},
+        None,
+    ),
+    "a number in a U-Net": (extra(UNET_FILE, iteration=torch.tensor(7)), {}, None),
+    "fp16 of one part": (
+        variant(UNET_FILE),
+        {"variant": "fp16"},
+        "no variant fp16 of vae, text_encoder: read as they are",
+    ),
+    "DiffusionPipeline": (fields("model_index.json", _class_name="DiffusionPipeline"), {}, None),
+    **{
+        name: (fields("model_index.json", _class_name=f"StableDiffusion{name}Pipeline"), {}, None)
+        for name in ("PAG", "ControlNetImg2Img", "Inpaint")
+    },
+    "ControlNet": (
+        fields(
+            "model_index.json",
+            _class_name="StableDiffusionControlNetPipeline",
+            controlnet=["diffusers", "ControlNetModel"],
+        ),
+        {},
+        "its ControlNet is not read",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", SAME_FOLDERS)
+def test_the_same_folder_with_more_or_less(tiny, tmp_path, case):
+    change, options, notice = SAME_FOLDERS[case]
+    folder = shutil.copytree(tiny, tmp_path / "model")
+    change(folder)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        model = formats.load_checkpoint(folder, CPU, torch.float32, LoadOptions(**options))
+    lines = [str(w.message) for w in caught]
+    assert len(lines) == (notice is not None) and all(notice in line for line in lines)
+    assert equal(weights(model), weights(formats.load_checkpoint(tiny, CPU, torch.float32)))
+    report = inspect_model(folder, probe=False, options=LoadOptions(**options))
+    assert sum(report["ignored"].values()) == ("number" in case) + 2 * (case == "parts of CLIP")
+
+
+def test_a_consistency_model_has_its_own_defaults(tiny, tmp_path):
+    folder = shutil.copytree(tiny, tmp_path / "model")
+    (folder / "generation_config.json").unlink()
+    fields("model_index.json", _class_name="LatentConsistencyModelPipeline")(folder)
+    defaults = formats.load_checkpoint(folder, CPU, torch.float32).generation_defaults
+    assert (defaults["num_inference_steps"], defaults["guidance_scale"]) == (4, 8.5)
+
+
+def vocabulary(folder):
+    path = folder / "tokenizer" / "vocab.json"
+    vocab = json.loads(path.read_text())
+    vocab[next(iter(vocab))] = 60_000
+    path.write_text(json.dumps(vocab))
+
+
+BROKEN_FOLDERS = {  # what would fail in use, and is refused when it is read or inspected
+    "scaling_factor": (fields(VAE_CONFIG, scaling_factor="x"), "vae/config.json: scaling_factor 'x': a number above 0"),
+    "scaling_factor 0": (fields(VAE_CONFIG, scaling_factor=0), "scaling_factor 0: a number above 0 is needed"),
+    "no scaling_factor": (fields(VAE_CONFIG, scaling_factor=None), "scaling_factor None: a number above 0 is needed"),
+    "force_upcast": (fields(VAE_CONFIG, force_upcast="no"), "force_upcast 'no': true or false is needed"),
+    "norm_eps": (fields("unet/config.json", norm_eps="x"), "unet/config.json: norm_eps 'x': a number above 0"),
+    "freq_shift": (fields("unet/config.json", freq_shift=[]), "freq_shift []: a number is needed"),
+    "sample_size": (fields("unet/config.json", sample_size="64"), "sample_size '64': a whole number from 1 to 8192"),
+    "flip": (fields("unet/config.json", flip_sin_to_cos=2), "flip_sin_to_cos 2: true or false is needed"),
+    "layer_norm_eps": (fields(TEXT_CONFIG, layer_norm_eps="x"), "layer_norm_eps 'x': a number above 0 is needed"),
+    "heads": (fields(TEXT_CONFIG, num_attention_heads=0), "num_attention_heads 0: a whole number, at least 1"),
+    "model_max_length 1": (
+        fields("tokenizer/tokenizer_config.json", model_max_length=1),
+        "tokenizer: model_max_length 1 with max_position_embeddings 16: a number, at least 3, is needed",
+    ),
+    "model_max_length of text": (fields("tokenizer/tokenizer_config.json", model_max_length="long"), "tokenizer: "),
+    "a token beyond the table": (vocabulary, "has id 60000, and the text encoder knows"),
+    "no part of the variant": (lambda folder: None, "no weights of variant 'fp16'"),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN_FOLDERS)
+def test_a_folder_that_would_fail_in_use_is_refused(tiny, tmp_path, case):
+    change, message = BROKEN_FOLDERS[case]
+    folder = shutil.copytree(tiny, tmp_path / "model")
+    change(folder)
+    options = LoadOptions(variant="fp16" if "variant" in case else None)
+    for read in (formats.read_model_spec, lambda path, options: inspect_model(path, False, options)):
+        with pytest.raises(ValueError) as error:
+            read(folder, options)
+        assert message in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("separator", [":", " :"])
+def test_a_header_of_a_million_keys_is_refused_before_it_is_parsed(tmp_path, separator):
+    path = tmp_path / "x.safetensors"
+    slot = separator.join(['"dtype"', '"F32","shape"', '[0],"data_offsets"', "[0,0]"])
+    header = ("{" + ",".join(f'"{k}"{separator}{{{slot}}}' for k in range(250_000)) + "}").encode()
+    path.write_bytes(len(header).to_bytes(8, "little") + header)
+    with pytest.raises(ValueError, match="a header of 1250000 strings, 500000 at most"):
+        inspect_model(path, probe=False)
