@@ -19,6 +19,7 @@ from ldm.errors import error_text, parse_json
 
 MAX_DRAFT_STEM = 48  # characters of a file's name in its draft's; a name has at most 255 bytes
 HASHED_BLOCK_BYTES = 2**20
+MAX_FILE_BYTES = 2**31  # of a file that is read as a whole
 UMASK = os.umask(0o077)  # it can only be read by setting it, which is safe before there are threads
 os.umask(UMASK)
 
@@ -120,10 +121,12 @@ def remove_path(path: Path) -> None:
 
 
 def read_regular_file(path: str | Path) -> bytes:
-    """The bytes of a file; ValueError for a pipe or a device, which may have no end, and a folder."""
+    """The bytes of a file; ValueError for a pipe or a device, which may have no end, a folder, or too large a file."""
     path = Path(path)
     if path.exists() and not path.is_file():
         raise ValueError("not a regular file")
+    if path.exists() and path.stat().st_size > MAX_FILE_BYTES:
+        raise ValueError(f"more than {MAX_FILE_BYTES >> 30} GB")
     return path.read_bytes()
 
 

@@ -146,7 +146,8 @@ def check(
     target = out or loaded.output_dir.parent / "check.html"
     try:
         with atomic_write(target) as draft:
-            draft.write_text(render_html_report(report, loaded.image_data, f"ldm check {recipe.name}"), "utf-8")
+            page = render_html_report(report, loaded.image_data, f"ldm check {recipe.name}")
+            draft.write_text(page, "utf-8", "backslashreplace")  # names of files need not be UTF-8
     except OSError as error:
         raise ValueError(f"--out {target}: {error.strerror}") from None
     if as_json:

@@ -19,7 +19,6 @@ from ldm.data.sources import (
     FileSlice,
     ImageSample,
     ImageSource,
-    decode_utf8,
     deduplicate,
     find_missing_columns,
     is_ignored,
@@ -27,6 +26,7 @@ from ldm.data.sources import (
     is_mask_file,
     list_caption_suffixes,
     match_column,
+    read_caption_file,
     skipped_file_issue,
     strip_extension,
     validate_caption,
@@ -142,18 +142,30 @@ def _iter_files(
         return
     for entry in entries:
         key = prefix + unicodedata.normalize("NFC", entry.name)
+        kind = _kind_of(entry)
         if is_ignored(entry.name):
             issues.append(DatasetIssue("hidden", key, "hidden, or a system file"))
-        elif entry.is_dir() and entry.is_symlink():
+        elif kind == "link to a folder":
             links.append((entry.path, f"{key}/", ancestors))
-        elif entry.is_dir():
-            real = os.path.realpath(entry.path)
+        elif kind == "folder":
+            real = os.path.join(ancestors[-1], entry.name)
             yield from _iter_files(Path(entry.path), f"{key}/", (*ancestors, real), issues, links, seen)
-        elif entry.is_file():
+        elif kind == "file":
             yield key, Path(entry.path)
         else:
-            what = "a link to nothing" if entry.is_symlink() else "not a file"
-            issues.append(DatasetIssue("missing file", key, what))
+            issues.append(DatasetIssue("missing file", key, kind))
+
+
+def _kind_of(entry: os.DirEntry[str]) -> str:
+    """What an entry of a folder is, or what is wrong with it."""
+    try:
+        if entry.is_dir():
+            return "link to a folder" if entry.is_symlink() else "folder"
+        if entry.is_file():
+            return "file"
+    except OSError as error:
+        return f"a link that cannot be followed ({error.strerror})"
+    return "a link to nothing" if entry.is_symlink() and not os.path.exists(entry.path) else "not a file"
 
 
 def open_metadata_folders(files: FileIndex, tables: Sequence[str], data: ImageDataConfig) -> ImageSource:
@@ -229,7 +241,7 @@ def open_sidecar_folder(files: FileIndex, data: ImageDataConfig) -> ImageSource:
         owners.setdefault(stem, name)
         repeats, tokens = _parse_kohya_folder(name)
         file, fallback, text = captions.get(stem), tokens or data.instance_prompt, None
-        if file is not None and (text := decode_utf8(files[file].read_bytes(), file, issues)) is None:
+        if file is not None and (text := read_caption_file(files[file], file, issues)) is None:
             continue
         text = validate_caption(file or name, text, fallback, issues)
         mask = FileSlice(files[masks[stem]]) if stem in masks and data.masks == "file" else None

@@ -219,7 +219,8 @@ def open_saved_dataset(folder: Path, data: ImageDataConfig) -> ImageSource:
         folder = folder / "train"
     try:
         state = json.loads((folder / "state.json").read_bytes())
-        tables = {file: _open_arrow_table(file) for file in (folder / e["filename"] for e in state["_data_files"])}
+        files = [folder / Path(entry["filename"]).name for entry in state["_data_files"]]
+        tables = {file: _open_arrow_table(file) for file in files}
     except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
         return ImageSource((), (DatasetIssue("corrupt dataset", folder.name, f"not a saved dataset ({error})"),))
     columns = [name for table in [*tables.values()][:1] for name in table.column_names]

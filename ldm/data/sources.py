@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import codecs
+import os
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -11,6 +13,7 @@ from typing import Any, Literal, NamedTuple
 
 from ldm.config import ImageDataConfig
 from ldm.errors import suggest
+from ldm.files import MAX_FILE_BYTES
 from ldm.image_repair import IMAGE_PLUGINS, load_image_plugin
 from ldm.rng import derive_seed
 
@@ -25,12 +28,14 @@ UNSUPPORTED_IMAGE_SUFFIXES = {".svg", ".psd", ".xcf", ".cr2", ".cr3", ".nef", ".
 # fmt: on
 PLUGIN_SUFFIXES = {suffix: name for name, plugin in IMAGE_PLUGINS.items() for suffix in plugin.suffixes}
 CAPTION_SUFFIXES = (".txt", ".caption")
+MAX_CAPTION_BYTES = 2**20
 MASK_SUFFIX = ".mask.png"
 SYSTEM_FILES = {"thumbs.db", "desktop.ini", "__macosx"}
 USUAL_COLUMNS = {
     "caption_column": ("text", "caption", "prompt", "captions", "tags", "description"),
     "image_column": ("file_name", "image", "image_path", "path", "filename", "file", "img"),
 }
+LONE_SURROGATE = re.compile("[\ud800-\udfff]")  # which JSON can express and UTF-8 cannot
 UNCONDITIONAL = "learnt without a caption"
 HELD_OUT_PREFIX = "held out: "  # before the keys of validation images
 SEVERITIES: tuple[Severity, ...] = ("error", "warning", "notice")
@@ -104,6 +109,8 @@ class FileSlice:
 
     def __call__(self) -> bytes:
         with open(self.path, "rb") as file:
+            if self.size < 0 and os.fstat(file.fileno()).st_size > MAX_FILE_BYTES:
+                raise OSError(f"more than {MAX_FILE_BYTES >> 30} GB")
             file.seek(self.offset)
             data = file.read(self.size)
         if len(data) < self.size:
@@ -182,7 +189,7 @@ def validate_caption(key: str, text: Any, fallback: str | None, issues: list[Dat
         use = UNCONDITIONAL if fallback is None else f"{fallback!r} is used"
         issues.append(DatasetIssue("empty caption", key, f"the caption is empty: {use}"))
         return fallback or ""
-    return text.strip()
+    return LONE_SURROGATE.sub("\ufffd", text.strip())
 
 
 def decode_utf8(data: bytes, key: str, issues: list[DatasetIssue]) -> str | None:
@@ -195,6 +202,14 @@ def decode_utf8(data: bytes, key: str, issues: list[DatasetIssue]) -> str | None
         line = data[: error.start].count(b"\n") + 1  # nearly, in UTF-16
         issues.append(DatasetIssue("not UTF-8", key, f"line {line} is not UTF-8"))
         return None
+
+
+def read_caption_file(path: Path, key: str, issues: list[DatasetIssue]) -> str | None:
+    """`decode_utf8` of a file; None with an issue for one that is too large for a caption."""
+    if path.stat().st_size > MAX_CAPTION_BYTES:
+        issues.append(DatasetIssue("not text", key, f"more than {MAX_CAPTION_BYTES} bytes: not a caption"))
+        return None
+    return decode_utf8(path.read_bytes(), key, issues)
 
 
 def find_missing_columns(

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 from ldm.data.shards import import_pyarrow
 from ldm.data.sources import DatasetIssue, decode_utf8, is_image_file, strip_extension
 from ldm.errors import error_text, list_some
+from ldm.files import MAX_FILE_BYTES
 
 KOHYA_METADATA_PATTERN = re.compile(r"meta_\w+\.json", re.IGNORECASE)  # {image: {"caption": ..., "tags": ...}}
 CSV_DELIMITERS = (",", ";", "\t", "|")
@@ -38,6 +39,9 @@ def list_metadata_files(files: Iterable[str]) -> list[str]:
 
 def read_metadata_rows(path: Path, issues: list[DatasetIssue]) -> list[TableRow]:
     """The rows of a metadata file; an issue with its line for each that cannot be read."""
+    if path.stat().st_size > MAX_FILE_BYTES:
+        issues.append(DatasetIssue("malformed file", path.name, f"more than {MAX_FILE_BYTES >> 30} GB"))
+        return []
     return list(METADATA_READERS[path.suffix.lower()](path, issues))
 
 

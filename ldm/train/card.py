@@ -74,7 +74,7 @@ def write_model_card(
         contact_sheet(images, recipe.validation_prompts).save(folder / f"{name}.png")
         parts.append(f"## {name.capitalize()}\n\n![{name}]({name}.png)")
     with atomic_write(folder / "README.md") as draft:
-        draft.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+        draft.write_text("\n\n".join(parts) + "\n", encoding="utf-8", errors="backslashreplace")
 
 
 def card_data(

@@ -2,6 +2,7 @@
 
 import json
 import os
+import time
 
 import pytest
 from image_files import encoded, jsonl, noise, tar, write
@@ -126,6 +127,11 @@ TAKEN = {  # what people have: captions by key, and the kinds of notices
         {"a.png": "", "b.png": "", "ok.png": "fine"},
         2 * ["no caption"],
     ),
+    "a character that is none": (
+        listing('{"file_name": "ok.png", "text": "\\ud800 cat"}'),
+        {"ok.png": "\ufffd cat"},
+        [],
+    ),
     "an empty list of captions": (caption_of(("ok.png", [])), {"ok.png": ""}, ["empty caption"]),
     "a tar with another caption": (
         {"a.tar": tar({"a.png": 0, "a.txt": "x", "a.caption": "y", "b.png": 1, "b.json": '{"Text": "z"}'})},
@@ -188,6 +194,39 @@ def test_absolute_paths_into_the_folder_are_taken_also_through_a_link(tmp_path):
     files["metadata.jsonl"] += "\n" + json.dumps({"file_name": str(tmp_path / "link" / "b.png"), "text": "y"})
     source = open_images(write(tmp_path / "data", files))
     assert {s.key: s.caption for s in source.samples} == {"b.png": "y", "ok.png": "x"}
+
+
+def test_what_is_too_large_is_not_read(tmp_path):
+    write(tmp_path / "texts", {**GOOD, "a.png": 1, "a.txt": "x"})
+    os.truncate(tmp_path / "texts" / "a.txt", 2**33)
+    source = open_images(tmp_path / "texts")
+    assert [s.key for s in source.samples] == ["ok.png"]
+    assert source.issues[0].what == "more than 1048576 bytes: not a caption"
+    write(tmp_path / "table", listing(ROW))
+    os.truncate(tmp_path / "table" / "metadata.jsonl", 2**33)
+    assert open_images(tmp_path / "table").issues[0].what == "more than 2 GB"
+    os.truncate(tmp_path / "texts" / "ok.png", 2**33)
+    with pytest.raises(OSError, match="more than 2 GB"):
+        source.samples[0].read_image()
+    with pytest.raises(ValueError, match=r"ok\.png: more than 2 GB"):
+        read_image(tmp_path / "texts" / "ok.png")
+
+
+def test_names_need_not_be_utf8_and_devices_are_no_files(tmp_path):
+    write(tmp_path, GOOD)
+    (tmp_path / os.fsdecode(b"\xff.png")).write_bytes(encoded(noise(8, 8)))
+    os.symlink("/dev/zero", tmp_path / "a.png")
+    source = open_images(tmp_path)
+    assert [s.key for s in source.samples] == ["ok.png", "\udcff.png"]
+    assert source.issues[0][1:3] == ("a.png", "not a file")
+
+
+def test_folders_are_walked_in_linear_time(tmp_path):
+    """A thousand levels took half a minute when each path was resolved anew."""
+    write(tmp_path, GOOD)
+    os.makedirs(tmp_path / "/".join(500 * "a"))
+    start = time.process_time()
+    assert len(open_images(tmp_path).samples) == 1 and time.process_time() - start < 2
 
 
 REFUSED = {  # files, and the only error without options

@@ -1,6 +1,7 @@
 """What commands leave out or change: one line on stderr, in the record that stays, and an error where --strict."""
 
 import json
+import os
 
 import pytest
 import torch
@@ -121,8 +122,9 @@ def test_a_training_counts_what_it_leaves_out_and_refuses_it_where_strict(refuse
 
 def test_check_means_the_same(ldm_, recipe, tmp_path):
     write(tmp_path / "data", {"README.txt": "x", "a.png": b"x", "a.txt": "x"})
+    write(tmp_path / "data", {os.fsdecode(b"\xff.png"): 6})
     status, _, err = ldm_("check", recipe, "--strict")
-    assert status == 2 and err == "error: a.png: not an image (and 1 more: see ldm check)\n"
+    assert status == 2 and err.startswith("error: a.png: not an image (and ") and err.count("\n") == 1
     assert ldm_("check", recipe, "--lenient")[0] == 0
 
 
