@@ -332,7 +332,7 @@ def link_to_where_it_is(root):
 @plant
 def what_machines_leave(root):
     write(root / "beside", {".DS_Store": "", "Thumbs.db": ""})
-    return {("skipped", ".DS_Store"), ("skipped", "Thumbs.db")}
+    return {("hidden", ".DS_Store"), ("hidden", "Thumbs.db")}
 
 
 @plant
