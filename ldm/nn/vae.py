@@ -49,6 +49,13 @@ def vae_scale_factor(vae: AutoencoderKL) -> int:
     return 2 ** (len(vae.config["block_out_channels"]) - 1)
 
 
+def make_image_processor(vae: AutoencoderKL) -> Any:
+    """diffusers' converter between its images and PIL's, arrays and tensors."""
+    from diffusers.image_processor import VaeImageProcessor
+
+    return VaeImageProcessor(vae_scale_factor=vae_scale_factor(vae))
+
+
 def latent_shape(vae: AutoencoderKL, height: int, width: int) -> tuple[int, int, int]:
     """[C, h, w] of the latents of an image of that size in pixels."""
     f = vae_scale_factor(vae)

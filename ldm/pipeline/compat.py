@@ -144,7 +144,6 @@ METHODS: Mapping[str, Automatic | Missing] = {
     "prepare_latents": Missing("pipe(..., latents=...)"),
     "run_safety_checker": Missing(f"nothing: {SAFETY}"),
     "check_inputs": Missing("pipe.resolve(Request(...)), which raises ValueError"),
-    "image_processor": Missing('output_type="pil", "np" or "pt"'),
     "mask_processor": Missing("mask=..., a PIL image"),
     "load_attn_procs": Missing("pipe.load_lora_weights(...)"),
     "_guidance_scale": Missing("guidance_interval=(sigma, None), which guides only above a noise level"),

@@ -31,7 +31,7 @@ from ldm.diffusion.sde import betas_from_alphas_cumprod
 from ldm.errors import suggest
 from ldm.files import atomic_write, write_json
 from ldm.nn.text_encoders import save_clip_tokenizer
-from ldm.nn.vae import get_vae_config, vae_scale_factor
+from ldm.nn.vae import get_vae_config, make_image_processor, vae_scale_factor
 from ldm.pipeline.call import CallState, per_prompt
 from ldm.pipeline.compat import (
     COMPONENTS,
@@ -143,6 +143,11 @@ class DiffusersAPI:
         return vae_scale_factor(self.model.vae)
 
     @property
+    def image_processor(self) -> Any:
+        """diffusers' VaeImageProcessor, for `postprocess` of what `pipe.vae.decode` gives."""
+        return make_image_processor(self.model.vae)
+
+    @property
     def num_timesteps(self) -> int:
         """The steps of the current call."""
         return self.call_state.num_timesteps
@@ -210,7 +215,8 @@ class DiffusersAPI:
         target = {name: value for name, value in (("device", device), ("dtype", dtype)) if value is not None}
         for name, network in networks.items():
             upcast = name == "vae" and dtype == torch.float16 and network.config.force_upcast
-            network.to(**target | ({"dtype": torch.float32} if upcast else {}))
+            options = target | ({"dtype": torch.float32} if upcast else {})
+            nn.Module.to(network, **options)  # diffusers' own method warns of what it keeps in float32: nothing
         self.prompt_encoder.clear()
         if dtype is not None:
             self._set_model(self.model)

@@ -148,6 +148,12 @@ TEXT_TO_IMAGE = [
         PROMPT + "generator = torch.Generator().manual_seed(2**40 + 5)\n" + CALL,
         PROMPT + GENERATOR + "latents = torch.randn((1, 4, 8, 8), generator=generator)\n"
         "image = pipe(prompt, latents=latents).images[0]",
+        PROMPT
+        + GENERATOR
+        + """latents = pipe(prompt, output_type="latent", generator=generator).images
+with torch.no_grad():
+    decoded = pipe.vae.decode(latents / pipe.vae.config.scaling_factor, return_dict=False)[0]
+image = pipe.image_processor.postprocess(decoded, output_type="pil")[0]""",
         PROMPT + GENERATOR + "image = pipe(prompt, eta=0.0, generator=generator).images[0]",
         PROMPT + GENERATOR + "image = pipe(prompt, generator=generator, clip_skip=None).images[0]",
         GENERATOR + "embeds, negative = pipe.encode_prompt('a cat', 'cuda', 1, True)\n"
