@@ -103,7 +103,9 @@ def list_omissions(model: ModelSpec, family: ModelFamily, src: Path) -> dict[str
     for file, key_mappings in model.weight_files:
         for name in file.tensor_infos.keys() - key_mappings.keys():
             reason = (
-                "the numbers 0 to 76" if name.endswith(POSITION_IDS) else "a part of CLIP that the U-Net does not see"
+                "the numbers 0 to 76"
+                if name.endswith(POSITION_IDS)
+                else "not read: a part of CLIP, a scale or a single number"
             )
             omissions[f"{file.path.parent.name}/{name}"] = reason
     for spec in family.text_encoders.values():

@@ -182,7 +182,7 @@ def _inspect_folder(path: Path, options: LoadOptions) -> dict[str, Any]:
         },
         "files": [*files],
         "ignored": {
-            **({"position ids and other parts of CLIP": num_ignored} if num_ignored else {}),
+            **({"position ids, other parts of CLIP, scales, single numbers": num_ignored} if num_ignored else {}),
             **{f"scheduler_config.json: {note}": 1 for note in list_ignored_fields(config)},
         },
         "unknown": [],

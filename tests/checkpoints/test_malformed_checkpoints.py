@@ -199,7 +199,7 @@ CASES = {  # what is wrong: how it comes about, what is said
     ),
     "a shape of 10**5 sides": (single(raw({"a": slot(0, 4, (1,) * 10**5)}, bytes(4))), "100000 dimensions, of 64"),
     "a shape of huge sides": (single(raw({"a": slot(0, 4, (10**38,) * 10**4)}, bytes(4))), "10000 dimensions, of 64"),
-    "a million keys": (single(lambda: raw(b"{" + b'"":0,' * (10**6 + 1) + b"}")), "more than 1000000 keys"),
+    "a million keys": (single(lambda: raw(b"{" + b'"":0,' * (10**6 + 1) + b"}")), "strings, 500000 at most"),
     "nothing of endless length": (single(raw({"a": slot(0, 0, (0, 2**70))})), "too large"),
     "nothing of endless size": (single(raw({"a": slot(0, 0, (0, 2**62, 2**40))})), "too large"),
     "a dtype of its own": (single(raw({"a": slot(dtype="F33")}, bytes(4))), "dtype F33"),

@@ -45,8 +45,10 @@ def test_other_parts_of_clip_beside_a_text_encoder_are_passed_over_and_listed(ti
     save_file(load_file(path) | {name: torch.ones(1) for name in others}, path)
     spec, plain = read_model_spec(folder), read_model_spec(tiny)
     assert [len(f.key_mappings) for f in spec.weight_files] == [len(f.key_mappings) for f in plain.weight_files]
-    assert inspect_model(folder, probe=False)["ignored"] == {"position ids and other parts of CLIP": 3}
-    save_file(load_file(path) | {"text_model.surplus": torch.ones(1)}, path)
+    assert inspect_model(folder, probe=False)["ignored"] == {
+        "position ids, other parts of CLIP, scales, single numbers": 3
+    }
+    save_file(load_file(path) | {"text_model.surplus": torch.ones(2)}, path)
     with pytest.raises(ValueError, match=r"unknown text_model\.surplus"):
         read_model_spec(folder)
 

@@ -296,7 +296,11 @@ UNET = "unet/diffusion_pytorch_model.safetensors"
 FILE_FAULTS = {
     "torn": (lambda p: p.write_bytes(p.read_bytes()[:-64]), {}, "not a whole safetensors file"),
     "missing": (lambda p: spoil(p, lambda t: t.pop("model.diffusion_model.out.2.bias")), {}, "missing model.diff"),
-    "unknown": (lambda p: spoil(p, lambda t: t.update(x=torch.ones(1))), {}, "unknown x"),
+    "unknown": (
+        lambda p: spoil(p, lambda t: t.update({"first_stage_model.x": torch.ones(2)})),
+        {},
+        "unknown first_stage_model.x",
+    ),
     "no vae": (lambda p: spoil(p, lambda t: [t.pop(n) for n in [*t] if "first_stage" in n]), {}, "no vae in it"),
     "a pickle": (lambda p: torch.save({"a": torch.ones(1)}, p), {}, "ldm convert --trust"),
     "not there": (lambda p: p.unlink(), {}, "No such file"),
