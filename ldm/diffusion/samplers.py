@@ -516,7 +516,7 @@ class SamplerSpec(NamedTuple):
 
     Order 0 is none: Langevin steps follow no SDE, and leave an error that more levels and repeats reduce. An `adaptive`
     sampler chooses its steps by the whole batch: an image is independent of others only in a batch of one. Those of
-    `consistency` are for distilled networks.
+    `consistency` are for distilled networks. With fewer than `min_steps` there is no image yet.
     """
 
     function: Sampler
@@ -525,6 +525,7 @@ class SamplerSpec(NamedTuple):
     source: str
     adaptive: bool = False
     consistency: bool = False
+    min_steps: int = 1
 
 
 SAMPLERS: dict[str, SamplerSpec] = {
@@ -550,5 +551,5 @@ SAMPLERS: dict[str, SamplerSpec] = {
     "tcd": SamplerSpec(tcd, 0, True, "Zheng et al. 2024 (TCD), algorithm 4", consistency=True),
     "rk45": SamplerSpec(rk45, 5, False, "Dormand & Prince 1980, RK5(4)7M", adaptive=True),
     "predictor_corrector": SamplerSpec(predictor_corrector, 1, True, "Song et al. 2021, algorithms 3 and 5"),
-    "langevin": SamplerSpec(langevin, 0, True, "Song & Ermon 2019, algorithm 1"),
+    "langevin": SamplerSpec(langevin, 0, True, "Song & Ermon 2019, algorithm 1", min_steps=10),
 }

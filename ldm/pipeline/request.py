@@ -365,7 +365,9 @@ def check_request(request: Request, multiple: int) -> None:
     low, high = resolve_guidance_interval(request)
     if not 0 <= low < high:
         raise ValueError(f"guidance interval {low:g} to {high:g}: must be 0 <= low < high, in sigma/alpha")
-    choose(SAMPLERS, request.sampler or "", "sampler")
+    sampler, steps = choose(SAMPLERS, request.sampler or "", "sampler"), request.num_inference_steps or 0
+    if steps < sampler.min_steps:
+        raise ValueError(f"steps {steps}: sampler {request.sampler} needs {sampler.min_steps} or more")
     choose(SPACINGS, request.spacing or "", "spacing")
     if request.eta and request.sampler != "ddim":
         raise ValueError(f"eta {request.eta}: must be 0 for samplers other than ddim")

@@ -138,10 +138,14 @@ def test_a_text_that_has_been_drawn_still_lets_gradients_through(pipe):
 def test_every_sampler_generates(pipe, sampler):
     """With progress that adds up to one image, also where questions lie between the grid's points."""
     shares = []
-    request = Request("a cat", sampler=sampler, num_inference_steps=4)
+    steps = max(4, SAMPLERS[sampler].min_steps)
+    request = Request("a cat", sampler=sampler, num_inference_steps=steps)
     (picture,) = pipe.generate([request], shares.append)
     assert sum(shares) == pytest.approx(1) and min(shares) >= 0
     assert np.asarray(picture).std() > 0
+    if steps > 4:
+        with pytest.raises(ValueError, match=f"steps 4: sampler {sampler} needs {steps} or more"):
+            pipe("a cat", sampler=sampler, num_inference_steps=4)
 
 
 def test_latents_replace_the_initial_noise(pipe):
