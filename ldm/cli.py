@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import sys
@@ -45,7 +46,6 @@ def main() -> None:
     This is the one handler of the system's errors: a file that cannot be read or written is named, and where the disk
     or the memory is exhausted the status is 1.
     """
-    warnings.formatwarning = format_warning
     prepare_process()
     try:
         os.getcwd()  # fails where it was deleted, in which libraries end the process
@@ -61,13 +61,21 @@ def main() -> None:
     sys.exit(status or 0)
 
 
-def format_warning(message: Warning | str, *context: object, **options: object) -> str:
-    """A warning in one line, without the place in the code that Python names."""
-    return f"warning: {one_line(str(message))}\n"
+def show_warning(message: Warning | str, category: type[Warning], *context: object, **options: object) -> None:
+    """Print an `InputWarning` as one line; what libraries warn their callers of is not for the user."""
+    if issubclass(category, InputWarning):
+        print("note:", one_line(str(message)), file=sys.stderr)
 
 
 def prepare_process() -> None:
-    """Let SIGTERM and SIGHUP end a command as an interrupt does, drafts removed; print names in any encoding."""
+    """Let SIGTERM and SIGHUP end a command as an interrupt does, drafts removed; print names in any encoding.
+
+    Warnings are printed by `show_warning`; libraries log errors alone.
+    """
+    warnings.showwarning = show_warning
+    logging.getLogger().addHandler(logging.NullHandler())  # else Python prints what has no handler
+    for library in ("TRANSFORMERS", "DIFFUSERS"):
+        os.environ.setdefault(f"{library}_VERBOSITY", "error")
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # ignored under nohup
         signal.signal(signal.SIGHUP, signal.default_int_handler)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -30,7 +29,7 @@ from ldm.checkpoints.tensors import PICKLE_MESSAGE, PICKLE_SUFFIXES, Safetensors
 from ldm.diffusion.prediction import PREDICTIONS, Prediction
 from ldm.diffusion.samplers import SAMPLERS
 from ldm.diffusion.timesteps import SPACINGS
-from ldm.errors import choose, error_text
+from ldm.errors import choose, error_text, warn_of_input
 from ldm.files import read_json
 from ldm.nn import text_encoders
 from ldm.nn.unet import UNetConfig
@@ -92,7 +91,7 @@ def read_directory(folder: Path, options: LoadOptions = LoadOptions()) -> ModelS
     index = read_model_index(folder)
     pipeline = FAMILIES[_pipeline_family(index)]
     if "controlnet" in index:
-        warnings.warn(f"{folder}: its ControlNet is not read", stacklevel=2)
+        warn_of_input(f"{folder}: its ControlNet is not read")
     networks, groups = {}, []
     for name in pipeline.configs:
         networks[name], files = read_component(folder / name, name, options.variant)
@@ -133,7 +132,7 @@ def _note_other_variants(folder: Path, files: Mapping[str, Sequence[WeightFile]]
     if len(others) == len(files):
         raise ValueError(f"{folder}: no weights of variant {variant!r}")
     if others:
-        warnings.warn(f"{folder}: no variant {variant} of {', '.join(others)}: read as they are", stacklevel=3)
+        warn_of_input(f"{folder}: no variant {variant} of {', '.join(others)}: read as they are")
 
 
 def _is_variant(name: str, variant: str) -> bool:

@@ -89,7 +89,8 @@ def batch(
     devices = assign_devices(engine, workers, model.device)
     axes = None if grid is None else contact_sheets.parse_grid_axes(grid)
     dtype = choose_dtype(model.dtype, choose_device(model.device))  # the workers', wherever they are
-    model = replace(model, dtype=str(dtype).removeprefix("torch.")).with_absolute_paths()
+    model = replace(model, dtype=str(dtype).removeprefix("torch."))
+    cli_args, model = model.cli_args(), model.with_absolute_paths()
     pipe, request = load_pipeline_and_request(model, options, None if engine == "inline" else "cpu")
     convert = pipe.model.text_encoders[0].clip_skip_converter()
     source = open_prompt_source(
@@ -121,7 +122,7 @@ def batch(
     )
     with exit_on_failure():
         status = run_job(
-            job, pipe, source.name, lambda job: engine_type(job, devices), check, timeout, as_json, model.cli_args()
+            job, pipe, source.name, lambda job: engine_type(job, devices), check, timeout, as_json, cli_args
         )
         gallery.write_gallery(job.folder)
         if axes is not None:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
-from dataclasses import fields, replace
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ldm.checkpoints.families import LoadOptions
 from ldm.commands.options import JsonOption, ModelOptions, expand_options
+
+if TYPE_CHECKING:
+    from ldm.jobs.verify import RecordedImage
+    from ldm.pipeline.pipeline import Pipeline
 
 
 @expand_options
@@ -26,17 +29,18 @@ def verify(
     """Regenerate an image, or all in a folder, from its metadata, and compare: status 0 if all are equal, else 1.
 
     Equal is within 1 of 255 in each pixel (8 in a JPEG). Where the weights, the VAE, an adapter or an embedding differ,
-    the output says so. The model, its options and the dtype are those of the first image's metadata unless given; only
-    models on this machine are opened.
+    the output says so. The model is picto unless given, whatever the metadata name; its options, such as --prediction,
+    and the dtype are those of the first image's metadata unless given.
     """
     files = find_image_files(path)
+    from ldm.errors import one_line, printable
     from ldm.image_io import read_image, read_mask
     from ldm.jobs.verify import read_recorded_image, verify_images
 
     original = next(iter_recorded_images(files), None) if path.is_dir() else read_recorded_image(path)
     if original is None:
         raise ValueError(f"{path}: no image of ldm in it")
-    pipe = restore_model_options(model, original.record, original.file).load_pipeline()
+    pipe = load_recorded_model(model, original)
     inputs = None if image is None else read_image(image), None if mask is None else read_mask(mask)
     all_equal = True
     for result in verify_images(files, pipe, *inputs):
@@ -44,24 +48,31 @@ def verify(
         if as_json:
             print(json.dumps({**result._asdict(), "file": str(result.file)}), flush=True)
         else:
-            print(f"{'ok  ' if result.equal else 'FAIL'} {result.file}: {result.said}", flush=True)
+            print("ok  " if result.equal else "FAIL", f"{printable(result.file)}: {one_line(result.said)}", flush=True)
     raise typer.Exit(0 if all_equal else 1)
 
 
-def restore_model_options(model: ModelOptions, record: Mapping[str, Any], file: Path) -> ModelOptions:
-    """The options of a model, those not given as an image's record has them; ValueError where a file is missing."""
-    load = record.get("load")
-    recorded: dict[str, Any] = dict(load) if isinstance(load, dict) else {}
-    recorded |= {"model": recorded.get("path"), "dtype": record.get("dtype")}
+def load_recorded_model(model: ModelOptions, original: RecordedImage) -> Pipeline:
+    """The model of the options, those not given as an image's record has them where the model can be read so.
+
+    ValueError where no model is given and the image was generated with another one than picto.
+    """
+    record = original.record
+    recorded = {**record.load.model_dump(), "dtype": record.dtype}
     restored = {
-        name: recorded[name]
-        for name in [*(f.name for f in fields(LoadOptions)), "model", "dtype"]
-        if recorded.get(name) is not None and getattr(model, name) == getattr(ModelOptions, name)
+        name: value
+        for name, value in recorded.items()
+        if value is not None and getattr(model, name) == getattr(ModelOptions, name)
     }
-    for name in ("model", "vae"):
-        if name in restored and not Path(str(restored[name])).expanduser().exists():
-            raise ValueError(f"{file}: generated with {restored[name]}, which is not here: give it by --{name}")
-    return replace(model, **restored)
+    try:
+        pipe = replace(model, **restored).load_pipeline()
+    except ValueError:  # of a model that is read otherwise
+        pipe = model.load_pipeline()
+    if not model.model and (digest := record.weights.get("unet")) != pipe.model.weight_hashes["unet"]:
+        raise ValueError(
+            f"{original.file}: generated with {record.model}, U-Net {str(digest)[:10]}: give it by --model"
+        )
+    return pipe
 
 
 def find_image_files(path: Path) -> list[Path]:

@@ -7,20 +7,27 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import count
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 from PIL import Image
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
 
 from ldm import __version__
+from ldm.checkpoints.families import FAMILIES
+from ldm.diffusion.prediction import PREDICTIONS
+from ldm.errors import error_text, parse_json
 from ldm.image_io import image_digest
 from ldm.metadata import read_image_and_metadata, recompress_jpeg
-from ldm.pipeline.pipeline import Pipeline
-from ldm.pipeline.request import Request
+from ldm.nn.vae import vae_scale_factor
+from ldm.pipeline.pipeline import PIPELINE_DTYPES, Pipeline
+from ldm.pipeline.request import Request, complete_record, upscale_size
 
 PIXEL_TOLERANCE = 1  # of 255: kernels round by the shape of a batch
 JPEG_PIXEL_TOLERANCE = 8  # of 255: quantization enlarges such a difference
 SHORT_HASH_LENGTH = 10  # digits
+MAX_RECORD_LENGTH = 2**20  # characters of a file's metadata
+MAX_VERIFY_STEPS = 1000  # sampling steps of an image; with its size they bound the work
 
 
 class VerifyResult(NamedTuple):
@@ -33,26 +40,72 @@ class VerifyResult(NamedTuple):
     share: float | None = None
 
 
+Name = Annotated[str, Field(max_length=1000)]
+Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
+class _Record(BaseModel):
+    """Values of a file's metadata, which anybody may have written: all are typed before one is used."""
+
+    model_config = ConfigDict(strict=True, frozen=True, extra="ignore", protected_namespaces=())
+
+
+class LoadRecord(_Record):
+    """How a model was read. Where it lay, a revision, a token and a device are not read from a file."""
+
+    variant: Annotated[str, Field(pattern=r"^[\w.-]{1,64}$")] | None = None
+    family: Annotated[str, Field(pattern=f"^({'|'.join(FAMILIES)})$")] | None = None
+    prediction: Annotated[str, Field(pattern=f"^({'|'.join(PREDICTIONS)})$")] | None = None
+    zero_snr: bool | None = None
+    ema: bool = False
+
+
+class AdapterRecord(_Record):
+    """A merged adapter: its weight, or those of the U-Net and of the text encoders."""
+
+    name: Name
+    sha256: Digest
+    weight: FiniteFloat | Annotated[list[FiniteFloat], Field(min_length=2, max_length=2)]
+
+
+class GenerationRecord(_Record):
+    """The record `ldm` in an image's metadata, as `Pipeline.metadata` writes it."""
+
+    version: Name = ""
+    model: Name = ""
+    load: LoadRecord = LoadRecord()
+    dtype: Annotated[str, Field(pattern=f"^({'|'.join(PIPELINE_DTYPES)})$")] | None = None
+    weights: dict[Name, Digest]
+    adapters: list[AdapterRecord]
+    embeddings: dict[Name, Digest]
+    request: Annotated[dict[str, Any], AfterValidator(complete_record)]
+    tensors: list[Name] = []  # fields of a request that were given as tensors, which are not recorded
+
+
 class RecordedImage(NamedTuple):
     """An image file and the record in its metadata."""
 
     file: Path
     image: Image.Image
-    record: Mapping[str, Any]
+    record: GenerationRecord
     is_jpeg: bool
 
 
 def read_recorded_image(file: Path) -> RecordedImage:
-    """An image file of ours; ValueError where it is no image, or has no metadata of ours."""
+    """An image file of ours; ValueError where it is no image, or has no valid metadata of ours."""
     image, texts = read_image_and_metadata(file)
-    try:
-        record = json.loads(texts["ldm"])
-        types = {"weights": dict, "request": dict, "adapters": list, "embeddings": dict}
-        is_complete = all(isinstance(record.get(name), kind) for name, kind in types.items())
-    except (KeyError, ValueError, AttributeError, RecursionError):
-        is_complete = False
-    if not is_complete:
+    if not (text := texts.get("ldm")):
         raise ValueError(f"{file}: no settings of ldm in it")
+    try:
+        if len(text) > MAX_RECORD_LENGTH:
+            raise ValueError(f"longer than {MAX_RECORD_LENGTH} characters")
+        record = GenerationRecord.model_validate(parse_json(text))
+    except ValidationError as error:
+        fault = error.errors()[0]
+        place = ".".join(map(str, fault["loc"]))
+        raise ValueError(f"{file}: its settings of ldm are invalid ({place}: {fault['msg']})") from None
+    except ValueError as error:
+        raise ValueError(f"{file}: its settings of ldm are invalid ({error_text(error)})") from None
     return RecordedImage(file, image, record, file.suffix.lower() in (".jpg", ".jpeg"))
 
 
@@ -83,12 +136,15 @@ def verify_images(
 
 
 def rebuild_request(original: RecordedImage, pipe: Pipeline, input_images: Mapping[str, Image.Image | None]) -> Request:
-    """The request in a file's record; ValueError where the model or an input image is another one."""
+    """The request in a file's record; ValueError where it gives another size, or the model or an input image differs.
+
+    The work is bounded by the file: by its size in pixels and `MAX_VERIFY_STEPS`.
+    """
     if mismatches := find_model_mismatches(original.record, pipe):
         raise ValueError("; ".join(mismatches) + describe_version(original))
-    if tensors := original.record.get("tensors"):
-        raise ValueError(f"made from tensors that no metadata holds: {tensors!r:.100}")
-    values = {**original.record["request"], "output_type": "pil"}
+    if tensors := original.record.tensors:
+        raise ValueError(f"made from tensors that no metadata holds: {', '.join(tensors)}")
+    values = {**original.record.request, "output_type": "pil"}
     for name, image in input_images.items():
         if (digest := values.get(name)) is None:
             continue
@@ -98,14 +154,29 @@ def rebuild_request(original: RecordedImage, pipe: Pipeline, input_images: Mappi
             raise ValueError(f"--{name}: not the image that it was made from")
         values[name] = image
     try:
-        return pipe.resolve(Request(**values))
-    except (ValueError, TypeError, AttributeError) as error:
+        request = pipe.resolve(Request(**values))
+        check_generated_size(request, original.image.size, vae_scale_factor(pipe.model.vae))
+        if (request.num_inference_steps or 0) > MAX_VERIFY_STEPS:
+            raise ValueError(f"steps {request.num_inference_steps}: at most {MAX_VERIFY_STEPS} are verified")
+    except ValueError as error:
         raise ValueError(f"its settings are invalid ({error}){describe_version(original)}") from None
+    return request
 
 
-def find_model_mismatches(record: Mapping[str, Any], pipe: Pipeline) -> list[str]:
+def check_generated_size(request: Request, size: tuple[int, int], multiple: int) -> None:
+    """ValueError where a resolved request gives an image of another size."""
+    generated = request.width or 0, request.height or 0
+    if request.upscale:
+        generated = upscale_size(generated, request.upscale, multiple)
+    if generated != size:
+        one, other = ("x".join(map(str, pair)) for pair in (size, generated))
+        raise ValueError(f"the image has {one} pixels, but is generated with {other}")
+
+
+def find_model_mismatches(record: GenerationRecord, pipe: Pipeline) -> list[str]:
     """A message for each hash in a file's record that is not the model's."""
-    actual = collect_model_hashes(json.loads(pipe.metadata(pipe.resolve(Request("")), "")["ldm"]))
+    metadata = json.loads(pipe.metadata(pipe.resolve(Request("")), "")["ldm"])
+    actual = collect_model_hashes(GenerationRecord.model_validate(metadata))
     recorded = collect_model_hashes(record)
     return [
         f"{name} differs: {shorten_hash(recorded.get(name))} in the file, {shorten_hash(actual.get(name))} here"
@@ -114,11 +185,11 @@ def find_model_mismatches(record: Mapping[str, Any], pipe: Pipeline) -> list[str
     ]
 
 
-def collect_model_hashes(record: Mapping[str, Any]) -> dict[str, Any]:
+def collect_model_hashes(record: GenerationRecord) -> dict[str, Any]:
     """The hashes of weights, adapters (with their weight) and embeddings, by names for messages."""
-    adapters = {f"adapter {a.get('name')}": [a.get("sha256"), a.get("weight")] for a in record["adapters"]}
-    embeddings = {f"embedding {token}": digits for token, digits in record["embeddings"].items()}
-    return {**record["weights"], **adapters, **embeddings}
+    adapters = {f"adapter {a.name}": [a.sha256, a.weight] for a in record.adapters}
+    embeddings = {f"embedding {token}": digits for token, digits in record.embeddings.items()}
+    return {**record.weights, **adapters, **embeddings}
 
 
 def shorten_hash(value: Any) -> str:
@@ -131,10 +202,6 @@ def shorten_hash(value: Any) -> str:
 
 def compare_pixels(original: RecordedImage, image: Image.Image) -> VerifyResult:
     """Compare RGB pixels; where the file is a JPEG, the generated image is compressed in the same way before."""
-    if image.size != original.image.size:
-        found, generated = ("x".join(map(str, size)) for size in (original.image.size, image.size))
-        message = f"has {found} pixels, but is generated with {generated}{describe_version(original)}"
-        return VerifyResult(original.file, False, message)
     image, tolerance = (recompress_jpeg(image), JPEG_PIXEL_TOLERANCE) if original.is_jpeg else (image, PIXEL_TOLERANCE)
     gaps = np.abs(np.asarray(image.convert("RGB"), np.int16) - np.asarray(original.image, np.int16)).max(-1)
     worst, share = int(gaps.max()), float((gaps > 0).mean())
@@ -146,5 +213,5 @@ def compare_pixels(original: RecordedImage, image: Image.Image) -> VerifyResult:
 
 def describe_version(original: RecordedImage) -> str:
     """The version that generated a file, in brackets, where it is another one; else nothing."""
-    version = original.record.get("version")
+    version = original.record.version
     return "" if version == __version__ else f" (generated by version {version}; this is {__version__})"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, Self
@@ -17,7 +17,7 @@ from PIL import Image
 from ldm import __version__
 from ldm.adapters.lora import AdapterMerger, AdapterWeight
 from ldm.checkpoints.families import LoadOptions
-from ldm.checkpoints.formats import PICTO_PATH, Checkpoint, load_checkpoint
+from ldm.checkpoints.formats import PICTO_PATH, Checkpoint, is_hub_source, load_checkpoint
 from ldm.diffusion.denoiser import Denoise
 from ldm.errors import choose
 from ldm.hardware import best_device
@@ -172,13 +172,16 @@ class Pipeline(AdaptersAPI, DiffusersAPI):
         return encode_images(self.model.vae, from_uint8(pixels).to(self.device))
 
     def metadata(self, request: Request, model_name: str) -> dict[str, str]:
-        """The texts for an image file: A1111's `parameters`, and as `ldm` everything that regenerates it, in JSON."""
+        """The texts for an image file: A1111's `parameters`, and as `ldm` everything that regenerates it, in JSON.
+
+        A model is recorded by its name and by the hashes of its files, not by the path where it lies.
+        """
         hashes, settings = dict(self.model.weight_hashes), request.to_record()
         adapters = {name: (adapter, weight) for name, (adapter, weight) in self.adapters.loaded.items() if weight}
         record = {
             "version": __version__,
             "model": model_name,
-            "load": dict(self.model.load_options),
+            "load": omit_local_paths(self.model.load_options),
             "dtype": str(self.model.unet.dtype).removeprefix("torch."),
             "weights": hashes,
             "adapters": [{"name": k, "sha256": a.sha256, "weight": w} for k, (a, w) in adapters.items()],
@@ -253,6 +256,11 @@ class Pipeline(AdaptersAPI, DiffusersAPI):
             return image.height // multiple * multiple, image.width // multiple * multiple
         rows, columns = native if isinstance(native, tuple) else (native or 64,) * 2
         return rows * multiple, columns * multiple
+
+
+def omit_local_paths(load_options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of loading for a file that others may see: hub ids stay, paths, which hold names of users, do not."""
+    return {n: v for n, v in load_options.items() if n not in ("path", "vae") or is_hub_source(v)}
 
 
 def format_lora_weight(weight: AdapterWeight) -> str:

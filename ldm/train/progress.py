@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import time
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ldm.config import Recipe
-from ldm.errors import choose
+from ldm.errors import choose, warn_of_input
 from ldm.installation import install_command
 
 LogMetrics = Callable[[Mapping[str, float], int], None]  # (metrics, step): a tracker
@@ -83,7 +82,7 @@ def filter_installed_trackers(names: Sequence[str]) -> list[str]:
         choose(LOGGER_TYPE_TO_CLASS, name, "report_to")
         if name not in available:
             command = install_command("track") if name == "tensorboard" else f"pip install {name}"
-            warnings.warn(f"report_to {name}: not installed ({command}); metrics go to log.jsonl only", stacklevel=2)
+            warn_of_input(f"report_to {name}: not installed ({command}); metrics go to log.jsonl only")
     return [name for name in names if name in available]
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -176,7 +175,7 @@ def _check_samples(before: Mapping[str, str], now: Mapping[str, str], path: Path
         return
     if not recipe.resume_changed_data:
         raise ChangedDataError(f"{path}: the data changed: {change}; --set resume_changed_data=true goes on with them")
-    warnings.warn(f"{path}: the data changed: {change}", stacklevel=2)
+    warn_of_input(f"{path}: the data changed: {change}")
 
 
 def describe_change(before: Mapping[str, str], now: Mapping[str, str]) -> str:

@@ -168,8 +168,7 @@ def test_the_gallery_s_command_opens_the_job_s_model_adapters_and_words_and_gene
     told = [
         word for name, option in gallery.GENERATE_OPTIONS.items() if name in record for word in (option, record[name])
     ]
-    (tmp_path / "elsewhere").mkdir()
-    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert str(tmp_path) not in " ".join(header["words"])  # what was typed
     status, out, err = ldm_("generate", *header["words"], *told, record["prompt"])
     assert status == 0, err
     again, drawn = Image.open(out.strip()), Image.open(tmp_path / "job" / manifest(tmp_path / "job")[0]["file"])
