@@ -116,6 +116,7 @@ TEXT_ENCODER_CONFIG_SCHEMA = ConfigSchema(
 MAX_SAMPLE_SIZE = 8192  # latents a side
 VALUE_KINDS: dict[str, Callable[[Any], bool]] = {  # by what a value must be
     "a whole number, at least 1": lambda v: type(v) is int and v >= 1,
+    "a whole number, at least 1, or null": lambda v: v is None or (type(v) is int and v >= 1),
     "a number above 0": lambda v: _is_number(v) and v > 0,
     "a number": lambda v: _is_number(v),
     "true or false": lambda v: v is None or isinstance(v, bool),
@@ -125,7 +126,8 @@ VALUE_KINDS: dict[str, Callable[[Any], bool]] = {  # by what a value must be
 }
 FIELD_NAMES_BY_KIND = {  # of the networks' configurations: values that are used long after they were read
     "a whole number, at least 1": """in_channels out_channels latent_channels norm_num_groups cross_attention_dim
-    vocab_size hidden_size intermediate_size projection_dim num_attention_heads max_position_embeddings""",
+    vocab_size hidden_size intermediate_size projection_dim max_position_embeddings""",
+    "a whole number, at least 1, or null": "num_attention_heads",  # a U-Net's is null in files of diffusers
     "a number above 0": "scaling_factor layer_norm_eps norm_eps",
     "a number": "freq_shift",
     "true or false": """force_upcast use_quant_conv use_post_quant_conv mid_block_add_attention center_input_sample
