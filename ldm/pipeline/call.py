@@ -81,10 +81,9 @@ class CallOptions:
     prompt_2: str | Sequence[str] | None = None
     negative_prompt_2: str | Sequence[str] | None = None
     progress_bar: bool = True
-    extra: dict[str, Any] = field(default_factory=dict)
 
 
-OPTION_NAMES = {f.name for f in fields(CallOptions)} - {"extra"}
+OPTION_NAMES = {f.name for f in fields(CallOptions)}
 ARGUMENTS = {f.name for f in fields(Request)} | OPTION_NAMES
 
 

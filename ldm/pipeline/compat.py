@@ -90,13 +90,19 @@ LOADING: Mapping[str, Rule] = {
     "vae": Ours("vae", component_source),
     **dict.fromkeys(
         (
-            *("low_cpu_mem_usage", "use_safetensors", "requires_safety_checker", "feature_extractor", "image_encoder"),
-            *("add_watermarker", "safety_checker", "load_safety_checker", "offload_folder", "offload_state_dict"),
-            *("max_memory", "resume_download", "force_zeros_for_empty_prompt", "mirror", "keep_in_fp32_modules"),
-            *("disable_mmap", "trust_remote_code", "use_onnx", "provider"),
+            *("low_cpu_mem_usage", "use_safetensors", "requires_safety_checker", "add_watermarker"),
+            *("load_safety_checker", "resume_download", "keep_in_fp32_modules", "disable_mmap"),
         ),
         SILENT,
     ),
+    "safety_checker": Automatic(SAFETY),
+    **dict.fromkeys(("feature_extractor", "image_encoder"), Automatic("image prompts are not supported")),
+    **dict.fromkeys(
+        ("max_memory", "offload_folder", "offload_state_dict"), Automatic("the networks stay on one device")
+    ),
+    "trust_remote_code": Automatic("no code of a repository is run"),
+    "force_zeros_for_empty_prompt": Missing('pipe(..., negative_prompt=""), which is no zeros'),
+    "mirror": Missing("the environment variable HF_ENDPOINT"),
     **dict.fromkeys(
         ("config", "original_config", "original_config_file", "num_in_channels", "image_size", "scheduler_type"),
         Automatic("the tensors of a file tell what it is"),
@@ -177,7 +183,6 @@ METHODS: Mapping[str, Automatic | Missing] = {
         Missing("pipe.config, or a component's own: pipe.unet"),
     ),
 }
-# What networks of ours do not have as attributes, though diffusers' have: assigned, it would have no effect.
 COMPONENTS = "unet", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler"
 EMPTY_COMPONENTS = "safety_checker", "feature_extractor", "image_encoder"
 
