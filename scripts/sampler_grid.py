@@ -1,16 +1,17 @@
 """How far every sampler, spacing and number of steps stays from the converged image of a model, as a Markdown table.
 
-    python scripts/sampler_grid.py [--samplers heun,unipc] [--spacings trailing,karras] [--steps 5,10,20,30] [--bound 9]
+    python scripts/sampler_grid.py [--samplers heun,unipc] [--spacings trailing,karras] [--steps 5,10,20,30]
 
 The distance is the root mean square over pixels, of 255. Converged is 3M with 200 steps of equal log-SNR for samplers
 of the probability flow; for stochastic ones, on the seed's own Brownian path, 2M SDE with 400 steps. Samplers that draw
-fresh noise (predictor_corrector, langevin) have no such image: theirs is a distance between two images of the prompt.
-With --bound the status is 1 if any cell is above it.
+fresh noise (`FRESH_NOISE`) have no such image: theirs is a distance between two images of a prompt. A dash is refused.
+The status is 1 if any cell is above its bound (`BOUNDS`).
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import math
 from pathlib import Path
 
@@ -22,6 +23,8 @@ from ldm.diffusion.samplers import SAMPLERS
 from ldm.diffusion.timesteps import SPACINGS
 
 CONVERGED = {False: ("dpmpp_3m", "log_snr", 200), True: ("dpmpp_2m_sde", "log_snr", 400)}  # by `stochastic`
+BOUNDS = {5: 60.0, 10: 35.0, 20: 25.0, 30: 15.0}  # by steps; two images of one prompt are 30 to 57 apart
+FRESH_NOISE = {"lcm": 60.0, "tcd": 60.0, "predictor_corrector": 60.0, "langevin": 60.0}  # the bounds of these
 Cell = tuple[str, str, int]
 
 
@@ -33,6 +36,16 @@ def measure_cells(pipe: Pipeline, cells: list[Cell], prompt: str, seed: int) -> 
     converged = dict(zip(CONVERGED, images, strict=False))
     pairs = zip(cells, images[len(CONVERGED) :], strict=True)
     return {cell: rms(image - converged[SAMPLERS[cell[0]].stochastic]) for cell, image in pairs}
+
+
+def is_refused(pipe: Pipeline, cell: Cell) -> bool:
+    """Whether a request with a cell's settings is an error."""
+    sampler, spacing, n = cell
+    try:
+        SPACINGS[spacing](pipe.model.sde, n)
+    except ValueError:
+        return True
+    return n < SAMPLERS[sampler].min_steps
 
 
 def rms(difference: np.ndarray) -> float:
@@ -47,17 +60,17 @@ def main() -> int:
     parser.add_argument("--samplers", default=",".join(SAMPLERS))
     parser.add_argument("--spacings", default=",".join(SPACINGS))
     parser.add_argument("--steps", default="5,10,20,30")
-    parser.add_argument("--bound", type=float, default=math.inf)
     args = parser.parse_args()
     steps, spacings = [int(n) for n in args.steps.split(",")], args.spacings.split(",")
     samplers = args.samplers.split(",")
-    cells = [(a, b, n) for a in samplers for b in spacings for n in steps]
-    found = measure_cells(Pipeline.from_pretrained(args.model, batch_size=16), cells, args.prompt, args.seed)
+    pipe = Pipeline.from_pretrained(args.model, batch_size=16)
+    cells = [cell for cell in itertools.product(samplers, spacings, steps) if not is_refused(pipe, cell)]
+    found = measure_cells(pipe, cells, args.prompt, args.seed)
     print(f"| sampler | {' | '.join(f'{b} {args.steps}' for b in spacings)} |\n|{'---|' * (len(spacings) + 1)}")
     for a in samplers:
-        rows = (" ".join(f"{found[a, b, n]:.1f}" for n in steps) for b in spacings)
+        rows = (" ".join(f"{found[a, b, n]:.0f}" if (a, b, n) in found else "-" for n in steps) for b in spacings)
         print(f"| `{a}` | {' | '.join(rows)} |")
-    return int(max(found.values()) > args.bound)
+    return int(any(value > FRESH_NOISE.get(a, BOUNDS.get(n, math.inf)) for (a, _, n), value in found.items()))
 
 
 if __name__ == "__main__":
