@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,6 +17,13 @@ BF16_CPU_FEATURES = ("amx_bf16", "avx512_bf16", "avx10_2", "bf16")  # as torch n
 def best_device() -> torch.device:
     """CUDA where there is one, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def memory_bytes(device: torch.device) -> int:
+    """All memory of a CUDA device, or of the machine, used or not."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def preferred_dtype(device: torch.device) -> torch.dtype:

@@ -22,8 +22,8 @@ LAYERS = (
     {"checkpoints"},
     {"adapters", "data"},
     {"pipeline"},
-    {"train", "jobs", "evaluate", "audit", "convert", "analysis", "compat"},
-    {"serve", "picto"},
+    {"train", "jobs", "evaluate", "convert", "analysis", "compat"},
+    {"serve", "picto", "audit"},
     {""},  # ldm/__init__.py, which offers the pipeline to users and is nobody's short cut inside
     {"commands"},
     {"cli", "__main__"},

@@ -12,6 +12,7 @@ from ldm.audit.duplicates import find_identical_files, find_near_duplicates
 from ldm.audit.estimates import (
     ModelConfig,
     check_disk_space,
+    check_memory,
     check_schedule,
     estimate_disk_usage,
     estimate_memory,
@@ -171,6 +172,7 @@ def _make_report(inputs: _AuditInputs, issues: Sequence[DatasetIssue], with_esti
             buckets = {info.placement.bucket for info in infos}
             estimates["tokens"] = summarize_caption_lengths(samples, model_config)
             estimates |= {"memory": estimate_memory(recipe, model_config, buckets), "disk": disk}
+            issues += check_memory(estimates["memory"]["total"])
     ordered = sorted(set(issues), key=lambda issue: (SEVERITIES.index(issue.severity), issue))
     by_key = {sample.key: (sample, info) for sample, info in (*pairs, *inputs.held_out)}
     return AuditReport(tuple(ordered), estimates if with_estimates else {}, by_key)

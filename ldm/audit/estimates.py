@@ -15,26 +15,42 @@ from statistics import median
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.autograd.graph import saved_tensors_hooks
 
-from ldm.adapters.lora_training import inject_lora
 from ldm.audit.caption_checks import count_tokens
 from ldm.audit.image_checks import MAX_UPSCALE
+from ldm.audit.memory import (
+    PeakMemory,
+    autocast,
+    encoding_bytes,
+    make_conditioning,
+    materialize,
+    parameter_bytes,
+    sampling_bytes,
+)
 from ldm.checkpoints.families import LoadOptions
-from ldm.checkpoints.formats import CPU_DEVICE, PICTO_PATH, read_model_spec
-from ldm.checkpoints.networks import ModelSpec, load_weights, select_weights
-from ldm.conditioning import Conditioning
+from ldm.checkpoints.formats import CPU_DEVICE, PICTO_PATH, Checkpoint, choose_dtypes, read_model_spec
+from ldm.checkpoints.networks import NUM_TIME_IDS, ModelSpec, load_weights, select_weights
 from ldm.config import FinetuneObjective, Recipe
 from ldm.data.buckets import ImageSize, format_size
 from ldm.data.image_dataset import ImageInfo, make_batch_sampler
 from ldm.data.sources import DatasetIssue, ImageSample
-from ldm.hardware import MIXED_PRECISION_DTYPES, best_device, resolve_frozen_dtype, resolve_mixed_precision
+from ldm.hardware import (
+    MIXED_PRECISION_DTYPES,
+    best_device,
+    memory_bytes,
+    preferred_dtype,
+    resolve_frozen_dtype,
+    resolve_mixed_precision,
+    to_device,
+)
 from ldm.nn.prompts import PlaceholderTokens
 from ldm.nn.text_encoders import CLIPTokenizer
-from ldm.nn.unet import UNet
-from ldm.nn.vae import AutoencoderKL, vae_scale_factor
+from ldm.nn.unet import native_size
+from ldm.nn.vae import AutoencoderKL, latent_shape, vae_scale_factor
+from ldm.train.methods import FINETUNE_METHODS, float32_components
+from ldm.train.task import trainable_parameters
+from ldm.train.trainable import TokenizedCaptions, TrainableModel, cast_frozen_parameters
 
 FP32_BYTES, FP16_BYTES = 4, 2
 OPTIMIZER_STATE_BYTES = {
@@ -44,6 +60,10 @@ OPTIMIZER_STATE_BYTES = {
     "lion": FP32_BYTES,
 }  # per parameter
 ADAM_STATE_BYTES = 2 * FP32_BYTES  # of all others
+# Python and libraries, on a CPU: scripts/bench_memory.py
+PROCESS_BYTES, TRAINING_PROCESS_BYTES = 520_000_000, 660_000_000
+HEAP_HOLES = 0.5  # bytes without use for each in use, in malloc's heap at a training's peak: likewise
+SAMPLED_TOGETHER = 8  # images at most: `Pipeline`'s batch size
 
 
 @dataclass(frozen=True)
@@ -63,12 +83,24 @@ class ModelConfig:
     @cached_property
     def num_trainable_parameters(self) -> int:
         """The number of parameters that the objective trains."""
-        objective, networks, text_encoders = self.objective, self.spec.networks, [*self.spec.text_encoder_factories]
-        if objective.method == "textual_inversion":
-            return objective.num_vectors * sum(networks[name].config.hidden_size for name in text_encoders)
-        names = ["unet", *(text_encoders if objective.train_text_encoder else ())]
-        copies = [set_trainable(copy.deepcopy(networks[name]), objective) for name in names]
-        return sum(p.numel() for network in copies for p in network.parameters() if p.requires_grad)
+        return sum(p.numel() for p in trainable_parameters(TrainableModel(self.prepare())).values())
+
+    def prepare(self) -> Checkpoint:
+        """The model on the meta device, as it is trained: frozen weights in their dtype, and what the method adds."""
+        frozen = resolve_frozen_dtype(self.objective.frozen_dtype, best_device())
+        dtypes = choose_dtypes(self.spec, frozen, float32_components(self.objective))
+        memo: dict[int, Any] = {}
+        networks = {name: copy.deepcopy(network, memo) for name, network in self.spec.networks.items()}
+        for name, network in networks.items():
+            to_device(network, torch.device("meta"), dtypes[name]).requires_grad_(False)
+        encoders = tuple(factory(networks[name]) for name, factory in self.spec.text_encoder_factories.items())
+        networks["unet"].attention = self.objective.attention
+        # what is predicted, and under which SDE, takes no memory
+        model = Checkpoint(networks["unet"], networks["vae"], encoders, None, None)  # type: ignore[arg-type]
+        model = FINETUNE_METHODS[self.objective.method].prepare(model, self.objective)
+        for network in model.networks.values():
+            cast_frozen_parameters(network, frozen)
+        return model
 
     def load_vae(self) -> AutoencoderKL:
         """The autoencoder with its weights, float32 on the CPU; no other network's are read."""
@@ -92,26 +124,90 @@ def load_model_config(recipe: Recipe) -> ModelConfig:
 
 
 def estimate_memory(recipe: Recipe, model_config: ModelConfig, buckets: Iterable[ImageSize]) -> dict[str, int]:
-    """Bytes in memory on one device, by purpose, with the rows of one accumulation step from the largest bucket.
+    """Bytes in memory on one device at the peak, by purpose; on a CPU with the process's own.
 
-    Activations are those of the U-Net, counted from shapes without kernels' workspaces; activation checkpointing is
-    ignored. They are affine in the batch size, so batches of 1 and 2 tell all.
+    `activations` are a step's, with the rows of one accumulation step from the largest bucket; `sampling` is what
+    encoding images, or generating those of a class or of validation prompts, takes beyond a step. They come from
+    shapes. `allocator` is what malloc's heap holds without use. Processes that load data are not counted.
     """
-    trainable, networks = model_config.num_trainable_parameters, model_config.spec.networks.values()
-    frozen = sum(p.numel() for network in networks for p in network.parameters())
-    frozen -= trainable if model_config.objective.method == "full" else 0
+    trainable, bucket = model_config.num_trainable_parameters, max(buckets, key=math.prod)
+    weights = parameter_bytes(*model_config.prepare().networks.values())
     rows = -(-recipe.train_batch_size // recipe.gradient_accumulation_steps)
-    bucket = max(buckets, key=math.prod)
-    one, two = (estimate_activation_bytes(recipe, model_config, bucket, batch_size) for batch_size in (1, 2))
     parts = {
         "trainable_weights": trainable * FP32_BYTES,
         "gradients": trainable * FP32_BYTES,
         "optimizer": trainable * OPTIMIZER_STATE_BYTES.get(recipe.optimizer, ADAM_STATE_BYTES),
         "ema": trainable * FP32_BYTES * count_ema_copies(recipe),
-        "frozen_weights": frozen * resolve_frozen_dtype(model_config.objective.frozen_dtype, best_device()).itemsize,
-        "activations": one + (rows - 1) * (two - one),
+        "frozen_weights": weights - trainable * FP32_BYTES,
     }
+    on_cpu, step = best_device().type == "cpu", measure_step(recipe, model_config, bucket, rows)
+    kept = sum(parts.values()) - parts["gradients"]
+    beside = max(
+        weights + before_training_bytes(recipe, model_config, bucket, rows) - kept,
+        beside_steps_bytes(recipe, model_config, bucket, rows),
+    )
+    parts["activations"] = step.peak - parts["gradients"]
+    parts["allocator"] = int(HEAP_HOLES * step.heap_peak) if on_cpu else 0
+    parts["sampling"] = max(0, beside - step.peak - parts["allocator"])
+    parts["process"] = TRAINING_PROCESS_BYTES if on_cpu else 0
     return {**parts, "total": sum(parts.values())}
+
+
+def before_training_bytes(recipe: Recipe, model_config: ModelConfig, bucket: ImageSize, rows: int) -> int:
+    """Bytes beside the weights that class images, and latents that are cached, take before there is an optimizer."""
+    model, objective, data = model_config.prepare(), model_config.objective, recipe.image_data
+    needed = [encoding_bytes(model.vae, bucket, recipe.train_batch_size)] if data.center_crop else [0]
+    if objective.prior_preservation and objective.num_class_images:
+        unet = model_config.spec.networks["unet"]
+        images, size = min(SAMPLED_TOGETHER, objective.num_class_images), (data.resolution, data.resolution)
+        dtype = next(model.unet.parameters()).dtype if objective.method == "full" else model.vae.dtype
+        unet = to_device(copy.deepcopy(unet), torch.device("meta"), dtype)
+        needed.append(sampling_bytes(unet, model.vae, size, images, torch.float32))
+    return max(needed)
+
+
+def beside_steps_bytes(recipe: Recipe, model_config: ModelConfig, bucket: ImageSize, rows: int) -> int:
+    """Bytes that encoding a batch, and generating images of the validation prompts, take beside all that is kept."""
+    model = model_config.prepare()
+    needed = [0 if recipe.image_data.center_crop else encoding_bytes(model.vae, bucket, rows)]
+    if prompts := recipe.validation_prompts:
+        height, width = (side * model_config.vae_scale_factor for side in native_size(model.unet.config))
+        images, dtype = min(SAMPLED_TOGETHER, len(prompts)), preferred_dtype(best_device())
+        needed.append(sampling_bytes(model.unet, model.vae, (width, height), images, dtype))
+    return max(needed)
+
+
+def measure_step(recipe: Recipe, model_config: ModelConfig, bucket: ImageSize, rows: int) -> PeakMemory:
+    """What a forward and a backward pass take beside the weights, gradients included, with fake tensors."""
+    objective, tokenizer = model_config.objective, model_config.tokenizer
+    model, dtype = (
+        model_config.prepare(),
+        MIXED_PRECISION_DTYPES[resolve_mixed_precision(recipe.mixed_precision, best_device())],
+    )
+    model.unet.gradient_checkpointing = recipe.gradient_checkpointing
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        trained = TrainableModel(model)
+        materialize(trained)
+        x = torch.zeros(rows, model.unet.config.in_channels, *latent_shape(model.vae, bucket[1], bucket[0])[1:])
+        text: Any = make_conditioning(model.unet, rows, tokenizer.model_max_length)
+        if objective.train_text_encoder or objective.method == "textual_inversion":
+            ids = [torch.zeros(rows, tokenizer.model_max_length, dtype=torch.long) for _ in model.text_encoders]
+            text = TokenizedCaptions(ids, torch.ones(rows), torch.zeros(rows, NUM_TIME_IDS))
+        with PeakMemory() as memory:
+            with autocast(dtype):
+                output = trained(x, torch.zeros(rows), text)
+            output.float().square().mean().backward()
+    return memory
+
+
+def estimate_generation(spec: ModelSpec, dtype: torch.dtype, sizes: Iterable[ImageSize]) -> dict[str, int]:
+    """Bytes at the peak of loading a model, and of generating one image of each size with guidance, on one device."""
+    dtypes = choose_dtypes(spec, dtype)
+    networks = {n: to_device(copy.deepcopy(a), torch.device("meta"), dtypes[n]) for n, a in spec.networks.items()}
+    loaded = parameter_bytes(*networks.values()) + (PROCESS_BYTES if best_device().type == "cpu" else 0)
+    unet, vae = networks["unet"], networks["vae"]
+    generated = {format_size(size): loaded + sampling_bytes(unet, vae, size, 1, torch.float32) for size in sizes}
+    return {"load": loaded, **generated}
 
 
 def estimate_disk_usage(recipe: Recipe, model_config: ModelConfig, image_infos: Sequence[ImageInfo]) -> dict[str, int]:
@@ -141,49 +237,17 @@ def check_disk_space(folder: Path, needed: int) -> Iterator[DatasetIssue]:
         yield DatasetIssue("disk space", "output_dir", what)
 
 
+def check_memory(needed: int) -> Iterator[DatasetIssue]:
+    """An issue if the device has less memory than needed, used or not."""
+    device = best_device()
+    if needed > (total := memory_bytes(device)):
+        what = f"{needed / 1e9:.1f} GB are needed, the {device.type} has {total / 1e9:.1f} GB"
+        yield DatasetIssue("memory", "recipe", what)
+
+
 def count_ema_copies(recipe: Recipe) -> int:
     """The moving averages that a training keeps beside its weights: one, and two for post-hoc EMA."""
     return 3 if recipe.posthoc_steps else 1
-
-
-def set_trainable(network: nn.Module, objective: FinetuneObjective) -> nn.Module:
-    """The network with requires_grad set as its method does, in place: all of it, LoRA adapters, or nothing."""
-    network.requires_grad_(objective.method == "full")
-    if objective.method == "lora":
-        inject_lora(network, objective.targets, objective.rank, objective.alpha, objective.dora)
-    return network
-
-
-def estimate_activation_bytes(recipe: Recipe, model_config: ModelConfig, bucket: ImageSize, batch_size: int) -> int:
-    """Bytes that the U-Net saves for the backward pass, beside its parameters; computed with fake tensors."""
-    objective, config = model_config.objective, model_config.spec.networks["unet"].config
-    width, height = (side // model_config.vae_scale_factor for side in bucket)
-    text_learns = objective.train_text_encoder or objective.method == "textual_inversion"
-    with torch.device("meta"):
-        unet = set_trainable(UNet(config, attention=objective.attention), objective)
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        unet.to_empty(device="cpu")
-        x = torch.zeros(batch_size, config.in_channels, height, width)
-        context = torch.zeros(batch_size, model_config.tokenizer.model_max_length, config.cross_attention_dim)
-        vector = torch.zeros(batch_size, config.projection_class_embeddings_input_dim or 0)
-        cond = Conditioning(context.requires_grad_(text_learns), vector=vector if config.addition_embed_type else None)
-        dtype = MIXED_PRECISION_DTYPES[resolve_mixed_precision(recipe.mixed_precision, best_device())]
-        return measure_saved_tensor_bytes(unet, x, cond, dtype)
-
-
-def measure_saved_tensor_bytes(unet: nn.Module, x: Tensor, cond: Conditioning, autocast_dtype: torch.dtype) -> int:
-    """Bytes of the storages, except for the parameters', that a forward pass saves for the backward pass."""
-    own = {p.untyped_storage()._cdata for p in unet.parameters()}
-    saved: list[torch.UntypedStorage] = []  # holds the storages: the address of a freed one could be used again
-
-    def pack(tensor: Tensor) -> Tensor:
-        saved.append(tensor.untyped_storage())
-        return tensor
-
-    autocast = torch.autocast(x.device.type, autocast_dtype, enabled=autocast_dtype != torch.float32)
-    with saved_tensors_hooks(pack, lambda tensor: tensor), autocast:
-        unet(x, torch.zeros(len(x), device=x.device), cond)
-    return sum({storage._cdata: storage.nbytes() for storage in saved if storage._cdata not in own}.values())
 
 
 def count_samples_per_bucket(samples: Sequence[ImageSample], image_infos: Sequence[ImageInfo]) -> dict[str, int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
 
@@ -82,8 +83,21 @@ def convert_lora_file(source: str, destination: Path, to: str, options: LoadOpti
     return {"destination": str(destination), "adapter": adapter.name, "dialect": to, "modules": len(adapter.deltas)}
 
 
-def info() -> None:
-    """Print versions, devices, attention backends, samplers, and where picto is."""
+def info(
+    size: Annotated[
+        str | None,
+        typer.Option(metavar="MODEL", help="Print the memory that a model takes instead.", show_default=False),
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="With --size: float32, bfloat16 or float16.")] = "auto",
+) -> None:
+    """Print versions, devices, attention backends, samplers, and where picto is; with --size, a model's memory.
+
+    The memory is that of loading the model, and of generating one image of its native size, 512x512 and 1024x1024.
+    """
+    if size is not None:
+        return print_model_size(size, dtype)
+    if dtype != "auto":
+        raise ValueError("--dtype: only with --size")
     from importlib import metadata
 
     import torch
@@ -104,5 +118,33 @@ def info() -> None:
         rows[f"attention {name}"] = reason or "available"
     rows["samplers"], rows["spacings"] = ", ".join(SAMPLERS), ", ".join(SPACINGS)
     rows["picto"] = str(PICTO_PATH) if PICTO_PATH.is_dir() else "not found"
+    print_rows(rows)
+
+
+def print_model_size(model: str, dtype: str) -> None:
+    """Print the parameters of a model's networks, and the memory of loading it and of generating an image."""
+    from ldm.audit.estimates import estimate_generation
+    from ldm.checkpoints.formats import read_model_spec
+    from ldm.hardware import best_device
+    from ldm.nn.unet import native_size
+    from ldm.nn.vae import vae_scale_factor
+    from ldm.pipeline.pipeline import choose_dtype
+
+    spec, device = read_model_spec(model), best_device()
+    chosen = choose_dtype(dtype, device)
+    height, width = (
+        side * vae_scale_factor(spec.networks["vae"]) for side in native_size(spec.networks["unet"].config)
+    )
+    sizes = sorted({(width, height), (512, 512), (1024, 1024)})
+    rows = {"device": str(device), "dtype": str(chosen).removeprefix("torch.")}
+    for name, network in spec.networks.items():
+        rows[name] = f"{sum(p.numel() for p in network.parameters()) / 1e6:,.1f} million parameters"
+    for name, count in estimate_generation(spec, chosen, sizes).items():
+        rows[f"memory {name}"] = f"{count / 1e9:.2f} GB"
+    print_rows(rows)
+
+
+def print_rows(rows: Mapping[str, str]) -> None:
+    """Print names and values in two columns."""
     for name, value in rows.items():
         print(f"{name:20} {value}")

@@ -226,6 +226,13 @@ def apply_layer(layer: UNetLayer, x: Tensor, emb: Tensor, kv_pairs: Sequence[KVP
     return x if transformer is None else transformer(x, iter(kv_pairs))
 
 
+def native_size(config: UNetConfig) -> tuple[int, int]:
+    """Rows and columns of the latents that a U-Net was trained on; 64 where its configuration does not say it."""
+    size = config.sample_size or 64
+    rows, columns = size if isinstance(size, tuple) else (size, size)
+    return rows, columns
+
+
 class UNet(nn.Module):
     """The network of a `Denoiser`: (x [B, C, H, W], t [B], cond) -> [B, C', H, W] in the dtype of its weights.
 

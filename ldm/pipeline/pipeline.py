@@ -23,6 +23,7 @@ from ldm.errors import choose
 from ldm.hardware import best_device
 from ldm.image_io import from_uint8
 from ldm.metadata import create_infotext
+from ldm.nn.unet import native_size
 from ldm.nn.vae import Posterior, encode_images, latent_shape, vae_scale_factor
 from ldm.pipeline.adapters_api import AdaptersAPI
 from ldm.pipeline.call import CallState, PipelineOutput, call_pipeline
@@ -251,10 +252,10 @@ class Pipeline(AdaptersAPI, DiffusersAPI):
 
     def _default_size(self, image: Image.Image | None) -> tuple[int, int]:
         """The default height and width of a request: its image's, rounded down to a multiple, or the model's."""
-        multiple, native = vae_scale_factor(self.model.vae), self.model.unet.config.sample_size
+        multiple = vae_scale_factor(self.model.vae)
         if image is not None:
             return image.height // multiple * multiple, image.width // multiple * multiple
-        rows, columns = native if isinstance(native, tuple) else (native or 64,) * 2
+        rows, columns = native_size(self.model.unet.config)
         return rows * multiple, columns * multiple
 
 

@@ -287,3 +287,13 @@ def test_an_adapter_is_rewritten_in_another_dialect(ldm_, refused, tmp_path):
     written = load_file(new)
     assert status == 0 and len(written) == 2, err
     assert torch.equal(written[f"{TARGET.replace('/', '.')}.lora_A.weight"], factors["lora_down"])
+
+
+def test_info_tells_the_memory_of_a_model(ldm_, tiny):
+    status, out, err = ldm_("info", "--size", tiny, "--dtype", "bfloat16")
+    rows = dict(line.split(maxsplit=1) for line in out.replace("memory ", "memory_").splitlines())
+    assert (status, err, rows["dtype"]) == (0, "", "bfloat16")
+    names = "memory_load", "memory_32x32", "memory_512x512", "memory_1024x1024"
+    sizes = [float(rows[name].split()[0]) for name in names]
+    assert sizes == sorted(sizes) and sizes[0] < sizes[-1]
+    assert ldm_("info", "--size", tiny / "no")[0] == ldm_("info", "--dtype", "float32")[0] == 2
