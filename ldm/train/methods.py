@@ -9,8 +9,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
-
 from ldm.adapters.lora import Adapter
 from ldm.adapters.lora_saving import save_adapter
 from ldm.adapters.lora_training import extract_lora_deltas, inject_lora
@@ -23,7 +21,6 @@ from ldm.checkpoints.saving import save_as_directory
 from ldm.checkpoints.tensors import DIFFUSERS_WEIGHTS_NAME, TRANSFORMERS_WEIGHTS_NAME, save_module
 from ldm.config import FinetuneObjective
 from ldm.files import read_json
-from ldm.hardware import best_device, resolve_frozen_dtype
 from ldm.nn.text_encoders import TextEncoder, tokenize
 from ldm.pipeline.pipeline import Pipeline
 
@@ -54,14 +51,8 @@ def base_load_options(objective: FinetuneObjective) -> LoadOptions:
 
 
 def load_base_pipeline(objective: FinetuneObjective) -> Pipeline:
-    """A pipeline of the pretrained model of a recipe, in the dtype of its frozen weights."""
-    path, dtype = base_model_path(objective), sampling_dtype(objective)
-    return Pipeline.from_pretrained(path, dtype=dtype, revision=objective.revision, variant=objective.variant)
-
-
-def sampling_dtype(objective: FinetuneObjective) -> torch.dtype:
-    """The dtype of the samples' pipelines: in float32 they might take more memory than the training."""
-    return resolve_frozen_dtype(objective.frozen_dtype, best_device())
+    """A pipeline of the pretrained model of a recipe."""
+    return Pipeline.from_pretrained(base_model_path(objective), revision=objective.revision, variant=objective.variant)
 
 
 def trainable_network_names(model: Checkpoint, objective: FinetuneObjective) -> list[str]:
@@ -150,7 +141,7 @@ def load_inversion_pipeline(objective: FinetuneObjective, folder: Path, pipe: Pi
 
 
 def load_full_pipeline(objective: FinetuneObjective, folder: Path, pipe: Pipeline | None = None) -> Pipeline:
-    return Pipeline.from_pretrained(folder, dtype=sampling_dtype(objective))
+    return Pipeline.from_pretrained(folder)
 
 
 FINETUNE_METHODS: dict[str, FinetuneMethod] = {
