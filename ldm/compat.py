@@ -90,9 +90,9 @@ def __getattr__(name: str) -> Any:
     elif name in DIFFUSERS_SCHEDULERS:
         globals()[name] = scheduler_class(name)
     elif name == "AutoencoderKL":
-        from ldm.nn.vae import AutoencoderKL
+        from ldm.nn.vae import import_diffusers_class
 
-        globals()[name] = AutoencoderKL
+        globals()[name] = import_diffusers_class()
     elif name.startswith("_"):
         raise AttributeError(name)
     else:  # no AttributeError, whose text `from ldm.compat import ...` does not show

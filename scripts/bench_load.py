@@ -30,7 +30,7 @@ from ldm.checkpoints.keys import build_meta_state_dicts
 from ldm.checkpoints.tensors import save_tensors
 from ldm.convert.convert import convert_checkpoint
 from ldm.files import write_json
-from ldm.nn import text_encoders
+from ldm.nn.tokenizer import build_clip_tokenizer, save_clip_tokenizer
 
 from diffusers import StableDiffusionPipeline  # isort: skip
 
@@ -50,9 +50,7 @@ def write(root: Path) -> None:
         values = {n: torch.empty(a.shape, dtype=DTYPE).normal_(0, 0.02, generator=g) for n, a in tensors.items()}
         save_tensors(values, folder / name / f"{NAMES[name]}.safetensors", DTYPE)
         write_json(configs[name], folder / name / "config.json")
-    text_encoders.save_clip_tokenizer(
-        text_encoders.build_clip_tokenizer(FAMILY.text_encoders["text_encoder"].pad_token_id), folder / "tokenizer"
-    )
+    save_clip_tokenizer(build_clip_tokenizer(FAMILY.text_encoders["text_encoder"].pad_token_id), folder / "tokenizer")
     (folder / "scheduler").mkdir()
     write_json(FAMILY.scheduler, folder / "scheduler" / "scheduler_config.json")
     write_json({**MODEL_INDEX, "scheduler": ["diffusers", "PNDMScheduler"]}, folder / "model_index.json")

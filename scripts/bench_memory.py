@@ -27,7 +27,7 @@ from ldm.checkpoints.tensors import DIFFUSERS_WEIGHTS_NAME, TRANSFORMERS_WEIGHTS
 from ldm.commands.train import create_task, preflight
 from ldm.config import Recipe
 from ldm.files import atomic_write, write_json
-from ldm.nn import text_encoders
+from ldm.nn.tokenizer import build_clip_tokenizer, save_clip_tokenizer
 from ldm.pipeline.pipeline import PIPELINE_DTYPES, Pipeline
 from ldm.train.trainer import train_model
 
@@ -59,8 +59,8 @@ def write_model(name: str, folder: Path) -> None:
         write_json(family.configs[component], folder / component / "config.json")
         if is_text:
             spec, number = family.text_encoders[component], component.removeprefix("text_encoder")
-            tokenizer = text_encoders.build_clip_tokenizer(spec.pad_token_id)
-            text_encoders.save_clip_tokenizer(tokenizer, folder / f"tokenizer{number}")
+            tokenizer = build_clip_tokenizer(spec.pad_token_id)
+            save_clip_tokenizer(tokenizer, folder / f"tokenizer{number}")
             encoder_class = "CLIPTextModelWithProjection" if spec.with_projection else "CLIPTextModel"
             index |= {f"tokenizer{number}": ["transformers", "CLIPTokenizer"]}
             index |= {component: ["transformers", encoder_class]}

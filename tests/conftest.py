@@ -13,7 +13,8 @@ from ldm.checkpoints.formats import MODEL_INDEX
 from ldm.checkpoints.schedule import build_scheduler_config
 from ldm.checkpoints.tensors import save_module
 from ldm.files import write_json
-from ldm.nn import text_encoders, vae
+from ldm.nn import vae
+from ldm.nn.tokenizer import save_clip_tokenizer
 from ldm.nn.unet import UNet, UNetConfig
 from ldm.picto import clip
 from ldm.pipeline.pipeline import Pipeline
@@ -42,7 +43,7 @@ def tiny(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models") / "tiny"
     torch.manual_seed(0)
     tokenizer = clip.train_tokenizer(CAPTIONS * 10, 600, 16)
-    text_encoders.save_clip_tokenizer(tokenizer, folder / "tokenizer")
+    save_clip_tokenizer(tokenizer, folder / "tokenizer")
     tower = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
     both = clip.build_clip(tower, {**tower, "image_size": 32, "patch_size": 8}, 16, tokenizer)
     text_encoder = clip.split_clip(both)["text_encoder"]
@@ -59,7 +60,7 @@ def tiny(tmp_path_factory):
     )
     save_module(UNet(config), config.to_dict(), folder / "unet")
     autoencoder = vae.build_vae(VAE)
-    save_module(autoencoder, vae.get_vae_config(autoencoder), folder / "vae")
+    save_module(autoencoder, autoencoder.config.to_dict(), folder / "vae")
     (folder / "scheduler").mkdir()
     write_json(build_scheduler_config("squaredcos_cap_v2", "v"), folder / "scheduler" / "scheduler_config.json")
     write_json({"num_inference_steps": 6, "guidance_scale": 3.0}, folder / "generation_config.json")

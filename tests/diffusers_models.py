@@ -45,6 +45,22 @@ def vae():
     return made
 
 
+def transformers_tokenizer(ours):
+    """transformers' own tokenizer with the vocabulary, the padding and the length of ours."""
+    return ours.to_transformers()
+
+
+def transformers_text_encoder(ours):
+    """transformers' own text encoder with the configuration and the weights of ours."""
+    projects = hasattr(ours, "text_projection")
+    theirs = (CLIPTextModelWithProjection if projects else CLIPTextModel)(CLIPTextConfig(**ours.config.to_dict()))
+    tensors = {name if projects else name.removeprefix("text_model."): a for name, a in ours.state_dict().items()}
+    (table,) = (name for name in tensors if name.endswith("token_embedding.weight"))
+    tensors[table] = tensors[table][: ours.config.vocab_size]  # without those of placeholder tokens
+    theirs.load_state_dict(tensors)
+    return theirs.eval()
+
+
 def text_encoder(tokenizer, kind=CLIPTextModel, width=32, activation="quick_gelu"):
     config = CLIPTextConfig(
         vocab_size=len(tokenizer),

@@ -33,8 +33,8 @@ LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 # A third-party name and where under ldm/ it may be imported: a file, or a folder.
 HOMES = {
     "diffusers": ("nn/vae.py",),
-    "transformers": ("nn/text_encoders.py", "picto/clip.py", "evaluate"),
-    "tokenizers": ("nn/text_encoders.py", "picto/clip.py", "evaluate"),
+    "transformers": ("nn/tokenizer.py", "picto/clip.py", "evaluate"),
+    "tokenizers": ("nn/tokenizer.py", "picto/clip.py", "evaluate"),
     "open_clip": ("nn/text_encoders.py", "evaluate"),
     "torchvision": ("nn/__init__.py",),
     "xformers": ("nn/attention.py",),
@@ -124,7 +124,7 @@ def test_a_planted_violation_is_caught(path, source):
     ("path", "source"),
     [
         ("cli.py", "from ldm import Pipeline, __version__\nfrom ldm.train import trainer\nimport ldm.jobs"),
-        ("nn/vae.py", "import diffusers\nimport ldm.nn.blocks"),
+        ("picto/clip.py", "import transformers\nimport ldm.nn.blocks"),
         ("evaluate/features.py", "import open_clip\nfrom ldm.image_io import decode\nfrom ..data import folders"),
         ("__init__.py", "def __getattr__(name):\n    from ldm.pipeline import Pipeline"),
         ("diffusion/samplers.py", "from ..conditioning import Conditioning\nfrom .sde import VPSDE"),

@@ -11,7 +11,8 @@ from pathlib import PurePosixPath
 from ldm.data.folders import split_key
 from ldm.data.sources import READABLE_IMAGE_SUFFIXES, DatasetIssue, ImageSample
 from ldm.nn.prompts import PlaceholderTokens, split_on_tokens
-from ldm.nn.text_encoders import CLIPTokenizer, tokenize_with_placeholders
+from ldm.nn.text_encoders import tokenize_with_placeholders
+from ldm.nn.tokenizer import CLIPTokenizer
 
 HTML_TAGS = "a|b|i|u|p|br|div|em|strong|span|font|img|li|ul|ol|h[1-6]|table|tr|td|script|style"
 MARKUP_PATTERN = re.compile(rf"</?(?:{HTML_TAGS})\b[^<>]*>|&(?:[a-z]{{2,8}}|#\d{{1,6}});|https?://", re.IGNORECASE)

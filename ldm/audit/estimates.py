@@ -45,7 +45,7 @@ from ldm.hardware import (
     to_device,
 )
 from ldm.nn.prompts import PlaceholderTokens
-from ldm.nn.text_encoders import CLIPTokenizer
+from ldm.nn.tokenizer import CLIPTokenizer
 from ldm.nn.unet import native_size
 from ldm.nn.vae import AutoencoderKL, latent_shape, vae_scale_factor
 from ldm.train.methods import FINETUNE_METHODS, float32_components
@@ -61,7 +61,7 @@ OPTIMIZER_STATE_BYTES = {
 }  # per parameter
 ADAM_STATE_BYTES = 2 * FP32_BYTES  # of all others
 # Python and libraries, on a CPU: scripts/bench_memory.py
-PROCESS_BYTES, TRAINING_PROCESS_BYTES = 520_000_000, 660_000_000
+PROCESS_BYTES, TRAINING_PROCESS_BYTES = 340_000_000, 660_000_000
 HEAP_HOLES = 0.5  # bytes without use for each in use, in malloc's heap at a training's peak: likewise
 SAMPLED_TOGETHER = 8  # images at most: `Pipeline`'s batch size
 
@@ -216,7 +216,7 @@ def estimate_disk_usage(recipe: Recipe, model_config: ModelConfig, image_infos: 
     snapshots = 2 * (recipe.max_train_steps // recipe.posthoc_steps) if recipe.posthoc_steps else 0
     latents = sum(math.prod(info.placement.bucket) for info in image_infos) // model_config.vae_scale_factor**2
     latents *= recipe.image_data.center_crop * (1 + recipe.image_data.random_flip)  # random crops are not cached
-    channels = model_config.spec.networks["vae"].config["latent_channels"]
+    channels = model_config.spec.networks["vae"].config.latent_channels
     optimizer = OPTIMIZER_STATE_BYTES.get(recipe.optimizer, ADAM_STATE_BYTES)
     checkpoint = trainable * (FP32_BYTES * (1 + count_ema_copies(recipe)) + optimizer)
     parts = {

@@ -32,6 +32,7 @@ from ldm.diffusion.timesteps import SPACINGS
 from ldm.errors import choose, error_text, warn_of_input
 from ldm.files import read_json
 from ldm.nn import text_encoders
+from ldm.nn.tokenizer import CLIPTokenizer, load_clip_tokenizer
 from ldm.nn.unet import UNetConfig
 
 MODEL_INDEX_NAME, GENERATION_CONFIG_NAME = "model_index.json", "generation_config.json"
@@ -140,7 +141,7 @@ def _is_variant(name: str, variant: str) -> bool:
 
 
 def text_encoder_factories(
-    family: ModelFamily, tokenizers: Mapping[str, text_encoders.CLIPTokenizer], source_family: ModelFamily
+    family: ModelFamily, tokenizers: Mapping[str, CLIPTokenizer], source_family: ModelFamily
 ) -> Mapping[str, Callable[[Any], text_encoders.TextEncoder]]:
     """Factories of a family's text encoders; the layers that were dropped are those of `source_family`."""
     factories = {}
@@ -270,12 +271,12 @@ def open_shards(folder: Path, weight_map: Any) -> list[SafetensorsFile]:
     return files
 
 
-def load_matching_tokenizer(folder: Path, config: Any) -> text_encoders.CLIPTokenizer:
+def load_matching_tokenizer(folder: Path, config: Any) -> CLIPTokenizer:
     """The tokenizer in a folder, for a text encoder of that configuration."""
     tokenizer = load_checked_tokenizer(folder)
     if len(tokenizer) > config.vocab_size:
         raise ValueError(f"{folder}: {len(tokenizer)} tokens, and the text encoder knows {config.vocab_size}")
-    token, last = max(tokenizer.get_vocab().items(), key=lambda item: item[1])
+    token, last = max(tokenizer.vocab.items(), key=lambda item: item[1])
     if last >= config.vocab_size:
         raise ValueError(f"{folder}: {token!r:.60} has id {last}, and the text encoder knows {config.vocab_size}")
     length = tokenizer.model_max_length
@@ -286,7 +287,7 @@ def load_matching_tokenizer(folder: Path, config: Any) -> text_encoders.CLIPToke
     return tokenizer
 
 
-def load_checked_tokenizer(folder: Path) -> text_encoders.CLIPTokenizer:
+def load_checked_tokenizer(folder: Path) -> CLIPTokenizer:
     """CLIP's tokenizer from a folder with vocab.json and merges.txt, or with tokenizer.json alone."""
     if not (folder / "tokenizer.json").is_file():
         for name in ("vocab.json", "merges.txt"):
@@ -298,9 +299,10 @@ def load_checked_tokenizer(folder: Path) -> text_encoders.CLIPTokenizer:
             if name == "tokenizer_config.json" and content.get("auto_map"):
                 raise ValueError(f"{folder / name}: auto_map names code, which is not run")
     try:
-        return text_encoders.load_clip_tokenizer(folder)
-    except Exception as error:  # tokenizers raises Exception itself
-        raise ValueError(f"{folder}: not a tokenizer of CLIP ({' '.join(str(error).split())})") from None
+        return load_clip_tokenizer(folder)
+    except (AttributeError, KeyError, OSError, TypeError, ValueError) as error:
+        reason = error_text(error) if isinstance(error, OSError | ValueError) else repr(error)
+        raise ValueError(f"{folder}: not a tokenizer of CLIP ({' '.join(reason.split())})") from None
 
 
 def read_generation_config(folder: Path) -> dict[str, Any]:

@@ -27,7 +27,7 @@ from ldm.nn.unet import UNetConfig
 
 TEXT_ENCODERS = "text_encoder", "text_encoder_2"
 NUM_TIME_IDS = 6  # of SDXL: original size, crop, target size
-POSITION_IDS = "position_ids"  # a buffer with the numbers 0 to 76, which directories may hold and no network loads
+POSITION_IDS = "position_ids"  # the numbers 0 to 76, which directories may hold and no network loads
 
 
 OTHER_CLIP_PARTS = re.compile(r"(text_projection\.|visual_projection\.|vision_model\.|logit_scale$)")
@@ -146,7 +146,7 @@ def load_weights(
     device: torch.device,
     dtypes: Mapping[str, torch.dtype],
 ) -> FileHashes:
-    """Load networks' weights to a device and initialize their buffers; the SHA-256 of each component's files.
+    """Load networks' weights to a device; the SHA-256 of each component's files.
 
     ValueError for a tensor that is not floating-point, before anything is read, and for a file that ends early.
     """
@@ -168,7 +168,8 @@ def load_weights(
     for component, network in networks.items():
         names = {diffusers_key(component, name): name for name in network.state_dict()}
         network.load_state_dict({names[key]: a for key, a in weights.pop(component).items()}, assign=True)
-        _init_buffers(network, device)
+        left = [name for name, a in [*network.named_parameters(), *network.named_buffers()] if a.is_meta]
+        assert not left, f"{left} have no values"
     return FileHashes(hashed_files)
 
 
@@ -181,13 +182,3 @@ def _split_and_cast(mapping: KeyMapping, tensor: Tensor, device: torch.device, d
         name: part.to(device=device, dtype=dtype, memory_format=memory_formats[name], copy=True)
         for name, part in mapping.to_diffusers(tensor).items()
     }
-
-
-def _init_buffers(network: nn.Module, device: torch.device) -> None:
-    """Initialize the position ids, the only buffers that are in no file."""
-    for name, buffer in list(network.named_buffers()):
-        if buffer.is_meta and name.endswith(POSITION_IDS):
-            values = torch.arange(buffer.shape[-1]).expand(buffer.shape)
-            setattr(network.get_submodule(name.rpartition(".")[0]), POSITION_IDS, values.to(device))
-    left = [name for name, a in [*network.named_parameters(), *network.named_buffers()] if a.is_meta]
-    assert not left, f"{left} have no values"

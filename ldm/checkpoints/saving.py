@@ -29,7 +29,7 @@ from ldm.checkpoints.tensors import (
     open_safetensors,
 )
 from ldm.files import atomic_write, read_json, write_json
-from ldm.nn import text_encoders
+from ldm.nn.tokenizer import build_clip_tokenizer, save_clip_tokenizer
 
 SAFETENSORS_SUFFIX = ".safetensors"
 COPIED_SUFFIXES = (".json", ".txt", ".md")  # configurations, tokenizers, licences
@@ -100,8 +100,8 @@ def _write_configs(family: ModelFamily, detection: detect.Detection, folder: Pat
         write_json(add_dtype({**config, **model_class}), folder / name / "config.json")
         index[name] = [library, class_name]
     for name, spec in family.text_encoders.items():
-        tokenizer = text_encoders.build_clip_tokenizer(spec.pad_token_id)
-        text_encoders.save_clip_tokenizer(tokenizer, folder / layouts.TOKENIZER_FOLDERS[name])
+        tokenizer = build_clip_tokenizer(spec.pad_token_id)
+        save_clip_tokenizer(tokenizer, folder / layouts.TOKENIZER_FOLDERS[name])
         index[layouts.TOKENIZER_FOLDERS[name]] = ["transformers", "CLIPTokenizer"]
     scheduler = family_scheduler_config(family, detection.prediction, detection.zero_snr)
     (folder / "scheduler").mkdir()

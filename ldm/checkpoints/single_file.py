@@ -29,9 +29,9 @@ from ldm.checkpoints.networks import (
 from ldm.checkpoints.schedule import family_scheduler_config, parse_scheduler_config
 from ldm.checkpoints.tensors import SafetensorsFile, dequantize, open_safetensors
 from ldm.errors import list_some
-from ldm.nn import text_encoders
+from ldm.nn.tokenizer import build_clip_tokenizer
 from ldm.nn.unet import PER_LEVEL_FIELDS, UNetConfig
-from ldm.nn.vae import get_vae_config, vae_scale_factor
+from ldm.nn.vae import vae_scale_factor
 
 WRAPPERS = re.compile(r"(?:(?<=\.)|^)(?:_orig_mod|module)\.")  # of torch.compile and DistributedDataParallel
 UNET_MODULES = r"(?=(?:input_blocks|middle_block|output_blocks|time_embed|label_emb|out)\.)"
@@ -223,7 +223,7 @@ def read_single_file(path: Path, options: LoadOptions = LoadOptions()) -> ModelS
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
 
-    tokenizers = {n: text_encoders.build_clip_tokenizer(spec.pad_token_id) for n, spec in family.text_encoders.items()}
+    tokenizers = {n: build_clip_tokenizer(spec.pad_token_id) for n, spec in family.text_encoders.items()}
     return ModelSpec(
         {component: keys.build_meta_network(component, config) for component, config in family.configs.items()},
         ((WeightFile(file, {name: mapping for name, mapping in mappings.items() if name in tensors}),),),
@@ -256,7 +256,7 @@ def replace_vae(model: ModelSpec, source: Path) -> ModelSpec:
     A folder has its own configuration, a file the model's; a file's names are those of diffusers or of LDM, without
     the prefix `first_stage_model.`, or with it, and then a whole model's other tensors are passed over.
     """
-    network, files = _read_vae(source, get_vae_config(model.networks["vae"]))
+    network, files = _read_vae(source, model.networks["vae"].config.to_dict())
     expected, actual = (
         f"{a.config.latent_channels} channels at scale factor {vae_scale_factor(a)}"
         for a in (model.networks["vae"], network)

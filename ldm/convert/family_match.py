@@ -10,14 +10,14 @@ from typing import Any
 
 import torch
 
-from ldm.checkpoints.families import FAMILIES, TEXT_ENCODER_CONFIG_SCHEMA, VAE_CONFIG_SCHEMA, ModelFamily
+from ldm.checkpoints.families import FAMILIES, TEXT_ENCODER_CONFIG_SCHEMA, ModelFamily
 from ldm.checkpoints.keys import build_meta_network, original_unet_tensors
 from ldm.checkpoints.layouts import MODEL_INDEX_NAME, TOKENIZER_FOLDERS
 from ldm.checkpoints.networks import POSITION_IDS, ModelSpec
 from ldm.checkpoints.schedule import PREDICTION_TYPES, compute_alphas_cumprod
 from ldm.checkpoints.single_file import with_unet_structure
 from ldm.errors import choose, list_some
-from ldm.nn import text_encoders
+from ldm.nn.tokenizer import build_clip_tokenizer
 from ldm.nn.unet import UNetConfig
 
 IGNORED_CONFIG_FIELDS = {  # fields that change no result; token ids are the tokenizer's, and old files have others
@@ -66,8 +66,8 @@ def find_differences(model: ModelSpec, scheduler: Mapping[str, Any], family: Mod
         differences.append("another noise schedule")
     for name, spec in family.text_encoders.items():
         tokenizer = model.text_encoder_factories[name](None).tokenizer
-        usual = text_encoders.build_clip_tokenizer(spec.pad_token_id)
-        if tokenizer.get_vocab() != usual.get_vocab() or tokenizer.pad_token_id != usual.pad_token_id:
+        usual = build_clip_tokenizer(spec.pad_token_id)
+        if tokenizer.vocab != usual.vocab or tokenizer.pad_token_id != usual.pad_token_id:
             differences.append(f"another vocabulary or padding in {TOKENIZER_FOLDERS[name]}")
     return differences
 
@@ -85,10 +85,8 @@ def match_structure(family: ModelFamily, model: ModelSpec) -> ModelFamily:
 
 def _comparable_config(component: str, config: Any) -> dict[str, Any]:
     """The fields of a network's configuration that its results depend on, with lists for tuples."""
-    if component == "unet":
+    if component in ("unet", "vae"):
         values = asdict(config)
-    elif component == "vae":
-        values = {name: config[name] for name in VAE_CONFIG_SCHEMA.supported.split() if name in config}
     else:
         names = [*TEXT_ENCODER_CONFIG_SCHEMA.supported.split(), "hidden_act"]
         values = {name: getattr(config, name, None) for name in names}

@@ -1,4 +1,4 @@
-"""Building blocks of the conditional U-Net; attributes are named as in diffusers, so that its state dicts load."""
+"""Building blocks of the U-Net and the VAE; attributes are named as in diffusers, so that its state dicts load."""
 
 from __future__ import annotations
 
@@ -74,28 +74,32 @@ class TimestepEmbedding(nn.Module):
 class ResnetBlock(nn.Module):
     """shortcut(x) + conv(silu(norm(h))), h = conv(silu(norm(x))) + proj(emb); emb [B, E] is already past its silu.
 
+    Without an embedding (`emb` None) h is the convolution alone.
+
     Ho et al. 2020 (arXiv:2006.11239), app. B. With `scale_shift` norm(h) becomes norm(h) (1 + a) + b, (a, b) =
     proj(emb), and h is the convolution alone: Dhariwal & Nichol 2021 (arXiv:2105.05233), sec. 3.1.
     """
 
-    def __init__(self, dim: int, out: int, emb: int, groups: int, eps: float, scale_shift: bool = False) -> None:
+    def __init__(self, dim: int, out: int, emb: int | None, groups: int, eps: float, scale_shift: bool = False) -> None:
         super().__init__()
         self.scale_shift = scale_shift
         self.norm1 = nn.GroupNorm(groups, dim, eps)
         self.conv1 = nn.Conv2d(dim, out, 3, padding=1)
-        self.time_emb_proj = nn.Linear(emb, 2 * out if scale_shift else out)
+        self.time_emb_proj = nn.Linear(emb, 2 * out if scale_shift else out) if emb is not None else None
         self.norm2 = nn.GroupNorm(groups, out, eps)
         self.conv2 = nn.Conv2d(out, out, 3, padding=1)
         self.conv_shortcut = nn.Conv2d(dim, out, 1) if dim != out else nn.Identity()
 
-    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+    def forward(self, x: Tensor, emb: Tensor | None = None) -> Tensor:
         h = self.conv1(F.silu(self.norm1(x)))
-        emb = self.time_emb_proj(emb)[..., None, None]
-        if self.scale_shift:
-            scale, shift = emb.chunk(2, dim=1)
+        shift = self.time_emb_proj(emb)[..., None, None] if self.time_emb_proj is not None else None
+        if shift is None:
+            h = self.norm2(h)
+        elif self.scale_shift:
+            scale, shift = shift.chunk(2, dim=1)
             h = self.norm2(h) * (1 + scale) + shift
         else:
-            h = self.norm2(h + emb)
+            h = self.norm2(h + shift)
         return self.conv_shortcut(x) + self.conv2(F.silu(h))
 
 

@@ -92,7 +92,7 @@ class AutoencoderTask(TrainingTask):
     def export(self, folder: Path) -> None:
         """Write a `vae/` folder whose scaling_factor gives latents of unit variance (Rombach et al. 2022, app. G)."""
         scaling_factor = round(1 / self.validate()["latent_std"], 5)
-        save_module(self.model.vae, {**vae.get_vae_config(self.model.vae), "scaling_factor": scaling_factor}, folder)
+        save_module(self.model.vae, {**self.model.vae.config.to_dict(), "scaling_factor": scaling_factor}, folder)
 
 
 def mean_per_image(values: Tensor) -> Tensor:

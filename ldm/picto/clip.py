@@ -18,7 +18,6 @@ from transformers import (
     CLIPConfig,
     CLIPModel,
     CLIPTextModel,
-    CLIPTokenizer,
     CLIPVisionModelWithProjection,
     PreTrainedModel,
 )
@@ -28,7 +27,8 @@ from ldm.config import ClipObjective, Recipe
 from ldm.data.batch_sampler import SampleKey
 from ldm.hardware import autocast
 from ldm.image_io import from_uint8
-from ldm.nn.text_encoders import build_clip_vocab, save_clip_tokenizer, tokenize_captions, warn_about_truncation
+from ldm.nn.text_encoders import tokenize_captions, warn_about_truncation
+from ldm.nn.tokenizer import BOS, EOS, CLIPTokenizer, build_bpe, build_clip_vocab, save_clip_tokenizer
 from ldm.picto.scenes import SceneDataset, make_scene_dataset
 from ldm.rng import torch_seed
 from ldm.train.task import Batch, Metrics, TrainingTask
@@ -40,7 +40,7 @@ MAX_LOGIT_SCALE = 4.6052  # ln 100, the cap on the temperature of Radford et al.
 def train_tokenizer(captions: Iterable[str], size: int, context_length: int) -> CLIPTokenizer:
     """A byte-level BPE in CLIP's own form (section 2.4) trained on captions: at most `size` tokens."""
     alphabet = sorted(ByteLevel.alphabet())
-    tokenizer = CLIPTokenizer().backend_tokenizer
+    tokenizer = build_bpe({BOS: 0, EOS: 1}, [])
     tokenizer.train_from_iterator(
         captions,
         BpeTrainer(
@@ -51,7 +51,7 @@ def train_tokenizer(captions: Iterable[str], size: int, context_length: int) -> 
         ),
     )
     merges = [(a, b) for a, b in json.loads(tokenizer.to_str())["model"]["merges"]]
-    return CLIPTokenizer(vocab=build_clip_vocab(merges), merges=merges, model_max_length=context_length)
+    return CLIPTokenizer(build_clip_vocab(merges), merges, model_max_length=context_length)
 
 
 def build_clip(
@@ -139,7 +139,7 @@ class ClipTask(TrainingTask):
         return {
             "sample_keys": [SampleKey(i, 0) for i in indices],
             "images": np.stack([scene.image for scene in scenes]),
-            "ids": tokenize_captions(self.tokenizer, captions, padding="longest"),
+            "ids": tokenize_captions(self.tokenizer, captions, longest=True),
             "same": np.array([zlib.crc32(c.encode()) for c in captions], np.int64),
         }
 

@@ -139,7 +139,7 @@ def make_requests(
     pipe: Pipeline, prompt: Any, values: dict[str, Any], options: CallOptions
 ) -> tuple[list[Request], int]:
     """A request per image, prompt by prompt, and the number of initial images that were given."""
-    channels = pipe.model.vae.config["latent_channels"]
+    channels = pipe.model.vae.config.latent_channels
     inputs: dict[str, list[Any]] = {name: read_inputs(values.pop(name, None), name, channels) for name in IMAGE_FIELDS}
     if inputs["image"] and values.get("denoising_start") is not None and isinstance(inputs["image"][0], Tensor):
         values["latents"], inputs["image"] = torch.stack(inputs["image"]), []  # as they are: nothing is added

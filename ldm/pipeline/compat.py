@@ -64,7 +64,7 @@ CALL: Mapping[str, Rule] = {
 def component_source(value: Any) -> Any:
     """The folder, file or hub id of a network: one of diffusers remembers where it was loaded from."""
     is_network = hasattr(value, "parameters")
-    source = value.config.get("_name_or_path") if is_network else value
+    source = getattr(value.config, "_name_or_path", None) if is_network else value
     if not (isinstance(source, str | Path) and str(source)) and value is not None:
         raise ValueError(f"vae: {type(value).__name__} that was loaded from no file; write {OWN_VAE}")
     return source

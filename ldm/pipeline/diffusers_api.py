@@ -30,8 +30,8 @@ from ldm.diffusion.prediction import PREDICTIONS
 from ldm.diffusion.sde import betas_from_alphas_cumprod
 from ldm.errors import suggest
 from ldm.files import atomic_write, write_json
-from ldm.nn.text_encoders import save_clip_tokenizer
-from ldm.nn.vae import get_vae_config, make_image_processor, vae_scale_factor
+from ldm.nn.tokenizer import save_clip_tokenizer
+from ldm.nn.vae import make_image_processor, vae_scale_factor
 from ldm.pipeline.call import CallState, per_prompt
 from ldm.pipeline.compat import (
     COMPONENTS,
@@ -195,7 +195,7 @@ class DiffusersAPI:
             for k, (encoder, tokenizer) in enumerate(TOKENIZER_FOLDERS.items()):
                 if name in (encoder, tokenizer) and k < len(self.model.text_encoders):
                     one = self.model.text_encoders[k]
-                    return one.model if name == encoder else one.tokenizer
+                    return one.model if name == encoder else one.tokenizer.to_transformers()
             return find_method(type(self).__name__, name, dir(self))
 
     def to(self, *args: Any, device: Any = None, dtype: Any = None, torch_dtype: Any = None, **options: Any) -> Self:
@@ -281,8 +281,8 @@ class DiffusersAPI:
         options.pop("max_shard_size", None)
         folder, model = Path(save_directory), self.model
         networks: dict[str, Any] = model.networks
-        configs = {name: networks[name].config.to_diff_dict() for name in TEXT_ENCODERS if name in networks}
-        configs |= {"unet": model.unet.config.to_dict(), "vae": get_vae_config(model.vae)}
+        configs = {name: networks[name].config.to_dict() for name in TEXT_ENCODERS if name in networks}
+        configs |= {"unet": model.unet.config.to_dict(), "vae": model.vae.config.to_dict()}
         for name, network in networks.items():
             with atomic_write(folder / name) as draft:
                 draft.mkdir()

@@ -18,7 +18,7 @@ from ldm.conditioning import Conditioning
 from ldm.errors import warn_of_input
 from ldm.files import file_sha256
 from ldm.nn.blocks import TransformerBlock
-from ldm.nn.text_encoders import PromptChunk, join_text_embeddings, tokenize, tokenize_prompt
+from ldm.nn.text_encoders import PromptChunk, join_text_embeddings, tokenize_prompt
 from ldm.pipeline.request import Request, get_add_time_ids
 
 PROMPT_CACHE_SIZE = 256  # tokenized prompts
@@ -46,7 +46,7 @@ class PromptEncoder:
 
     def __init__(self, model: Checkpoint) -> None:
         tokenizers = [encoder.tokenizer for encoder in model.text_encoders]
-        if any(other.get_vocab() != tokenizers[0].get_vocab() for other in tokenizers[1:]):
+        if any(other.vocab != tokenizers[0].vocab for other in tokenizers[1:]):
             raise ValueError(f"the vocabularies of {' and '.join(TEXT_ENCODERS)} differ")
         self.model = model
         self.embeddings: dict[str, PlaceholderEmbedding] = {}
@@ -160,7 +160,7 @@ class PromptEncoder:
 
     def is_in_vocabulary(self, token: str) -> bool:
         """Whether a token is one of the model's own, and so cannot be a placeholder."""
-        return len(tokenize(self.model.text_encoders[0].tokenizer, token)) < 2
+        return len(self.model.text_encoders[0].tokenizer.encode(token)) < 2
 
     def add_embedding(self, token: str, path: Path, own_token: str | None = None) -> None:
         """Add a placeholder token with the vectors in a file (textual inversion, Gal et al. 2022, arXiv:2208.01618).

@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ldm.adapters.lora import Adapter
 from ldm.adapters.lora_saving import save_adapter
@@ -21,7 +21,7 @@ from ldm.checkpoints.saving import save_as_directory
 from ldm.checkpoints.tensors import DIFFUSERS_WEIGHTS_NAME, TRANSFORMERS_WEIGHTS_NAME, save_module
 from ldm.config import FinetuneObjective
 from ldm.files import read_json
-from ldm.nn.text_encoders import TextEncoder, tokenize
+from ldm.nn.text_encoders import TextEncoder
 from ldm.pipeline.pipeline import Pipeline
 
 KOHYA_LORA_FILE = "lora_kohya.safetensors"
@@ -109,9 +109,9 @@ def load_lora_pipeline(objective: FinetuneObjective, folder: Path, pipe: Pipelin
 def prepare_inversion(model: Checkpoint, objective: FinetuneObjective) -> Checkpoint:
     """The model with text encoders of a larger vocabulary, which share all weights with its own."""
     placeholder, tokenizer = objective.placeholder_token or "", model.text_encoders[0].tokenizer
-    if len(tokenize(tokenizer, placeholder)) < 2:
+    if len(tokenizer.encode(placeholder)) < 2:
         raise ValueError(f"placeholder_token {placeholder!r}: must not be a single token of the model's vocabulary")
-    ids = tokenize(tokenizer, objective.initializer_token or "")
+    ids = tokenizer.encode(objective.initializer_token or "")
     encoders = tuple(extend_text_encoder(encoder, ids, objective.num_vectors) for encoder in model.text_encoders)
     return replace(model, text_encoders=encoders)
 
@@ -120,7 +120,7 @@ def extend_text_encoder(text_encoder: TextEncoder, initializer_ids: Sequence[int
     """A text encoder with new trainable vectors, which start as those of some tokens in turn."""
     shared: dict[int, object] = {id(a): a for a in (*text_encoder.model.parameters(), *text_encoder.model.buffers())}
     extended = replace(text_encoder, model=copy.deepcopy(text_encoder.model, shared))
-    embeddings = extended.text_model.embeddings
+    embeddings: Any = extended.model.text_model.embeddings
     first = embeddings.token_embedding.weight[[initializer_ids[k % len(initializer_ids)] for k in range(num_vectors)]]
     embeddings.token_embedding = ExtendedEmbedding(embeddings.token_embedding, first)
     return extended
@@ -129,7 +129,7 @@ def extend_text_encoder(text_encoder: TextEncoder, initializer_ids: Sequence[int
 def export_inversion(model: Checkpoint, objective: FinetuneObjective, folder: Path, metadata: Metadata) -> None:
     """The placeholder's vectors for each text encoder."""
     folder.mkdir(parents=True, exist_ok=True)
-    tables = [encoder.text_model.embeddings.token_embedding for encoder in model.text_encoders]
+    tables: list[Any] = [encoder.model.text_model.embeddings.token_embedding for encoder in model.text_encoders]
     vectors = {name: t.vectors.detach().cpu() for name, t in zip(TEXT_ENCODERS, tables, strict=False)}
     save_embeddings(folder / TEXT_INVERSION_NAME_SAFE, objective.placeholder_token or "", vectors, metadata)
 

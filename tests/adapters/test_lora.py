@@ -358,7 +358,7 @@ def test_an_image_is_the_base_s_at_weight_zero_and_after(tiny):
     g = torch.Generator().manual_seed(0)
     targets = {
         "unet/down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_q": (32, 32),
-        "text_encoder/encoder.layers.0.self_attn.v_proj": (32, 32),
+        "text_encoder/text_model.encoder.layers.0.self_attn.v_proj": (32, 32),
     }
     deltas = {name: ModuleDelta(Full(torch.randn(shape, generator=g))) for name, shape in targets.items()}
 

@@ -27,6 +27,7 @@ from ldm.adapters.lora_keys import _module_aliases, build_module_aliases
 from ldm.adapters.lora_loading import build_adaptable_networks, convert_adapter, detect_adapter_family, load_adapter
 from ldm.adapters.lora_saving import LORA_FORMATS, save_adapter
 from ldm.checkpoints.families import FAMILIES
+from ldm.checkpoints.keys import diffusers_key
 from ldm.conditioning import Conditioning
 from ldm.nn.text_encoders import build_text_encoder
 from ldm.nn.unet import UNet, UNetConfig
@@ -155,7 +156,7 @@ LANDMARKS = {  # names that real files have, and our modules
         "lora_unet_up_blocks_3_attentions_2_transformer_blocks_0_ff_net_0_proj": (
             "unet/up_blocks.3.attentions.2.transformer_blocks.0.ff.net.0.proj"
         ),
-        "lora_te_text_model_encoder_layers_11_mlp_fc2": "text_encoder/encoder.layers.11.mlp.fc2",
+        "lora_te_text_model_encoder_layers_11_mlp_fc2": "text_encoder/text_model.encoder.layers.11.mlp.fc2",
     },
     "sdxl": {
         "lora_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q": (
@@ -173,7 +174,9 @@ LANDMARKS = {  # names that real files have, and our modules
         "lora_unet_time_embed_2": "unet/time_embedding.linear_2",
         "lora_unet_label_emb_0_0": "unet/add_embedding.linear_1",
         "lora_unet_out_2": "unet/conv_out",
-        "lora_te1_text_model_encoder_layers_11_self_attn_q_proj": ("text_encoder/encoder.layers.11.self_attn.q_proj"),
+        "lora_te1_text_model_encoder_layers_11_self_attn_q_proj": (
+            "text_encoder/text_model.encoder.layers.11.self_attn.q_proj"
+        ),
         "lora_te2_text_model_encoder_layers_31_mlp_fc1": "text_encoder_2/text_model.encoder.layers.31.mlp.fc1",
         "lora_te2_text_projection": "text_encoder_2/text_projection",
     },
@@ -242,7 +245,8 @@ def theirs(family, networks):
     if family == "sdxl":
         twins["text_encoder_2"] = CLIPTextModelWithProjection(config)
     for folder, network in networks.items():
-        twins[folder].load_state_dict(network.state_dict())
+        names = {diffusers_key(folder, name): name for name in twins[folder].state_dict()}
+        twins[folder].load_state_dict({names[key]: a for key, a in network.state_dict().items()})
         twins[folder].eval()
     vae = AutoencoderKL(block_out_channels=(8,), norm_num_groups=4)
     rest = {"tokenizer": None, "scheduler": DDIMScheduler(), "vae": vae}
@@ -258,7 +262,7 @@ def fused(pipe):
     pipe.fuse_lora()
     pipe.unload_lora_weights()
     folders = [name for name in ("unet", "text_encoder", "text_encoder_2") if getattr(pipe, name, None) is not None]
-    return {f"{f}/{name}": a for f in folders for name, a in getattr(pipe, f).state_dict().items()}
+    return {f"{f}/{diffusers_key(f, n)}": a for f in folders for n, a in getattr(pipe, f).state_dict().items()}
 
 
 TOWER = "q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"  # diffusers knows no other layer of a text tower
@@ -374,10 +378,10 @@ OLD = {  # what diffusers of 2023 wrote, and the modules
     ),
     "{}up_blocks.1.attentions.0.proj_in.lora.{}.weight": "unet/up_blocks.1.attentions.0.proj_in",
     "text_encoder.text_model.encoder.layers.0.self_attn.to_v_lora.{}.weight": (
-        "text_encoder/encoder.layers.0.self_attn.v_proj"
+        "text_encoder/text_model.encoder.layers.0.self_attn.v_proj"
     ),
     "text_encoder.text_model.encoder.layers.1.self_attn.out_proj.lora_linear_layer.{}.weight": (
-        "text_encoder/encoder.layers.1.self_attn.out_proj"
+        "text_encoder/text_model.encoder.layers.1.self_attn.out_proj"
     ),
 }
 

@@ -25,9 +25,11 @@ from transformers import (
 from ldm.checkpoints import formats
 from ldm.checkpoints.families import FAMILIES, LoadOptions
 from ldm.checkpoints.formats import PICTO_PATH
+from ldm.checkpoints.keys import diffusers_key
 from ldm.checkpoints.layouts import choose_weight_files
 from ldm.diffusion.prediction import PREDICTIONS
-from ldm.nn.text_encoders import load_clip_tokenizer, tokenize_captions
+from ldm.nn.text_encoders import tokenize_captions
+from ldm.nn.tokenizer import load_clip_tokenizer
 
 CPU = torch.device("cpu")
 UNET = "unet/diffusion_pytorch_model.safetensors"
@@ -169,7 +171,9 @@ def theirs(tiny):
 def arrived(model, pipeline):
     """Is every weight of diffusers' pipeline in the model?"""
     return all(
-        torch.equal(value, {**getattr(pipeline, folder).state_dict()}[name])
+        torch.equal(
+            value, {diffusers_key(folder, n): a for n, a in getattr(pipeline, folder).state_dict().items()}[name]
+        )
         for folder, network in model.networks.items()
         for name, value in network.state_dict().items()
     )

@@ -14,7 +14,7 @@ from ldm.checkpoints import formats, keys, single_file
 from ldm.checkpoints.families import FAMILIES, LoadOptions
 from ldm.convert.convert import convert_checkpoint
 from ldm.convert.inspect import inspect_model
-from ldm.nn import text_encoders, unet
+from ldm.nn import unet
 from ldm.nn.unet import UNetConfig
 
 CPU = torch.device("cpu")
@@ -67,7 +67,7 @@ def families():
     with pytest.MonkeyPatch.context() as patch:
         for name in ("sd1", "sdxl"):
             patch.setitem(FAMILIES, name, narrow(name))
-        patch.setattr(text_encoders, "build_clip_tokenizer", cache(text_encoders.build_clip_tokenizer))
+        patch.setattr(single_file, "build_clip_tokenizer", cache(single_file.build_clip_tokenizer))
         yield
 
 

@@ -71,9 +71,10 @@ def picture(kind):
 def hub(tmp_path_factory):
     """The folder or file of each hub id and address."""
     root, places = tmp_path_factory.mktemp("hub"), {}
+    tokenizer = clip.train_tokenizer(["a cat on a hill", "a dog"] * 10, 540, 77)
     for name, (build, channels, scheduler) in MODELS.items():
         torch.manual_seed(0)
-        kind, networks = build(clip.train_tokenizer(["a cat on a hill", "a dog"] * 10, 540, 77), channels)
+        kind, networks = build(tokenizer.to_transformers(), channels)
         own = {"timestep_spacing": "leading"} if scheduler is EulerDiscreteScheduler else {"set_alpha_to_one": True}
         schedule = {
             name: value for name, value in SCHEDULE.items() if name != "clip_sample" or "set_alpha_to_one" in own

@@ -1,23 +1,26 @@
 """Prompts: the web UI's grammar, its cutting into chunks, and states that transformers' own classes give for each."""
 
-import json
 import random
 import re
 
 import pytest
 import torch
-from transformers import CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTokenizer
 
+from ldm.checkpoints.formats import load_checkpoint
 from ldm.nn import text_encoders
+from ldm.nn import tokenizer as tokenizers
 from ldm.nn.prompts import PromptSpan, WeightedToken, parse_prompt_attention, split_into_chunks
 from ldm.nn.text_encoders import apply_emphasis, tokenize_prompt
+from ldm.nn.tokenizer import load_clip_tokenizer
+from tests.diffusers_models import transformers_text_encoder
 
 COMMA = 1
 
 
 @pytest.fixture(scope="module")
 def tokenizer(tiny):
-    return text_encoders.load_clip_tokenizer(tiny / "tokenizer")
+    return load_clip_tokenizer(tiny / "tokenizer")
 
 
 @pytest.mark.parametrize(
@@ -116,10 +119,12 @@ def test_the_size_of_a_chunk_less_one_goes_into_one_and_a_break_ends_it(tokenize
 @pytest.mark.parametrize("pad", ["<|endoftext|>", "!"])  # of Stable Diffusion 1.x and 2.x
 @pytest.mark.parametrize("prompt", ["", "a red apple", "Two stars, naïve 雪\n", "a " * 14, "a <|endoftext|> b"])
 def test_a_short_prompt_is_transformers_own_tokens(tiny, pad, prompt):
-    tokenizer = CLIPTokenizer.from_pretrained(tiny / "tokenizer", pad_token=pad)
+    tokenizer = load_clip_tokenizer(tiny / "tokenizer")
+    tokenizer.pad_token = pad
+    theirs = CLIPTokenizer.from_pretrained(tiny / "tokenizer", pad_token=pad)
     (chunk,) = tokenize_prompt(tokenizer, prompt)
     ids, weights = text_encoders.TextEncoder(None, tokenizer).pad_chunk(chunk)
-    assert ids.tolist() == [tokenizer(prompt, padding="max_length", truncation=True, max_length=16).input_ids]
+    assert ids.tolist() == [theirs(prompt, padding="max_length", truncation=True, max_length=16).input_ids]
     assert weights.tolist() == [[1.0] * 16]
     assert tokenize_prompt(tokenizer, f"({prompt}:1.0)") == tokenize_prompt(tokenizer, f"[({prompt}:1.1)]") == (chunk,)
 
@@ -133,26 +138,27 @@ def test_a_long_prompt_is_its_chunks_states_in_a_row(tiny, repeat, emphasis):
     """The concatenation rule, from transformers' own tokenizer and text encoder; each chunk's mean is what it was."""
     parts = [(part, weight if emphasis else 1.0) for part, weight in PARTS * repeat]
     tokenizer = CLIPTokenizer.from_pretrained(tiny / "tokenizer")
-    tower = CLIPTextModel.from_pretrained(tiny / "text_encoder", dtype=torch.float32).eval().requires_grad_(False)
-    tower.final_layer_norm.bias += 0.2  # as in trained text encoders, whose states have a mean
+    own = load_checkpoint(tiny, torch.device("cpu"), torch.float32).text_encoders[0]
+    own.model.text_model.final_layer_norm.bias += 0.2  # as in trained text encoders, whose states have a mean
+    tower = transformers_text_encoder(own.model)
     comma = tokenizer(",", add_special_tokens=False).input_ids[0]
     ids, weights = [], []
     for part, weight in parts:
-        own = tokenizer(part).input_ids[1:-1]
-        ids, weights = ids + own, weights + [weight] * len(own)
+        words = tokenizer(part).input_ids[1:-1]
+        ids, weights = ids + words, weights + [weight] * len(words)
     rows = wrapped([COMMA if k == comma else k + 2 for k in ids], 14)
     states = []
     for row in rows:
         frame = [*row, *[None] * (15 - len(row))]
         of_row = [tokenizer.bos_token_id] + [tokenizer.eos_token_id if k is None else ids.pop(0) for k in frame]
         factors = torch.tensor([1.0] + [1.0 if k is None else weights.pop(0) for k in frame])
-        z = tower(input_ids=torch.tensor([of_row])).last_hidden_state[0]
+        z = tower(input_ids=torch.tensor([of_row])).last_hidden_state[0].detach()
         scaled = factors[:, None] * z
         states.append(scaled / scaled.mean() * z.mean())
     prompt = "".join(part if weight == 1 else f"({part}:{weight})" for part, weight in parts)
     assert len(states) > repeat
     ours = torch.cat(
-        [text_encoders.TextEncoder(tower, tokenizer).encode(chunk)[0] for chunk in tokenize_prompt(tokenizer, prompt)],
+        [own.encode(chunk)[0] for chunk in tokenize_prompt(own.tokenizer, prompt)],
         dim=1,
     )
     torch.testing.assert_close(ours, torch.cat(states)[None], rtol=0, atol=1e-5)
@@ -172,10 +178,10 @@ def test_weights_keep_each_row_s_mean_and_heed_no_neighbour():
 
 
 def test_a_character_that_the_vocabulary_lacks_is_named(tiny):
-    model = json.loads(text_encoders.load_clip_tokenizer(tiny / "tokenizer").backend_tokenizer.to_str())["model"]
-    vocab = {word: k for word, k in model["vocab"].items() if word not in ("é", "é</w>")}  # one of the bytes
-    merges = [(a, b) for a, b in model["merges"] if a + b in vocab]
-    poor = CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=16)
+    whole = load_clip_tokenizer(tiny / "tokenizer")
+    vocab = {word: k for word, k in whole.base_vocab.items() if word not in ("é", "é</w>")}  # one of the bytes
+    merges = [(a, b) for a, b in whole.merges if a + b in vocab]
+    poor = tokenizers.CLIPTokenizer(vocab, merges, model_max_length=16)
     with pytest.raises(ValueError, match="prompt: '雪' cannot be spelled"):
         tokenize_prompt(poor, "a (cat in 雪:1.2)")
     assert len(tokenize_prompt(poor, "a <|endoftext|> cat")) == 1

@@ -1,9 +1,17 @@
-"""The autoencoder: our encode and decode are diffusers', and training starts from a linear map that keeps variance."""
+"""The autoencoder equals diffusers' on the same weights, and training starts from a linear map that keeps variance."""
 
 import pytest
 import torch
+from diffusers import AutoencoderKL
 
+from ldm.checkpoints.families import FAMILIES
 from ldm.nn import vae
+
+VARIANTS = [
+    {},
+    {"mid_block_add_attention": True},
+    {"use_quant_conv": False, "use_post_quant_conv": False, "layers_per_block": 2, "latent_channels": 6},
+]
 
 
 @pytest.fixture
@@ -12,22 +20,63 @@ def model(vae_config):
     return vae.build_vae(vae_config).eval()
 
 
-def test_encode_and_decode_are_diffusers_with_the_scaling_factor(model):
-    images = torch.rand(2, 3, 16, 16) * 2 - 1
-    with torch.no_grad():
-        expected = model.encode(images).latent_dist
-        posterior = vae.encode_images(model, images)
-        torch.testing.assert_close(posterior.mean, 0.5 * expected.mean, rtol=0, atol=1e-5)
-        torch.testing.assert_close(posterior.std, 0.5 * expected.std, rtol=0, atol=1e-5)
-        pictures = vae.decode_latents(model, posterior.mean)
-        torch.testing.assert_close(pictures, model.decode(expected.mean).sample, rtol=0, atol=1e-5)
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+@pytest.mark.parametrize("size", [(16, 16), (24, 40)], ids=str)
+def test_encode_and_decode_are_diffusers_with_the_scaling_factor(vae_config, variant, size):
+    torch.manual_seed(0)
+    theirs = AutoencoderKL.from_config({**vae_config, **variant}).eval().requires_grad_(False)
+    for parameter in theirs.parameters():
+        parameter += 0.05 * torch.randn(parameter.shape)  # biases and norms of some consequence
+    model = vae.build_vae(dict(theirs.config)).eval().requires_grad_(False)
+    model.load_state_dict(theirs.state_dict())
+    images = torch.rand(2, 3, *size) * 2 - 1
+    expected = theirs.encode(images).latent_dist
+    posterior = vae.encode_images(model, images)
+    ours = model.encode(images).latent_dist
+    g = [torch.Generator().manual_seed(3) for _ in range(2)]
+    torch.testing.assert_close(ours.sample(g[0]), expected.sample(g[1]), rtol=1e-5, atol=1e-5)
+    assert torch.equal(model.decode(ours.mode()).sample, model.decode(ours.mean, return_dict=False)[0])
+    torch.testing.assert_close(posterior.mean, 0.5 * expected.mean, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(posterior.std, 0.5 * expected.std, rtol=1e-5, atol=1e-5)
+    decoded = vae.decode_latents(model, posterior.mean)
+    torch.testing.assert_close(decoded, theirs.decode(expected.mean).sample, rtol=1e-5, atol=1e-5)
     noise = torch.randn_like(posterior.mean)
     torch.testing.assert_close(posterior.sample(noise), posterior.mean + posterior.std * noise)
     assert vae.vae_scale_factor(model) == 4
 
 
-def test_configuration_round_trips(model):
-    assert vae.get_vae_config(vae.build_vae(vae.get_vae_config(model))) == vae.get_vae_config(model)
+@pytest.mark.parametrize("name", ["sd1", "sdxl"])
+def test_the_parameters_of_full_size_are_diffusers_own(name):
+    config = FAMILIES[name].vae
+    with torch.device("meta"):
+        ours, theirs = vae.build_vae(config), AutoencoderKL.from_config(dict(config))
+    shapes = [{key: a.shape for key, a in network.state_dict().items()} for network in (ours, theirs)]
+    assert shapes[0] == shapes[1]
+
+
+def test_configuration_round_trips(vae_config, model):
+    config = model.config.to_dict()
+    assert vae.build_vae(config).config == model.config
+    assert {**config, **vae_config} == config
+    theirs = AutoencoderKL.from_config(config).config
+    assert {name: theirs[name] for name in config if name != "_class_name"} == {
+        name: value for name, value in config.items() if name != "_class_name"
+    }
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"act_fn": "gelu"}, "act_fn = 'gelu'"),
+        ({"up_block_types": ["AttnUpDecoderBlock2D"] * 3}, "up_block_types"),
+        ({"down_block_types": ["DownEncoderBlock2D"]}, "3 of 'DownEncoderBlock2D'"),
+        ({"norm_num_groups": 5}, "not a multiple of norm_num_groups 5"),
+    ],
+    ids=lambda value: str(value)[:30],
+)
+def test_a_configuration_that_is_not_implemented_is_refused(vae_config, fields, message):
+    with pytest.raises(ValueError, match=message):
+        vae.build_vae({**vae_config, **fields})
 
 
 def test_training_starts_with_features_that_are_linear_in_the_image(model):

@@ -1,6 +1,5 @@
 """Texts: what a U-Net is conditioned on equals diffusers' own encode_prompt, textual inversion included."""
 
-import copy
 import gc
 from dataclasses import replace
 from functools import cache
@@ -14,10 +13,12 @@ from transformers import CLIPTokenizer
 
 from ldm.checkpoints.families import FAMILIES
 from ldm.checkpoints.formats import Checkpoint
-from ldm.nn.text_encoders import TextEncoder, build_clip_tokenizer, build_text_encoder, load_clip_tokenizer
+from ldm.nn.text_encoders import TextEncoder, build_text_encoder
+from ldm.nn.tokenizer import build_clip_tokenizer, load_clip_tokenizer
 from ldm.nn.unet import UNet, UNetConfig
 from ldm.pipeline.prompt_encoder import EMBEDDING_CACHE_BYTES, PromptEncoder, encoded_chunk_nbytes
 from ldm.pipeline.request import Request
+from tests.diffusers_models import transformers_text_encoder, transformers_tokenizer
 
 SMALL = {"intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 2, "projection_dim": 24}
 WIDTHS = {"text_encoder": 32, "text_encoder_2": 48}
@@ -76,8 +77,8 @@ class Theirs:
     """(prompt, negative, their contexts, their pooled vectors), of diffusers' pipeline with the same text encoders."""
 
     def __init__(self, model):
-        encoder, *second = (copy.deepcopy(tower.model) for tower in model.text_encoders)
-        tokenizer, *other = (copy.deepcopy(tower.tokenizer) for tower in model.text_encoders)
+        encoder, *second = (transformers_text_encoder(tower.model) for tower in model.text_encoders)
+        tokenizer, *other = (transformers_tokenizer(tower.tokenizer) for tower in model.text_encoders)
         parts = {"vae": None, "unet": None, "scheduler": None, "text_encoder": encoder, "tokenizer": tokenizer}
         if second:
             flags = {"force_zeros_for_empty_prompt": model.force_zeros_for_empty_prompt, "add_watermarker": False}
@@ -163,7 +164,7 @@ def test_weights_of_one_change_nothing_bit_for_bit(texts):
 def test_exclamation_marks_are_words_to_a_text_encoder_that_pads_with_them(xl, tmp_path):
     """As to its makers; transformers' tokenizer takes each in a text for padding, and so does diffusers."""
     theirs, texts = Theirs(xl), PromptEncoder(xl)
-    xl.text_encoders[1].tokenizer.save_pretrained(tmp_path)
+    transformers_tokenizer(xl.text_encoders[1].tokenizer).save_pretrained(tmp_path)
     theirs.pipe.tokenizer_2 = CLIPTokenizer.from_pretrained(tmp_path)
     for prompt, differs in (("wow", False), ("wow!", True)):
         gap = (texts(prompt).context - theirs(prompt)[0]).abs()
@@ -235,7 +236,7 @@ def test_added_words_go_without_a_trace_in_any_order(model, texts, embedding):
         return [value.clone() for tower in model.text_encoders for value in tower.model.state_dict().values()]
 
     before, plain = everything(), texts("a <cat-toy> and a mouse-toy").context
-    vocabularies = [tower.tokenizer.get_vocab() for tower in model.text_encoders]
+    vocabularies = [tower.tokenizer.vocab for tower in model.text_encoders]
     seen = {}
     for word, n in (("<cat-toy>", 2), ("mouse-toy", 3), ("toy-3", 1)):
         texts.add_embedding(word, embedding(n))
@@ -246,7 +247,7 @@ def test_added_words_go_without_a_trace_in_any_order(model, texts, embedding):
     for word in ("toy-3", "mouse-toy"):
         texts.remove_embedding(word)
     assert all(torch.equal(a, b) for a, b in zip(before, everything(), strict=True))
-    assert [tower.tokenizer.get_vocab() for tower in model.text_encoders] == vocabularies
+    assert [tower.tokenizer.vocab for tower in model.text_encoders] == vocabularies
     assert torch.equal(texts("a <cat-toy> and a mouse-toy").context, plain)
 
 
