@@ -99,7 +99,8 @@ def test_a_hang_up_removes_drafts(tmp_path):
         "c.app = app; c.main()"
     )
     command = [sys.executable, "-c", script]
-    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, env={**os.environ}) as child:
+    heed = {"preexec_fn": lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL)}  # though the tests run under nohup
+    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, env={**os.environ}, **heed) as child:
         assert child.stdout.readline() == b"begun\n"
         time.sleep(0.1)
         child.send_signal(signal.SIGHUP)

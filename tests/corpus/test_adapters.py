@@ -209,7 +209,7 @@ def test_old_glora_names_its_factors_the_other_way_round(networks, tmp_path):
 
 
 UNET_BLOCK = "unet/down_blocks.1.attentions.0.transformer_blocks.0"
-CLIP_L, CLIP_G = "text_encoder/encoder.layers.0", "text_encoder_2/text_model.encoder.layers.0"
+CLIP_L, CLIP_G = "text_encoder/text_model.encoder.layers.0", "text_encoder_2/text_model.encoder.layers.0"
 NAMES = {  # by family: the names of B and A of one module as a tool writes them, and the module
     "sd1": {
         "lycoris_down_blocks_1_attentions_0_proj_in.lora_{up|down}.weight": "unet/down_blocks.1.attentions.0.proj_in",
@@ -279,7 +279,7 @@ def test_a_text_encoder_alone_is_known_by_its_modules(prefix, networks, tmp_path
     tensors = {f"{name}.{ends[0]}.weight": torch.ones(1, 16), f"{name}.{ends[1]}.weight": torch.ones(24, 1)}
     save_file(tensors, tmp_path / "a.safetensors")
     assert [*load_adapter(tmp_path / "a.safetensors", networks, "sd1").deltas] == [
-        "text_encoder/encoder.layers.0.mlp.fc1"
+        "text_encoder/text_model.encoder.layers.0.mlp.fc1"
     ]
 
 

@@ -73,7 +73,7 @@ def test_an_escaped_text_is_itself():
         ("((a:50):-3)", "prompt weight -150"),
         (f"(a:{'9' * 400})", "prompt weight inf"),
         ("a " * 4000, "prompt 'a a .*286 chunks of 14 tokens, at most 256"),
-        ("BREAK " * 65, "65 chunks"),
+        ("BREAK " * 257, "257 chunks"),
     ],
 )
 def test_what_cannot_be_read_is_refused(tokenizer, prompt, said):

@@ -72,7 +72,7 @@ def test_a_word_that_was_learnt_is_what_a_pipeline_reads(tuning, tmp_path):
     ema = load_file(tmp_path / "run" / "checkpoint-6" / "ema.safetensors")
     (vectors,) = ema.values()
     assert torch.equal(pipe.prompt_encoder.embeddings["zorb"].vectors[0], vectors) and len(vectors) == 2
-    assert list(ema) == ["text_encoder.embeddings.token_embedding.vectors"]
+    assert list(ema) == ["text_encoder.text_model.embeddings.token_embedding.vectors"]
 
 
 def test_the_prior_counts_by_its_weight_however_many_images_it_has(tuning):

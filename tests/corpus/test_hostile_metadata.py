@@ -99,7 +99,8 @@ def test_each_hostile_record_is_one_verdict_and_the_others_are_verified(record, 
     verdicts = zip(lines, RECORDS, strict=False)
     wrong = [line for line, (_, _, said) in verdicts if not line.startswith("FAIL ") or said not in line]
     assert wrong == []
-    assert lines[len(RECORDS) :] == [f"ok   {tmp_path / f'{place}.png'}: equal" for place in sorted(NOT_READ)]
+    for line, place in zip(lines[len(RECORDS) :], sorted(NOT_READ), strict=True):
+        assert line.startswith(f"ok   {tmp_path / f'{place}.png'}: ")
 
 
 @pytest.mark.parametrize("path", ["/etc/passwd", "/nothing/here", "~nosuchuser/x", "x" * 300, "a\0b"])
