@@ -21,7 +21,7 @@ from ldm.audit.caption_checks import count_tokens
 from ldm.audit.image_checks import MAX_UPSCALE
 from ldm.audit.memory import (
     PeakMemory,
-    autocast,
+    cpu_autocast,
     encoding_bytes,
     make_conditioning,
     materialize,
@@ -194,7 +194,7 @@ def measure_step(recipe: Recipe, model_config: ModelConfig, bucket: ImageSize, r
             ids = [torch.zeros(rows, tokenizer.model_max_length, dtype=torch.long) for _ in model.text_encoders]
             text = TokenizedCaptions(ids, torch.ones(rows), torch.zeros(rows, NUM_TIME_IDS))
         with PeakMemory() as memory:
-            with autocast(dtype):
+            with cpu_autocast(dtype):
                 output = trained(x, torch.zeros(rows), text)
             output.float().square().mean().backward()
     return memory

@@ -77,7 +77,7 @@ def sampling_bytes(unet: UNet, vae: AutoencoderKL, size: ImageSize, images: int,
     """
     width, height = size
     unet, vae = copy.deepcopy((unet, vae))
-    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad(), autocast(autocast_dtype):
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad(), cpu_autocast(autocast_dtype):
         materialize(unet)
         materialize(vae)
         latents = torch.zeros(images, *latent_shape(vae, height, width))
@@ -110,6 +110,6 @@ def make_conditioning(unet: UNet, rows: int, tokens: int = 77) -> Conditioning:
     return Conditioning(context, vector=torch.zeros(rows, unet.config.projection_class_embeddings_input_dim or 0))
 
 
-def autocast(dtype: torch.dtype) -> torch.autocast:
+def cpu_autocast(dtype: torch.dtype) -> torch.autocast:
     """A context in which fake tensors are cast as a training's are; none for float32."""
     return torch.autocast("cpu", dtype, enabled=dtype != torch.float32)

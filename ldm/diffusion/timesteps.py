@@ -144,7 +144,7 @@ def beta_sigmas(sde: VPSDE, n: int) -> Tensor:
 
 
 @make_spacing
-def lcm(sde: VPSDE, n: int) -> Tensor:
+def lcm_timesteps(sde: VPSDE, n: int) -> Tensor:
     """n of the 50 timesteps that consistency models are distilled at: Luo et al. 2023 (LCM), as in diffusers."""
     if n > LCM_STEPS:
         raise ValueError(f"{n} steps: 'lcm' spacing has at most {LCM_STEPS}, those of distillation")
@@ -218,6 +218,6 @@ SPACINGS: dict[str, Spacing] = {
     "exponential": log_snr,
     "beta": beta,
     "beta_sigmas": beta_sigmas,
-    "lcm": lcm,
+    "lcm": lcm_timesteps,
     "uniform": uniform,
 }

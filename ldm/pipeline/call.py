@@ -105,7 +105,7 @@ def call_pipeline(pipe: Pipeline, prompt: Any, args: Sequence[Any], arguments: M
     pipe.call_state.start(len(grid) - 1, requests[0].guidance_scale)
     with (
         scale_adapters(pipe, options.cross_attention_kwargs),
-        show_progress(pipe, options, len(requests)) as on_progress,
+        show_call_progress(pipe, options, len(requests)) as on_progress,
     ):
         images = dict(pipe.batch_scheduler.run(requests, on_progress, on_step))
     output = convert_images([images[k] for k in range(len(requests))], options.output_type)
@@ -376,7 +376,7 @@ def scale_adapters(pipe: Pipeline, kwargs: Mapping[str, Any] | None) -> Iterator
 
 
 @contextmanager
-def show_progress(pipe: Pipeline, options: CallOptions, total: int) -> Iterator[Callable[[float], None]]:
+def show_call_progress(pipe: Pipeline, options: CallOptions, total: int) -> Iterator[Callable[[float], None]]:
     """A progress bar on a terminal or in a notebook; `progress_bar=False` and `set_progress_bar_config` turn it off."""
     config, visible = pipe.call_state.progress_bar, sys.stderr.isatty() or "ipykernel" in sys.modules
     if not options.progress_bar or config.get("disable") or not visible:
