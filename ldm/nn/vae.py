@@ -71,8 +71,11 @@ class VAEConfig:
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> VAEConfig:
-        """The fields of a config.json; others, which change nothing or are checked elsewhere, are passed over."""
+        """The fields of a config.json; ValueError for another that is set."""
         names = {field.name for field in fields(cls)}
+        for name, value in config.items():
+            if value and not (name in names or name.startswith("_")):
+                raise ValueError(f"VAE config: unknown field {name} = {value!r}")
         return cls(**{name: value for name, value in config.items() if name in names})
 
     def to_dict(self) -> dict[str, Any]:

@@ -71,6 +71,8 @@ def test_configuration_round_trips(vae_config, model):
         ({"up_block_types": ["AttnUpDecoderBlock2D"] * 3}, "up_block_types"),
         ({"down_block_types": ["DownEncoderBlock2D"]}, "3 of 'DownEncoderBlock2D'"),
         ({"norm_num_groups": 5}, "not a multiple of norm_num_groups 5"),
+        ({"block_out_chanels": [8]}, r"unknown field block_out_chanels = \[8\]"),
+        ({"shift_factor": 0.1}, "shift_factor = 0.1"),
     ],
     ids=lambda value: str(value)[:30],
 )
