@@ -131,9 +131,9 @@ def read_regular_file(path: str | Path) -> bytes:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file; ValueError names the file where there is none."""
+    """The JSON object in a regular file; ValueError names the file where there is none."""
     try:
-        values = parse_json(path.read_bytes())
+        values = parse_json(read_regular_file(path))
     except (OSError, ValueError) as error:
         raise ValueError(f"{path}: {error_text(error)}") from None
     if not isinstance(values, dict):

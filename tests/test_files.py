@@ -9,7 +9,7 @@ from threading import Barrier
 
 import pytest
 
-from ldm.files import FileHashes, FileVersion, atomic_write, rename_noreplace
+from ldm.files import FileHashes, FileVersion, atomic_write, read_json, rename_noreplace
 
 
 def names(folder):
@@ -102,3 +102,9 @@ def test_hashes_are_those_of_the_files_that_were_loaded(tmp_path, monkeypatch):
     assert hashes["both"] == hashlib.sha256(b"onetwo").hexdigest()  # known: not read again
     with pytest.raises(ValueError, match="b: has changed since it was loaded"):
         FileHashes({"second": versions[1:]})["second"]
+
+
+def test_a_pipe_in_place_of_a_json_file_is_refused_and_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "config.json")
+    with pytest.raises(ValueError, match=r"config\.json: not a regular file"):
+        read_json(tmp_path / "config.json")
