@@ -9,10 +9,12 @@ lines, control characters in its output, more than 10 s of CPU, or memory beyond
 from __future__ import annotations
 
 import argparse
+import importlib
 import io
 import json
 import os
 import pickle
+import pkgutil
 import random
 import re
 import resource
@@ -31,6 +33,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save
 
+import ldm
 from ldm import cli
 from ldm.checkpoints.formats import PICTO_PATH
 from ldm.commands import batch, train
@@ -397,7 +400,10 @@ def judge(status: int, out: bytes, err: bytes) -> str | None:
 
 
 def prepare() -> Pipeline:
-    """Load picto once, for all children, which neither sample nor train."""
+    """Load picto, and the libraries that commands import late, once for all children, which do not sample or train."""
+    ours = [module.name for module in pkgutil.walk_packages(ldm.__path__, "ldm.") if module.name != "ldm.__main__"]
+    for name in (*ours, "accelerate", "peft", "transformers.models.clip.modeling_clip", "typer._adapters"):
+        importlib.import_module(name)
     pipe, load = Pipeline.from_pretrained(device="cpu"), vars(Pipeline)["from_pretrained"].__func__
 
     def from_pretrained(cls: type[Pipeline], path: Any = PICTO_PATH, **options: Any) -> Pipeline:

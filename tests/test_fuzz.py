@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-CASES = 28  # two for each parser
+CASES = 300
 
 
 def test_mutated_files_end_in_a_status_and_at_most_one_error_line(tmp_path):
