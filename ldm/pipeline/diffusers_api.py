@@ -32,7 +32,8 @@ from ldm.errors import suggest
 from ldm.files import atomic_write, write_json
 from ldm.nn.tokenizer import save_clip_tokenizer
 from ldm.nn.vae import make_image_processor, vae_scale_factor
-from ldm.pipeline.call import CallState, per_prompt
+from ldm.pipeline.arguments import per_prompt
+from ldm.pipeline.call import CallState
 from ldm.pipeline.compat import (
     COMPONENTS,
     EMPTY_COMPONENTS,

@@ -154,7 +154,7 @@ class Pipeline(AdaptersAPI, DiffusersAPI):
         `size` (height, width) is SDXL's micro-conditioning; None is the model's default size. ValueError if the rows
         differ in `PromptEncoder.num_chunks`.
         """
-        height, width = size or self._default_size(None)
+        height, width = size or self.default_size(None)
         settings: dict[str, Any] = {"guidance_scale": scale, "guidance_rescale": rescale, "guidance_interval": interval}
         requests = [
             Request(prompt, negative, height=height, width=width, **settings)
@@ -211,7 +211,7 @@ class Pipeline(AdaptersAPI, DiffusersAPI):
         request = round_size(coerce_request(request), multiple)
         if request.seed == RANDOM_SEED:
             request = replace(request, seed=draw_seed())
-        height, width = self._default_size(request.image)
+        height, width = self.default_size(request.image)
         if request.timesteps or request.sigmas:
             if request.timesteps and request.sigmas:
                 raise ValueError("timesteps and sigmas: one of them is needed")
@@ -250,7 +250,7 @@ class Pipeline(AdaptersAPI, DiffusersAPI):
                 raise ValueError(f"{name}: shape {list(tensor.shape)}, expected {list(expected)}")
         return filled
 
-    def _default_size(self, image: Image.Image | None) -> tuple[int, int]:
+    def default_size(self, image: Image.Image | None) -> tuple[int, int]:
         """The default height and width of a request: its image's, rounded down to a multiple, or the model's."""
         multiple = vae_scale_factor(self.model.vae)
         if image is not None:

@@ -13,7 +13,7 @@ from ldm.adapters.factors import LoRA
 from ldm.adapters.lora import Adapter, ModuleDelta
 from ldm.adapters.lora_saving import save_adapter
 from ldm.checkpoints import hub
-from ldm.pipeline.call import ARGUMENTS
+from ldm.pipeline.arguments import ARGUMENTS
 from ldm.pipeline.compat import CALL, METHODS, POSITIONAL, Automatic, say_once
 from ldm.pipeline.pipeline import Pipeline
 
