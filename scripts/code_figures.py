@@ -55,7 +55,7 @@ SINGLE_FILE = (
     ["skeleton", "build_meta_state_dicts"],
 )  # each the first that exists
 FLOORS = """ground | diffusion nn | checkpoints | adapters data | pipeline
-| train jobs evaluate convert analysis compat | audit serve picto | commands | cli"""  # DESIGN.md, section 2, from the lowest
+| train jobs evaluate convert analysis compat | audit serve picto | commands | cli"""  # DESIGN.md, section 2
 LEVEL = {room: level for level, rooms in enumerate(FLOORS.split("|")) for room in rooms.split()}
 FLAT = dict.fromkeys(("pipeline.py", "request.py", "scheduler.py", "texts.py", "editing.py"), "pipeline")
 FLAT |= {

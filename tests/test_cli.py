@@ -142,3 +142,8 @@ def test_a_full_disk_names_the_file(tmp_path):
         with draft.open("wb") as file:
             file.write(b"x")
     assert caught.value.filename == str(tmp_path / "a.png") and os.listdir(tmp_path) == []
+
+
+def test_python_m_ldm_is_the_command():
+    done = subprocess.run([sys.executable, "-m", "ldm", "--help"], capture_output=True, text=True)
+    assert done.returncode == 0 and "generate" in done.stdout

@@ -26,7 +26,8 @@ LAYERS = (
     {"serve", "picto", "audit"},
     {""},  # ldm/__init__.py, which offers the pipeline to users and is nobody's short cut inside
     {"commands"},
-    {"cli", "__main__"},
+    {"cli"},
+    {"__main__"},
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 

@@ -123,10 +123,19 @@ def count_ignored_embedding_keys(path: Path) -> int:
 
 
 def read_placeholder_tokens(path: Path) -> dict[str, str]:
-    """The tokens of a file by its own names for them ("" for none): these, or the name in its header, or its stem."""
+    """The tokens of a file by its own names for them ("" for none): these, or the name in its header, or its stem.
+
+    ValueError for a token that no prompt can hold.
+    """
     file = open_safetensors(path)
-    tokens = [token for token, _ in parse_embedding_keys(file.tensor_infos).values()]
-    return {token: token or file.metadata.get("name", "*").replace("*", "") or path.stem for token in tokens}
+    own = [token for token, _ in parse_embedding_keys(file.tensor_infos).values()]
+    tokens = {token: token or file.metadata.get("name", "*").replace("*", "") or path.stem for token in own}
+    for token in tokens.values():
+        try:
+            token.encode()
+        except UnicodeEncodeError:
+            raise ValueError(f"{path}: token {token!r}: not valid UTF-8") from None
+    return tokens
 
 
 def read_placeholder_token(path: Path) -> str:

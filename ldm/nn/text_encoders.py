@@ -152,10 +152,6 @@ def tokenize_prompt(
     to the ids that each stands for. ValueError for a character outside the vocabulary and for more than
     `MAX_PROMPT_CHUNKS` chunks.
     """
-    try:
-        prompt.encode()
-    except UnicodeEncodeError:
-        raise ValueError("prompt: not valid UTF-8") from None
     sections = [
         [token for s in spans for token in tokenize_with_placeholders(tokenizer, s.text, placeholder_tokens, s.weight)]
         for spans in parse_prompt_attention(prompt)

@@ -83,7 +83,11 @@ class CLIPTokenizer:
         return self.vocab.get(token, self.eos_token_id)
 
     def encode(self, text: str) -> list[int]:
-        """The ids of a text without BOS and EOS; ValueError for a character outside the vocabulary."""
+        """The ids of a text without BOS and EOS; ValueError for a character outside the vocabulary, or half of one."""
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise ValueError("prompt: not valid UTF-8") from None
         encoding = self.backend.encode(text, add_special_tokens=False)
         for k, (start, end) in zip(encoding.ids, encoding.offsets, strict=True):
             if k == self.eos_token_id and text[start:end] != EOS:

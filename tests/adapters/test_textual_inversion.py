@@ -1,5 +1,7 @@
 """Textual inversion: every format gives its vectors, and whatever else is refused by name."""
 
+import json
+
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -100,3 +102,11 @@ def test_a_file_of_several_tokens_gives_each(tmp_path):
     save_file({"bundle_emb.zorb.clip_l": MANY, "bundle_emb.zorb.clip_g": WIDE, "lora_te1_a.alpha": ONE[0]}, path)
     assert read_placeholder_tokens(path) == {"zorb": "zorb"}
     assert load_embeddings(path)["text_encoder_2"].shape == WIDE.shape
+
+
+def test_a_token_that_no_prompt_can_hold_is_refused(tmp_path):
+    path = tmp_path / "word.safetensors"
+    header = json.dumps({"\ud800": {"dtype": "F32", "shape": [1, 1], "data_offsets": [0, 4]}}).encode()
+    path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
+    with pytest.raises(ValueError, match=r"word.safetensors: token '\\ud800': not valid UTF-8"):
+        read_placeholder_tokens(path)
