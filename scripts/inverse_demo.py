@@ -16,7 +16,8 @@ from torch.nn import functional as F
 from ldm import Pipeline, Request
 from ldm.analysis.inverse_problems import OPERATORS, tmpd
 from ldm.checkpoints.formats import PICTO_PATH
-from ldm.diffusion.samplers import ddim, sample
+from ldm.diffusion.samplers import sample
+from ldm.diffusion.singlestep import ddim
 from ldm.diffusion.timesteps import SPACINGS
 from ldm.image_io import contact_sheet, from_uint8, to_pil
 from ldm.nn.vae import decode_latents, latent_shape

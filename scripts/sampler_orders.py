@@ -17,8 +17,10 @@ from typing import Any
 import torch
 
 from ldm.diffusion.denoiser import NFECounter
-from ldm.diffusion.samplers import SAMPLERS, predictor_corrector, rk45, sample
+from ldm.diffusion.samplers import SAMPLERS, sample
 from ldm.diffusion.sde import VPSDE, linear_alphas_cumprod, scaled_linear_alphas_cumprod
+from ldm.diffusion.singlestep import rk45
+from ldm.diffusion.stochastic import predictor_corrector
 from ldm.diffusion.timesteps import SPACINGS, TimeGrid
 from ldm.rng import Noise
 from tests.diffusion.oracle import (

@@ -20,8 +20,9 @@ from ldm.checkpoints.formats import Checkpoint
 from ldm.conditioning import Conditioning
 from ldm.diffusion.denoiser import Denoise, Denoiser
 from ldm.diffusion.guidance import classifier_free_guidance, inpaint
-from ldm.diffusion.samplers import SAMPLERS, check_finite, ddim
+from ldm.diffusion.samplers import SAMPLERS, check_finite
 from ldm.diffusion.sde import VPSDE
+from ldm.diffusion.singlestep import ddim
 from ldm.diffusion.timesteps import (
     SPACINGS,
     TimeGrid,

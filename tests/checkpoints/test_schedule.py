@@ -20,7 +20,9 @@ from ldm.checkpoints.schedule import (
 from ldm.checkpoints.scheduler_classes import DIFFUSERS_SCHEDULERS, IGNORED_FIELDS, UNSUPPORTED_SCHEDULERS
 from ldm.diffusion.denoiser import Denoiser
 from ldm.diffusion.prediction import PREDICTIONS
-from ldm.diffusion.samplers import HEUN_MIN_RHO, MAX_EXTRAPOLATED_H, SAMPLERS, sample
+from ldm.diffusion.samplers import SAMPLERS, sample
+from ldm.diffusion.singlestep import HEUN_MIN_RHO
+from ldm.diffusion.steps import MAX_EXTRAPOLATED_H
 from ldm.diffusion.timesteps import SPACINGS
 
 

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from ldm.diffusion.denoiser import NoiseLevels
-from ldm.diffusion.samplers import Sampler, sample
+from ldm.diffusion.samplers import sample
 from ldm.diffusion.sde import VPSDE, NoiseLevel
+from ldm.diffusion.steps import Sampler
 from ldm.diffusion.timesteps import SPACINGS, TimeGrid
 from ldm.rng import Noise
 

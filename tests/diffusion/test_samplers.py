@@ -24,17 +24,7 @@ from diffusers import (
 from ldm.conditioning import Conditioning
 from ldm.diffusion.denoiser import Denoiser, NFECounter
 from ldm.diffusion.prediction import PREDICTIONS
-from ldm.diffusion.samplers import (
-    SAMPLERS,
-    check_finite,
-    ddim,
-    ddpm,
-    euler_maruyama,
-    langevin,
-    predictor_corrector,
-    rk45,
-    sample,
-)
+from ldm.diffusion.samplers import SAMPLERS, check_finite, sample
 from ldm.diffusion.sde import (
     CLEAN_LEVEL,
     VPSDE,
@@ -43,6 +33,8 @@ from ldm.diffusion.sde import (
     rescale_zero_terminal_snr,
     scaled_linear_alphas_cumprod,
 )
+from ldm.diffusion.singlestep import ddim, rk45
+from ldm.diffusion.stochastic import ddpm, euler_maruyama, langevin, predictor_corrector
 from ldm.diffusion.timesteps import SPACINGS, TimeGrid
 from ldm.nn.unet import UNet, UNetConfig
 from ldm.rng import Noise
