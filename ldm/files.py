@@ -103,6 +103,32 @@ def check_creatable_dir(folder: Path) -> None:
         raise ValueError(f"{folder}: not writable")
 
 
+def check_own_entries(root: Path, folders: re.Pattern[str], files: re.Pattern[str], below: str = "") -> None:
+    """ValueError where something below `root` has the name of a folder or a file that we write, but is none.
+
+    A symbolic link would be followed out of `root`, and a pipe never ends. The patterns match paths below `root`; what
+    neither matches is left alone.
+    """
+    with suppress(FileNotFoundError, NotADirectoryError), os.scandir(root / below) as entries:
+        for entry in entries:
+            name = below + entry.name
+            if folders.fullmatch(name) and not entry.is_dir(follow_symlinks=False):
+                raise ValueError(f"{entry.path}: {describe_entry(entry)}, not a folder")
+            if files.fullmatch(name) and not entry.is_file(follow_symlinks=False) and os.path.lexists(entry):
+                raise ValueError(f"{entry.path}: {describe_entry(entry)}, not a file")
+            if folders.fullmatch(name):
+                check_own_entries(root, folders, files, f"{name}/")
+
+
+def describe_entry(entry: os.DirEntry[str]) -> str:
+    """What an entry of a folder is, without following it."""
+    if entry.is_symlink():
+        return "a symbolic link"
+    if entry.is_dir(follow_symlinks=False):
+        return "a folder"
+    return "a file" if entry.is_file(follow_symlinks=False) else "a pipe, socket or device"
+
+
 def fsync_path(path: Path) -> None:
     """Flush a file or a folder to the disk."""
     handle = os.open(path, os.O_RDONLY)

@@ -78,7 +78,7 @@ def batch(
     from ldm.errors import choose
     from ldm.jobs import contact_sheets, gallery
     from ldm.jobs.engines import ENGINES, assign_devices
-    from ldm.jobs.manifest import FOLDER_LEASE
+    from ldm.jobs.manifest import FOLDER_LEASE, check_job_folder
     from ldm.jobs.source import open_prompt_source
     from ldm.jobs.worker import Job
     from ldm.metadata import IMAGE_FORMATS
@@ -86,6 +86,7 @@ def batch(
 
     engine_type = choose(ENGINES, engine, "--engine")
     choose(IMAGE_FORMATS, format, "--format")
+    check_job_folder(out)
     devices = assign_devices(engine, workers, model.device)
     axes = None if grid is None else contact_sheets.parse_grid_axes(grid)
     dtype = choose_dtype(model.dtype, choose_device(model.device))  # the workers', wherever they are

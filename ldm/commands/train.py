@@ -27,9 +27,11 @@ OverridesOption = Annotated[list[str] | None, typer.Option("--set", help="key.pa
 def train(recipe: RecipeArgument, overrides: OverridesOption = None, strict: StrictOption = None) -> None:
     """Train from a recipe; the same command again resumes. Prints the folder of the trained weights."""
     loaded = load_checked_recipe(recipe, overrides, strict)
-    preflight(loaded)
+    from ldm.train.state import check_run_folder
     from ldm.train.trainer import train_model
 
+    check_run_folder(loaded.output_dir)
+    preflight(loaded)
     print(train_model(loaded, create_task(loaded)))
 
 
@@ -110,9 +112,11 @@ def average(
 
     from ldm.config import Recipe
     from ldm.train.ema import export_posthoc_ema
+    from ldm.train.state import check_run_folder
 
     if out.exists():
         raise ValueError(f"{out}: exists already")
+    check_run_folder(run)
     try:
         recipe = Recipe.model_validate_json((run / "recipe.json").read_bytes())
     except (OSError, ValidationError):

@@ -77,12 +77,15 @@ def load_recorded_model(model: ModelOptions, original: RecordedImage) -> Pipelin
 
 def find_image_files(path: Path) -> list[Path]:
     """The image file at a path, or all below a folder but hidden ones, a gallery's thumbnails and contact sheets."""
+    from ldm.jobs.manifest import check_job_folder
     from ldm.metadata import IMAGE_FORMATS
 
     if not path.exists():
         raise ValueError(f"{path}: No such file or directory")
     if not path.is_dir():
         return [path]
+    if (path / "job.json").exists():
+        check_job_folder(path)
     suffixes = {f".{output.suffix}" for output in IMAGE_FORMATS.values()} | {".jpeg"}
     below = (file for file in path.rglob("*") if file.suffix.lower() in suffixes)
     return sorted(file for file in below if not is_hidden_or_derived(file, path))

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from ldm.data.shards import import_pyarrow
 from ldm.files import atomic_write, read_json, rename_noreplace
-from ldm.jobs.manifest import RowSpan, read_finished_rows
+from ldm.jobs.manifest import RowSpan, check_job_folder, read_finished_rows
 from ldm.pipeline.request import REQUEST_FIELDS, Request, complete_record
 
 ROW_GROUP_IMAGES, ROW_GROUP_BYTES = 100, 2**24  # whichever ends a parquet row group first; one is read as a whole
@@ -42,6 +42,7 @@ def export_job(
     """
     if os.path.lexists(out):
         raise ValueError(f"{out}: exists already")
+    check_job_folder(folder)
     suffix, write_shard = EXPORT_FORMATS[export_format]
     if suffix == "parquet":
         import_pyarrow(out)

@@ -14,7 +14,7 @@ from typing import Any
 from PIL import Image
 
 from ldm.files import atomic_write
-from ldm.jobs.manifest import read_finished_rows
+from ldm.jobs.manifest import check_job_folder, read_finished_rows
 from ldm.metadata import parse_generation_parameters, read_image_and_metadata
 from ldm.pipeline.request import REQUEST_FIELDS, Request
 
@@ -40,7 +40,7 @@ def write_gallery(folder: Path) -> Path:
     Written again, it makes only the thumbnails that are missing. ValueError where the folder holds no manifest.
     """
     folder = Path(folder)
-    check_no_links(folder)
+    check_job_folder(folder)
     done, failed = read_finished_records(folder)
     make_thumbnails(folder, done)
     common, columns, rows = build_gallery_table([build_gallery_entry(folder, record) for record in done])
@@ -123,15 +123,6 @@ def read_job_info(folder: Path) -> tuple[str, str, list[str]]:
     if not isinstance(args, list) or not all(isinstance(arg, str) for arg in args):
         args = [] if model == "picto" else ["--model", model]
     return title, model, args
-
-
-def check_no_links(folder: Path) -> None:
-    """ValueError where a folder that the gallery writes in is a link, so that it might write outside of the job's."""
-    thumbnails = folder / THUMBNAIL_FOLDER
-    inner = thumbnails.iterdir() if thumbnails.is_dir() else ()
-    for path in (folder / GALLERY_DATA, thumbnails, *inner):
-        if path.is_symlink():
-            raise ValueError(f"{path}: a link: the gallery is written in folders only")
 
 
 def summarize_settings(common: Mapping[str, Any]) -> list[str]:

@@ -11,7 +11,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, TypeVar
 
-from ldm.files import atomic_write, file_sha256, remove_path
+from ldm.files import atomic_write, check_own_entries, file_sha256, remove_path
 from ldm.jobs.leases import Leases
 from ldm.pipeline.request import complete_record
 
@@ -19,7 +19,12 @@ MANIFEST_FILE = "manifest.jsonl"
 FOLDER_LEASE = "folder"  # held while one publishes files in a job's folder itself
 DRAFT_SUFFIX = ".part"  # of the names that `atomic_write` gives
 ITEM_ID_PATTERN = re.compile(r"[0-9a-f]{1,64}")
-IMAGE_FILE_PATTERN = re.compile(r"images(/[\w-][\w.-]*)+", re.ASCII)  # no part is "..", none is hidden
+IMAGE_FILE_PATTERN = re.compile(r"images/[0-9a-f]{1,2}/[0-9a-f]{1,64}\.(png|webp|jpg)")
+JOB_FOLDERS = re.compile(r"images|leases|thumbs|index\.data|grids|(images|thumbs)/[0-9a-f]{1,2}|grids/[a-z_-]+")
+JOB_FILES = re.compile(
+    r"job\.json|index\.html|(items|manifest)[^/]*\.jsonl|leases/[^/]+\.(beat|\d+)|index\.data/[^/]+\.js"
+    r"|(images|thumbs)/[^/]+/[0-9a-f]+\.(png|webp|jpg)|grids/[^/]+/\d+\.png"
+)
 
 Row = TypeVar("Row")
 
@@ -68,6 +73,11 @@ class Manifest:
             self.failed.pop(record["id"], None)
         elif record["id"] not in self.done:
             self.failed[record["id"]] = str(record.get("reason"))
+
+
+def check_job_folder(folder: Path) -> None:
+    """ValueError where a link, a pipe or the like has the name of a folder or a file of a job: see its message."""
+    check_own_entries(folder, JOB_FOLDERS, JOB_FILES)
 
 
 class RowSpan(NamedTuple):
@@ -232,7 +242,7 @@ def scan_image_files(folder: Path, leases: Leases) -> set[str]:
     """The names of a job's image files; drafts of items that no living worker has leased are removed."""
     names: set[str] = set()
     root = folder / "images"
-    for subfolder in sorted(root.iterdir()) if root.exists() else ():
+    for subfolder in sorted(filter(Path.is_dir, root.iterdir())) if root.exists() else ():  # none is a .DS_Store
         for entry in list(os.scandir(subfolder)):
             if entry.name.endswith(DRAFT_SUFFIX) and leases.is_free(entry.name[1:].partition(".")[0]):
                 remove_path(Path(entry))

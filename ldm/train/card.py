@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -20,6 +19,7 @@ from ldm.data.image_dataset import ImageDataset
 from ldm.files import atomic_write
 from ldm.image_io import contact_sheet
 from ldm.train.model_spec import find_date, find_trigger_phrase
+from ldm.train.progress import read_log
 
 PLOT_WIDTH, PLOT_HEIGHT, PLOT_MARGIN = 420, 220, 44
 PLOT_COLORS = ("#2a6fbb", "#d1495b", "#3a7d44")
@@ -134,8 +134,7 @@ def summarize_dataset(dataset: ImageDataset) -> str:
 
 def read_curve(log: Path, key: str) -> Curve:
     """(step, value) of every line of a `log.jsonl` that has the key."""
-    lines = (json.loads(line) for line in log.read_text(encoding="utf-8").splitlines())
-    return [(line["step"], line[key]) for line in lines if key in line]
+    return [(line["step"], line[key]) for line in read_log(log) if key in line]
 
 
 def render_figure(panels: Mapping[str, Mapping[str, Curve]]) -> str:

@@ -6,6 +6,7 @@ import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from accelerate import Accelerator
@@ -16,6 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from ldm.config import Recipe
 from ldm.errors import choose, warn_of_input
+from ldm.files import atomic_write, read_regular_file
 from ldm.installation import install_command
 
 LogMetrics = Callable[[Mapping[str, float], int], None]  # (metrics, step): a tracker
@@ -38,9 +40,9 @@ class MetricLogger:
         self.progress_task = self.progress_bar.add_task("training", total=recipe.max_train_steps, completed=start_step)
         self._reset_clock(start_step)
         if is_main_process:
-            *lines, _ = path.read_text().split("\n") if path.exists() else [""]  # the last one is empty or incomplete
-            kept = [line + "\n" for line in lines if json.loads(line)["step"] <= start_step]
-            path.write_text("".join(kept))
+            kept = [record for record in read_log(path) if record["step"] <= start_step] if path.exists() else []
+            with atomic_write(path) as draft:  # another file: a copy of the run may share the old one by a hard link
+                draft.write_text("".join(json.dumps(record) + "\n" for record in kept))
 
     def __enter__(self) -> MetricLogger:
         self.progress_bar.start()
@@ -73,6 +75,22 @@ class MetricLogger:
         if force_print or not self.console.is_terminal:
             self.console.print(" ".join(f"{k} {v:g}" for k, v in rounded.items()), highlight=False, soft_wrap=True)
         self._reset_clock(step)
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """The lines of a `log.jsonl` but for an incomplete last one; ValueError names one that no training wrote."""
+    *lines, _ = read_regular_file(path).split(b"\n")
+    records = []
+    for number, line in enumerate(lines, 1):
+        try:
+            record = json.loads(line)
+            steps, values = record["step"], record.values()
+        except (ValueError, RecursionError, LookupError, TypeError, AttributeError):
+            steps, values = None, ()
+        if type(steps) is not int or not all(isinstance(value, int | float) for value in values):
+            raise ValueError(f"{path}: line {number}: not a line of a training's log")
+        records.append(record)
+    return records
 
 
 def filter_installed_trackers(names: Sequence[str]) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from ldm.checkpoints.tensors import open_safetensors, save_tensors
 from ldm.config import FinetuneObjective, Recipe
 from ldm.errors import warn_of_input
-from ldm.files import atomic_write, file_sha256, remove_path
+from ldm.files import atomic_write, check_own_entries, file_sha256, read_json, remove_path
 from ldm.hardware import resolve_frozen_dtype, resolve_mixed_precision
 from ldm.train.ema import EMAModel
 from ldm.train.task import check_same_shapes, trainable_parameters
@@ -27,6 +28,11 @@ MUTABLE_RECIPE_KEYS = (
     "data.train_data_dir",
     "data.skip_broken",
     "data.strict",
+)
+RUN_FOLDERS = re.compile(r"checkpoint-\d+|averages|events|class-images-[0-9a-f]+")
+RUN_FILES = re.compile(
+    r"recipe\.json|log\.jsonl|samples\.png|started\.txt|(checkpoint-\d+|averages)/[^/]+\.(safetensors|json)"
+    r"|class-images-[0-9a-f]+/[^/]+\.\w+"
 )
 MAX_NAMED_SAMPLES = 3  # of each kind of change
 OPTIMIZER_FILE = "optimizer.safetensors"
@@ -97,11 +103,16 @@ def resume_from_checkpoint(state: TrainState, recipe: Recipe) -> None:
             return _load_checkpoint(state, path, recipe)
         except ChangedDataError:
             raise
-        except (OSError, RuntimeError, LookupError, TypeError, ValueError) as error:
+        except (OSError, RuntimeError, LookupError, TypeError, AttributeError, ValueError) as error:
             skipped.append(f"{path}: not a checkpoint of this recipe ({' '.join(str(error).split())})")
             warn_of_input(skipped[-1])
     if skipped:
         raise ValueError(f"{skipped[0]}; no other checkpoint fits either: give another output_dir, or move them away")
+
+
+def check_run_folder(folder: Path) -> None:
+    """ValueError where a link, a pipe or the like has the name of a folder or a file of a training: see its message."""
+    check_own_entries(folder, RUN_FOLDERS, RUN_FILES)
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
@@ -137,23 +148,26 @@ def _flatten_options(value: Any, name: str) -> Iterator[tuple[str, Any]]:
 
 def _load_checkpoint(state: TrainState, path: Path, recipe: Recipe) -> None:
     """Check all files of a checkpoint, then copy them into the state, one tensor at a time beside the optimizer's."""
-    for name, digest in json.loads((path / CHECKSUMS_FILE).read_text()).items():
+    files = {file.name for file in path.iterdir()}
+    for name, digest in read_json(path / CHECKSUMS_FILE).items():
+        if name not in files:  # also one outside
+            raise ValueError(f"{name} is missing")
         if file_sha256(path / name) != digest:
             raise ValueError(f"{name} is damaged: its SHA-256 is not the one in {CHECKSUMS_FILE}")
-    record = json.loads((path / "state.json").read_text())
+    record = read_json(path / "state.json")
     options = select_immutable_options(recipe)
     for name, value in record["recipe"].items():
         if name in options and options[name] != value:
             raise ValueError(f"its {name} is {value!r}, the recipe's {options[name]!r}")
     _check_samples(record.get("samples") or {}, state.sample_digests, path, recipe)
     targets = state.tensors_by_file()
-    files = {name: open_safetensors(path / f"{name}.safetensors") for name in targets}
+    weights = {name: open_safetensors(path / f"{name}.safetensors") for name in targets}
     for name, target in targets.items():
-        check_same_shapes(files[name].meta_tensors(), target)
+        check_same_shapes(weights[name].meta_tensors(), target)
     optimizer_tensors = dict(open_safetensors(path / OPTIMIZER_FILE).iter_tensors())
     for name, target in targets.items():
         with torch.no_grad():
-            for key, tensor in files[name].iter_tensors():
+            for key, tensor in weights[name].iter_tensors():
                 target[key].copy_(tensor)
     state.optimizer.load_state_dict(tree_from_json(record["optimizer"], optimizer_tensors))
     _restore_memory_format(state.optimizer)

@@ -546,15 +546,3 @@ def test_an_odd_job_file_leaves_a_gallery_with_what_is_known(tmp_path, job):
     write_job(tmp_path, [SETTLED])
     (tmp_path / "job.json").write_text(job)
     assert gallery.write_gallery(tmp_path).is_file()
-
-
-@pytest.mark.parametrize("link", ["thumbs", "thumbs/00", "index.data"])
-def test_a_gallery_is_not_written_through_a_link(tmp_path, link):
-    folder, other = tmp_path / "job", tmp_path / "other"
-    write_job(folder, [SETTLED])
-    other.mkdir()
-    (folder / link).parent.mkdir(exist_ok=True)
-    (folder / link).symlink_to(other)
-    with pytest.raises(ValueError, match="a link"):
-        gallery.write_gallery(folder)
-    assert not list(other.iterdir())
