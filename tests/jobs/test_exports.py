@@ -206,7 +206,7 @@ def test_an_image_that_is_not_as_it_was_finished_is_named_and_nothing_is_written
         (lambda f: (f / "job.json").write_text("{}"), [], "job.json: names no model"),
         (
             lambda f: (f / "manifest.jsonl").write_text(
-                '{"id": "a", "line": 1, "status": "done", "file": "images/b", "sha256": "c"}\n'
+                '{"id": "a", "line": 1, "status": "done", "file": "images/0b/0b.png", "sha256": "c"}\n'
             ),
             [],
             "the line of a: no request",
@@ -244,9 +244,9 @@ def test_memory_does_not_grow_with_the_shards(job, lines, tmp_path):
 
     folder, names = shutil.copytree(job, tmp_path / "large"), []
     data = os.urandom(300_000)
-    (folder / "images" / "one.png").write_bytes(data)
+    (folder / lines[0]["file"]).write_bytes(data)
     for k in range(300):
-        line = {**lines[0], "id": f"{k:024x}", "file": "images/one.png", "sha256": hashlib.sha256(data).hexdigest()}
+        line = {**lines[0], "id": f"{k:024x}", "sha256": hashlib.sha256(data).hexdigest()}
         names.append(json.dumps(line) + "\n")
     (folder / "manifest.jsonl").write_text("".join(names))
     for kind in exports.EXPORT_FORMATS:

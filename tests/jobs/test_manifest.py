@@ -11,7 +11,7 @@ from ldm.jobs.manifest import Manifest, append_manifest_record, compact_manifest
 
 
 def line(name, status="done", number=1, **more):
-    return {"id": name, "status": status, "line": number, "file": f"images/{name}.png", "sha256": "0", **more}
+    return {"id": name, "status": status, "line": number, "file": f"images/00/{name}.png", "sha256": "0", **more}
 
 
 def read(folder):

@@ -153,7 +153,7 @@ def test_what_another_finished_since_one_looked_is_not_taken(pipe, tmp_path):
     first, second, *_ = job.iter_items(pipe)
     with job.open_leases() as leases:
         feed = worker.Prefetcher(job, pipe, leases, threading.Event(), max_ready=1)
-        line = {"id": first.id, "status": "done", "line": 1, "file": "images/a.png", "sha256": "0"}
+        line = {"id": first.id, "status": "done", "line": 1, "file": "images/0a/0a.png", "sha256": "0"}
         manifest.append_manifest_record(tmp_path, "other", line)
         assert not feed._try_lease(first) and leases.is_free(first.id)
         assert feed._try_lease(second) and leases.holds(second.id)
