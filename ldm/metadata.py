@@ -1,4 +1,4 @@
-"""Image files with metadata: the text and the sampler names of AUTOMATIC1111's web UI, PNG texts and EXIF."""
+"""Image files with metadata: the text of AUTOMATIC1111's web UI, PNG texts and EXIF."""
 
 from __future__ import annotations
 
@@ -15,52 +15,10 @@ from PIL.TiffImagePlugin import ImageFileDirectory_v2
 
 from ldm.errors import error_text
 from ldm.files import atomic_write, read_regular_file
+from ldm.sampler_names import A1111_SAMPLERS, A1111_SPACINGS
 
-# Our names and those of AUTOMATIC1111's web UI; what it does not have keeps our name.
-A1111_SAMPLERS = {
-    "ddpm": "DDPM",
-    "ddim": "DDIM",
-    "euler": "Euler",
-    "euler_ancestral": "Euler a",
-    "heun": "Heun",
-    "lms": "LMS",
-    "dpmpp_2m": "DPM++ 2M",
-    "dpmpp_2m_sde": "DPM++ 2M SDE",
-    "dpmpp_3m_sde": "DPM++ 3M SDE",
-    "unipc": "UniPC",
-    "lcm": "LCM",
-    "tcd": "TCD",
-}
-A1111_SPACINGS = {
-    "karras": "Karras",
-    "exponential": "Exponential",
-    "beta": "Beta",
-    "linspace": "Normal",
-    "trailing": "SGM Uniform",
-    "leading": "DDIM",
-}
 MIN_INFOTEXT_PAIRS = 3  # a last line of fewer belongs to the prompts
 NEGATIVE_PREFIX = "Negative prompt:"
-
-
-def resolve_a1111_sampler(values: Mapping[str, Any]) -> dict[str, Any]:
-    """`values` with `sampler` and `spacing` by our names where they are the web UI's, in any case.
-
-    Its older versions had one name for both: "DPM++ 2M Karras".
-    """
-    samplers, spacings = (
-        {label.lower(): name for name, label in table.items()} for table in (A1111_SAMPLERS, A1111_SPACINGS)
-    )
-    names = {name: value for name in ("sampler", "spacing") if (value := values.get(name))}
-    label = names.get("sampler", "").lower()
-    first, _, last = label.rpartition(" ")
-    if label in samplers:
-        names["sampler"] = samplers[label]
-    elif first in samplers and last in spacings:
-        names = {"spacing": spacings[last], **names, "sampler": samplers[first]}
-    if "spacing" in names:
-        names["spacing"] = spacings.get(names["spacing"].lower(), names["spacing"])
-    return {**values, **names}
 
 
 def create_infotext(

@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # A module imports from the rows above its own and from its own package, never from another name of its row.
 LAYERS = (
     {"errors"},
-    {"conditioning", "rng", "files", "hardware", "installation", "image_repair"},
+    {"conditioning", "rng", "files", "hardware", "installation", "image_repair", "sampler_names"},
     {"config", "image_io"},
     {"metadata"},
     {"diffusion", "nn"},

@@ -185,9 +185,9 @@ def load_pipeline_and_request(
     from ldm.diffusion.timesteps import SPACINGS
     from ldm.errors import choose
     from ldm.image_io import read_image, read_mask
-    from ldm.metadata import resolve_a1111_sampler
+    from ldm.sampler_names import resolve_sampler_names
 
-    values = resolve_a1111_sampler(vars(options))
+    values = resolve_sampler_names(vars(options))
     readers = {"image": read_image, "mask": read_mask, "guidance_interval": parse_interval}
     values |= {name: read(values[name]) for name, read in readers.items() if values[name] is not None}
     if values["sampler"] is not None:

@@ -9,8 +9,8 @@ from itertools import pairwise
 from typing import Any
 
 from ldm.errors import suggest
-from ldm.metadata import resolve_a1111_sampler
 from ldm.pipeline.request import IMAGE_COUNT, REQUEST_FIELDS, FieldSpec, parse_int_pair
+from ldm.sampler_names import resolve_sampler_names
 
 FieldValues = dict[
     str, Any
@@ -25,15 +25,6 @@ FIELD_NAMES = {  # all that a field may be called: the field
     **{name: field for field, spec in PROMPT_FIELDS.items() for name in (field, spec.option, *spec.aliases)},
     **dict.fromkeys(CAPTION_NAMES, "prompt"),
 }
-KOHYA_SAMPLERS = {
-    "euler_a": "euler_ancestral",
-    "k_euler_a": "euler_ancestral",
-    "k_euler": "euler",
-    "k_lms": "lms",
-    "dpmsolver": "dpmpp_2m",
-    "dpmsolver++": "dpmpp_2m",
-}
-
 # Options in a line of text, as kohya's gen_img and AUTOMATIC1111's "Prompts from file" read them.
 PROMPT_OPTIONS = {  # the name in messages
     **{name: PROMPT_FIELDS[field].option for name, field in FIELD_NAMES.items() if name not in CAPTION_NAMES},
@@ -148,9 +139,7 @@ def resolve_names(values: FieldValues) -> FieldValues:
     """Values with the samplers of other tools by our names, and a size as width and height."""
     if "size" in values:
         values["width"], values["height"] = values.pop("size")
-    if isinstance(sampler := values.get("sampler"), str):
-        values["sampler"] = KOHYA_SAMPLERS.get(sampler.lower(), sampler)
-    return resolve_a1111_sampler(values)
+    return resolve_sampler_names(values)
 
 
 def to_json_value(value: Any) -> Any:

@@ -15,6 +15,7 @@ from dataclasses import MISSING, dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ldm.errors import choose, warn_of_input
+from ldm.sampler_names import resolve_sampler_names
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -288,7 +289,10 @@ def _is_pair(value: Any) -> bool:
 
 
 def coerce_request(request: Request) -> Request:
-    """The request with numbers of other libraries as Python's own; ValueError for what is no number or image."""
+    """The request with numbers of other libraries as Python's own, and other tools' samplers by our names.
+
+    ValueError for what is no number or image.
+    """
     from PIL import Image
 
     changes: dict[str, Any] = {}
@@ -304,7 +308,8 @@ def coerce_request(request: Request) -> Request:
     for name in ("image", "mask"):
         if not isinstance(getattr(request, name), Image.Image | None):
             raise ValueError(f"{name} {getattr(request, name)!r:.60}: must be a PIL image, as Image.open returns it")
-    return replace(request, **changes)
+    names = {"sampler": request.sampler, "spacing": request.spacing}
+    return replace(request, **changes, **resolve_sampler_names(names))
 
 
 def resolve_guidance_interval(request: Request) -> tuple[float, float]:

@@ -8,7 +8,6 @@ import pytest
 
 from ldm.commands.options import REQUEST_OPTIONS, normalize_option
 from ldm.jobs.schema import FIELD_NAMES, PROMPT_FIELDS, PROMPT_OPTIONS
-from ldm.metadata import resolve_a1111_sampler
 from ldm.pipeline.request import REQUEST_FIELDS, Request, coerce_request
 
 
@@ -32,23 +31,6 @@ def test_a_field_is_called_the_same_on_the_command_line_and_in_a_file():
         spec = REQUEST_FIELDS[field]
         for name in (field, spec.option, *spec.aliases):
             assert normalize_option(name) == spec.option.replace("_", "-")
-
-
-@pytest.mark.parametrize(
-    ("sampler", "spacing", "wanted"),
-    [
-        ("DPM++ 2M Karras", None, ("dpmpp_2m", "karras")),
-        ("dpm++ 2m sde exponential", None, ("dpmpp_2m_sde", "exponential")),
-        ("DPM++ 2M Karras", "beta", ("dpmpp_2m", "beta")),
-        ("Euler a", "SGM Uniform", ("euler_ancestral", "trailing")),
-        ("rk45", "karras", ("rk45", "karras")),
-        ("DPM++ 9M", None, ("DPM++ 9M", None)),
-        (None, "Normal", (None, "linspace")),
-    ],
-)
-def test_samplers_of_the_web_ui_are_ours(sampler, spacing, wanted):
-    values = resolve_a1111_sampler({"sampler": sampler, "spacing": spacing, "eta": 0.0})
-    assert (values["sampler"], values["spacing"], values["eta"]) == (*wanted, 0.0)
 
 
 def test_numbers_of_numpy_become_python_s():
