@@ -24,7 +24,7 @@ def render_cli() -> str:
     from ldm.cli import app
 
     commands: dict[str, Any] = typer.main.get_command(app).commands  # type: ignore[attr-defined]
-    return "\n".join(_render_command(name, command) for name, command in commands.items())
+    return "\n".join(_render_command(name, command) for name, command in commands.items() if not command.hidden)
 
 
 def _render_command(name: str, command: Any) -> str:

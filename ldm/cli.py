@@ -8,19 +8,19 @@ import signal
 import sys
 import warnings
 from contextlib import suppress
+from typing import Annotated
 
 import typer
 
+from ldm import __version__
 from ldm.commands import batch, generate, measure, models, train, verify
 from ldm.commands.options import normalize_option
 from ldm.errors import InputWarning, describe_system_error, one_line
 
 app = typer.Typer(
-    add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
-    help="Latent diffusion, text to image.",
-    context_settings={"token_normalize_func": normalize_option},
+    context_settings={"token_normalize_func": normalize_option, "help_option_names": ["-h", "--help"]},
 )
 COMMANDS = (
     generate.generate,
@@ -38,6 +38,24 @@ COMMANDS = (
 )
 for command in COMMANDS:
     app.command()(command)
+for alias in ("txt2img", "img2img"):  # as other tools call it
+    app.command(alias, hidden=True)(generate.generate)
+
+
+def print_version(is_given: bool) -> None:
+    """Print the version and end."""
+    if is_given:
+        print(f"ldm {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def set_options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", is_eager=True, callback=print_version)
+    ] = False,
+) -> None:
+    """Latent diffusion, text to image."""
 
 
 def main() -> None:

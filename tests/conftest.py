@@ -5,6 +5,8 @@ import sys
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # small tensors: a second thread costs more in barriers than it gains
 
+os.environ["XDG_CONFIG_HOME"] = os.devnull  # no defaults of who runs the tests
+
 import pytest
 import torch
 

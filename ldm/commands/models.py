@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from ldm.checkpoints.families import LoadOptions
+from ldm.commands.defaults import find_user_config
 from ldm.commands.options import (
     JsonOption,
     RevisionOption,
@@ -118,6 +119,7 @@ def info(
         rows[f"attention {name}"] = reason or "available"
     rows["samplers"], rows["spacings"] = ", ".join(SAMPLERS), ", ".join(SPACINGS)
     rows["picto"] = str(PICTO_PATH) if PICTO_PATH.is_dir() else "not found"
+    rows["config"] = str(find_user_config() or "none")
     print_rows(rows)
 
 

@@ -17,6 +17,7 @@ import typer
 
 from ldm import files
 from ldm.checkpoints.families import LoadOptions
+from ldm.commands.defaults import ConfigOption
 from ldm.errors import InputWarning
 from ldm.pipeline.request import IMAGE_COUNT, REQUEST_FIELDS, FieldSpec, Request, parse_interval
 
@@ -153,7 +154,7 @@ OPTION_GROUPS = {ModelOptions: MODEL_OPTIONS, LoadOptions: LOAD_OPTIONS, Request
 def expand_options(command: Callable[..., None]) -> Callable[..., None]:
     """A typer command whose parameters of type `ModelOptions`, `LoadOptions` and `RequestOptions` become their options.
 
-    A default of such a parameter holds the defaults of its options.
+    A default of such a parameter holds the defaults of its options. `--config` is an option of all these commands.
     """
     groups: dict[str, Any] = {}
     parameters: list[inspect.Parameter] = []
@@ -166,8 +167,12 @@ def expand_options(command: Callable[..., None]) -> Callable[..., None]:
         defaults = vars(p.annotation() if p.default is p.empty else p.default)
         parameters += [p.replace(name=name, default=defaults[name], annotation=a) for name, a in options.items()]
 
+    parameters.append(
+        inspect.Parameter("config", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=ConfigOption)
+    )
+
     @wraps(command)
-    def run(**values: Any) -> None:
+    def run(config: str | None = None, **values: Any) -> None:
         for name, (group, options) in groups.items():
             values[name] = group(**{option: values.pop(option) for option in options})
         command(**values)
