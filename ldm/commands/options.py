@@ -52,6 +52,9 @@ MODEL_OPTIONS: dict[str, Any] = {
     ],
     "vae": Annotated[str | None, typer.Option(help="Folder, file or hub id of another VAE.")],
     **LOAD_OPTIONS,
+    "vae_tiling": Annotated[
+        bool, typer.Option("--vae-tiling", help="Decode and encode in strips: the same image in bounded memory.")
+    ],
     "device": Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")],
     "dtype": Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")],
 }
@@ -91,6 +94,7 @@ class ModelOptions(LoadOptions):
     model: str = ""
     lora: list[str] | None = None
     embedding: list[str] | None = None
+    vae_tiling: bool = False
     device: str = "auto"
     dtype: str = "auto"
 
@@ -137,6 +141,8 @@ class ModelOptions(LoadOptions):
             pipe.load_lora_weights(*adapter)
         for embedding in map(parse_embedding, self.embedding or []):
             pipe.load_textual_inversion(*embedding)
+        if self.vae_tiling:
+            pipe.enable_vae_tiling()
         return pipe
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ldm.errors import warn_of_input
 from ldm.nn.attention import sdpa
 from ldm.nn.blocks import ResnetBlock, Upsample
+from ldm.nn.tiling import TILE_BYTES, run_tiled
 
 NORM_EPS = 1e-6
 VAE_CLASS_NAME = "AutoencoderKL"
@@ -217,7 +218,12 @@ class Decoder(nn.Module):
 
 
 class AutoencoderKL(nn.Module):
-    """Rombach et al. 2022 (arXiv:2112.10752), appendix G; parameters are named as in diffusers' class of this name."""
+    """Rombach et al. 2022 (arXiv:2112.10752), appendix G; parameters are named as in diffusers' class of this name.
+
+    With `tile_bytes` it runs in strips that take so much memory each, with the same result: see `ldm.nn.tiling`.
+    """
+
+    tile_bytes: int | None = None
 
     def __init__(self, config: VAEConfig) -> None:
         super().__init__()
@@ -234,11 +240,23 @@ class AutoencoderKL(nn.Module):
         """As diffusers' method, which draws nothing from the generator either."""
         return Decoded(decode_unscaled(self, z))
 
-    def enable_tiling(self, enabled: bool = True) -> None:
-        """As diffusers' methods of these names; nothing is tiled here, and the pipeline decodes as memory allows."""
-        warn_of_input("vae: tiling and slicing have no effect; images are decoded by parts once memory runs out")
+    def enable_tiling(self, use_tiling: bool = True) -> None:
+        """Run in strips of `TILE_BYTES`; unlike diffusers' tiles they give the image of the whole, for any size."""
+        self.tile_bytes = TILE_BYTES if use_tiling else None
 
-    disable_tiling = enable_slicing = disable_slicing = enable_tiling
+    def disable_tiling(self) -> None:
+        """Run at once."""
+        self.enable_tiling(False)
+
+    def enable_slicing(self) -> None:
+        """As diffusers' method; nothing is sliced here."""
+        warn_of_input("vae: slicing has no effect; images are decoded by parts once memory runs out")
+
+    disable_slicing = enable_slicing
+
+    def run(self, coder: Encoder | Decoder, x: Tensor) -> Tensor:
+        """The output of the encoder or the decoder, tiled or at once."""
+        return run_tiled(coder, x, self.tile_bytes) if self.tile_bytes else coder(x)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -294,13 +312,13 @@ def latent_shape(vae: AutoencoderKL, height: int, width: int) -> tuple[int, int,
 
 def encode_unscaled(vae: AutoencoderKL, images: Tensor) -> Posterior:
     """The unscaled posterior of images; its log-variance is clipped to [-30, 20], as in Stable Diffusion."""
-    mean, log_var = vae.quant_conv(vae.encoder(images)).chunk(2, dim=1)
+    mean, log_var = vae.quant_conv(vae.run(vae.encoder, images)).chunk(2, dim=1)
     return Posterior(mean, torch.exp(0.5 * log_var.clamp(-30, 20)))
 
 
 def decode_unscaled(vae: AutoencoderKL, z: Tensor) -> Tensor:
     """Images from unscaled latents."""
-    return vae.decoder(vae.post_quant_conv(z))
+    return vae.run(vae.decoder, vae.post_quant_conv(z))
 
 
 def encode_images(vae: AutoencoderKL, images: Tensor) -> Posterior:

@@ -128,9 +128,7 @@ METHODS: Mapping[str, Automatic | Missing] = {
         ("enable_xformers_memory_efficient_attention", "disable_xformers_memory_efficient_attention"),
         Automatic(f'{ATTENTION}; pipe.unet.attention = "xformers" chooses that of xformers'),
     ),
-    **dict.fromkeys(
-        ("enable_vae_slicing", "disable_vae_slicing", "enable_vae_tiling", "disable_vae_tiling"), Automatic(MEMORY)
-    ),
+    **dict.fromkeys(("enable_vae_slicing", "disable_vae_slicing"), Automatic(MEMORY)),
     **dict.fromkeys(
         ("enable_model_cpu_offload", "enable_sequential_cpu_offload", "enable_group_offload", "remove_all_hooks"),
         Automatic(f"{OFFLOAD}; {MEMORY}"),

@@ -233,6 +233,14 @@ class DiffusersAPI:
         """Make the autoencoder float32."""
         self.model.vae.to(torch.float32)
 
+    def enable_vae_tiling(self) -> None:
+        """Decode and encode images of any size in bounded memory, in strips that give the image of the whole."""
+        self.model.vae.enable_tiling()
+
+    def disable_vae_tiling(self) -> None:
+        """Decode and encode images at once."""
+        self.model.vae.disable_tiling()
+
     def set_progress_bar_config(self, **config: Any) -> None:
         """disable=True: no progress bar; desc: its name; leave=False: it goes when it is full."""
         self.call_state.progress_bar = config

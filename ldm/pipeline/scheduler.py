@@ -139,7 +139,7 @@ class RequestQueue:
 class MicroBatcher:
     """Calls a function of rows with at most `max_rows` at a time, and with half as many once memory runs out.
 
-    For the VAE this is diffusers' `enable_vae_slicing`; there is no tiling.
+    For the VAE this is diffusers' `enable_vae_slicing`; `enable_vae_tiling` is for images that are too large alone.
     After an out-of-memory error the call is repeated in smaller parts. With `pad_to` every call has exactly that many
     rows, the last one repeated, so that a row's output is the same bit for bit whatever the others are (kernels are
     chosen by shape); that number never shrinks.

@@ -1,8 +1,13 @@
 """The autoencoder equals diffusers' on the same weights, and training starts from a linear map that keeps variance."""
 
+import errno
+import os
+import tempfile
+
 import pytest
 import torch
 from diffusers import AutoencoderKL
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ldm.checkpoints.families import FAMILIES
 from ldm.nn import vae
@@ -95,3 +100,55 @@ def test_training_starts_with_features_that_are_linear_in_the_image(model):
     with torch.no_grad():
         torch.testing.assert_close(features(2 * x + y), 2 * features(x) + features(y), rtol=0, atol=1e-5)
         assert 0.5 < encoder.conv_in(x).square().sum() / x.square().sum() < 12
+
+
+@pytest.mark.parametrize("tile_bytes", [1, 3_000, 40_000, 2**26])
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+def test_tiles_give_what_the_whole_gives(vae_config, variant, tile_bytes):
+    torch.manual_seed(0)
+    model = vae.build_vae({**vae_config, **variant}).eval().requires_grad_(False)
+    for parameter in model.parameters():
+        parameter += 0.1 * torch.randn(parameter.shape)
+    images = torch.rand(2, 3, 28, 16) * 2 - 1
+    whole = vae.encode_images(model, images)
+    latents = torch.randn_like(whole.mean)
+    decoded = vae.decode_latents(model, latents)
+    model.tile_bytes = tile_bytes
+    tiled = vae.encode_images(model, images)
+    torch.testing.assert_close(tiled.mean, whole.mean, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(tiled.std, whole.std, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(vae.decode_latents(model, latents), decoded, rtol=1e-4, atol=1e-5)
+
+
+def test_tiles_take_bounded_memory(vae_config):
+    """The largest tensor that is made does not grow with the image, beyond the image itself."""
+    model = vae.build_vae({**vae_config, "mid_block_add_attention": True}).eval()
+    model.tile_bytes = 40_000
+
+    class Largest(TorchDispatchMode):
+        bytes = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            if isinstance(out, torch.Tensor):
+                self.bytes = max(self.bytes, out.untyped_storage().nbytes())
+            return out
+
+    def largest(side):
+        with Largest() as mode, torch.inference_mode():
+            vae.decode_latents(model, torch.randn(1, model.config.latent_channels, side, side))
+        return mode.bytes - 4 * 3 * (4 * side) ** 2
+
+    assert largest(32) < 2 * model.tile_bytes > largest(64)
+    model.disable_tiling()
+    assert largest(32) > 4 * 2 * 40_000
+
+
+def test_a_full_folder_for_temporary_files_is_named(model, monkeypatch):
+    def pwrite(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "pwrite", pwrite)
+    model.tile_bytes = 1
+    with pytest.raises(OSError, match=tempfile.gettempdir()):
+        vae.decode_latents(model, torch.zeros(1, model.config.latent_channels, 4, 4))
