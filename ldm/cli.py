@@ -15,7 +15,7 @@ import typer
 from ldm import __version__
 from ldm.commands import batch, generate, measure, models, train, verify
 from ldm.commands.options import normalize_option
-from ldm.errors import InputWarning, describe_system_error, one_line
+from ldm.errors import InputWarning, describe_system_error, print_message
 
 app = typer.Typer(
     rich_markup_mode=None,
@@ -82,7 +82,7 @@ def main() -> None:
 def show_warning(message: Warning | str, category: type[Warning], *context: object, **options: object) -> None:
     """Print an `InputWarning` as one line; what libraries warn their callers of is not for the user."""
     if issubclass(category, InputWarning):
-        print("note:", one_line(str(message)), file=sys.stderr)
+        print_message("warning", str(message))
 
 
 def prepare_process() -> None:
@@ -114,7 +114,7 @@ def report_error(error: Exception) -> int:
         message, status = described
     else:
         raise error
-    print("error:", one_line(message), file=sys.stderr)
+    print_message("error", message)
     return status
 
 

@@ -6,14 +6,17 @@ import errno
 import json
 import os
 import re
+import sys
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 Key = TypeVar("Key")
 Value = TypeVar("Value")
+# error: the command ends. warning: input is left out, changed or suspicious. note: what the command does.
+MessageKind = Literal["error", "warning", "note"]
 MAX_ERROR_LENGTH = 500  # characters
 MAX_LINE_LENGTH = 4000  # characters of an `error:` line
 # What acts on a terminal or turns the order of characters, and what UTF-8 has no bytes for.
@@ -24,6 +27,11 @@ OUT_OF_MEMORY = re.compile(r"out of memory|not enough memory|can't allocate|fail
 
 class InputWarning(UserWarning):
     """Input that is left out, or used otherwise than it is written: an error where a command is strict."""
+
+
+def print_message(kind: MessageKind, message: str) -> None:
+    """One line on stderr for the user of a command, after what it is."""
+    print(f"{kind}: {one_line(message)}", file=sys.stderr, flush=True)
 
 
 def warn_of_input(message: str) -> None:

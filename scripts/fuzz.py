@@ -391,9 +391,7 @@ def judge(status: int, out: bytes, err: bytes) -> str | None:
         f"status {code} ({last})": code not in (0, 1, 2),
         "memory": b"error: out of memory" in err,
         "two errors": err.count(b"error: ") > 1 and err.count(b"\nerror: ") + err.startswith(b"error: ") > 1,
-        f"other lines on stderr ({last})": any(
-            not re.match(rb"error: |note: |notice: |warning: ", n) for n in err.splitlines()
-        ),
+        f"other lines on stderr ({last})": any(not re.match(rb"(error|warning|note): ", n) for n in err.splitlines()),
         "control characters": UNPRINTABLE.search(out + err) is not None,
     }
     return next((fault for fault, is_so in faults.items() if is_so), None)

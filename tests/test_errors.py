@@ -1,8 +1,25 @@
 """Helpers of error messages."""
 
+import ast
+import typing
+import warnings
+from pathlib import Path
+
 import pytest
 
-from ldm.errors import choose, error_text, list_some, parse_json, suggest
+import ldm
+from ldm.cli import show_warning
+from ldm.errors import (
+    InputWarning,
+    MessageKind,
+    choose,
+    error_text,
+    list_some,
+    parse_json,
+    print_message,
+    suggest,
+    warn_of_input,
+)
 
 
 def test_a_name_is_chosen_or_the_choices_are_listed():
@@ -35,3 +52,27 @@ def test_json_has_unique_keys_and_no_nan():
     ):
         with pytest.raises(ValueError, match=f"^f.json: not JSON: .*{reason}"):
             parse_json(text, "f.json")
+
+
+def test_a_line_on_stderr_says_first_what_it_is(capsys, monkeypatch):
+    for kind in typing.get_args(MessageKind):
+        print_message(kind, "a\x1b[2J\nb")
+    with warnings.catch_warnings():
+        warnings.simplefilter("default", InputWarning)
+        monkeypatch.setattr(warnings, "showwarning", show_warning)
+        warn_of_input("left out")
+        warnings.warn("a library's own", DeprecationWarning, stacklevel=1)
+    lines = [f"{kind}: a\\x1b[2J b" for kind in ("error", "warning", "note")]
+    assert capsys.readouterr() == ("", "\n".join([*lines, "warning: left out\n"]))
+
+
+def test_all_lines_on_stderr_are_printed_in_one_place():
+    """No other `print(..., file=...)`: each line has one of the three words, and no control characters of others."""
+    printing = [
+        path.name
+        for path in Path(ldm.__file__).parent.rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in ("print", "sys.stderr.write", "typer.echo")
+        if any(keyword.arg in ("file", "err") for keyword in node.keywords) or ast.unparse(node.func) != "print"
+    ]
+    assert printing == ["errors.py"]

@@ -26,6 +26,7 @@ from ldm.commands.options import (
     load_pipeline_and_request,
 )
 from ldm.commands.progress import UnsupportedSyntaxReport, print_notices, report_job_progress, show_progress
+from ldm.errors import describe_error, print_message
 
 if TYPE_CHECKING:
     from ldm.jobs.driver import Monitor
@@ -153,7 +154,7 @@ def run_job(
         lost = compact_manifest(job.folder, leases, verify_hashes, retry=item_ids)
         monitor = driver.Monitor(job, leases, item_ids, timeout)
         if lost:
-            print(f"{lost} finished images are missing or changed: regenerated", file=sys.stderr)
+            print_message("note", f"{lost} finished images are missing or changed: regenerated")
         engine = start_engine(job)
         try:
             driver.supervise_workers(engine, monitor, on_progress)
@@ -162,7 +163,7 @@ def run_job(
         except KeyboardInterrupt:
             status = finish_after_interrupt(engine, monitor, on_progress)
         except driver.StalledError as error:
-            print(f"error: {error}", file=sys.stderr, flush=True)
+            print_message("error", str(error))
             sys.stdout.flush()
             os._exit(1)  # a thread that hangs cannot be ended otherwise; finished images are on the disk
         except RuntimeError:
@@ -196,9 +197,7 @@ def exit_on_failure() -> Iterator[None]:
     except (OSError, RuntimeError) as error:
         if getattr(error, "errno", None) == errno.ENAMETOOLONG:
             raise  # the caller's name
-        from ldm.errors import describe_error, one_line
-
-        print(f"error: {one_line(describe_error(error))}", file=sys.stderr)
+        print_message("error", describe_error(error))
         raise typer.Exit(1) from None
 
 

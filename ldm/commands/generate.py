@@ -27,6 +27,7 @@ from ldm.commands.options import (
     parse_embedding,
 )
 from ldm.commands.progress import UnsupportedSyntaxReport, print_notices, show_progress
+from ldm.errors import print_message
 from ldm.files import FileHashes
 from ldm.pipeline.request import RANDOM_SEED, draw_seed
 
@@ -81,7 +82,7 @@ def generate(
     given = {embedding.token for embedding in map(parse_embedding, model.embedding or [])}
     for token, embedding in pipe.prompt_encoder.embeddings.items():
         if token not in given:
-            print(f"{embedding.path}: its token is {token}", file=sys.stderr)
+            print_message("note", f"{embedding.path}: its token is {token}")
     seeds = [draw_seed() if request.seed == RANDOM_SEED else request.seed for _ in texts]
     requests = [
         pipe.resolve(replace(request, prompt=template(0, seed + k), seed=seed + k))

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
+
+from ldm.errors import print_message
 
 if TYPE_CHECKING:
     from ldm.jobs.driver import JobProgress
@@ -91,7 +92,7 @@ class UnsupportedSyntaxReport:
             message = f"{where}read as text, not as syntax of the web UI: {listed}{hint}"
             if strict:
                 raise ValueError(f"{message} (--strict)")
-            print(f"warning: {message}", file=sys.stderr)
+            print_message("warning", message)
 
 
 def print_notices(notices: Mapping[str, Sequence[str]], strict: bool | None = None) -> None:
@@ -101,4 +102,4 @@ def print_notices(notices: Mapping[str, Sequence[str]], strict: bool | None = No
         more = f" (and in {len(places) - 1} more)" if len(places) > 1 else ""
         if strict:
             raise ValueError(f"{where}{notice}{more} (--strict)")
-        print(f"notice: {where}{notice}{more}", file=sys.stderr)
+        print_message("warning", f"{where}{notice}{more}")

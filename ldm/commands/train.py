@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections import Counter
 from functools import partial
 from pathlib import Path
@@ -13,6 +12,7 @@ import typer
 
 from ldm.commands.options import JsonOption, StrictOption, apply_strictness
 from ldm.commands.progress import show_progress
+from ldm.errors import print_message, warn_of_input
 
 if TYPE_CHECKING:
     from ldm.audit.audit import AuditReport
@@ -48,7 +48,7 @@ def load_checked_recipe(path: Path, overrides: list[str] | None, strict: bool | 
     loaded = load_recipe(path, overrides or [])
     check_recipe(loaded)
     if loaded.num_train_epochs is not None and loaded.max_train_steps:
-        print("warning: max_train_steps overrides num_train_epochs", file=sys.stderr)
+        warn_of_input("max_train_steps overrides num_train_epochs")
     if strict is not None and isinstance(loaded.data, ImageDataConfig):
         choices = {"strict": strict, "skip_broken": not strict}
         loaded = loaded.model_copy(update={"data": loaded.data.model_copy(update=choices)})
@@ -92,13 +92,13 @@ def preflight(recipe: Recipe) -> None:
         return
     report = quick_audit(recipe)
     for issue in report.with_severity("warning"):
-        print(f"warning: {issue.key}: {issue.what}", file=sys.stderr)
+        print_message("warning", f"{issue.key}: {issue.what}")
     report.raise_for_errors()
     notices = [issue for issue in report.with_severity("notice") if issue.kind in COUNTED_KINDS]
     if notices:
         counts = ", ".join(f"{count} {kind}" for kind, count in Counter(issue.kind for issue in notices).items())
         names = list_some([issue.key for issue in notices])
-        print(f"notice: {counts} ({names}): --strict refuses them", file=sys.stderr)
+        print_message("warning", f"{counts} ({names}): --strict refuses them")
 
 
 def average(

@@ -241,7 +241,7 @@ def test_a_column_that_is_nearly_a_field_is_named(tmp_path):
 def test_other_columns_are_in_the_manifest(tmp_path, ldm_, tiny):
     path = write(tmp_path / "p.csv", "id,prompt,steps\nx7,a,2\n")
     status, _, err = ldm_("batch", path, "--model", tiny, "--out", tmp_path / "job")
-    assert status == 0 and err == f"notice: {path}:2: carried along into the manifest, not read: 'id'\n"
+    assert status == 0 and err == f"warning: {path}:2: carried along into the manifest, not read: 'id'\n"
     for name in ("manifest.jsonl", "items.jsonl"):
         assert json.loads((tmp_path / "job" / name).read_text())["extra"] == {"id": "x7"}
 
@@ -444,7 +444,7 @@ def test_a_latin_1_file_is_read_with_a_notice(wildcards, ldm_, tiny):
     (wildcards / "wildcards" / "old.txt").write_bytes(b"\xe9t\xe9\r\n")
     assert drawn(wildcards, "__old__") == [("été", 0)]
     _, _, err = ldm_("batch", wildcards / "p.txt", "--model", tiny, "--out", wildcards / "job", "--steps", 2)
-    assert err == f"notice: {wildcards / 'wildcards' / 'old.txt'}: not UTF-8: read as Latin-1\n"
+    assert err == f"warning: {wildcards / 'wildcards' / 'old.txt'}: not UTF-8: read as Latin-1\n"
 
 
 def test_a_file_s_lines_have_their_weights(wildcards):
