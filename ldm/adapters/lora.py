@@ -184,10 +184,10 @@ def get_component_weight(weight: AdapterWeight, component: str) -> float:
 
 
 def check_adapter_weight(name: str, weight: AdapterWeight) -> AdapterWeight:
-    """The weight; ValueError unless it is finite."""
+    """The weight, as one number where a pair is of two equal ones; ValueError unless it is finite."""
     if not all(math.isfinite(get_component_weight(weight, component)) for component in ("unet", "text_encoder")):
         raise ValueError(f"adapter {name!r}: weight {weight}: must be finite")
-    return weight
+    return weight[0] if isinstance(weight, tuple) and weight[0] == weight[1] else weight
 
 
 def find_shape_errors(deltas: Mapping[str, ModuleDelta], networks: NetworkDict) -> list[str]:

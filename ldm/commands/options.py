@@ -18,7 +18,7 @@ import typer
 from ldm import files
 from ldm.checkpoints.families import LoadOptions
 from ldm.commands.defaults import ConfigOption
-from ldm.errors import InputWarning
+from ldm.errors import InputWarning, printable
 from ldm.pipeline.request import IMAGE_COUNT, REQUEST_FIELDS, FieldSpec, Request, parse_interval
 
 if TYPE_CHECKING:
@@ -287,4 +287,5 @@ def print_record(record: Mapping[str, object], as_json: bool) -> None:
         return print(json.dumps(record))
     for name, value in record.items():
         for part in value if isinstance(value, list | tuple) else [value]:
-            print(f"{name.replace('_', ' '):26} {f'{part:.4g}' if isinstance(part, float) else part}")
+            text = f"{part:.4g}" if isinstance(part, float) else printable(part)
+            print(f"{name.replace('_', ' '):26} {text}")

@@ -12,7 +12,7 @@ import typer
 
 from ldm.commands.options import JsonOption, StrictOption, apply_strictness
 from ldm.commands.progress import show_progress
-from ldm.errors import print_message, warn_of_input
+from ldm.errors import print_message, printable, warn_of_input
 
 if TYPE_CHECKING:
     from ldm.audit.audit import AuditReport
@@ -173,7 +173,9 @@ def print_report(report: AuditReport) -> None:
 
     issues, estimates = (Table(box=None, show_header=False, padding=(0, 2, 0, 0)) for _ in range(2))
     for (severity, kind), count in count_issues(report).items():
-        examples = [f"{issue.key}: {issue.what}" for issue in report.issues if issue.kind == kind][:MAX_EXAMPLES]
+        examples = [printable(f"{issue.key}: {issue.what}") for issue in report.issues if issue.kind == kind][
+            :MAX_EXAMPLES
+        ]
         more = [f"and {count - MAX_EXAMPLES} more"] if count > MAX_EXAMPLES else []
         issues.add_row(severity, kind, str(count), "\n".join([*examples, *more]))
     if not report.issues:

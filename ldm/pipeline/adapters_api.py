@@ -176,7 +176,7 @@ class AdaptersAPI:
     def get_active_adapters(self) -> list[str]:
         """The names of the adapters whose weight is not 0."""
         hidden = {name for name, weight in self.fused_weights.items() if weight is None}
-        return [name for name, weight in self._weights().items() if weight not in (0, (0, 0)) and name not in hidden]
+        return [name for name, weight in self._weights().items() if weight and name not in hidden]
 
     def get_list_adapters(self) -> dict[str, list[str]]:
         """The names of the loaded adapters by the networks that they change."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,6 +17,7 @@ from ldm.checkpoints.formats import is_hub_source
 from ldm.checkpoints.hub import LORA_WEIGHT_NAME_SAFE, TEXT_INVERSION_NAME_SAFE
 from ldm.config import FinetuneObjective, Recipe
 from ldm.data.image_dataset import ImageDataset
+from ldm.errors import one_line, printable
 from ldm.files import atomic_write
 from ldm.image_io import contact_sheet
 from ldm.train.model_spec import find_date, find_trigger_phrase
@@ -74,7 +76,8 @@ def write_model_card(
         contact_sheet(images, recipe.validation_prompts).save(folder / f"{name}.png")
         parts.append(f"## {name.capitalize()}\n\n![{name}]({name}.png)")
     with atomic_write(folder / "README.md") as draft:
-        draft.write_text("\n\n".join(parts) + "\n", encoding="utf-8", errors="backslashreplace")
+        text = "\n".join(printable(line) for line in "\n\n".join(parts).split("\n"))
+        draft.write_text(text + "\n", encoding="utf-8")
 
 
 def card_data(
@@ -104,7 +107,7 @@ def describe_model(recipe: Recipe, objective: FinetuneObjective, family: str | N
     made += [f"by {card.author}"] * bool(card.author) + [f"on {date}"] * bool(date)
     parts = [f"# {card.title or recipe.output_dir.name}", ", ".join(made) + "."]
     parts += [card.description] if card.description else []
-    parts += [f"## Trigger words\n\nWrite `{trigger}` in the prompt."] if trigger else []
+    parts += [f"## Trigger words\n\nWrite {format_code_span(trigger)} in the prompt."] if trigger else []
     lines = "\n".join(line.format(base=base) for line in USES[objective.method])
     return [*parts, f"## Use\n\n```python\n{lines}\n```"]
 
@@ -125,11 +128,18 @@ def summarize_dataset(dataset: ImageDataset) -> str:
     shapes = Counter(info.placement.bucket for info in dataset.image_infos)
     rows = [f"| {width} x {height} | {count} |" for (width, height), count in sorted(shapes.items())]
     captions = [*dict.fromkeys(sample.caption for sample in dataset.samples)]
-    items = [f"- {caption}" for caption in captions[:5]]
+    items = [f"- {format_code_span(caption)}" for caption in captions[:5]]
     more = [f"- and {len(captions) - 5} others"] if len(captions) > 5 else []
-    left = [f"- {issue.key}: {issue.what}" for issue in dataset.notices]
+    left = [f"- {format_code_span(f'{issue.key}: {issue.what}')}" for issue in dataset.notices]
     notices = ["", f"Left out, or used otherwise than it is: {len(left)}", "", *left[:20]] if left else []
     return "\n".join(["| shape | images |", "|---|---|", *rows, "", "Captions:", "", *items, *more, *notices])
+
+
+def format_code_span(text: str) -> str:
+    """Text of others as it stands, in Markdown: one line between more backticks than it has in a row."""
+    text = one_line(text)
+    fence = "`" * (max((len(run) for run in re.findall("`+", text)), default=0) + 1)
+    return f"{fence} {text} {fence}" if text.startswith("`") or text.endswith("`") else f"{fence}{text}{fence}"
 
 
 def read_curve(log: Path, key: str) -> Curve:

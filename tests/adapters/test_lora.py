@@ -1,6 +1,7 @@
 """Adapters: changes are what their papers and peft say, sum without residue, and leave no trace when they go."""
 
 import gc
+import json
 from dataclasses import replace
 
 import pytest
@@ -11,7 +12,9 @@ from torch import nn
 from ldm.adapters.factors import Full, LoHa, LoKr, LoRA
 from ldm.adapters.lora import Adapter, AdapterMerger, ModuleDelta
 from ldm.adapters.lora_saving import save_adapter
+from ldm.jobs.worker import fingerprint_model
 from ldm.pipeline.pipeline import Pipeline
+from ldm.pipeline.request import Request
 
 
 class Net(nn.Module):
@@ -346,6 +349,15 @@ def test_a_pipeline_s_adapters_are_set_by_two_lists_and_taken_out(tiny, tmp_path
         pipe.set_adapters(["c"], [1])
     pipe.set_adapters("b", 0.5)
     assert generate() == half
+    request = pipe.resolve(Request("two stars"))
+    one = pipe.metadata(request, "tiny"), fingerprint_model(pipe)
+    pipe.set_adapters("b", [(0.5, 0.5)])
+    assert generate() == half and (pipe.metadata(request, "tiny"), fingerprint_model(pipe)) == one
+    pipe.set_adapters("b", [(0.0, 0.0)])
+    assert generate() == base and pipe.get_active_adapters() == [] and fingerprint_model(pipe)["adapters"] == []
+    texts = pipe.metadata(request, "tiny")
+    assert json.loads(texts["ldm"])["adapters"] == [] and "lora" not in texts["parameters"]
+    pipe.set_adapters("b", 0.5)
     pipe.unload_lora_weights("a")
     assert generate() == half and [*pipe.adapters.loaded] == ["b"]
     pipe.unload_lora_weights()

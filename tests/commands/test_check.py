@@ -79,6 +79,12 @@ def test_a_warning_is_status_0_and_an_error_status_2_in_one_line(ldm_, recipe, t
     assert rows == {("error", "broken image", "torn.png"), ("warning", "placeholder caption", "none.png")}
 
 
+def test_names_of_files_do_not_act_on_the_terminal(ldm_, recipe, tmp_path):
+    beside(tmp_path / "data", "a\x1b[2J\u202e.png", file(90), "None")
+    out = ldm_("check", recipe)[1]
+    assert "a\\x1b[2J\\u202e.png: 'None' describes" in " ".join(out.split()) and "\x1b" not in out
+
+
 def test_the_page_shows_each_finding_and_needs_nothing_else(ldm_, recipe, tmp_path):
     caption = "<script>alert(1)</script> & \"quotes\" 'too'<br>"
     beside(tmp_path / "data", "a&b<i>.png", file(91, 120, 60), caption)

@@ -1,6 +1,7 @@
 """Metadata that anybody may have written: a verdict in one line, no work beyond what the file is, no path opened."""
 
 import json
+import re
 
 import pytest
 from PIL import Image
@@ -100,7 +101,8 @@ def test_each_hostile_record_is_one_verdict_and_the_others_are_verified(record, 
     wrong = [line for line, (_, _, said) in verdicts if not line.startswith("FAIL ") or said not in line]
     assert wrong == []
     for line, place in zip(lines[len(RECORDS) :], sorted(NOT_READ), strict=True):
-        assert line.startswith(f"ok   {tmp_path / f'{place}.png'}: ")
+        verdict = line.removeprefix(f"ok   {tmp_path / f'{place}.png'}: ")  # 1 of 255: another batch
+        assert verdict == "equal" or re.fullmatch(r"pixels differ by 1 of 255 at most, 0\.\d% of them at all", verdict)
 
 
 @pytest.mark.parametrize("path", ["/etc/passwd", "/nothing/here", "~nosuchuser/x", "x" * 300, "a\0b"])

@@ -6,7 +6,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from ldm.train.card import PLOT_HEIGHT, PLOT_MARGIN, PLOT_WIDTH, read_curve, render_figure
+from ldm.train.card import PLOT_HEIGHT, PLOT_MARGIN, PLOT_WIDTH, format_code_span, read_curve, render_figure
 
 
 @pytest.mark.parametrize("log_scale, middle", [(False, (100 - 10) / 99), (True, 0.5)])
@@ -28,3 +28,18 @@ def test_points_lie_where_their_values_say(tmp_path, log_scale, middle):
     ):
         assert point == pytest.approx(wanted, abs=0.06)
     assert second[0] == (PLOT_WIDTH + PLOT_MARGIN, PLOT_MARGIN)
+
+
+@pytest.mark.parametrize(
+    "text, span",
+    [
+        ("a cat", "`a cat`"),
+        ("a\n\n# heading", "`a # heading`"),
+        ("<img src=x> ![a](b)", "`<img src=x> ![a](b)`"),
+        ("a ``b`` c", "```a ``b`` c```"),
+        ("`a", "`` `a ``"),
+        ("\x1b]0;x\x07\u202e", "`\\x1b]0;x\\x07\\u202e`"),
+    ],
+)
+def test_captions_of_others_are_text_in_markdown(text, span):
+    assert format_code_span(text) == span

@@ -87,6 +87,18 @@ def test_the_card_is_the_hub_s(method, trigger, tag, tuning, tmp_path):
     assert (tmp_path / "run" / START_FILE).read_text().strip() in card.text
 
 
+def test_no_control_character_of_a_caption_or_a_recipe_is_in_the_card(tuning, tmp_path):
+    words = "a\x1b[2J zorb\u202e <script>"
+    recipe = tuning(**LORA, changes={"card": {"description": words}})
+    table = tmp_path / "pictures" / "metadata.jsonl"
+    rows = [json.loads(line) for line in table.read_text().splitlines()]
+    table.write_text("".join(json.dumps({**row, "text": words}) + "\n" for row in rows))
+    export(recipe, tmp_path / "a")
+    text = (tmp_path / "a" / "README.md").read_text()
+    assert all(line.isprintable() for line in text.split("\n"))
+    assert "- `a\\x1b[2J zorb\\u202e <script>`" in text
+
+
 def test_the_day_is_that_of_the_first_start(tuning, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / START_FILE).write_text("2026-02-03\n")
