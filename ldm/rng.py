@@ -106,9 +106,7 @@ class BrownianPath:
         """B at the noise scale sigma in (0, 1], float32."""
         key = sigma, shape
         if key not in self._cache:
-            if (
-                len(self._cache) > 1
-            ):  # a sampler reads both ends of each step: the first is the last one of the step before
+            if len(self._cache) > 2:  # a sampler reads the ends of each step, and its middle: one is of the step before
                 self._cache.pop(next(iter(self._cache)))
             self._cache[key] = torch.from_numpy(self._bridge(sigma**2, tuple(shape)) / np.float32(sigma**2))
         return self._cache[key]

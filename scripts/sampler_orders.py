@@ -59,7 +59,7 @@ def of_the_flow() -> list[dict[str, Any]]:
             row: dict[str, Any] = {"solver": name, "claimed": solver.order}
             for schedule, sde in SCHEDULES.items():
                 for kind, problem in PROBLEMS.items():
-                    errors = ode_errors(solver.function, problem, X, grids(sde, 32))
+                    errors = ode_errors(solver.function, problem, X, grids(sde, 36))
                     row[f"{schedule}, {kind}"] = convergence_order(errors)
             rows.append(row)
     return rows

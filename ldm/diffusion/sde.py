@@ -118,6 +118,11 @@ class VPSDE:
         start, end = self.log_snr(ends_t)
         return [self.level(t) for t in self.time_at_log_snr(torch.lerp(start, end, fraction)).tolist()]
 
+    def levels_at_sigmas(self, sigmas: Sequence[float]) -> list[NoiseLevel]:
+        """The levels at sigma/alpha, above 0; one bisection for all. One out of range gives the nearer end."""
+        t = self.time_at_log_snr(-2 * torch.tensor(sigmas, dtype=torch.float64).log())
+        return [self.level(value) for value in t.tolist()]
+
     def levels_at_angles(self, angles: Sequence[float]) -> list[NoiseLevel]:
         """The levels at angles phi, log-SNR = -2 log tan phi; one bisection for all."""
         phi = torch.as_tensor(angles, dtype=torch.float64)

@@ -3,20 +3,34 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from ldm.diffusion.ode import DOPRI5_NODES, dopri5_step, velocity
-from ldm.diffusion.steps import SamplerCoroutine, ddim_step, h_of, mean_of_interpolant, ode_step, rho_of
+from ldm.diffusion.sde import NoiseLevel
+from ldm.diffusion.steps import (
+    MAX_EXTRAPOLATED_H,
+    History,
+    Sampler,
+    SamplerCoroutine,
+    ddim_step,
+    h_of,
+    mean_of_interpolant,
+    ode_step,
+    rho_of,
+)
 from ldm.diffusion.timesteps import TimeGrid
 from ldm.rng import Noise
 
 HEUN_MIN_RHO = 0.2  # longer steps, to a fifth of sigma/alpha or less, are no business of a line in sigma/alpha
+MIDPOINT_SIGMA = 0.6  # sigma/alpha where an image forms, and above
 
 
-def ddim(x: Tensor, grid: TimeGrid, noise: Noise, eta: float = 0.0) -> SamplerCoroutine:
+def ddim(x: Tensor, grid: TimeGrid, noise: Noise, eta: float = 0.0, s_noise: float = 1.0) -> SamplerCoroutine:
     """x' = alpha' x0 + sigma' (sqrt(1 - f^2) e + f z), f = eta sqrt(1 - rho^2).
 
     Song et al. 2021 (DDIM), eqs. 12 and 16. Fresh noise z ~ N(0, I) replaces a share of the noise in x,
@@ -24,7 +38,7 @@ def ddim(x: Tensor, grid: TimeGrid, noise: Noise, eta: float = 0.0) -> SamplerCo
     """
     for now, to in pairwise(grid):
         x0 = yield x, now
-        x = ddim_step(x, x0, now, to, noise, eta)
+        x = ddim_step(x, x0, now, to, noise, eta, s_noise)
     return x
 
 
@@ -57,20 +71,157 @@ def heun(x: Tensor, grid: TimeGrid, noise: Noise) -> SamplerCoroutine:
     return x
 
 
+def middle_levels(grid: TimeGrid, eta: float) -> list[NoiseLevel | None]:
+    """For each step the middle in log-SNR of what the flow covers: down to u_down = sqrt(1 - f^2) u' (`ddim_step`).
+
+    None from zero SNR and to u_down = 0. One bisection for all steps.
+    """
+    u = [level.sigma_over_alpha for level in grid]
+    downs = [b * math.sqrt(1 - eta**2 * (1 - (b / a) ** 2)) for a, b in pairwise(u)]
+    finite = [k for k, down in enumerate(downs) if down > 0 and u[k] < math.inf]
+    middles: list[NoiseLevel | None] = [None] * len(downs)
+    levels = grid.sde.levels_at_sigmas([math.sqrt(u[k] * downs[k]) for k in finite])
+    for k, level in zip(finite, levels, strict=True):
+        middles[k] = level
+    return middles
+
+
+def two_stage(
+    x: Tensor,
+    grid: TimeGrid,
+    noise: Noise,
+    eta: float = 0.0,
+    s_noise: float = 1.0,
+    weight: Callable[[NoiseLevel, NoiseLevel], float] = lambda now, middle: 1.0,
+) -> SamplerCoroutine:
+    """x0 + w (x0_middle - x0) for x0 in DDIM's step; the middle is reached by the flow with x0 of the step's start.
+
+    With eta, the flow goes to the noise scale that is left before fresh noise is added. From zero SNR and to the clean
+    image the step is DDIM's.
+    """
+    for (now, to), middle in zip(pairwise(grid), middle_levels(grid, eta), strict=True):
+        x0 = yield x, now
+        if middle is not None:
+            x0_middle = yield ode_step(x, x0, now, middle), middle
+            w = weight(now, middle)
+            x0 = x0_middle if w == 1 else x0 + w * (x0_middle - x0)
+        x = ddim_step(x, x0, now, to, noise, eta, s_noise)
+    return x
+
+
 def dpmpp_2s(x: Tensor, grid: TimeGrid, noise: Noise) -> SamplerCoroutine:
     """x0 at the middle of the step in log-SNR, reached with x0 of its start; two evaluations a step.
 
     Lu et al. 2022 (DPM-Solver++), algorithm 1 with r = 1/2. From zero SNR and to the clean image: DDIM.
     """
-    finite = [(now, to) for now, to in pairwise(grid) if h_of(now, to) < math.inf]
-    starts, ends = [now for now, _ in finite], [to for _, to in finite]
-    middles = dict(zip(finite, grid.sde.levels_between(starts, ends), strict=True))
+    return two_stage(x, grid, noise)
+
+
+def dpmpp_2s_ancestral(
+    x: Tensor, grid: TimeGrid, noise: Noise, eta: float = 1.0, s_noise: float = 1.0
+) -> SamplerCoroutine:
+    """DPM-Solver++(2S) down to u_down, then noise up to u': k-diffusion's `sample_dpmpp_2s_ancestral`.
+
+    Noise added to the exact law at u_down gives that at u', so the order in law is the solver's.
+    """
+    return two_stage(x, grid, noise, eta, s_noise)
+
+
+def midpoint_weight(now: NoiseLevel, middle: NoiseLevel, min_rho: tuple[float, float] = (0.2, 0.45)) -> float:
+    """u / u_middle: x0 + w (x0_middle - x0) in Euler's step makes it a step with the slope at the middle.
+
+    1 where that is far beyond both outputs: where sigma/alpha falls to less than `min_rho` of itself, which are bounds
+    below and above `MIDPOINT_SIGMA`. Stable Diffusion's own grids keep within those here from ten steps on.
+    """
+    rho = rho_of(now, middle)
+    return 1 / rho if rho > min_rho[now.sigma_over_alpha > MIDPOINT_SIGMA] else 1.0
+
+
+def dpm_2(x: Tensor, grid: TimeGrid, noise: Noise) -> SamplerCoroutine:
+    """The midpoint rule in x/alpha, u = sigma/alpha, its midpoint the geometric mean: k-diffusion's `sample_dpm_2`.
+
+    Karras et al. 2022, algorithm 3 with alpha = 1/2, but for the midpoint. Two evaluations a step.
+    """
+    return two_stage(x, grid, noise, weight=midpoint_weight)
+
+
+def dpm_2_ancestral(
+    x: Tensor, grid: TimeGrid, noise: Noise, eta: float = 1.0, s_noise: float = 1.0
+) -> SamplerCoroutine:
+    """`dpm_2` down to u_down, then noise up to u': k-diffusion's `sample_dpm_2_ancestral`."""
+    return two_stage(x, grid, noise, eta, s_noise, partial(midpoint_weight, min_rho=(0.02, 0.62)))
+
+
+def dpmpp_sde(x: Tensor, grid: TimeGrid, noise: Noise, eta: float = 1.0, s_noise: float = 1.0) -> SamplerCoroutine:
+    """DDIM's noisy step to the middle in log-SNR, then over the whole step with x0 from there.
+
+    k-diffusion's `sample_dpmpp_sde` (r = 1/2), Lu et al. 2022's SDE-DPM-Solver++(2S); both read one Brownian
+    path.
+    """
+    middles = middle_levels(grid, 0.0)
+    for (now, to), middle in zip(pairwise(grid), middles, strict=True):
+        x0 = yield x, now
+        if middle is not None:
+            x0 = yield ddim_step(x, x0, now, middle, noise, eta, s_noise), middle
+        x = ddim_step(x, x0, now, to, noise, eta, s_noise)
+    return x
+
+
+def dpmpp_singlestep(x: Tensor, grid: TimeGrid, noise: Noise, order: int = 2) -> SamplerCoroutine:
+    """Blocks of `order` steps, each from the block's start, with x0 of the steps so far; one evaluation a step.
+
+    Lu et al. 2022 (DPM-Solver++) with the grid's own levels as inner points, as in diffusers: first DDIM; then, from
+    the block's start, the middle of the line through two outputs; then the mean of the line through the first and
+    third. To the clean image, from zero SNR and over steps too long for a line a block begins.
+    """
+    history: History = []
     for now, to in pairwise(grid):
         x0 = yield x, now
-        if (now, to) in middles:
-            middle = middles[now, to]
-            x0 = yield ode_step(x, x0, now, middle), middle
-        x = ode_step(x, x0, now, to)
+        h = h_of(now, to)
+        if len(history) == order or h > MAX_EXTRAPOLATED_H or (history and history[-1][0].alpha == 0):
+            history = []
+        if not history:
+            start = x
+        history = [(now, x0), *history]
+        begin, first = history[-1]
+        if len(history) == 2:
+            x0 = first + h_of(begin, to) / (2 * h_of(begin, now)) * (x0 - first)
+        elif len(history) == 3:
+            x0 = mean_of_interpolant([history[0], history[-1]], begin, to)
+        x = ode_step(start, x0, begin, to)
+        if h > MAX_EXTRAPOLATED_H:
+            history = []
+    return x
+
+
+def with_churn(
+    sampler: Sampler,
+    x: Tensor,
+    grid: TimeGrid,
+    noise: Noise,
+    s_churn: float = 0.0,
+    s_tmin: float = 0.0,
+    s_tmax: float = math.inf,
+    s_noise: float = 1.0,
+) -> SamplerCoroutine:
+    """Before each step that begins at u in [s_tmin, s_tmax], noise of s_noise up to u (1 + gamma); then the sampler.
+
+        gamma = min(s_churn / n, sqrt(2) - 1),      n the number of steps
+
+    Karras et al. 2022, algorithm 2; u = sigma/alpha. Noise is raised to the model's highest level at most.
+    """
+    if s_churn == 0:
+        return (yield from sampler(x, grid, noise))
+    gamma = min(s_churn / (len(grid) - 1), math.sqrt(2) - 1)
+    churned = [now for now in grid[:-1] if s_tmin <= now.sigma_over_alpha <= s_tmax and now.alpha > 0]
+    raised = grid.sde.levels_at_sigmas([now.sigma_over_alpha * (1 + gamma) for now in churned])
+    start = dict(zip(churned, raised, strict=True))
+    for now, to in pairwise(grid):
+        higher = start.get(now, now)
+        kept = higher.alpha / now.alpha if higher.t > now.t else 1.0
+        if (variance := higher.sigma**2 - (kept * now.sigma) ** 2) > 0:
+            x = kept * x + s_noise * math.sqrt(variance) * noise(x)
+        x = yield from sampler(x, TimeGrid(grid.sde, (higher, to)), noise)
     return x
 
 

@@ -26,6 +26,7 @@ from ldm.diffusion.timesteps import TimeGrid
 from ldm.rng import Noise
 
 MAX_EXTRAPOLATED_H = 2.2  # nor are steps to a ninth of it any of outputs before them: x0 is taken as it is
+FEW_STEPS = 15  # with fewer, diffusers' multistep classes lower the order of the last ones
 MAX_EULER_STEP = 0.5  # of the reverse SDE, as a share of the variance of the noise in x: longer ones overshoot
 # yields (x, level), is sent E[x_0 | x], returns x
 SamplerCoroutine = Generator[tuple[Tensor, NoiseLevel], Tensor, Tensor]
@@ -47,15 +48,42 @@ def ode_step(x: Tensor, x0: Tensor, level: NoiseLevel, next_level: NoiseLevel) -
 
 
 def ddim_step(
-    x: Tensor, x0: Tensor, level: NoiseLevel, next_level: NoiseLevel, noise: Noise, eta: float = 1.0
+    x: Tensor,
+    x0: Tensor,
+    level: NoiseLevel,
+    next_level: NoiseLevel,
+    noise: Noise,
+    eta: float = 1.0,
+    s_noise: float = 1.0,
 ) -> Tensor:
-    """DDIM's step: `ode_step` with the share eta of the noise in x replaced by fresh noise."""
+    """DDIM's step: `ode_step` with the share eta of the noise in x replaced by fresh noise, times s_noise.
+
+    In x/alpha it is k-diffusion's ancestral step, to u_down = x0 + u_down e and then up: x0 + u_down e + u_up z, with
+    u_up = f u', u_down = sqrt(1 - f^2) u', f = eta sqrt(1 - rho^2).
+    """
     fresh = eta * math.sqrt(1 - rho_of(level, next_level) ** 2)
     kept = math.sqrt(1 - fresh**2) * next_level.sigma / level.sigma
     x = kept * x + (next_level.alpha - kept * level.alpha) * x0
     if fresh * next_level.sigma > 0:
-        x = x + fresh * next_level.sigma * noise.between(x, level.sigma, next_level.sigma)
+        x = x + s_noise * fresh * next_level.sigma * noise.between(x, level.sigma, next_level.sigma)
     return x
+
+
+def noise_in(x: Tensor, x0: Tensor, level: NoiseLevel) -> Tensor:
+    """e = (x - alpha x0) / sigma: the noise in x, which is the slope of x/alpha in sigma/alpha."""
+    return (x - level.alpha * x0) / level.sigma
+
+
+def slope_step(x0: Tensor, slope: Tensor, mean_slope: Tensor, level: NoiseLevel, next_level: NoiseLevel) -> Tensor:
+    """x'/alpha' = x/alpha + (u' - u) m, with m the mean over the step of the slopes e in u = sigma/alpha.
+
+    Written as the step with the slope at its start and what the mean adds to it; from zero SNR nothing is added.
+    """
+    x = next_level.alpha * x0 + next_level.sigma * slope
+    if level.alpha == 0:
+        return x
+    change = next_level.sigma_over_alpha - level.sigma_over_alpha
+    return x + next_level.alpha * change * (mean_slope - slope)
 
 
 def score_at(x: Tensor, x0: Tensor, level: NoiseLevel) -> Tensor:
@@ -76,9 +104,9 @@ def multistep_weights(nodes: Sequence[float], end: float, rate: float) -> list[f
     return [float((density * b).sum() / density.sum()) for b in basis]
 
 
-def mean_of_interpolant(history: History, level: NoiseLevel, next_level: NoiseLevel) -> Tensor:
+def mean_of_interpolant(history: History, level: NoiseLevel, next_level: NoiseLevel, rate: float = 1.0) -> Tensor:
     """The mean over the step of the polynomial in log(alpha/sigma) through the whole history."""
-    return weighted_sum(interpolant_weights(history, level, next_level, 1.0), [x0 for _, x0 in history])
+    return weighted_sum(interpolant_weights(history, level, next_level, rate), [x0 for _, x0 in history])
 
 
 def interpolant_weights(history: History, level: NoiseLevel, next_level: NoiseLevel, rate: float) -> list[float]:
@@ -112,6 +140,14 @@ class Parabola(NamedTuple):
 WHOLE_PARABOLA = Parabola(interpolant_weights, 7.0, 1.5)
 HALF_PARABOLA = Parabola(half_parabola_weights, 4.0, 1.5)  # for SDEs, whose outputs scatter with the noise
 PUBLISHED_PARABOLA = Parabola(half_parabola_weights)
+
+
+def is_last_of_few(grid: TimeGrid, next_level: NoiseLevel) -> bool:
+    """Whether a step is the last of fewer than 15, to the model's lowest level: diffusers takes that by Euler.
+
+    (`lower_order_final`; steps to the clean image are Euler's anyway.)
+    """
+    return next_level == grid[-1] == grid.sde.level_at_timestep(0) and len(grid) <= FEW_STEPS
 
 
 def extrapolate_x0(

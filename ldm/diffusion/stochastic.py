@@ -23,14 +23,16 @@ def ddpm(x: Tensor, grid: TimeGrid, noise: Noise) -> SamplerCoroutine:
     return ddim(x, grid, noise, eta=1.0)
 
 
-def euler_ancestral(x: Tensor, grid: TimeGrid, noise: Noise) -> SamplerCoroutine:
+def euler_ancestral(
+    x: Tensor, grid: TimeGrid, noise: Noise, eta: float = 1.0, s_noise: float = 1.0
+) -> SamplerCoroutine:
     """Euler's step in u = sigma/alpha to u_down, then noise u_up z: k-diffusion's `sample_euler_ancestral`.
 
         u_up^2 = u'^2 (u^2 - u'^2) / u^2,      u_down^2 = u'^2 - u_up^2,      x'/alpha' = x0 + u_down e + u_up z
 
-    u_down is rho u', and u_up = sqrt(1 - rho^2) u'. Times alpha' the step is DDPM's, exactly.
+    u_down is rho u', and u_up = sqrt(1 - rho^2) u'. Times alpha' the step is DDPM's, exactly; with eta it is DDIM's.
     """
-    return ddpm(x, grid, noise)
+    return ddim(x, grid, noise, eta, s_noise)
 
 
 def euler_maruyama(x: Tensor, grid: TimeGrid, noise: Noise) -> SamplerCoroutine:
@@ -108,17 +110,17 @@ def lcm(x: Tensor, grid: TimeGrid, noise: Noise) -> SamplerCoroutine:
     return x
 
 
-def tcd(x: Tensor, grid: TimeGrid, noise: Noise, gamma: float = 0.3) -> SamplerCoroutine:
-    """DDIM's step to timestep s = floor((1 - gamma) k'), then noise up to the next one, k'.
+def tcd(x: Tensor, grid: TimeGrid, noise: Noise, eta: float = 0.3) -> SamplerCoroutine:
+    """DDIM's step to timestep s = floor((1 - eta) k'), then noise up to the next one, k'.
 
-    Zheng et al. 2024 (TCD), algorithm 4 (strategic stochastic sampling), for networks distilled so; gamma is diffusers'
-    `eta`. The step to the clean image is DDIM's.
+    Zheng et al. 2024 (TCD), algorithm 4 (strategic stochastic sampling), for networks distilled so; eta is their
+    gamma. The step to the clean image is DDIM's.
     """
     for now, to in pairwise(grid):
         x0 = yield x, now
         if to.sigma == 0:
             return x0
-        s = grid.sde.level_at_timestep(math.floor((1 - gamma) * grid.sde.timestep(to.t) + 1e-6))
+        s = grid.sde.level_at_timestep(math.floor((1 - eta) * grid.sde.timestep(to.t) + 1e-6))
         kept = to.alpha / s.alpha
         x = kept * ode_step(x, x0, now, s)
         if (fresh := to.sigma**2 - (kept * s.sigma) ** 2) > 0:

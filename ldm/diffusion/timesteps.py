@@ -190,8 +190,7 @@ def grid_at_sigmas(sde: VPSDE, sigmas: Sequence[float]) -> TimeGrid:
     noisy = sigmas[:-1] if sigmas and sigmas[-1] == 0 else sigmas
     if not noisy or any(a <= b for a, b in pairwise(noisy)) or not 0 < noisy[-1] <= noisy[0] < math.inf:
         raise ValueError(f"sigmas {list_some(sigmas)}: must fall, and be above 0, but for the last")
-    t = sde.time_at_log_snr(-2 * torch.tensor(noisy, dtype=torch.float64).log())
-    return TimeGrid(sde, (*map(sde.level, t.tolist()), CLEAN_LEVEL))
+    return TimeGrid(sde, (*sde.levels_at_sigmas(noisy), CLEAN_LEVEL))
 
 
 def clip_grid(grid: TimeGrid, start: float, end: float) -> TimeGrid:

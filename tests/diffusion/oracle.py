@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
 from typing import Protocol, cast
@@ -141,10 +141,14 @@ def convergence_order(errors: Tensor) -> float:
 
 @dataclass
 class BasisNoise:
-    """Noise whose k-th draw is a unit vector in rows of its own, `first` + k D onwards, and 0 elsewhere."""
+    """Noise whose k-th draw is a unit vector in rows of its own, `first` + k D onwards, and 0 elsewhere.
+
+    Of the Brownian path each value is the one before plus a new draw, so that steps which overlap share noise.
+    """
 
     first: int
     num_calls: int = 0
+    path: dict[float, Tensor] = field(default_factory=dict)  # by sigma
 
     def __call__(self, like: Tensor) -> Tensor:
         z = torch.zeros_like(like)
@@ -155,7 +159,17 @@ class BasisNoise:
         return z
 
     def between(self, like: Tensor, sigma: float, to_sigma: float) -> Tensor:
-        return self(like)
+        ends = [self.value_at(like, scale) for scale in (sigma, to_sigma)]
+        return (ends[1] - ends[0]) / math.sqrt(1 / to_sigma**2 - 1 / sigma**2)
+
+    def value_at(self, like: Tensor, sigma: float) -> Tensor:
+        if sigma not in self.path:
+            last = min(self.path, default=sigma)
+            before = self.path.get(last, torch.zeros_like(like))
+            gain = 1 / sigma**2 - 1 / last**2
+            assert gain >= 0
+            self.path[sigma] = before + math.sqrt(gain) * self(like) if gain else before
+        return self.path[sigma]
 
 
 def sampler_moments(sampler: Sampler, problem: Gaussian, grid: TimeGrid) -> tuple[Tensor, Tensor]:
