@@ -32,10 +32,11 @@ def preferred_dtype(device: torch.device) -> torch.dtype:
     A CPU without such units takes 85 times as long for a product in bfloat16 as for one in float32 (AMD Zen 3, torch
     2.13, 1024 x 1024), one with AMX a fifth to a tenth.
     """
-    return torch.bfloat16 if _supports_bf16(device) else torch.float32
+    return torch.bfloat16 if supports_bf16(device) else torch.float32
 
 
-def _supports_bf16(device: torch.device) -> bool:
+def supports_bf16(device: torch.device) -> bool:
+    """Whether the hardware multiplies bfloat16."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     if device.type == "cpu":

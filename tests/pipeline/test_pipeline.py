@@ -11,7 +11,7 @@ from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, StableDiffusio
 from ldm.checkpoints.formats import PICTO_PATH
 from ldm.conditioning import Conditioning
 from ldm.diffusion.samplers import SAMPLERS
-from ldm.pipeline.pipeline import Pipeline
+from ldm.pipeline.pipeline import Pipeline, choose_dtype
 from ldm.pipeline.request import Request
 
 MIXED = [
@@ -239,3 +239,15 @@ def test_what_cannot_be_drawn_is_refused_before_anything_is(pipe, change, word):
     good, bad = Request("a cat"), dataclasses.replace(Request("a cat"), **change)
     with pytest.raises(ValueError, match=word):
         pipe.stream([good, bad])
+
+
+def test_float16_on_a_cpu_is_refused_by_name_and_replaced_where_pasted(recwarn):
+    with pytest.raises(ValueError, match="float16: a CPU takes 88 times as long"):
+        Pipeline.from_pretrained(device="cpu", dtype="float16")
+    assert Pipeline.from_pretrained(device="cpu", torch_dtype=torch.float16).model.unet.dtype == torch.float32
+
+
+@pytest.mark.parametrize(("is_native", "dtype"), [(True, torch.bfloat16), (False, torch.float16)])
+def test_the_dtype_of_a_gpu_is_one_that_it_multiplies(monkeypatch, is_native, dtype):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: is_native)
+    assert choose_dtype("auto", torch.device("cuda")) == dtype
