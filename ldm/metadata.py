@@ -171,14 +171,20 @@ IMAGE_FORMATS = {
 }
 
 
-def save_image(image: Image.Image, path: Path, texts: Mapping[str, str], image_format: str) -> None:
+def save_image(
+    image: Image.Image,
+    path: Path,
+    texts: Mapping[str, str],
+    image_format: str,
+    rename: Callable[[Path, Path], object] = os.replace,
+) -> None:
     """Publish an image in one of `IMAGE_FORMATS` with texts, in a PNG as `save_png` writes them, else in its EXIF.
 
     ValueError where a JPEG's texts are longer than the 64 KiB that its EXIF may have.
     """
     if image_format == "png":
-        return save_png(image, path, texts)
-    with atomic_write(path) as draft:
+        return save_png(image, path, texts, rename)
+    with atomic_write(path, rename) as draft:
         image.save(draft, image_format, exif=build_exif(texts), **IMAGE_FORMATS[image_format].options)
 
 
@@ -207,16 +213,35 @@ def read_image_and_metadata(path: Path) -> tuple[Image.Image, dict[str, str]]:
     try:
         with Image.open(io.BytesIO(data)) as image:
             image.load()
-            texts, exif = dict(getattr(image, "text", {})), image.getexif()
-            comment = exif.get_ifd(EXIF_IFD).get(EXIF_USER_COMMENT, b"")
-            if isinstance(comment, bytes) and comment.startswith(USER_COMMENT_UNICODE):
-                texts["parameters"] = comment[len(USER_COMMENT_UNICODE) :].decode("utf-16-be", "replace")
-                texts["ldm"] = str(exif.get(EXIF_IMAGE_DESCRIPTION, ""))
+            texts = {**read_exif_texts(image.getexif()), **getattr(image, "text", {})}
             return image.convert("RGB"), texts
     except UnidentifiedImageError:
         raise ValueError(f"{path}: not an image") from None
     except Exception:  # Pillow's readers raise what they like
         raise ValueError(f"{path}: a truncated or damaged image") from None
+
+
+def read_exif_texts(exif: Image.Exif) -> dict[str, str]:
+    """The texts in EXIF: ours, A1111's and Fooocus' `parameters`, and what ComfyUI writes as "prompt:{...}"."""
+    comment = exif.get_ifd(EXIF_IFD).get(EXIF_USER_COMMENT) or exif.get(EXIF_USER_COMMENT, b"")  # the latter Fooocus'
+    texts = {"parameters": decode_user_comment(comment) if isinstance(comment, bytes) else str(comment)}
+    values = [value for value in exif.values() if isinstance(value, str)]
+    texts |= {key: rest for key, colon, rest in (v.partition(":") for v in values) if key in ("prompt", "workflow")}
+    description = exif.get(EXIF_IMAGE_DESCRIPTION)
+    texts["ldm"] = description if isinstance(description, str) and description.startswith("{") else ""
+    return {key: text for key, text in texts.items() if text}
+
+
+def decode_user_comment(comment: bytes) -> str:
+    """The text of a UserComment: 8 bytes name its encoding (EXIF 2.32, table 9), which some tools leave out.
+
+    UTF-16 is in either order of bytes: that whose high bytes hold more zeros.
+    """
+    code, text = comment[:8], comment[8:]
+    if code == USER_COMMENT_UNICODE:
+        is_little = text[1::2].count(0) > text[::2].count(0)
+        return text.decode("utf-16-le" if is_little else "utf-16-be", "replace").rstrip("\0")
+    return (text if code in (b"ASCII\0\0\0", bytes(8)) else comment).decode("utf-8", "replace").strip("\0")
 
 
 def recompress_jpeg(image: Image.Image) -> Image.Image:

@@ -44,6 +44,7 @@ A1111_SPACINGS = {
 SAMPLER_ALIASES = {
     **{name: name for name in (*A1111_SAMPLERS, "dpmpp_2s", "dpmpp_3m", "pndm")},
     "euler_a": "euler_ancestral",
+    "eulerancestral": "euler_ancestral",  # ComfyUI's node
     "dpm2": "dpm_2",
     "dpm2_a": "dpm_2_ancestral",
     "dpm_2_a": "dpm_2_ancestral",
@@ -66,7 +67,7 @@ SAMPLER_ALIASES = {
     "kdpm2discretescheduler": "dpm_2",
     "kdpm2ancestraldiscretescheduler": "dpm_2_ancestral",
     "dpmsolvermultistepscheduler": "dpmpp_2m",
-    "dpmsolversinglestepscheduler": "dpmpp_2s",
+    "dpmsolversinglestepscheduler": "dpmpp_singlestep",
     "dpmsolversdescheduler": "dpmpp_sde",
     "unipcmultistepscheduler": "unipc",
     "deismultistepscheduler": "deis",
@@ -79,6 +80,9 @@ SPACING_ALIASES = {
     "ddim": "leading",
     "ddim_uniform": "leading",
     "align_your_steps": "ays",
+    "alignyoursteps": "ays",  # ComfyUI's nodes
+    "betasampling": "beta",
+    "sdturbo": "trailing",
     "turbo": "trailing",  # the timesteps that the turbo models are distilled at
     "k": "karras",  # InvokeAI's suffix
 }

@@ -6,7 +6,7 @@ import json
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -85,18 +85,26 @@ def convert_lora_file(source: str, destination: Path, to: str, options: LoadOpti
 
 
 def info(
+    image: Annotated[
+        Path | None,
+        typer.Argument(metavar="[IMAGE]", help="Print an image's settings instead.", show_default=False),
+    ] = None,
     size: Annotated[
         str | None,
         typer.Option(metavar="MODEL", help="Print the memory that a model takes instead.", show_default=False),
     ] = None,
     dtype: Annotated[str, typer.Option(help="With --size: float32, bfloat16 or float16.")] = "auto",
+    as_json: JsonOption = False,
 ) -> None:
-    """Print versions, devices, attention backends, samplers, and where picto is; with --size, a model's memory.
+    """Print versions, devices, attention backends, samplers, and where picto is; or an image's settings; or a memory.
 
-    The memory is that of loading the model, and of generating one image of its native size, 512x512 and 1024x1024.
+    IMAGE is of any tool that `ldm generate --from` reads: ours, A1111, Forge, Fooocus, ComfyUI, InvokeAI. The memory of
+    --size is that of loading a model, and of generating one image of its native size, 512x512 and 1024x1024.
     """
+    if image is not None:
+        return print_image_settings(image, as_json)
     if size is not None:
-        return print_model_size(size, dtype)
+        return print_model_size(size, dtype, as_json)
     if dtype != "auto":
         raise ValueError("--dtype: only with --size")
     from importlib import metadata
@@ -120,10 +128,28 @@ def info(
     rows["samplers"], rows["spacings"] = ", ".join(SAMPLERS), ", ".join(SPACINGS)
     rows["picto"] = str(PICTO_PATH) if PICTO_PATH.is_dir() else "not found"
     rows["config"] = str(find_user_config() or "none")
-    print_rows(rows)
+    print_rows(rows, as_json)
 
 
-def print_model_size(model: str, dtype: str) -> None:
+def print_image_settings(path: Path, as_json: bool) -> None:
+    """Print the settings in an image's metadata by the names of options, and what of them cannot be taken over."""
+    from ldm.errors import printable
+    from ldm.jobs.image_settings import read_image_settings
+    from ldm.pipeline.request import REQUEST_FIELDS
+
+    settings = read_image_settings(path)
+    rows: dict[str, Any] = {"tool": settings.tool, "model": settings.model}
+    for name, value in settings.values.items():
+        option = REQUEST_FIELDS[name].option if name in REQUEST_FIELDS else "clip_skip (A1111)"
+        rows[option.replace("_", "-") if not as_json else name] = value
+    rows |= {"loras": list(map(str, settings.loras)), "lost": list(settings.lost)}
+    if as_json:
+        return print(json.dumps(rows))
+    shown = {name: ", ".join(map(str, v)) if isinstance(v, list | tuple) else str(v) for name, v in rows.items()}
+    print_rows({name: printable(value) for name, value in shown.items() if value}, False)
+
+
+def print_model_size(model: str, dtype: str, as_json: bool) -> None:
     """Print the parameters of a model's networks, and the memory of loading it and of generating an image."""
     from ldm.audit.estimates import estimate_generation
     from ldm.checkpoints.formats import read_model_spec
@@ -143,10 +169,12 @@ def print_model_size(model: str, dtype: str) -> None:
         rows[name] = f"{sum(p.numel() for p in network.parameters()) / 1e6:,.1f} million parameters"
     for name, count in estimate_generation(spec, chosen, sizes).items():
         rows[f"memory {name}"] = f"{count / 1e9:.2f} GB"
-    print_rows(rows)
+    print_rows(rows, as_json)
 
 
-def print_rows(rows: Mapping[str, str]) -> None:
-    """Print names and values in two columns."""
+def print_rows(rows: Mapping[str, str], as_json: bool) -> None:
+    """Print names and values in two columns, or as one JSON object."""
+    if as_json:
+        return print(json.dumps(rows))
     for name, value in rows.items():
         print(f"{name:20} {value}")

@@ -95,6 +95,7 @@ class PromptSource:
     spool_file: Any = field(default=None, repr=False)  # the temporary copy of standard input, kept open
     notices: dict[str, list[str]] = field(default_factory=dict, repr=False)  # what was not read: its places
     lenient: bool = False  # rows that no request can have are left out
+    random_key: tuple[int, ...] = ()  # of seeds that are drawn, beside the row
     left_out: set[int] = field(default_factory=set, repr=False)  # their lines
 
     def __iter__(self) -> Iterator[PromptEntry]:
@@ -186,10 +187,10 @@ class PromptSource:
             yield record
 
     def _draw_seeds(self, seed_ranges: Sequence[range], row: PromptRow) -> Sequence[range]:
-        """The seeds of a row, one for each that is -1: a function of the row alone, so that a job can be resumed."""
+        """The seeds of a row, one for each that is -1: a function of the row and key, so that a job can be resumed."""
         if not any(seeds.start == RANDOM_SEED for seeds in seed_ranges) or isinstance(row.values, ValueError):
             return seed_ranges
-        key = row.line, str(row.values["prompt"])
+        key: tuple[int | str, ...] = (*self.random_key, row.line, str(row.values["prompt"]))
         drawn = [derive_seed("random seed", *key, k) % 2**32 for k in range(len(seed_ranges))]
         return [range(n, n + 1) if r.start == RANDOM_SEED else r for n, r in zip(drawn, seed_ranges, strict=True)]
 
@@ -255,6 +256,7 @@ def open_prompt_source(
     expand: str = "one",
     convert_clip_skip: Callable[[int], int] = subtract_one,
     lenient: bool = False,
+    random_key: tuple[int, ...] = (),
 ) -> PromptSource:
     """The prompts of a file, or of standard input ("-"), as requests: `defaults` updated by each record.
 
@@ -277,7 +279,18 @@ def open_prompt_source(
         reader = partial(read_text_rows, lenient=True)
     manager = WildcardManager(wildcards)
     return PromptSource(
-        path, name, reader, defaults, count, manager, expand, folder, convert_clip_skip, spool, lenient=lenient
+        path,
+        name,
+        reader,
+        defaults,
+        count,
+        manager,
+        expand,
+        folder,
+        convert_clip_skip,
+        spool,
+        lenient=lenient,
+        random_key=random_key,
     )
 
 

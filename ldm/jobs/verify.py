@@ -97,16 +97,21 @@ def read_recorded_image(file: Path) -> RecordedImage:
     if not (text := texts.get("ldm")):
         raise ValueError(f"{file}: no settings of ldm in it")
     try:
-        if len(text) > MAX_RECORD_LENGTH:
-            raise ValueError(f"longer than {MAX_RECORD_LENGTH} characters")
-        record = GenerationRecord.model_validate(parse_json(text))
-    except ValidationError as error:
-        fault = error.errors()[0]
-        place = ".".join(map(str, fault["loc"]))
-        raise ValueError(f"{file}: its settings of ldm are invalid ({place}: {fault['msg']})") from None
+        record = parse_generation_record(text)
     except ValueError as error:
         raise ValueError(f"{file}: its settings of ldm are invalid ({error_text(error)})") from None
     return RecordedImage(file, image, record, file.suffix.lower() in (".jpg", ".jpeg"))
+
+
+def parse_generation_record(text: str) -> GenerationRecord:
+    """The record in a file's metadata; ValueError names the first value that is invalid."""
+    if len(text) > MAX_RECORD_LENGTH:
+        raise ValueError(f"longer than {MAX_RECORD_LENGTH} characters")
+    try:
+        return GenerationRecord.model_validate(parse_json(text))
+    except ValidationError as error:
+        fault = error.errors()[0]
+        raise ValueError(f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}") from None
 
 
 def verify_images(

@@ -39,7 +39,7 @@ from ldm.pipeline.request import (
     draw_seed,
     round_size,
 )
-from ldm.pipeline.scheduler import BatchScheduler, make_cfg_denoiser, num_concat_channels
+from ldm.pipeline.scheduler import BatchScheduler, OnStep, make_cfg_denoiser, num_concat_channels
 
 DEFAULTS: dict[str, Any] = {"path": PICTO_PATH, "device": "auto", "dtype": "auto"}
 HUB_FILE_URL = re.compile(
@@ -133,13 +133,16 @@ class Pipeline(AdaptersAPI, DiffusersAPI):
         return [images[k] for k in range(len(requests))]
 
     def stream(
-        self, requests: Sequence[Request], on_progress: Callable[[float], None] = lambda delta: None
+        self,
+        requests: Sequence[Request],
+        on_progress: Callable[[float], None] = lambda delta: None,
+        on_step: OnStep | None = None,
     ) -> Iterator[tuple[int, Image.Image]]:
         """Yield (index, image) as they finish; `on_progress(delta)` gets the progress since its last call, in images.
 
-        All requests are checked before the first is started.
+        `on_step` is called after each network evaluation. All requests are checked before the first is started.
         """
-        return self.batch_scheduler.run([self.resolve(request) for request in requests], on_progress)
+        return self.batch_scheduler.run([self.resolve(request) for request in requests], on_progress, on_step)
 
     def cfg_denoiser(
         self,

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from ldm.commands.generate import generate_images
+from ldm.commands.image_files import ImageFiles
 from ldm.metadata import read_image_and_metadata
 from ldm.pipeline.pipeline import Pipeline
 from ldm.pipeline.request import Request
@@ -53,8 +53,8 @@ def test_two_runs_at_once_into_one_folder_write_over_nothing(ldm_, tiny, tmp_pat
         monkeypatch.setattr(Pipeline, "stream", stream)
         for k, drawn in enumerate(stream(self, requests, *rest)):
             if k == 1:  # the names of the second and third image
-                same = [replace(request, num_inference_steps=2) for request in requests[1:]]
-                others.extend(generate_images(self, "tiny", same, tmp_path))
+                same = [self.resolve(replace(request, num_inference_steps=2)) for request in requests[1:]]
+                others.extend(ImageFiles(tmp_path, model="tiny").write(same, self, stream(self, same)))
             yield drawn
 
     monkeypatch.setattr(Pipeline, "stream", beside_another)

@@ -151,8 +151,10 @@ def test_what_needs_no_model_is_checked_before_one_is_loaded(refused, words):
 def test_what_is_not_drawn_of_the_web_ui_s_syntax_is_said(ldm_, tiny, tmp_path):
     words = "--model", tiny, *QUICK, "--out", tmp_path
     status, _, err = ldm_("generate", "a cat <lora:x:0.8> AND [cat:dog:0.5]", *words)
-    assert status == 0 and err.count("\n") == 1
-    assert "warning: " in err and "<lora:x:0.8>, AND, [cat:dog:0.5]" in err and "--lora" in err
+    assert status == 0 and err.count("\n") == 2
+    assert (
+        "warning: <lora:x:0.8>: left out: give --lora-dir" in err and "warning: " in err and "AND, [cat:dog:0.5]" in err
+    )
     assert ldm_("generate", "a [cat] (dog:1.2) and BREAK", *words)[2] == ""
 
 
