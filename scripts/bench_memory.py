@@ -1,4 +1,4 @@
-"""Memory at the peak of full-size models (random weights), measured in a process of its own, beside the forecast.
+"""Memory at the peak of the commands on full-size models (random weights), beside the forecast.
 
     python scripts/bench_memory.py --folder DIR [--family sd1] [CASE ...]
 
@@ -21,22 +21,26 @@ from PIL import Image
 from ldm.audit.audit import audit_dataset
 from ldm.audit.estimates import estimate_generation
 from ldm.checkpoints.families import FAMILIES
-from ldm.checkpoints.formats import MODEL_INDEX, load_checkpoint, read_model_spec
+from ldm.checkpoints.formats import MODEL_INDEX, read_model_spec
 from ldm.checkpoints.keys import build_meta_state_dicts
 from ldm.checkpoints.tensors import DIFFUSERS_WEIGHTS_NAME, TRANSFORMERS_WEIGHTS_NAME, SafetensorsWriter
-from ldm.commands.train import create_task, preflight
 from ldm.config import Recipe
 from ldm.files import atomic_write, write_json
 from ldm.nn.tokenizer import build_clip_tokenizer, save_clip_tokenizer
-from ldm.pipeline.pipeline import PIPELINE_DTYPES, Pipeline
-from ldm.train.trainer import train_model
+from ldm.pipeline.pipeline import PIPELINE_DTYPES
 
+REPORT = """import atexit, sys
+from pathlib import Path
+file = Path(sys.argv.pop(1))
+atexit.register(lambda: file.write_text(Path("/proc/self/status").read_text()))
+"""
 WORD: dict[str, object] = {"method": "textual_inversion", "placeholder_token": "<x>", "initializer_token": "star"}
 TRAININGS: dict[str, dict[str, object]] = {
     "lora": {"method": "lora"},
     "full": {"method": "full"},
     "dreambooth": {"method": "lora", "prior_preservation": True, "class_prompt": "a thing", "num_class_images": 1},
     "word": WORD,
+    "samples": {"method": "lora"},  # of a validation prompt, as the model card has them
 }
 CASES = (  # kind, side in pixels, dtype or optimizer
     *(f"load 0 {dtype}" for dtype in ("bfloat16", "float32")),
@@ -69,20 +73,24 @@ def write_model(name: str, folder: Path) -> None:
     write_json(index, folder / "model_index.json")
 
 
-def measure(case: str, model: Path) -> None:
-    """Run a case in this process, and print the gigabytes at its peak."""
+def measure(case: str, model: Path) -> float:
+    """The gigabytes at the peak of a case's command, in a process of its own that imports what the command does."""
     kind, size, setting = case.split()
-    if kind == "generate":
-        pipe = Pipeline.from_pretrained(model, device="cpu", dtype=setting)
-        pipe("a red apple", num_inference_steps=1, height=int(size), width=int(size), spacing="trailing")
-    elif kind == "load":
-        load_checkpoint(model, torch.device("cpu"), PIPELINE_DTYPES[setting])
-    else:
-        with tempfile.TemporaryDirectory(dir=model.parent) as folder:
-            recipe = write_recipe(Path(folder), model, case)
-            preflight(recipe)
-            train_model(recipe, create_task(recipe))
-    print(peak())
+    with tempfile.TemporaryDirectory(dir=model.parent) as name:
+        folder = Path(name)
+        words = (
+            f"generate apple --model {model} --dtype {setting} --width {size} --height {size} --out {folder / 'out'}"
+        )
+        words += " --steps 1 --spacing trailing"
+        code = "from ldm.cli import main; main()"
+        if kind == "load":
+            code = f"from ldm import Pipeline; Pipeline.from_pretrained({str(model)!r}, dtype={setting!r})"
+        elif kind != "generate":
+            write_json(write_recipe(folder, model, case).model_dump(mode="json"), folder / "recipe.yaml")
+            words = f"train {folder / 'recipe.yaml'}"
+        command: list[str | Path] = [sys.executable, "-c", REPORT + code, folder / "status", *words.split()]
+        subprocess.run(command, check=True, stdout=sys.stderr)
+        return int((folder / "status").read_text().split("VmHWM:")[1].split()[0]) * 1024 / 1e9
 
 
 def forecast(case: str, model: Path) -> float:
@@ -115,15 +123,10 @@ def write_recipe(folder: Path, model: Path, case: str) -> Recipe:
             "learning_rate": 1e-5,
             "optimizer": optimizer,
             "report_to": [],
+            "validation_prompts": ["a thing"] * (kind == "samples"),
             "dataloader_num_workers": 0,
         }
     )
-
-
-def peak() -> float:
-    """Gigabytes of memory at the most, since this program began."""
-    status = Path("/proc/self/status").read_text()
-    return int(status.split("VmHWM:")[1].split()[0]) * 1024 / 1e9
 
 
 def main() -> None:
@@ -131,20 +134,15 @@ def main() -> None:
     parser.add_argument("cases", nargs="*", metavar="CASE", help='such as "generate 512 float32" or "lora 64 adamw"')
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--family", choices=FAMILIES, default="sd1")
-    parser.add_argument("--measure", action="store_true", help=argparse.SUPPRESS)  # in this process
     args = parser.parse_args()
     model = args.folder / args.family
-    if args.measure:
-        return measure(args.cases[0], model)
     if not model.exists():
         with atomic_write(model) as draft:
             draft.mkdir()
             write_model(args.family, draft)
     print("| model | case | measured GB | forecast GB | forecast / measured |\n|---|---|---|---|---|")
     for case in args.cases or CASES:
-        command = [sys.executable, __file__, "--measure", "--folder", args.folder, "--family", args.family, case]
-        done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-        measured, foreseen = float(done.stdout.split()[-1]), forecast(case, model)
+        measured, foreseen = measure(case, model), forecast(case, model)
         print(f"| {args.family} | {case} | {measured:.2f} | {foreseen:.2f} | {foreseen / measured:.2f} |", flush=True)
 
 

@@ -48,6 +48,7 @@ from ldm.nn.prompts import PlaceholderTokens
 from ldm.nn.tokenizer import CLIPTokenizer
 from ldm.nn.unet import native_size
 from ldm.nn.vae import AutoencoderKL, latent_shape, vae_scale_factor
+from ldm.pipeline.pipeline import choose_dtype
 from ldm.train.methods import FINETUNE_METHODS, float32_components
 from ldm.train.task import trainable_parameters
 from ldm.train.trainable import TokenizedCaptions, TrainableModel, cast_frozen_parameters
@@ -127,8 +128,9 @@ def estimate_memory(recipe: Recipe, model_config: ModelConfig, buckets: Iterable
     """Bytes in memory on one device at the peak, by purpose; on a CPU with the process's own.
 
     `activations` are a step's, with the rows of one accumulation step from the largest bucket; `sampling` is what
-    encoding images, or generating those of a class or of validation prompts, takes beyond a step. They come from
-    shapes. `allocator` is what malloc's heap holds without use. Processes that load data are not counted.
+    encoding images, or generating those of a class or of validation prompts, takes beyond a step, be it before, between
+    or after the steps. They come from shapes. `allocator` is what malloc's heap holds without use. Processes that load
+    data are not counted.
     """
     trainable, bucket = model_config.num_trainable_parameters, max(buckets, key=math.prod)
     weights = parameter_bytes(*model_config.prepare().networks.values())
@@ -145,6 +147,7 @@ def estimate_memory(recipe: Recipe, model_config: ModelConfig, buckets: Iterable
     beside = max(
         weights + before_training_bytes(recipe, model_config, bucket, rows) - kept,
         beside_steps_bytes(recipe, model_config, bucket, rows),
+        after_training_bytes(recipe, model_config) - kept,
     )
     parts["activations"] = step.peak - parts["gradients"]
     parts["allocator"] = int(HEAP_HOLES * step.heap_peak) if on_cpu else 0
@@ -171,10 +174,31 @@ def beside_steps_bytes(recipe: Recipe, model_config: ModelConfig, bucket: ImageS
     model = model_config.prepare()
     needed = [0 if recipe.image_data.center_crop else encoding_bytes(model.vae, bucket, rows)]
     if prompts := recipe.validation_prompts:
-        height, width = (side * model_config.vae_scale_factor for side in native_size(model.unet.config))
         images, dtype = min(SAMPLED_TOGETHER, len(prompts)), preferred_dtype(best_device())
-        needed.append(sampling_bytes(model.unet, model.vae, (width, height), images, dtype))
+        needed.append(sampling_bytes(model.unet, model.vae, sample_size(model_config), images, dtype))
     return max(needed)
+
+
+def after_training_bytes(recipe: Recipe, model_config: ModelConfig) -> int:
+    """Bytes of the model card's samples: a pipeline in its default dtype, with what an adapter's merging keeps.
+
+    The training's own networks are freed before.
+    """
+    if not recipe.validation_prompts:
+        return 0
+    dtype = choose_dtype("auto", best_device())
+    networks = copy_networks(model_config.spec, dtype)
+    named = [pair for network in model_config.prepare().networks.values() for pair in network.named_parameters()]
+    merged = sum(p.numel() for name, p in named if name.endswith(".base_layer.weight")) * dtype.itemsize
+    images, size = min(SAMPLED_TOGETHER, len(recipe.validation_prompts)), sample_size(model_config)
+    sampled = sampling_bytes(networks["unet"], networks["vae"], size, images, torch.float32)
+    return parameter_bytes(*networks.values()) + merged + sampled
+
+
+def sample_size(model_config: ModelConfig) -> ImageSize:
+    """Width and height of the images of validation prompts: the model's own."""
+    height, width = native_size(model_config.spec.networks["unet"].config)
+    return width * model_config.vae_scale_factor, height * model_config.vae_scale_factor
 
 
 def measure_step(recipe: Recipe, model_config: ModelConfig, bucket: ImageSize, rows: int) -> PeakMemory:
@@ -200,10 +224,15 @@ def measure_step(recipe: Recipe, model_config: ModelConfig, bucket: ImageSize, r
     return memory
 
 
+def copy_networks(spec: ModelSpec, dtype: torch.dtype) -> dict[str, Any]:
+    """A model's networks on the meta device, in the dtypes in which a pipeline of that dtype has them."""
+    dtypes = choose_dtypes(spec, dtype)
+    return {n: to_device(copy.deepcopy(a), torch.device("meta"), dtypes[n]) for n, a in spec.networks.items()}
+
+
 def estimate_generation(spec: ModelSpec, dtype: torch.dtype, sizes: Iterable[ImageSize]) -> dict[str, int]:
     """Bytes at the peak of loading a model, and of generating one image of each size with guidance, on one device."""
-    dtypes = choose_dtypes(spec, dtype)
-    networks = {n: to_device(copy.deepcopy(a), torch.device("meta"), dtypes[n]) for n, a in spec.networks.items()}
+    networks = copy_networks(spec, dtype)
     loaded = parameter_bytes(*networks.values()) + (PROCESS_BYTES if best_device().type == "cpu" else 0)
     unet, vae = networks["unet"], networks["vae"]
     generated = {format_size(size): loaded + sampling_bytes(unet, vae, size, 1, torch.float32) for size in sizes}

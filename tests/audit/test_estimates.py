@@ -5,7 +5,7 @@ import torch
 from test_audit import recipe_of
 
 from ldm.audit import estimates
-from ldm.audit.memory import PeakMemory, make_conditioning
+from ldm.audit.memory import PeakMemory, make_conditioning, parameter_bytes, sampling_bytes
 from ldm.train.finetune import load_base_model
 
 BUCKET = 64, 96
@@ -78,6 +78,19 @@ def test_other_phases_count_where_they_take_more(tiny, tmp_path):
     totals = [estimates.estimate_memory(r, n, [(16, 16)])["total"] for r, n in (tuple(none), class_images)]
     totals.append(estimates.estimate_memory(prompts, networks, [(16, 16)])["total"])
     assert totals[0] <= totals[1] <= totals[2] and totals[0] < totals[2]
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_samples_after_the_training_are_of_a_pipeline_in_its_own_dtype(tiny, tmp_path, pipe, method):
+    recipe, networks = tuned(tiny, tmp_path, method, frozen_dtype="bfloat16")
+    assert estimates.after_training_bytes(recipe, networks) == 0
+    recipe = recipe.model_copy(update={"validation_prompts": ("a",)})
+    assert estimates.sample_size(networks) == pipe.default_size(None)[::-1] == (32, 32)
+    names = (".to_q", ".to_k", ".to_v", ".to_out.0")
+    changed = [m.weight.nbytes for n, m in pipe.model.unet.named_modules() if n.endswith(names)]
+    loaded = parameter_bytes(*pipe.model.networks.values()) + (sum(changed) if method == "lora" else 0)
+    sampled = sampling_bytes(networks.spec.networks["unet"], networks.spec.networks["vae"], (32, 32), 1, torch.float32)
+    assert estimates.after_training_bytes(recipe, networks) == loaded + sampled
 
 
 def test_what_learns_is_counted(tiny, tmp_path, pipe):
