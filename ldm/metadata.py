@@ -94,8 +94,9 @@ def split_pairs(line: str) -> Iterator[tuple[str, str]]:
     while start < len(line):
         end = find_or_end(line, ",", start)
         name, colon, _ = line[start:end].partition(":")
-        value = start + len(name) + 1
-        value += len(line[value:]) - len(line[value:].lstrip())
+        value = min(start + len(name) + 1, len(line))
+        while value < len(line) and line[value].isspace():
+            value += 1
         if colon and line.startswith('"', value):
             end = json_string_end(line, value) or end
         if colon and is_infotext_name(name.strip()):

@@ -84,6 +84,42 @@ TOKENS = [
 TOKENS += [b": ", b"&a *a", b"!!int ''", b"\x1b[2J", b"../", b"\xf0\x9f\x92\xa9", b"%s", b"|", b"$$", b"\t", b","]
 
 
+COMFY = {  # nodes: class, values, links
+    "1": ("KSampler", {"seed": 7, "steps": 2, "cfg": 8.0, "sampler_name": "euler", "scheduler": "karras", "denoise": 1},
+          {"model": "2", "positive": "3", "negative": "4", "latent_image": "5"}),
+    "2": ("LoraLoader", {"lora_name": "x", "strength_model": 0.8, "strength_clip": 0.5}, {"model": "6"}),
+    "3": ("ConditioningConcat", {}, {"conditioning_to": "4", "conditioning_from": "7"}),
+    "4": ("CLIPTextEncode", {"text": "a cat"}, {"clip": "8"}),
+    "5": ("LatentUpscaleBy", {"scale_by": 1.5}, {"samples": "9"}),
+    "6": ("CheckpointLoaderSimple", {"ckpt_name": "x.ckpt"}, {}),
+    "7": ("CLIPTextEncode", {}, {"text": "10"}),
+    "8": ("CLIPSetLastLayer", {"stop_at_clip_layer": -2}, {}),
+    "9": ("SamplerCustomAdvanced", {}, {"noise": "11", "guider": "12", "sampler": "13", "sigmas": "14",
+                                        "latent_image": "15"}),
+    "10": ("StringConcatenate", {"string_a": "a", "delimiter": " "}, {"string_b": "10"}),
+    "11": ("RandomNoise", {"noise_seed": 7}, {}),
+    "12": ("CFGGuider", {"cfg": 3}, {"positive": "4", "negative": "4", "model": "2"}),
+    "13": ("SamplerDPMPP_2M_SDE", {"eta": 1}, {}),
+    "14": ("KarrasScheduler", {"steps": 3}, {}),
+    "15": ("EmptyLatentImage", {"width": 32, "height": 32, "batch_size": 1}, {}),
+    "16": ("SaveImage", {}, {"images": "1"}),
+}  # fmt: skip
+OTHER_TOOLS = [  # the key and text of metadata
+    ("parameters", "a cat <lora:x:0.5>\nNegative prompt: dog\nSteps: 3, Sampler: DPM++ 2M Karras, CFG scale: 7, "
+     'Seed: 1, Size: 32x32, Denoising strength: 0.5, Hires upscale: 2, Clip skip: 2, Lora hashes: "x: abc"'),
+    ("parameters", json.dumps({"prompt": "a", "sampler": "euler", "scheduler": "karras", "resolution": "(32, 32)",
+                               "steps": 3, "seed": "5", "loras": [["x.safetensors", 0.1, "h"]], "styles": "[]"})),
+    ("prompt", json.dumps({key: {"class_type": kind, "inputs": values | {n: [to, 0] for n, to in links.items()}}
+                           for key, (kind, values, links) in COMFY.items()})),
+    ("invokeai_metadata", json.dumps({"positive_prompt": "a (b c)1.3 d++", "negative_prompt": "x", "steps": 3,
+                                      "seed": 1, "cfg_scale": 3, "scheduler": "euler_k", "width": 32, "height": 32,
+                                      "clip_skip": 1, "model": {"name": "m"},
+                                      "loras": [{"model": {"name": "l"}, "weight": 0.5}]})),
+    ("sd-metadata", json.dumps({"image": {"prompt": [{"prompt": "a [b]"}], "steps": 3, "sampler": "k_lms"}})),
+    ("Dream", '"a [b]" -s 3 -S 1 -W 32 -H 32 -C 7.5 -A k_lms'),
+]  # fmt: skip
+
+
 class Seed(NamedTuple):
     """What is mutated, and how the file is made of it."""
 
@@ -225,6 +261,19 @@ def make_targets(pipe: Pipeline) -> dict[str, Target]:
         "metadata": Target(
             {"x.png": Seed(texts["ldm"].encode(), lambda p: encode_image("", {"ldm": p.decode("utf-8", "replace")}))},
             ["verify x.png", "verify . --json"],
+        ),
+        "settings of other tools": Target(
+            {
+                f"{key}{k}.png": Seed(
+                    text.encode(), lambda p, key=key: encode_image("", {key: p.decode("utf-8", "replace")})
+                )
+                for k, (key, text) in enumerate(OTHER_TOOLS)
+            },
+            [
+                f"{command} {key}{k}.png"
+                for k, (key, _) in enumerate(OTHER_TOOLS)
+                for command in (f"{generate} --from", "info")
+            ],
         ),
         "images": Target(
             {name: Seed(encode_image(form)) for form, name in forms.items() if form in Image.SAVE},
@@ -416,7 +465,7 @@ def prepare() -> Pipeline:
     def run_job(job: Any, pipe: Pipeline, source: str, start: Any, *rest: Any, **options: Any) -> int:
         return real_run_job(job, pipe, source, stop, *rest, **options) if job.folder.name == "j" else stop()
 
-    def sample(scheduler: BatchScheduler, requests: Any, on_progress: Any) -> Any:
+    def sample(scheduler: BatchScheduler, requests: Any, *_: Any) -> Any:
         for _ in requests:
             pass
         stop()

@@ -313,6 +313,8 @@ DREAM_OPTIONS = {
 
 def read_dream(text: str) -> ImageSettings:
     """`Dream`, the command line of InvokeAI before version 3: "a prompt" -s50 -S1 -W512 -H512 -C7.5 -A k_lms."""
+    if len(text) > MAX_PROMPT_LENGTH:  # shlex takes quadratic time
+        raise ValueError(f"longer than {MAX_PROMPT_LENGTH} characters")
     words = shlex.split(text)
     values: FieldValues = split_brackets(words[0] if words else "")
     line, lost = iter(words[1:]), list[str]()
