@@ -25,6 +25,7 @@ import tarfile
 import tempfile
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
@@ -144,6 +145,10 @@ def encode_image(form: str, texts: Mapping[str, str] | None = None, size: int = 
         return (Path(folder) / "x.png").read_bytes()
 
 
+def encode_text(key: str, text: bytes) -> bytes:
+    return encode_image("", {key: text.decode("utf-8", "replace")})
+
+
 def tensors(*names: str, shape: tuple[int, ...] = (4, 4)) -> Iterator[tuple[str, Seed]]:
     """A safetensors file, its header and the whole mutated."""
     data = save({name: torch.ones(shape) for name in names}, {"ss_network_dim": "4", "modelspec.title": "x"})
@@ -259,14 +264,12 @@ def make_targets(pipe: Pipeline) -> dict[str, Target]:
             ],
         ),
         "metadata": Target(
-            {"x.png": Seed(texts["ldm"].encode(), lambda p: encode_image("", {"ldm": p.decode("utf-8", "replace")}))},
+            {"x.png": Seed(texts["ldm"].encode(), partial(encode_text, "ldm"))},
             ["verify x.png", "verify . --json"],
         ),
         "settings of other tools": Target(
             {
-                f"{key}{k}.png": Seed(
-                    text.encode(), lambda p, key=key: encode_image("", {key: p.decode("utf-8", "replace")})
-                )
+                f"{key}{k}.png": Seed(text.encode(), partial(encode_text, key))
                 for k, (key, text) in enumerate(OTHER_TOOLS)
             },
             [

@@ -4,7 +4,6 @@ import json
 import time
 
 import pytest
-
 from images_of_tools import comfy, graph, node, png
 
 from ldm.jobs.image_settings import read_image_settings
