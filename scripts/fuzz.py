@@ -85,7 +85,7 @@ TOKENS = [
 TOKENS += [b": ", b"&a *a", b"!!int ''", b"\x1b[2J", b"../", b"\xf0\x9f\x92\xa9", b"%s", b"|", b"$$", b"\t", b","]
 
 
-COMFY = {  # nodes: class, values, links
+COMFY: dict[str, tuple[str, dict[str, Any], dict[str, str]]] = {  # nodes: class, values, links
     "1": ("KSampler", {"seed": 7, "steps": 2, "cfg": 8.0, "sampler_name": "euler", "scheduler": "karras", "denoise": 1},
           {"model": "2", "positive": "3", "negative": "4", "latent_image": "5"}),
     "2": ("LoraLoader", {"lora_name": "x", "strength_model": 0.8, "strength_clip": 0.5}, {"model": "6"}),
