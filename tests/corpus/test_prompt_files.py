@@ -1,4 +1,4 @@
-"""Malformed prompt files: each ends in one error that names the line, and nothing is written."""
+"""Prompt files as people have them: what is read of each and what is counted, or one error that names the line."""
 
 import io
 import json
@@ -11,6 +11,8 @@ from PIL import Image
 from ldm.jobs.readers import MAX_LINE_BYTES, MAX_YAML_BYTES
 from ldm.jobs.source import open_prompt_source
 from ldm.pipeline.request import Request
+
+PLAIN = Request("")
 
 
 def line(**record):
@@ -25,6 +27,18 @@ def parquet(**columns):
     file = io.BytesIO()
     parquet.write_table(pa.table(columns), file)
     return file.getvalue()
+
+
+def write(path, data):
+    path.write_bytes(data.encode() if isinstance(data, str) else data)
+    return path
+
+
+def read(tmp_path, content, name="p.txt", **options):
+    """The entries of a file, and its notices with the numbers of their places."""
+    source = open_prompt_source(write(tmp_path / name, content), PLAIN, **options)
+    source.validate(lambda request: None)
+    return list(source), {notice: len(places) for notice, places in source.notices.items()}
 
 
 DEEP = "[" * 100_000
@@ -308,3 +322,154 @@ def test_a_line_of_a_hundred_megabytes_is_refused_without_being_read(tmp_path):
             open_prompt_source(path, Request("")).validate(lambda request: None)
         assert tracemalloc.get_traced_memory()[1] < 8 * MAX_LINE_BYTES
         tracemalloc.stop()
+
+
+@pytest.mark.parametrize(
+    "line, wanted",
+    [
+        ("a cat", {"prompt": "a cat"}),
+        ("  a cat \r", {"prompt": "a cat"}),
+        (  # kohya, gen_img.py
+            "a cat, best --n bad, (ugly:1.2) --w 512 --h 768 --s 28 --l 7.5 --t 0.6 --d 12",
+            {
+                "prompt": "a cat, best",
+                "negative_prompt": "bad, (ugly:1.2)",
+                "width": 512,
+                "height": 768,
+                "num_inference_steps": 28,
+                "guidance_scale": 7.5,
+                "strength": 0.6,
+                "seed": 12,
+            },
+        ),
+        ("a cat --W 64 --D 3", {"prompt": "a cat", "width": 64, "seed": 3}),
+        ("a cat --n", {"prompt": "a cat", "negative_prompt": ""}),
+        (  # the web UI, prompts_from_file.py
+            '--prompt "a \'big\' cat" --negative_prompt bad dog --steps 20 --cfg_scale 7 --sampler_name "Euler a"',
+            {
+                "prompt": "a 'big' cat",
+                "negative_prompt": "bad dog",
+                "num_inference_steps": 20,
+                "guidance_scale": 7.0,
+                "sampler": "euler_ancestral",
+            },
+        ),
+        (
+            '--width 64 --height 32 --seed 5 --prompt "x -- y" --sampler_name "DPM++ 2M Karras"',
+            {"prompt": "x -- y", "width": 64, "height": 32, "seed": 5, "sampler": "dpmpp_2m", "spacing": "karras"},
+        ),
+        ("a cat --steps 9 --sampler heun", {"prompt": "a cat", "num_inference_steps": 9, "sampler": "heun"}),
+        ("a cat -- a dog", {"prompt": "a cat -- a dog"}),
+        ("1990--1999, --fluffy-- and --very round", {"prompt": "1990--1999, --fluffy-- and --very round"}),
+        ("--fluffy cat", {"prompt": "--fluffy cat"}),
+        ("a cat --ss euler_a --d 7", {"prompt": "a cat", "sampler": "euler_ancestral", "seed": 7}),
+        ("a --negative-prompt b --steps=9", {"prompt": "a", "negative_prompt": "b", "num_inference_steps": 9}),
+        ("#1 best cat", {"prompt": "#1 best cat"}),
+        (r"--prompt a cat \(cute\) 'tis --steps 5", {"prompt": r"a cat \(cute\) 'tis", "num_inference_steps": 5}),
+        (r'--prompt "a \(b\) \"c\"" --cfg-scale 2', {"prompt": r'a \(b\) "c"', "guidance_scale": 2.0}),
+        ("--prompt a --batch_size 4 --do_not_save_grid --tiling false --subseed -1", {"prompt": "a"}),
+        (r"(a:1.2) [b] \(c\) d|e \_ BREAK", {"prompt": r"(a:1.2) [b] \(c\) d|e \_ BREAK"}),
+    ],
+)
+def test_options_in_a_line_of_text(tmp_path, line, wanted):
+    assert [entry.request for entry in read(tmp_path, line + "\n")[0]] == [Request(**wanted)]
+
+
+@pytest.mark.parametrize(
+    "content, prompts, notices",
+    [
+        ("a --ar 1\nb --zz 1 --w 64\nc --w 64 --zz", None, {}),
+        ("b --zz 1 --w 64\nc --w 64 --zz", ["b", "c"], {"--zz is unknown: left out": 2}),
+        ("a --fluffy cat", ["a --fluffy cat"], {"--fluffy is no option: read as text": 1}),
+        ("#cat\n# cat\n##\n#cat\na", ["a"], {"taken for a comment: '#cat'": 2}),
+        ("--prompt a --restore_faces\n--prompt b", ["a", "b"], {"--restore_faces has no effect here: left out": 1}),
+        (b"a\rb\r\rc", ["a", "b", "c"], {}),
+    ],
+)
+def test_what_is_left_out_of_lines_is_counted(tmp_path, content, prompts, notices):
+    if prompts is None:
+        with pytest.raises(ValueError, match=r":1: --ar.*:2: --zz: unknown option.*:3: --zz: unknown option"):
+            read(tmp_path, content)
+    else:
+        entries, found = read(tmp_path, content, lenient=True)
+        assert [entry.request.prompt for entry in entries] == prompts and found == notices
+
+
+ROWS = [
+    {"prompt": "a", "negative": "b", "size": "64x32", "steps": 5, "cfg": 2, "id": "1", "Category": "x"},
+    {"caption": "a", "negative": "b", "size": [64, 32], "steps": 5.0, "cfg": "2", "id": "2"},
+]
+TABLES = [  # name, content: two rows of one request, and an `id` and a `Category` beside it
+    ("a.csv", "id,Prompt,Negative Prompt,Size,Steps,CFG,Category\n1,a,b,64x32,5.0,2,x\n2,a,b,64X32,5,2,\n"),
+    ("b.csv", "Text;negative;width;height;steps;cfg;id;Category\na;b;64;32;5;2;1;x\na;b;64;32;5;2;2;\n;;;;;;;\n"),
+    ("c.tsv", "caption|negative|size|steps|cfg|id|Category\na|b|64x32|5|2|1|x\na|b|64x32|5|2|2|\n".replace("|", "\t")),
+    ("d.json", json.dumps(ROWS)),
+    ("e.yaml", f"- {json.dumps(ROWS[0])}\n- {json.dumps(ROWS[1])}\n"),
+    ("f.txt", json.dumps(ROWS)),
+]
+
+
+@pytest.mark.parametrize("name, content", TABLES, ids=[name for name, _ in TABLES])
+def test_tables_as_people_have_them(tmp_path, name, content):
+    entries, notices = read(tmp_path, content, name)
+    wanted = Request("a", "b", width=64, height=32, num_inference_steps=5, guidance_scale=2.0)
+    assert [entry.request for entry in entries] == [wanted] * 2
+    assert [entry.extra for entry in entries] == [{"id": "1", "Category": "x"}, {"id": "2"}]
+    assert all(notice.startswith("carried along into the manifest, not read: ") for notice in notices) and notices
+
+
+def test_a_column_that_is_nearly_a_field_is_named(tmp_path):
+    entries, notices = read(tmp_path, "prompt,text,step\na,b,4\nc,d,5\n", "p.csv")
+    assert [(e.request.prompt, e.extra) for e in entries] == [
+        ("a", {"text": "b", "step": "4"}),
+        ("c", {"text": "d", "step": "5"}),
+    ]
+    assert notices == {"carried along into the manifest, not read: 'text'; 'step', did you mean 'steps'?": 2}
+
+
+def test_other_columns_are_in_the_manifest(tmp_path, ldm_, tiny):
+    path = write(tmp_path / "p.csv", "id,prompt,steps\nx7,a,2\n")
+    status, _, err = ldm_("batch", path, "--model", tiny, "--out", tmp_path / "job")
+    assert status == 0 and err == f"warning: {path}:2: carried along into the manifest, not read: 'id'\n"
+    for name in ("manifest.jsonl", "items.jsonl"):
+        assert json.loads((tmp_path / "job" / name).read_text())["extra"] == {"id": "x7"}
+
+
+def test_lists_of_prompts_alone(tmp_path):
+    for name, content in (("a.json", '["a", "b"]'), ("b.yaml", "- a\n- b\n"), ("c.txt", '[\n"a",\n"b"]\n')):
+        assert [entry.request.prompt for entry in read(tmp_path, content, name)[0]] == ["a", "b"]
+
+
+def test_dates_beyond_those_of_python_are_text(tmp_path):
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    when = pa.array([10**15], pa.timestamp("s"))
+    parquet.write_table(pa.table({"prompt": ["a"], "when": when}), tmp_path / "p.parquet")
+    (entry,) = open_prompt_source(tmp_path / "p.parquet", PLAIN)
+    assert entry.request.prompt == "a" and isinstance(entry.extra["when"], str)
+
+
+@pytest.mark.parametrize(
+    "name, text",
+    [
+        ("p.txt", "a --d -1\n"),
+        ("p.txt", "--prompt a --seed -1\n"),
+        ("p.jsonl", '{"prompt": "a", "seed": -1}'),
+        ("p.csv", "prompt,seed\na,-1\n"),
+        ("p.yaml", "prompts: a\nseeds: -1\n"),
+    ],
+)
+def test_seed_minus_one_is_drawn_once_for_a_row(tmp_path, name, text):
+    """The same whenever the file is read, so that a job can be resumed."""
+    path = write(tmp_path / name, text)
+    first, second = ([e.request.seed for e in open_prompt_source(path, PLAIN, count=2)] for _ in range(2))
+    assert first == second and first[1] == first[0] + 1 and 0 < first[0] < 2**32
+
+
+@pytest.mark.parametrize(
+    "name, text", [("p.txt", "--n bad\n"), ("p.jsonl", '{"prompt": ""}'), ("p.jsonl", '{"negative": "bad"}')]
+)
+def test_a_prompt_may_be_empty(tmp_path, pipe, name, text):
+    source = open_prompt_source(write(tmp_path / name, text), PLAIN)
+    assert source.validate(pipe.resolve) == 1 and [e.request.prompt for e in source] == [""]
