@@ -16,13 +16,14 @@ from ldm.errors import error_text, suggest
 
 MAX_RESOLUTION = 16384  # of images and buckets, in pixels
 MAX_STEPS = 10**9
+MAX_REPEATS = 1000  # of an image: above this, the number in a folder's name is likely a year or a count
 
 
 class FrozenConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
-def _parse_resolution(value: Any) -> Any:
+def parse_resolution(value: Any) -> Any:
     """kohya's "width,height", `512x512` or a list as the side of the square of that area, rounded up."""
     if isinstance(value, str):
         value = [part.strip() for part in re.split("[,x]", value.strip(" ()[]").lower())]
@@ -55,6 +56,25 @@ class SceneDataConfig(FrozenConfig):
     latents: int = Field(0, ge=0)  # scenes whose latents are cached (objective diffusion only)
 
 
+class SubsetConfig(FrozenConfig):
+    """What differs in one folder of a dataset, kohya's subset; None: as in the whole dataset."""
+
+    repeats: int | None = Field(None, gt=0, le=MAX_REPEATS)  # of each image; None: by the folder's name, or 1
+    is_reg: bool = False  # regularization images of the class: their loss is weighted by prior_loss_weight
+    metadata_file: Path | None = None  # the table of the folder's images, wherever it lies
+    instance_prompt: str | None = None
+    caption_prefix: str | None = None
+    caption_suffix: str | None = None
+    caption_extension: CaptionSuffix | None = None
+    caption_dropout: float | None = Field(None, ge=0, le=1)  # None: the objective's
+    caption_tag_dropout: float | None = Field(None, ge=0, le=1)
+    shuffle_caption: bool | None = None
+    caption_separator: str | None = Field(None, min_length=1)
+    keep_tokens: int | None = Field(None, ge=0)
+    keep_tokens_separator: str | None = None
+    random_flip: bool | None = None
+
+
 class ImageDataConfig(FrozenConfig):
     """A captioned image dataset; options are named as in diffusers' scripts, otherwise as in kohya's."""
 
@@ -63,9 +83,12 @@ class ImageDataConfig(FrozenConfig):
     caption_column: str = "text"
     mask_column: str = "mask"
     masks: Literal["none", "file", "alpha"] = "none"  # of the loss: <stem>.mask.png or the column, or alpha
+    subsets: tuple[SubsetConfig, ...] = ()  # of each folder of train_data_dir, in their order, or none
     instance_prompt: str | None = None  # the caption of images without one
+    caption_prefix: str = ""  # before every caption
+    caption_suffix: str = ""  # after it
     # images have about its square in pixels; also "width,height"
-    resolution: Annotated[int, BeforeValidator(_parse_resolution)] = Field(512, gt=0, le=MAX_RESOLUTION)
+    resolution: Annotated[int, BeforeValidator(parse_resolution)] = Field(512, gt=0, le=MAX_RESOLUTION)
     min_bucket_reso: int | None = Field(None, gt=0, le=MAX_RESOLUTION)  # the shortest side; None: half the resolution
     max_bucket_reso: int | None = Field(None, gt=0, le=2 * MAX_RESOLUTION)  # the longest; None: twice the resolution
     bucket_reso_steps: int = Field(64, gt=0, le=MAX_RESOLUTION)
@@ -74,12 +97,27 @@ class ImageDataConfig(FrozenConfig):
     random_flip: bool = False
     shuffle_caption: bool = False  # shuffle the tags of a caption
     caption_separator: str = Field(",", min_length=1)  # between tags
-    keep_tokens: int = Field(0, ge=0)  # the number of first tags that are not shuffled
-    caption_extension: Annotated[str, BeforeValidator(_parse_suffix), Field(pattern=r"^\.[\w.-]+$")] = (
-        ".txt"  # the one that counts, of several
-    )
+    keep_tokens: int = Field(0, ge=0)  # the number of first tags that are neither shuffled nor dropped
+    keep_tokens_separator: str = ""  # a text in captions, as "|||": what is before it, or after a second one, is kept
+    caption_tag_dropout: float = Field(0, ge=0, le=1)  # the probability of dropping a tag
+    caption_extension: CaptionSuffix = ".txt"  # the one that counts, of several
     skip_broken: bool = False  # train without the images that cannot be read or used; all are decoded before
     strict: bool = False  # refuse what is otherwise left out with a notice: stray files, rows without an image, ...
+
+    @model_validator(mode="after")
+    def _check_subsets(self) -> ImageDataConfig:
+        if self.subsets and len(self.subsets) != len(self.train_data_dir):
+            raise ValueError(f"subsets: {len(self.subsets)} for {len(self.train_data_dir)} folders of train_data_dir")
+        return self
+
+    def subset(self, k: int) -> SubsetConfig:
+        """What differs in the k-th folder."""
+        return self.subsets[k] if k < len(self.subsets) else SubsetConfig.model_validate({})
+
+    def for_folder(self, k: int) -> ImageDataConfig:
+        """The options of the k-th folder."""
+        own = {name: value for name, value in self.subset(k) if value is not None and name in type(self).model_fields}
+        return self.model_copy(update=own) if own else self
 
 
 class AutoencoderObjective(FrozenConfig):
@@ -144,6 +182,8 @@ class FinetuneObjective(ScoreMatchingObjective):
     method: Literal["full", "lora", "textual_inversion"] = "lora"
     frozen_dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # of frozen weights; trainable ones are float32
     train_text_encoder: bool = False
+    pretrained_vae_model_name_or_path: str | None = None  # another VAE: a folder, a file or a hub repository
+    clip_skip: int | None = Field(None, gt=0)  # as kohya counts: 1 is CLIP's last layer; None: the model's own
     rank: int = Field(8, gt=0)
     alpha: float | None = Field(None, gt=0)  # None: the rank, for a scale of 1
     dora: bool = False
@@ -212,6 +252,7 @@ class Recipe(FrozenConfig):
     gradient_accumulation_steps: int = Field(1, gt=0)
     gradient_checkpointing: bool = False  # recompute activations in the backward pass
     learning_rate: float = Field(gt=0)
+    text_encoder_lr: float | None = Field(None, gt=0)  # of text encoders that are trained; None: learning_rate
     lr_scheduler: OptionName = "wsd"  # of ldm.train.optimizers
     lr_warmup_steps: int = Field(0, ge=0, le=MAX_STEPS)
     lr_num_cycles: int = Field(1, gt=0, le=MAX_STEPS)  # cosine_with_restarts: cosines one after another
@@ -232,6 +273,9 @@ class Recipe(FrozenConfig):
     resume_changed_data: bool = False  # go on from a checkpoint of other images or captions
     logging_steps: int = Field(20, gt=0)
     report_to: tuple[str, ...] = ("tensorboard",)  # accelerate's trackers, beside log.jsonl
+    tracker_project_name: str | None = None  # None: the name of output_dir
+    hub_model_id: str | None = None  # the hub's repository that the export is uploaded to
+    hub_private_repo: bool = False  # where it is made
     validation_steps: int = Field(500, gt=0)
     validation_prompts: tuple[str, ...] = ()
     validation_guidance: float = Field(2.5, ge=0, le=1000)
@@ -297,14 +341,19 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
         values = parse_yaml(Path(path).read_text(encoding="utf-8"), str(path))
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: {error_text(error)}") from None
+    return build_recipe(values, overrides, str(path))
+
+
+def build_recipe(values: Any, overrides: Sequence[str] = (), name: str = "recipe") -> Recipe:
+    """The recipe of nested options, with `key.path=value` overrides; ValueError names the key after `name`."""
     if not isinstance(values, dict):
-        raise ValueError(f"{path}: expected a mapping of options")
+        raise ValueError(f"{name}: expected a mapping of options")
     for item in overrides:
         _apply_override(values, item)
     try:
         return Recipe.model_validate(_move_to_groups(values))
     except ValidationError as error:
-        raise ValueError(f"{path}: {_format_validation_error(error)}") from None
+        raise ValueError(f"{name}: {_format_validation_error(error)}") from None
 
 
 def _move_to_groups(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -126,6 +126,18 @@ def download_file(repo_id: str, name: str, revision: str | None = None) -> Path:
         return Path(hf_hub_download(repo_id, name, revision=revision))
 
 
+def download_dataset(repo_id: str) -> Path:
+    """The cached folder of a data set's repository, all of its files; ValueError as `download_from_hub`."""
+    with translate_hub_errors(repo_id, None):
+        return Path(snapshot_download(repo_id, repo_type="dataset"))
+
+
+def create_repo(repo_id: str, private: bool) -> None:
+    """Make a repository for a model, unless there is one; ValueError as `download_from_hub`."""
+    with translate_hub_errors(repo_id, None):
+        HfApi().create_repo(repo_id, private=private, exist_ok=True)
+
+
 def upload_folder(folder: Path, repo_id: str, private: bool, token: str | None, message: str) -> str:
     """Make a repository, if need be, of a folder's files, and return its address; ValueError as `download_from_hub`."""
     with translate_hub_errors(repo_id, None):
@@ -167,7 +179,9 @@ def translate_hub_errors(source: str, revision: str | None) -> Iterator[None]:
     except HFValidationError:
         reason = "not the name of a model on the hub"
     except (HTTPError, OSError) as error:
-        reason = f"cannot reach the hub ({type(error).__name__})"
+        status = getattr(getattr(error, "response", None), "status_code", None)
+        lost = f"cannot reach the hub ({type(error).__name__})"
+        reason = f"the hub does not allow it: {TOKEN_REQUIRED}" if status in (401, 403) else lost
     except ValueError as error:
         reason = str(error)
     else:

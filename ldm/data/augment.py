@@ -7,6 +7,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
+from ldm.config import ImageDataConfig
 from ldm.data.buckets import BucketPlacement, ImageSize
 from ldm.rng import derive_seed, derive_uniform
 
@@ -39,13 +40,26 @@ def should_drop_caption(rate: float, seed: int, key: str, times_seen: int) -> bo
     return derive_uniform(seed, key, times_seen, "caption") < rate
 
 
-def shuffle_tags(caption: str, separator: str, keep_tokens: int, seed: int, key: str, times_seen: int) -> str:
-    """The caption with its tags in random order, except for the first `keep_tokens`."""
-    tags = [tag.strip() for tag in caption.split(separator)]
-    rng = np.random.Generator(np.random.Philox(derive_seed(seed, key, times_seen, "tags")))
-    shuffled_part = tags[keep_tokens:]
-    order = rng.permutation(len(shuffled_part))
-    return f"{separator} ".join([*tags[:keep_tokens], *(shuffled_part[k] for k in order)])
+def augment_tags(caption: str, data: ImageDataConfig, seed: int, key: str, times_seen: int) -> str:
+    """The caption with its tags dropped at random and in random order, as `data` says, except for those that are kept.
+
+    Kept are the first `keep_tokens`, or what is before the first `keep_tokens_separator` and after the second.
+    """
+    separator, mark = data.caption_separator, data.keep_tokens_separator
+    first, middle, last = "", caption, ""
+    if mark and mark in caption:
+        first, middle, last = [*caption.split(mark, 2), ""][:3]
+    tags = [tag.strip() for tag in middle.split(separator)]
+    kept = 0 if middle != caption else data.keep_tokens
+    fixed, free = tags[:kept], tags[kept:]
+    if data.caption_tag_dropout:
+        draws = (derive_uniform(seed, key, times_seen, "tag", k) for k in range(len(free)))
+        free = [tag for tag, u in zip(free, draws, strict=True) if u >= data.caption_tag_dropout]
+    if data.shuffle_caption:
+        rng = np.random.Generator(np.random.Philox(derive_seed(seed, key, times_seen, "tags")))
+        free = [free[k] for k in rng.permutation(len(free))]
+    ends = [[tag.strip() for tag in part.split(separator) if tag.strip()] for part in (first, last)]
+    return f"{separator} ".join([*ends[0], *fixed, *free, *ends[1]])
 
 
 def resize_and_crop(

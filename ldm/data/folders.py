@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
 
-from ldm.config import ImageDataConfig
+from ldm.config import MAX_REPEATS, ImageDataConfig
 from ldm.data.shards import is_saved_dataset, open_parquet_files, open_saved_dataset, open_tars
 from ldm.data.sources import (
     BROKEN_KINDS,
@@ -35,7 +35,6 @@ from ldm.data.tables import METADATA_READERS, FileIndex, FileResolver, list_meta
 
 KOHYA_FOLDER_PATTERN = re.compile(r"(\d+)_(.+)")  # <repeats>_<class tokens>
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz")
-MAX_REPEATS = 1000  # above this, the number in a folder's name is likely a year or a count
 
 
 def open_image_sources(data: ImageDataConfig) -> ImageSource:
@@ -50,13 +49,25 @@ def open_image_sources(data: ImageDataConfig) -> ImageSource:
     issues: list[DatasetIssue] = []
     for number, path in enumerate(data.train_data_dir, 1):
         prefix = f"{number}:" if number > 1 else ""
-        source = _open_source(path, data)
+        source = _open_subset(path, data, number - 1)
         found = [issue._replace(strict=data.strict) for issue in source.issues]
         if data.skip_broken:
             found = [issue.as_left_out() if issue.kind in BROKEN_KINDS else issue for issue in found]
         found += _check_whole_source(path.name, ImageSource(source.samples, found))
         samples += [replace(sample, key=prefix + sample.key) for sample in source.samples]
         issues += [issue._replace(key=prefix + issue.key) for issue in found]
+    return ImageSource(samples, issues)
+
+
+def _open_subset(path: Path, data: ImageDataConfig, k: int) -> ImageSource:
+    """The k-th folder, as its `SubsetConfig` says."""
+    options, subset = data.for_folder(k), data.subset(k)
+    samples, issues = _open_source(path, options, subset.metadata_file)
+    prefix, suffix = options.caption_prefix, options.caption_suffix
+    if prefix or suffix:
+        samples = [replace(sample, caption=f"{prefix} {sample.caption} {suffix}".strip()) for sample in samples]
+    if subset.repeats is not None:
+        samples = [replace(sample, repeats=subset.repeats) for sample in samples]
     return ImageSource(samples, issues)
 
 
@@ -80,7 +91,8 @@ def split_key(key: str) -> tuple[int, str]:
     return (int(number) - 1, path) if colon and number.isdigit() else (0, key)
 
 
-def _open_source(path: Path, data: ImageDataConfig) -> ImageSource:
+def _open_source(path: Path, data: ImageDataConfig, metadata_file: Path | None = None) -> ImageSource:
+    """The images of a folder or a tar, its format detected; `metadata_file` lists them, where it is given."""
     if path.is_file() and path.name.lower().endswith(TAR_SUFFIXES):
         return open_tars([path], data)
     if not path.is_dir():
@@ -89,6 +101,8 @@ def _open_source(path: Path, data: ImageDataConfig) -> ImageSource:
         return open_saved_dataset(path, data)
     issues: list[DatasetIssue] = []
     files = list_files(path, issues)
+    if metadata_file is not None:
+        return _open_listed(files, metadata_file, data, issues)
     tars = [file for name, file in files.items() if name.lower().endswith(TAR_SUFFIXES)]
     tables = list_metadata_files(files)
     parquets = {name: file for name, file in files.items() if name.lower().endswith(".parquet")}
@@ -102,6 +116,18 @@ def _open_source(path: Path, data: ImageDataConfig) -> ImageSource:
         issues += [DatasetIssue("skipped", name, "lies beside parquet files") for name in files if name not in parquets]
     else:
         source = open_sidecar_folder(files, data)
+    return ImageSource(source.samples, [*issues, *source.issues])
+
+
+def _open_listed(
+    files: FileIndex, metadata_file: Path, data: ImageDataConfig, issues: Sequence[DatasetIssue]
+) -> ImageSource:
+    """The images of a folder as a table says, which may lie elsewhere."""
+    if metadata_file.suffix.lower() not in METADATA_READERS or not metadata_file.is_file():
+        kinds = ", ".join(METADATA_READERS)
+        return ImageSource((), (DatasetIssue("missing file", str(metadata_file), f"no table in a file: {kinds}"),))
+    inside = next((name for name, file in files.items() if file.samefile(metadata_file)), metadata_file.name)
+    source = open_metadata_folder({**files, inside: metadata_file}, inside, data)
     return ImageSource(source.samples, [*issues, *source.issues])
 
 

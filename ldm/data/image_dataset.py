@@ -15,7 +15,7 @@ from ldm.data import augment
 from ldm.data.augment import Augmentation, downsample_mask, resize_and_crop
 from ldm.data.batch_sampler import BucketBatchSampler, SampleKey
 from ldm.data.buckets import AspectRatioBuckets, BucketPlacement, ImageSize, format_size
-from ldm.data.folders import open_image_sources
+from ldm.data.folders import open_image_sources, split_key
 from ldm.data.latent_cache import LatentCache, blake2b_hexdigest
 from ldm.data.sources import LENIENT_KINDS, DatasetIssue, ImageSample, raise_on_errors
 from ldm.errors import error_text, warn_of_input
@@ -37,7 +37,8 @@ def validation_data_config(recipe: Recipe) -> ImageDataConfig | None:
     objective = recipe.objective
     if not isinstance(objective, FinetuneObjective) or not objective.validation_data_dir:
         return None
-    fixed = {"center_crop": True, "random_flip": False, "shuffle_caption": False, "masks": "none"}
+    fixed = {"center_crop": True, "random_flip": False, "shuffle_caption": False, "masks": "none", "subsets": ()}
+    fixed["caption_tag_dropout"] = 0
     return recipe.image_data.model_copy(update={**fixed, "train_data_dir": (objective.validation_data_dir,)})
 
 
@@ -157,6 +158,7 @@ class ImageDataset:
             raise ValueError("center_crop: latents are cached for center crops only")
         self.data_config, self.seed, self.vae_scale_factor = data_config, seed, vae_scale_factor
         self.caption_dropout, self.cached_encoder = caption_dropout, cached_encoder
+        self.folder_options = [data_config.for_folder(k) for k in range(len(data_config.train_data_dir))]
         self.samples, issues = open_image_sources(data_config)
         raise_on_errors(issues)
         pairs, wrong = collect_usable_samples(self.samples, data_config)
@@ -197,16 +199,26 @@ class ImageDataset:
         margin = self.image_infos[key.sample_id].placement.crop_margin
         center = self.data_config.center_crop
         corner = augment.center_crop_corner(margin) if center else augment.random_crop_corner(margin, *seed)
-        return Augmentation(self.data_config.random_flip and augment.should_flip(*seed), corner)
+        return Augmentation(self.options_of(key.sample_id).random_flip and augment.should_flip(*seed), corner)
+
+    def options_of(self, row: int) -> ImageDataConfig:
+        """The options of the folder that a sample is of."""
+        return self.folder_options[self.folder_of(row)]
+
+    def folder_of(self, row: int) -> int:
+        """The number of the folder that a sample is of, from 0."""
+        folder = split_key(self.samples[row].key)[0]
+        return folder if folder < len(self.folder_options) else 0  # a file's name with a number and a colon
 
     def augment_caption(self, key: SampleKey[int]) -> str:
         """The caption of one use of a sample: dropped, shuffled, or as it is."""
-        sample, data = self.samples[key.sample_id], self.data_config
+        sample, data = self.samples[key.sample_id], self.options_of(key.sample_id)
         seed = self.seed, sample.key, key.times_seen
-        if augment.should_drop_caption(self.caption_dropout, *seed):
+        rate = self.data_config.subset(self.folder_of(key.sample_id)).caption_dropout
+        if augment.should_drop_caption(self.caption_dropout if rate is None else rate, *seed):
             return ""
-        if data.shuffle_caption:
-            return augment.shuffle_tags(sample.caption, data.caption_separator, data.keep_tokens, *seed)
+        if data.shuffle_caption or data.caption_tag_dropout or data.keep_tokens_separator:
+            return augment.augment_tags(sample.caption, data, *seed)
         return sample.caption
 
     def cache_latents(self, on_progress: Callable[[int], None] = lambda done: None) -> None:
@@ -219,7 +231,7 @@ class ImageDataset:
             pairs = [
                 (row, Augmentation(flip, augment.center_crop_corner(info.placement.crop_margin)))
                 for row, info in enumerate(self.image_infos)
-                for flip in ((False, True) if self.data_config.random_flip else (False,))
+                for flip in ((False, True) if self.options_of(row).random_flip else (False,))
                 if info.placement.bucket == bucket
             ]
             for start in range(0, len(pairs), size):

@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ldm.checkpoints.formats import Checkpoint, load_checkpoint
-from ldm.config import FinetuneObjective, ImageDataConfig, Recipe
+from ldm.config import FinetuneObjective, ImageDataConfig, Recipe, SubsetConfig
 from ldm.data.batch_sampler import SampleKey
 from ldm.data.image_dataset import CachedEncoder, ImageDataset, validation_data_config
 from ldm.data.latent_cache import LatentCache, blake2b_hexdigest, hash_network_weights
@@ -35,6 +35,7 @@ from ldm.train.methods import (
     base_model_path,
     float32_components,
     load_base_pipeline,
+    skip_text_layers,
 )
 from ldm.train.model_spec import describe_export
 from ldm.train.score_matching import NUM_VALIDATION_LEVELS
@@ -98,7 +99,7 @@ class FinetuneTask(DiffusionTask):
         data = recipe.image_data
         if objective.prior_preservation:
             folder = generate_class_images(Pipeline(self.base_model), recipe, objective)
-            data = data.model_copy(update={"train_data_dir": (*data.train_data_dir, folder)})
+            data = add_class_folder(data, folder)
         torch.manual_seed(torch_seed(recipe.seed))  # initial weights of adapters
         full_model = self.method.prepare(self.base_model, objective)
         dtype = resolve_frozen_dtype(objective.frozen_dtype, device)
@@ -165,13 +166,13 @@ def prepare_dataset(
         cached_encoder=encoder if data.center_crop else None,
     )
     if data.center_crop:
-        total = len(images.samples) * (1 + data.random_flip)
+        total = sum(1 + images.options_of(row).random_flip for row in range(len(images.samples)))
         images.cache_latents(lambda done: on_progress(done, total))
     validation = None
     if config := validation_data_config(recipe):
         validation = open_images(config, 1, cached_encoder=encoder)
         validation.cache_latents()
-    return FinetuneDataset(images, validation, compute_loss_weights(images, objective, len(data.train_data_dir)))
+    return FinetuneDataset(images, validation, compute_loss_weights(images, objective.prior_loss_weight))
 
 
 def prepare_captions(
@@ -193,6 +194,7 @@ def load_base_model(objective: FinetuneObjective, device: torch.device) -> Check
     """The pretrained model, frozen networks in their own dtype; ValueError for an inpainting model."""
     path, dtype = base_model_path(objective), resolve_frozen_dtype(objective.frozen_dtype, device)
     model = load_checkpoint(path, device, dtype, base_load_options(objective), float32_components(objective))
+    model = skip_text_layers(model, objective)
     if model.unet.config.in_channels != model.unet.config.out_channels:
         raise ValueError(f"{path}: an inpainting model cannot be fine-tuned")
     model.unet.attention = objective.attention
@@ -247,11 +249,18 @@ def list_class_images(folder: Path | None) -> list[Path]:
     return sorted(path for path in folder.rglob("*") if path.is_file() and is_image_file(path.name))
 
 
-def compute_loss_weights(images: ImageDataset, objective: FinetuneObjective, num_folders: int) -> Tensor:
-    """The loss weight of each sample: 1, and for the class's images, in the last folder, the prior's."""
+def add_class_folder(data: ImageDataConfig, folder: Path) -> ImageDataConfig:
+    """The data with a folder of a class's images, which are regularization images."""
+    subsets = *map(data.subset, range(len(data.train_data_dir))), SubsetConfig.model_validate({"is_reg": True})
+    return data.model_copy(update={"train_data_dir": (*data.train_data_dir, folder), "subsets": subsets})
+
+
+def compute_loss_weights(images: ImageDataset, prior_loss_weight: float) -> Tensor:
+    """The loss weight of each sample: 1, and for regularization images the prior's, whose sum is that of the others."""
     weights = torch.ones(len(images.samples))
-    if objective.prior_preservation:
-        prior = torch.tensor([sample.key.startswith(f"{num_folders}:") for sample in images.samples])
+    folders = map(images.folder_of, range(len(images.samples)))
+    prior = torch.tensor([images.data_config.subset(k).is_reg for k in folders])
+    if prior.any():
         repeats = torch.tensor([float(sample.repeats) for sample in images.samples])
-        weights[prior] = objective.prior_loss_weight * (repeats[~prior].sum() / repeats[prior].sum())
+        weights[prior] = prior_loss_weight * (repeats[~prior].sum() / repeats[prior].sum())
     return weights

@@ -47,12 +47,28 @@ def base_model_path(objective: FinetuneObjective) -> str | Path:
 
 def base_load_options(objective: FinetuneObjective) -> LoadOptions:
     """How the pretrained model of a recipe is loaded."""
-    return LoadOptions(revision=objective.revision, variant=objective.variant)
+    vae = objective.pretrained_vae_model_name_or_path
+    return LoadOptions(revision=objective.revision, variant=objective.variant, vae=vae)
 
 
 def load_base_pipeline(objective: FinetuneObjective) -> Pipeline:
     """A pipeline of the pretrained model of a recipe."""
-    return Pipeline.from_pretrained(base_model_path(objective), revision=objective.revision, variant=objective.variant)
+    return load_pipeline(base_model_path(objective), objective, **vars(base_load_options(objective)))
+
+
+def load_pipeline(source: str | Path, objective: FinetuneObjective, **options: Any) -> Pipeline:
+    """A pipeline that reads prompts as the training read captions."""
+    pipe = Pipeline.from_pretrained(source, **options)
+    return pipe if objective.clip_skip is None else Pipeline(skip_text_layers(pipe.model, objective))
+
+
+def skip_text_layers(model: Checkpoint, objective: FinetuneObjective) -> Checkpoint:
+    """The model with text encoders whose states are those of the recipe's `clip_skip`; ValueError for no such layer."""
+    if objective.clip_skip is None:
+        return model
+    skips = [encoder.clip_skip_converter()(objective.clip_skip) for encoder in model.text_encoders]
+    encoders = (replace(e, layer_idx=e.layer_idx - k) for e, k in zip(model.text_encoders, skips, strict=True))
+    return replace(model, text_encoders=tuple(encoders))
 
 
 def trainable_network_names(model: Checkpoint, objective: FinetuneObjective) -> list[str]:
@@ -141,7 +157,8 @@ def load_inversion_pipeline(objective: FinetuneObjective, folder: Path, pipe: Pi
 
 
 def load_full_pipeline(objective: FinetuneObjective, folder: Path, pipe: Pipeline | None = None) -> Pipeline:
-    return Pipeline.from_pretrained(folder)
+    vae = objective.pretrained_vae_model_name_or_path
+    return load_pipeline(folder, objective, vae=vae)
 
 
 FINETUNE_METHODS: dict[str, FinetuneMethod] = {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from importlib import import_module
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ldm.checkpoints.hub import is_repo_id
 from ldm.config import Recipe, ScoreMatchingObjective
 from ldm.diffusion.objective import TIME_SAMPLERS, WEIGHTINGS
 from ldm.errors import choose
@@ -31,8 +32,12 @@ def create_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
 
 def check_recipe(recipe: Recipe) -> None:
     """ValueError for a name or an option that a training would refuse after it has made its folder."""
+    if recipe.optimizer == "muon" and recipe.text_encoder_lr is not None:
+        raise ValueError("text_encoder_lr: muon has one learning rate; choose another optimizer")
     create_optimizer(nn.Linear(1, 1), recipe)
     choose(LR_SCHEDULES, recipe.lr_scheduler, "lr_scheduler")
+    if recipe.hub_model_id is not None and not is_repo_id(recipe.hub_model_id):
+        raise ValueError(f"hub_model_id {recipe.hub_model_id!r}: not owner/name")
     objective = recipe.objective
     if isinstance(objective, ScoreMatchingObjective):
         choose(WEIGHTINGS, objective.weighting, "weighting")
@@ -46,7 +51,23 @@ def adam_options(recipe: Recipe) -> dict[str, Any]:
     return {"lr": recipe.learning_rate, "betas": betas, "weight_decay": recipe.adam_weight_decay}
 
 
-def adamw(parameters: Iterable[Tensor], recipe: Recipe, **options: Any) -> torch.optim.AdamW:
+def parameter_groups(model: nn.Module, recipe: Recipe) -> list[Any]:
+    """The trainable parameters, in two groups where text encoders have a learning rate of their own."""
+    named = trainable_parameters(model)
+    text = {name for name in named if name.startswith("text_encoder")}
+    if recipe.text_encoder_lr is None or not text:
+        return [*named.values()]
+    others = [parameter for name, parameter in named.items() if name not in text]
+    return [{"params": others}, {"params": [named[name] for name in named if name in text], "network": "text_encoder"}]
+
+
+def base_learning_rate(group: Mapping[str, Any], recipe: Recipe) -> float:
+    """The learning rate of a group of parameters, which the schedule multiplies."""
+    rate = recipe.text_encoder_lr if group.get("network") == "text_encoder" else None
+    return recipe.learning_rate if rate is None else rate
+
+
+def adamw(parameters: Iterable[Any], recipe: Recipe, **options: Any) -> torch.optim.AdamW:
     """AdamW (Loshchilov & Hutter 2019), fused."""
     return torch.optim.AdamW(parameters, **{**adam_options(recipe), "fused": True, **options})
 
@@ -58,15 +79,13 @@ def optim_extra(module: str, name: str, model: nn.Module, recipe: Recipe, **opti
     except ImportError:
         package = module.split(".")[0]
         raise ValueError(f"optimizer {recipe.optimizer!r} needs {package}: {install_command('optim')}") from None
-    return make([*trainable_parameters(model).values()], **{**adam_options(recipe), **options})
+    return make(parameter_groups(model, recipe), **{**adam_options(recipe), **options})
 
 
 class Lion(torch.optim.Optimizer):
     """The sign of interpolated momentum (Chen et al. 2023, algorithm 2): rates are 3 to 10 times below AdamW's."""
 
-    def __init__(
-        self, parameters: Iterable[Tensor], lr: float, betas: tuple[float, float], weight_decay: float
-    ) -> None:
+    def __init__(self, parameters: Iterable[Any], lr: float, betas: tuple[float, float], weight_decay: float) -> None:
         super().__init__(parameters, {"lr": lr, "betas": tuple(betas), "weight_decay": weight_decay})
 
     @torch.no_grad()
@@ -140,11 +159,11 @@ def newton_schulz_orthogonalize(matrix: Tensor, num_iterations: int = 5) -> Tens
 
 
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {  # (model, recipe, **optimizer_options)
-    "adamw": lambda model, recipe, **options: adamw([*trainable_parameters(model).values()], recipe, **options),
+    "adamw": lambda model, recipe, **options: adamw(parameter_groups(model, recipe), recipe, **options),
     "adamw8bit": partial(optim_extra, "bitsandbytes.optim", "AdamW8bit"),  # Dettmers et al. 2022
     "prodigy": partial(optim_extra, "prodigyopt", "Prodigy"),  # learning_rate is a factor of its own: Mishchenko 2024
     "lion": lambda model, recipe, **options: Lion(
-        trainable_parameters(model).values(), **{**adam_options(recipe), **options}
+        parameter_groups(model, recipe), **{**adam_options(recipe), **options}
     ),
     "muon": Muon,
 }

@@ -93,9 +93,28 @@ def read_log(path: Path) -> list[dict[str, Any]]:
     return records
 
 
+def start_trackers(accelerator: Accelerator, recipe: Recipe, step: int) -> None:
+    """Start a training's trackers, from the step that it is at.
+
+    TensorBoard's files lie in `events/`; the others, which are on servers, have the recipe's project, and the recipe.
+    """
+    project, options = recipe.tracker_project_name or recipe.output_dir.name, json.loads(recipe.model_dump_json())
+    names = accelerator.log_with
+    local = [name for name in names if str(name) == "tensorboard"]
+    # purge_step: drop events after this step, written before the run was killed
+    accelerator.log_with = local
+    accelerator.init_trackers("events", init_kwargs={"tensorboard": {"purge_step": step + 1}})
+    started, accelerator.trackers = accelerator.trackers, []
+    accelerator.log_with = [name for name in names if name not in local]
+    accelerator.init_trackers(project, config=options)
+    accelerator.trackers, accelerator.log_with = [*started, *accelerator.trackers], names
+
+
 def filter_installed_trackers(names: Sequence[str]) -> list[str]:
-    """The trackers that are installed, with a warning for each other; ValueError for an unknown name."""
+    """The trackers that are installed, with a warning for each other; ValueError for an unknown name. all: these."""
     available = {str(name) for name in get_available_trackers()}
+    if "all" in names:
+        return sorted(available)
     for name in names:
         choose(LOGGER_TYPE_TO_CLASS, name, "report_to")
         if name not in available:
@@ -105,7 +124,9 @@ def filter_installed_trackers(names: Sequence[str]) -> list[str]:
 
 
 def log_sample_image(accelerator: Accelerator, image: Image.Image, step: int) -> None:
-    """Log an image to TensorBoard, where it is among the trackers."""
+    """Log an image to the trackers that take images."""
     for tracker in accelerator.trackers:
         if tracker.name == "tensorboard":
             tracker.log_images({"samples": np.asarray(image)[None]}, step, dataformats="NHWC")
+        elif hasattr(tracker, "log_images"):
+            tracker.log_images({"samples": [image]}, step)

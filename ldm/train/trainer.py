@@ -26,8 +26,8 @@ from ldm.hardware import to_device
 from ldm.nn.unet import UNet
 from ldm.train.ema import SIGMA_RELS, EMAModel, exponential_ema_rate, power_ema_rate, save_ema_snapshot
 from ldm.train.model_spec import record_start
-from ldm.train.optimizers import compute_lr_factor, create_optimizer
-from ldm.train.progress import MetricLogger, filter_installed_trackers, log_sample_image
+from ldm.train.optimizers import base_learning_rate, compute_lr_factor, create_optimizer
+from ldm.train.progress import MetricLogger, filter_installed_trackers, log_sample_image, start_trackers
 from ldm.train.state import TrainState, resolve_recipe, resume_from_checkpoint, save_checkpoint
 from ldm.train.task import Batch, TrainingTask
 
@@ -102,8 +102,7 @@ def training_loop(recipe: Recipe, trainer: Trainer) -> None:
     """All remaining steps, with logging, validation, snapshots and checkpoints between them."""
     accelerator, state = trainer.accelerator, trainer.state
     is_main = accelerator.is_main_process
-    # purge_step: drop events after this step, written before the run was killed
-    accelerator.init_trackers("events", init_kwargs={"tensorboard": {"purge_step": state.step + 1}})
+    start_trackers(accelerator, recipe, state.step)
     logger = MetricLogger(recipe.output_dir / "log.jsonl", state.step, recipe, accelerator.log, is_main)
     with logger, InterruptHandler() as interrupt:
         for micro_batches in iterate_batches(trainer.task, state.step, recipe, trainer.row_ranges, state.batch_offset):
@@ -264,7 +263,7 @@ class Trainer:
         """
         state = self.state
         for group in self.optimizer.param_groups:
-            group["lr"] = self.recipe.learning_rate * compute_lr_factor(state.step, self.recipe)
+            group["lr"] = base_learning_rate(group, self.recipe) * compute_lr_factor(state.step, self.recipe)
         sums = self._backward(micro_batches)
         grad_norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.recipe.max_grad_norm)
         metrics, stop = self._reduce_metrics(sums, grad_norm, stop_requested)

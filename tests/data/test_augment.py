@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from scipy.stats import chi2_contingency, chisquare
 
-from ldm.data.augment import center_crop_corner, random_crop_corner, should_drop_caption, should_flip, shuffle_tags
+from ldm.config import ImageDataConfig
+from ldm.data.augment import augment_tags, center_crop_corner, random_crop_corner, should_drop_caption, should_flip
 
 LEVEL = 1e-4
 MANY = [(7, f"pictures/{k // 20}.png", k % 20) for k in range(4000)]
@@ -49,7 +50,8 @@ def test_choices_are_independent_of_one_another_and_of_the_visit_before():
 
 @pytest.mark.parametrize("keep", [0, 1, 4])
 def test_tags_are_shuffled_but_for_those_kept(keep):
-    orders = Counter(shuffle_tags("a,  b , c,d", ",", keep, *chance) for chance in MANY)
+    data = ImageDataConfig(train_data_dir="x", shuffle_caption=True, keep_tokens=keep)
+    orders = Counter(augment_tags("a,  b , c,d", data, *chance) for chance in MANY)
     assert all(
         sorted(order.split(", ")) == list("abcd") and order.split(", ")[:keep] == list("abcd")[:keep]
         for order in orders
@@ -57,3 +59,16 @@ def test_tags_are_shuffled_but_for_those_kept(keep):
     assert len(orders) == {0: 24, 1: 6, 4: 1}[keep]
     if keep < 4:
         assert chisquare(list(orders.values())).pvalue > LEVEL
+
+
+def test_tags_between_marks_are_shuffled_and_dropped_and_those_outside_stay():
+    data = ImageDataConfig(
+        train_data_dir="x", shuffle_caption=True, caption_tag_dropout=0.25, keep_tokens_separator="|||"
+    )
+    captions = [augment_tags("sks, girl ||| a, b ||| best", data, *chance).split(", ") for chance in MANY]
+    assert all(caption[:2] == ["sks", "girl"] and caption[-1] == "best" for caption in captions)
+    counts = Counter(tuple(caption[2:-1]) for caption in captions)
+    n = len(MANY)
+    expected = {("a", "b"): 9 / 32, ("b", "a"): 9 / 32, ("a",): 3 / 16, ("b",): 3 / 16, (): 1 / 16}
+    assert counts.keys() == expected.keys()
+    assert chisquare([counts[k] for k in expected], [n * p for p in expected.values()]).pvalue > LEVEL

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from accelerate import accelerator, tracking
 from PIL import Image
 from trainings import go, log_of, recipe_of, tensors_of
 
@@ -46,6 +47,46 @@ def test_a_tracker_that_is_not_installed_is_said_in_one_line(monkeypatch):
     assert len(said) == 1
     with pytest.raises(ValueError, match="report_to 'tensorbord'"):
         progress.filter_installed_trackers(["tensorbord"])
+
+
+class Board:
+    """A tracker of a server, as accelerate's are."""
+
+    name, requires_logging_directory, runs = "board", False, []
+
+    def __init__(self, project):
+        self.project, self.calls = project, []
+        self.runs.append(self)
+
+    def start(self):
+        self.calls.append("start")
+
+    def store_init_configuration(self, options):
+        self.options = options
+
+    def log(self, metrics, step=None, **_):
+        self.calls.append((step, "loss" in metrics))
+
+    def log_images(self, images, step=None, **_):
+        self.calls.append((step, images["samples"][0].size))
+
+    def finish(self):
+        self.calls.append("finish")
+
+
+@pytest.mark.parametrize("project", [None, "zorbs"])
+def test_other_trackers_get_the_project_the_recipe_metrics_and_samples(project, recipe_file, tmp_path, monkeypatch):
+    monkeypatch.setitem(tracking.LOGGER_TYPE_TO_CLASS, "board", Board)
+    monkeypatch.setattr(progress, "get_available_trackers", lambda: ["board", "tensorboard"])
+    monkeypatch.setattr(accelerator, "filter_trackers", lambda names, _: names)
+    monkeypatch.setattr(Board, "runs", [])
+    prompts = {"validation_prompts": ["thing1"], "validation_steps": 2, "max_train_steps": 2}
+    go(recipe_file("diffusion", report_to=["all"], tracker_project_name=project, **prompts))
+    (run,) = Board.runs
+    assert run.project == (project or "run") and run.options["learning_rate"] == 1e-3
+    assert [call for call in run.calls if len(call) == 2] == [(1, True), (2, True), (2, False), run.calls[-2]]
+    assert run.calls[0] == "start" and run.calls[-1] == "finish" and run.calls[-2][1][0] >= 32
+    assert [step for step, _ in scalars(tmp_path / "run", "loss")[0]] == [1, 2]
 
 
 def test_the_log_is_cut_where_a_resumed_training_begins(tmp_path):
