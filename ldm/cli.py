@@ -37,7 +37,7 @@ COMMANDS = (
     models.info,
 )
 for command in COMMANDS:
-    app.command()(command)
+    app.command(cls=train.TrainCommand if command is train.train else None)(command)
 for alias in ("txt2img", "img2img"):  # as other tools call it
     app.command(alias, hidden=True)(generate.generate)
 

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections import Counter
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer import Context
+from typer.core import TyperCommand
 
 from ldm.commands.options import JsonOption, StrictOption, apply_strictness
 from ldm.commands.progress import show_progress
@@ -19,33 +23,141 @@ if TYPE_CHECKING:
     from ldm.config import Recipe
     from ldm.train.task import TrainingTask
 
+ForeignCommand = tuple[str, Sequence[str]]  # --like-diffusers or --like-kohya, and the words that follow
+FOREIGN_OPTIONS = ("--like-diffusers", "--like-kohya")
+OWN_OPTIONS = {  # of `ldm train`, also within another's command line: how many words each takes
+    **dict.fromkeys(("--set", "--push", "--write-recipe"), 2),
+    **dict.fromkeys(("--strict", "--lenient", "--recipe-only"), 1),
+}
 MAX_EXAMPLES = 3  # of each kind of issue, in the table
 RecipeArgument = Annotated[Path, typer.Argument(metavar="RECIPE.yaml", show_default=False)]
 OverridesOption = Annotated[list[str] | None, typer.Option("--set", help="key.path=value, as in the recipe.")]
 
 
-def train(recipe: RecipeArgument, overrides: OverridesOption = None, strict: StrictOption = None) -> None:
+class TrainCommand(TyperCommand):
+    """`ldm train`: what follows --like-diffusers or --like-kohya is another tool's command line, but for our options.
+
+    It is kept as it is in `context.obj`: (option, words).
+    """
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        names = [arg.replace("_", "-") for arg in args]
+        place = next((k for k, name in enumerate(names) if name in FOREIGN_OPTIONS), None)
+        if place is not None:
+            own, words = split_own_options(args[place + 1 :])
+            ctx.obj, args = (names[place], words), [*args[:place], *own]
+        return super().parse_args(ctx, args)
+
+
+def split_own_options(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Our options among the words of another tool's command line, and the others."""
+    own: list[str] = []
+    others: list[str] = []
+    rest = [*words]
+    while rest:
+        name = rest[0].partition("=")[0]
+        count = OWN_OPTIONS.get(name, 0) if "=" not in rest[0] else 1
+        (own if name in OWN_OPTIONS else others).extend(rest[: count or 1])
+        del rest[: count or 1]
+    return own, others
+
+
+def train(
+    context: Context,
+    recipe: Annotated[Path | None, typer.Argument(metavar="RECIPE.yaml", show_default=False)] = None,
+    overrides: OverridesOption = None,
+    strict: StrictOption = None,
+    push: Annotated[
+        str | None, typer.Option(metavar="OWNER/NAME", help="Upload the trained weights to the hub.")
+    ] = None,
+    write_recipe: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write the recipe to a file, too.", show_default=False)
+    ] = None,
+    recipe_only: Annotated[bool, typer.Option("--recipe-only", help="Print the recipe, and do not train.")] = False,
+    like_diffusers: Annotated[
+        str | None, typer.Option(metavar="SCRIPT ...", help="A command line of diffusers' training scripts follows.")
+    ] = None,
+    like_kohya: Annotated[
+        str | None, typer.Option(metavar="SCRIPT ...", help="A command line of kohya's sd-scripts follows.")
+    ] = None,
+) -> None:
     """Train from a recipe; the same command again resumes. Prints the folder of the trained weights."""
-    loaded = load_checked_recipe(recipe, overrides, strict)
+    overrides = [*(overrides or []), *([f"hub_model_id={push}"] if push else [])]
+    if context.obj is None and recipe is None:
+        raise ValueError("RECIPE.yaml, --like-diffusers or --like-kohya is needed")
+    if context.obj is not None and recipe is not None:
+        raise ValueError(f"{recipe}: {context.obj[0]} makes a recipe of its own")
+    loaded = load_checked_recipe(recipe or context.obj, overrides, strict)
+    show_recipe(loaded, context.obj, write_recipe, recipe_only)
+    if not recipe_only:
+        run_training(loaded)
+
+
+def run_training(recipe: Recipe) -> None:
+    """Train, upload the export if the recipe says so, and print its folder."""
     from ldm.train.state import check_run_folder
-    from ldm.train.trainer import train_model
+    from ldm.train.trainer import get_partial_state, train_model
 
-    check_run_folder(loaded.output_dir)
-    preflight(loaded)
-    print(train_model(loaded, create_task(loaded)))
+    check_run_folder(recipe.output_dir)
+    preflight(recipe)
+    is_pushed = recipe.hub_model_id is not None and get_partial_state().is_main_process
+    if is_pushed:
+        prepare_push(recipe)
+    folder = train_model(recipe, create_task(recipe))
+    if is_pushed:
+        push_export(recipe, folder)
+    print(folder)
 
 
-def load_checked_recipe(path: Path, overrides: list[str] | None, strict: bool | None = None) -> Recipe:
-    """A recipe whose names are known, with its steps; ValueError before anything is written.
+def show_recipe(recipe: Recipe, foreign: ForeignCommand | None, file: Path | None, on_stdout: bool) -> None:
+    """Write a recipe to a file, and print it: alone on stdout, or on stderr where it was made of another's command."""
+    from ldm.files import atomic_write
+    from ldm.train.foreign_recipes import recipe_to_yaml
 
-    `strict` sets an image dataset's `strict`; False its `skip_broken`, too.
+    text = recipe_to_yaml(recipe, [foreign[0], *foreign[1]] if foreign else ())
+    if file is not None:
+        with atomic_write(file) as draft:
+            draft.write_text(text, encoding="utf-8")
+    if on_stdout:
+        print(text, end="")
+    elif foreign is not None and file is None:
+        print(text, end="", file=sys.stderr)
+
+
+def prepare_push(recipe: Recipe) -> None:
+    """Make the hub's repository before hours of training; ValueError where it cannot be made."""
+    from ldm.checkpoints.hub import create_repo
+
+    create_repo(recipe.hub_model_id or "", recipe.hub_private_repo)
+
+
+def push_export(recipe: Recipe, folder: Path) -> None:
+    """Upload a training's export; ValueError says where it lies, and how to upload it later."""
+    from ldm.checkpoints.hub import upload_folder
+
+    repo = recipe.hub_model_id or ""
+    try:
+        address = upload_folder(folder, repo, recipe.hub_private_repo, None, "Upload the trained weights")
+    except ValueError as error:
+        raise ValueError(f"{error}; the weights are in {folder}: upload them by `hf upload {repo} {folder}`") from None
+    print(f"uploaded: {address}", file=sys.stderr)
+
+
+def load_checked_recipe(
+    source: Path | ForeignCommand, overrides: list[str] | None, strict: bool | None = None
+) -> Recipe:
+    """A recipe, of a file or of another tool's command, whose names are known, with its steps.
+
+    `strict` sets an image dataset's `strict`; False its `skip_broken`, too. ValueError before anything is written.
     """
     apply_strictness(strict)
     from ldm.config import ImageDataConfig, load_recipe
     from ldm.data.image_dataset import resolve_num_train_epochs
+    from ldm.train.foreign_recipes import read_foreign_command
     from ldm.train.optimizers import check_recipe
 
-    loaded = load_recipe(path, overrides or [])
+    more = overrides or []
+    loaded = read_foreign_command(*source, more) if isinstance(source, tuple) else load_recipe(source, more)
     check_recipe(loaded)
     if loaded.num_train_epochs is not None and loaded.max_train_steps:
         warn_of_input("max_train_steps overrides num_train_epochs")
