@@ -46,7 +46,7 @@ def test_other_tools_names_are_ours(names, pipe):
         assert request.sampler == sampler and request.spacing == (spacing or pipe.resolve(Request("a")).spacing)
 
 
-@pytest.mark.parametrize("sampler", A1111_SAMPLERS.keys() & SAMPLERS)
+@pytest.mark.parametrize("sampler", sorted(A1111_SAMPLERS.keys() & SAMPLERS))
 def test_what_is_written_into_images_is_read_back(sampler, pipe):
     for spacing in A1111_SPACINGS.keys() & SPACINGS:
         request = pipe.resolve(Request("a", sampler=sampler, spacing=spacing, num_inference_steps=5))

@@ -115,7 +115,7 @@ def load_checkpoint(
         encoders,
         schedule.sde,
         schedule.prediction,
-        {"sampler": schedule.sampler, "spacing": schedule.spacing, **spec.generation_defaults},
+        {**schedule.generation_defaults, **spec.generation_defaults},
         hashes,
         spec.force_zeros_for_empty_prompt,
         family,

@@ -28,7 +28,7 @@ from ldm.checkpoints.schedule import (
 from ldm.checkpoints.tensors import PICKLE_MESSAGE, PICKLE_SUFFIXES, SafetensorsFile, dequantize, open_safetensors
 from ldm.diffusion.prediction import PREDICTIONS, Prediction
 from ldm.diffusion.samplers import SAMPLERS
-from ldm.diffusion.timesteps import SPACINGS
+from ldm.diffusion.timesteps import FINAL_SIGMAS_TYPES, SPACINGS
 from ldm.errors import choose, error_text, warn_of_input
 from ldm.files import read_json
 from ldm.nn import text_encoders
@@ -312,7 +312,11 @@ def read_generation_config(folder: Path) -> dict[str, Any]:
 
 
 def _check_generation_config(config: dict[str, Any]) -> dict[str, Any]:
-    tables: dict[str, Mapping[str, Any]] = {"sampler": SAMPLERS, "spacing": SPACINGS}
+    tables: dict[str, Mapping[str, Any]] = {
+        "sampler": SAMPLERS,
+        "spacing": SPACINGS,
+        "final_sigmas_type": dict.fromkeys(FINAL_SIGMAS_TYPES),
+    }
     for name, value in config.items():
         if name in tables:
             choose(tables[name], value, name)

@@ -21,6 +21,7 @@ from ldm.checkpoints.scheduler_classes import (
 )
 from ldm.diffusion.prediction import PREDICTIONS, Prediction
 from ldm.diffusion.sde import BETA_SCHEDULES, VPSDE, rescale_zero_terminal_snr
+from ldm.diffusion.timesteps import FINAL_SIGMAS_TYPES
 from ldm.errors import choose, warn_of_input
 
 PREDICTION_TYPES = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}  # diffusers' names: ours
@@ -37,6 +38,13 @@ class SchedulerSettings(NamedTuple):
     prediction: Prediction
     sampler: str
     spacing: str
+    final_sigmas_type: str = "zero"
+
+    @property
+    def generation_defaults(self) -> dict[str, str]:
+        """The settings of a request that they stand for."""
+        final = {} if self.final_sigmas_type == "zero" else {"final_sigmas_type": self.final_sigmas_type}
+        return {"sampler": self.sampler, "spacing": self.spacing, **final}
 
 
 def load_scheduler_config(path: Path, **overrides: Any) -> SchedulerSettings:
@@ -68,8 +76,10 @@ def parse_scheduler_config(config: Mapping[str, Any]) -> SchedulerSettings:
             raise ValueError(f"scheduler config: {name} = {read[name]!r} is not supported, only {allowed}")
     prediction = choose(PREDICTION_TYPES, read.get("prediction_type", "epsilon"), "prediction_type")
     sampler = _resolve_solver(read, kind) if kind.solvers else kind.sampler
+    sampler = next((name for flag, name in kind.flags.items() if read.get(flag)), sampler)
     sde = VPSDE.tabulated(compute_alphas_cumprod(config))
-    return SchedulerSettings(sde, PREDICTIONS[prediction], sampler, _resolve_spacing(read, kind))
+    spacing, final = _resolve_spacing(read, kind), _resolve_final(read, kind)
+    return SchedulerSettings(sde, PREDICTIONS[prediction], sampler, spacing, final)
 
 
 def list_ignored_fields(config: Mapping[str, Any], quiet: bool = True) -> list[str]:
@@ -134,6 +144,16 @@ def _resolve_spacing(config: Mapping[str, Any], scheduler: SchedulerSpec) -> str
         raise ValueError(f"{' and '.join(flags)}: one spacing is needed")
     spacing = choose(scheduler.spacings, config.get("timestep_spacing", scheduler.spacing), "timestep_spacing")
     return SIGMA_FLAG_SPACINGS[flags[0]] if flags else spacing
+
+
+def _resolve_final(config: Mapping[str, Any], scheduler: SchedulerSpec) -> str:
+    """Where the grid ends: `Request.final_sigmas_type`."""
+    value = config.get(scheduler.final_field)
+    if value is None:
+        return scheduler.final
+    if scheduler.final_field == "set_alpha_to_one":
+        return "zero" if value else "sigma_min"
+    return choose({name: name for name in FINAL_SIGMAS_TYPES}, value, scheduler.final_field)
 
 
 def compute_alphas_cumprod(config: Mapping[str, Any]) -> torch.Tensor:

@@ -25,8 +25,9 @@ class SchedulerSpec(NamedTuple):
     """A scheduler class: its sampler and spacing, the class's own defaults, and the fields that it reads.
 
     `solvers` are the samplers by `algorithm_type` and `solver_order` where the class has these, `solver_types` the
-    values of `solver_type` that leave them as they are, and `spacings` its grids. `exact` says that its samples are
-    ours, up to the last step: otherwise the sampler is the nearest of ours.
+    values of `solver_type` that leave them as they are, and `spacings` its grids. `flags` are samplers by a true field.
+    `final` is where its grids end, the clean image ("zero") or the model's lowest level ("sigma_min"), unless its
+    `final_field` says otherwise. `exact` says that its samples are ours: otherwise the sampler is the nearest of ours.
     """
 
     sampler: str
@@ -36,6 +37,9 @@ class SchedulerSpec(NamedTuple):
     solvers: Mapping[tuple[str, int], str] = {}
     solver_types: tuple[str, ...] = ()
     spacings: Mapping[str, str] = PLAIN_SPACINGS
+    flags: Mapping[str, str] = {}
+    final: str = "zero"
+    final_field: str = ""
     exact: bool = True
 
     @property
@@ -52,15 +56,24 @@ DPM_SOLVERS = {
     ("sde-dpmsolver++", 2): "dpmpp_2m_sde",
     ("sde-dpmsolver++", 3): "dpmpp_3m_sde",
 }
-SINGLESTEP_SOLVERS = {("dpmsolver++", 1): "ddim", ("dpmsolver++", 2): "dpmpp_2s"}
+SINGLESTEP_SOLVERS = {
+    ("dpmsolver++", 1): "ddim",
+    ("dpmsolver++", 2): "dpmpp_singlestep",
+    ("dpmsolver++", 3): "dpmpp_singlestep_3",
+}
 UNIPC_SOLVERS = {("", 1): "unipc_1", ("", 2): "unipc", ("", 3): "unipc_3"}  # it has no algorithm_type
-DEIS_SOLVERS = {("deis", 1): "ddim", ("deis", 2): "dpmpp_2m", ("deis", 3): "dpmpp_3m"}  # exponential integrators too
+DEIS_SOLVERS = {("deis", 1): "ddim", ("deis", 2): "deis", ("deis", 3): "deis_3"}
 ALGORITHM_ALIASES = {  # what a class reads another class's algorithm_type as
     "DPMSolverMultistepScheduler": {"deis": "dpmsolver++"},
     "DPMSolverSinglestepScheduler": {"deis": "dpmsolver++"},
     "DEISMultistepScheduler": {"dpmsolver": "deis", "dpmsolver++": "deis"},
 }
-DDIM = SchedulerSpec("ddim", "leading", f"{GRID} {CLIP} {THRESHOLD} set_alpha_to_one rescale_betas_zero_snr")
+DDIM = SchedulerSpec(
+    "ddim",
+    "leading",
+    f"{GRID} {CLIP} {THRESHOLD} set_alpha_to_one rescale_betas_zero_snr",
+    final_field="set_alpha_to_one",
+)
 DDPM = SchedulerSpec("ddpm", "leading", f"{GRID} {CLIP} {THRESHOLD} variance_type rescale_betas_zero_snr")
 KDPM2_BETAS = "linear", 0.00085, 0.012
 LCM_BETAS = "scaled_linear", 0.00085, 0.012
@@ -69,13 +82,19 @@ DIFFUSERS_SCHEDULERS = {
     "DDIMParallelScheduler": DDIM,
     "DDPMScheduler": DDPM,
     "DDPMParallelScheduler": DDPM,
-    "PNDMScheduler": SchedulerSpec(  # a linear multistep method; ours is of order 2
-        "dpmpp_2m", "leading", f"{GRID} set_alpha_to_one skip_prk_steps", exact=False
+    "PNDMScheduler": SchedulerSpec(
+        "pndm",
+        "leading",
+        f"{GRID} set_alpha_to_one skip_prk_steps",
+        flags={"skip_prk_steps": "plms"},
+        final="sigma_min",
+        final_field="set_alpha_to_one",
     ),
     "EulerDiscreteScheduler": SchedulerSpec(
         "euler",
         fields=f"""{GRID} {SIGMAS} interpolation_type sigma_min sigma_max timestep_type final_sigmas_type
         rescale_betas_zero_snr""",
+        final_field="final_sigmas_type",
     ),
     "EulerAncestralDiscreteScheduler": SchedulerSpec("euler_ancestral", fields=f"{GRID} rescale_betas_zero_snr"),
     "HeunDiscreteScheduler": SchedulerSpec("heun", fields=f"{GRID} {SIGMAS} {CLIP}", betas=KDPM2_BETAS),
@@ -87,14 +106,15 @@ DIFFUSERS_SCHEDULERS = {
         solvers=DPM_SOLVERS,
         solver_types=("midpoint", "logrho", "bh1", "bh2"),  # the last three are read as midpoint
         spacings=MULTISTEP_SPACINGS,
+        final_field="final_sigmas_type",
     ),
-    "DPMSolverSinglestepScheduler": SchedulerSpec(  # its middle points are points of the grid
-        "dpmpp_2s",
+    "DPMSolverSinglestepScheduler": SchedulerSpec(
+        "dpmpp_singlestep",
         fields=f"{SOLVER} algorithm_type final_sigmas_type lambda_min_clipped variance_type",
         solvers=SINGLESTEP_SOLVERS,
         solver_types=("midpoint", "logrho", "bh1", "bh2"),
         spacings=SINGLE_SPACINGS,
-        exact=False,
+        final_field="final_sigmas_type",
     ),
     "UniPCMultistepScheduler": SchedulerSpec(
         "unipc",
@@ -103,21 +123,18 @@ DIFFUSERS_SCHEDULERS = {
         solvers=UNIPC_SOLVERS,
         solver_types=("bh2", "midpoint", "heun", "logrho"),  # the last three are read as bh2
         spacings=MULTISTEP_SPACINGS,
+        final_field="final_sigmas_type",
     ),
     "DEISMultistepScheduler": SchedulerSpec(
-        "dpmpp_2m",
+        "deis",
         fields=f"{GRID} {SOLVER} algorithm_type",
         solvers=DEIS_SOLVERS,
         solver_types=("logrho", "midpoint", "heun", "bh1", "bh2"),
         spacings=MULTISTEP_SPACINGS,
-        exact=False,
+        final="sigma_min",
     ),
-    "KDPM2DiscreteScheduler": SchedulerSpec(  # also second-order, single-step
-        "heun", fields=f"{GRID} {SIGMAS}", betas=KDPM2_BETAS, exact=False
-    ),
-    "KDPM2AncestralDiscreteScheduler": SchedulerSpec(
-        "euler_ancestral", fields=f"{GRID} {SIGMAS}", betas=KDPM2_BETAS, exact=False
-    ),
+    "KDPM2DiscreteScheduler": SchedulerSpec("dpm_2", fields=f"{GRID} {SIGMAS}", betas=KDPM2_BETAS),
+    "KDPM2AncestralDiscreteScheduler": SchedulerSpec("dpm_2_ancestral", fields=f"{GRID} {SIGMAS}", betas=KDPM2_BETAS),
     "SASolverScheduler": SchedulerSpec(  # a stochastic Adams method; ours renews the noise of all steps
         "dpmpp_2m_sde",
         fields=f"""{GRID} {SIGMAS} {THRESHOLD} predictor_order corrector_order tau_func algorithm_type lower_order_final
@@ -128,7 +145,7 @@ DIFFUSERS_SCHEDULERS = {
         exact=False,
     ),
     "LCMScheduler": SchedulerSpec("lcm", "leading", CONSISTENCY, LCM_BETAS, spacings=LCM_SPACINGS),
-    "TCDScheduler": SchedulerSpec("tcd", "leading", CONSISTENCY, LCM_BETAS, spacings=LCM_SPACINGS),
+    "TCDScheduler": SchedulerSpec("tcd", "leading", CONSISTENCY, LCM_BETAS, spacings=LCM_SPACINGS, final="sigma_min"),
 }
 EDM = "EDM's networks read x / sqrt(sigma^2 + sigma_data^2) and log(sigma) / 4, not Stable Diffusion's x and timesteps"
 FLOW_MATCHING = "flow matching's networks predict noise - x_0 at (1 - t) x_0 + t noise, not Stable Diffusion's eps or v"
@@ -182,11 +199,9 @@ IGNORED_FIELDS = {
     "clip_sample": IgnoredField("False, as diffusers' pipelines set it", (False, None)),
     "clip_sample_range": IgnoredField("of clip_sample", ()),
     "steps_offset": IgnoredField("1, as diffusers' pipelines set it", (1,)),
-    "set_alpha_to_one": IgnoredField("our last step always ends at sigma = 0", (True,), quiet=True),
-    "final_sigmas_type": IgnoredField("our last step always ends at sigma = 0", ("zero",)),
+    "set_alpha_to_one": IgnoredField("of no effect in its class", ()),
     "euler_at_final": IgnoredField("our last step, to sigma = 0, is Euler's in any case", ()),
     "lower_order_final": IgnoredField("our samplers lower the order by the lengths of the steps", (True,), quiet=True),
-    "skip_prk_steps": IgnoredField("the sampler has its own start", (True,), quiet=True),
     "sigma_min": IgnoredField("our grids span the whole schedule", (None,)),
     "sigma_max": IgnoredField("our grids span the whole schedule", (None,)),
     "dynamic_thresholding_ratio": IgnoredField("of thresholding alone, which is refused", ()),

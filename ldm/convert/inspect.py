@@ -214,7 +214,7 @@ def _schedule_and_defaults(config: Mapping[str, Any], defaults: Mapping[str, Any
     settings = parse_scheduler_config(config)
     return {
         "schedule": {name: config[name] for name in SDE_CONFIG_FIELDS if config.get(name) is not None},
-        "defaults": {"sampler": settings.sampler, "spacing": settings.spacing, **defaults},
+        "defaults": {**settings.generation_defaults, **defaults},
     }
 
 

@@ -128,7 +128,7 @@ SAMPLERS: dict[str, SamplerSpec] = {
     "dpm_2_ancestral": SamplerSpec(dpm_2_ancestral, 2, True, "k-diffusion, sample_dpm_2_ancestral", ANCESTRAL),
     "lms": SamplerSpec(lms, 2, False, "k-diffusion, sample_lms"),
     "plms": SamplerSpec(plms, 2, False, "Liu et al. 2022 (PNDM); diffusers, PNDMScheduler with skip_prk_steps"),
-    "pndm": SamplerSpec(pndm, 2, False, "Liu et al. 2022 (PNDM), algorithm 2", min_steps=6),
+    "pndm": SamplerSpec(pndm, 2, False, "Liu et al. 2022 (PNDM), algorithm 2"),
     "deis": SamplerSpec(deis, 2, False, "Zhang & Chen 2023 (DEIS), tAB in log rho, order 2"),
     "deis_3": SamplerSpec(partial(deis, order=3), 2, False, "Zhang & Chen 2023 (DEIS), tAB in log rho, order 3"),
     "dpmpp_2s": SamplerSpec(dpmpp_2s, 2, False, f"{LU}, algorithm 1"),

@@ -178,7 +178,8 @@ def dpmpp_singlestep(x: Tensor, grid: TimeGrid, noise: Noise, order: int = 2) ->
     for now, to in pairwise(grid):
         x0 = yield x, now
         h = h_of(now, to)
-        if len(history) == order or h > MAX_EXTRAPOLATED_H or (history and history[-1][0].alpha == 0):
+        is_long = h > MAX_EXTRAPOLATED_H and (to.sigma == 0 or now.sigma_over_alpha > MIDPOINT_SIGMA)
+        if len(history) == order or is_long or (history and history[-1][0].alpha == 0):
             history = []
         if not history:
             start = x
@@ -189,7 +190,7 @@ def dpmpp_singlestep(x: Tensor, grid: TimeGrid, noise: Noise, order: int = 2) ->
         elif len(history) == 3:
             x0 = mean_of_interpolant([history[0], history[-1]], begin, to)
         x = ode_step(start, x0, begin, to)
-        if h > MAX_EXTRAPOLATED_H:
+        if is_long:
             history = []
     return x
 

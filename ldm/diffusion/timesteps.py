@@ -22,6 +22,7 @@ from ldm.errors import list_some
 MIN_LOG_SNR = -10.0
 MAX_BETA_SIGMA = 50.0
 LCM_STEPS = 50  # `original_inference_steps` of diffusers
+FINAL_SIGMAS_TYPES = "zero", "sigma_min"  # a grid ends at the clean image, or by `end_at_lowest`
 MIN_START = 0.5  # x is N(0, I) at a grid's first time
 
 
@@ -191,6 +192,16 @@ def grid_at_sigmas(sde: VPSDE, sigmas: Sequence[float]) -> TimeGrid:
     if not noisy or any(a <= b for a, b in pairwise(noisy)) or not 0 < noisy[-1] <= noisy[0] < math.inf:
         raise ValueError(f"sigmas {list_some(sigmas)}: must fall, and be above 0, but for the last")
     return TimeGrid(sde, (*sde.levels_at_sigmas(noisy), CLEAN_LEVEL))
+
+
+def end_at_lowest(grid: TimeGrid) -> TimeGrid:
+    """The grid with the model's lowest level, timestep 0, in place of the clean image at its end.
+
+    That is diffusers' `final_sigmas_type` "sigma_min", and `set_alpha_to_one` False. Where that is the last level
+    anyway, the grid ends there, and not in a step of no length.
+    """
+    lowest = grid.sde.level_at_timestep(0)
+    return TimeGrid(grid.sde, (*(level for level in grid[:-1] if level.t > lowest.t * (1 + 1e-9)), lowest))
 
 
 def clip_grid(grid: TimeGrid, start: float, end: float) -> TimeGrid:

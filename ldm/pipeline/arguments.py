@@ -69,12 +69,15 @@ def add_diffusers_defaults(pipe: Models, values: dict[str, Any], options: CallOp
     """What a class of `ldm.compat` does as diffusers where `Pipeline` does otherwise.
 
     The noise is torch's own without a generator; a guidance scale of 1 or less is none (a scale of 0 is the
-    unconditional model to us); inpainting is done at the model's own size; SDXL has other denoising strengths.
+    unconditional model to us); eta is 0, which only DDIM and TCD read; inpainting is done at the model's own size; SDXL
+    has other denoising strengths.
     """
     if options.generator is None and values.get("seed") is None and values.get("latents") is None:
         options.generator = torch.default_generator
     if (scale := values.get("guidance_scale")) is not None:
         values["guidance_scale"] = np.maximum(np.asarray(scale, float), 1.0).tolist()
+    sampler = values.get("sampler") or pipe.model.generation_defaults.get("sampler")
+    values["eta"] = (values.get("eta") or 0.0) if sampler in ("ddim", "tcd") else None
     if values.get("image") is None:
         return
     if values.get("mask") is not None:

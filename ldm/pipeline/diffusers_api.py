@@ -101,7 +101,8 @@ class DiffusersAPI:
             options = {name: value for name, value in after.items() if value != before[name]}
             changes = {"sde": settings.sde, "prediction": settings.prediction}
             changes["load_options"] = {**model.load_options, **options}
-        defaults = {**model.generation_defaults, "sampler": settings.sampler, "spacing": settings.spacing}
+        others = {name: v for name, v in model.generation_defaults.items() if name != "final_sigmas_type"}
+        defaults = {**others, **settings.generation_defaults}
         self._set_model(replace(model, generation_defaults=defaults, scheduler_config=config, **changes))
 
     def _tabulated_scheduler_config(self) -> dict[str, Any]:
@@ -302,8 +303,7 @@ class DiffusersAPI:
             save_clip_tokenizer(encoder.tokenizer, folder / name)
         (folder / "scheduler").mkdir(exist_ok=True)
         write_json(dict(self.scheduler.config), folder / "scheduler" / "scheduler_config.json")
-        settings = parse_scheduler_config(self.scheduler.config)
-        implied = {"sampler": settings.sampler, "spacing": settings.spacing}
+        implied = parse_scheduler_config(self.scheduler.config).generation_defaults
         defaults = {name: v for name, v in model.generation_defaults.items() if implied.get(name) != v}
         write_json(defaults, folder / GENERATION_CONFIG_NAME)
         write_json(self._model_index(), folder / MODEL_INDEX_NAME)

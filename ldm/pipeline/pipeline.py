@@ -209,6 +209,13 @@ class Pipeline(AdaptersAPI, DiffusersAPI):
         )
         return {"parameters": infotext, "ldm": json.dumps(record)}
 
+    def _defaults(self, request: Request) -> dict[str, Any]:
+        """The model's settings for a request; where the steps end is a matter of the model's own sampler."""
+        defaults = dict(self.model.generation_defaults)
+        if request.sampler not in (None, defaults.get("sampler")):
+            defaults.pop("final_sigmas_type", None)
+        return defaults
+
     def resolve(self, request: Request) -> Request:
         """The request with the model's defaults filled in; ValueError for one that cannot be generated."""
         multiple = vae_scale_factor(self.model.vae)
@@ -226,7 +233,7 @@ class Pipeline(AdaptersAPI, DiffusersAPI):
             height=height if request.height is None else request.height,
             width=width if request.width is None else request.width,
             strength=default_strength(request) if request.strength is None else request.strength,
-            **{name: value for name, value in self.model.generation_defaults.items() if getattr(request, name) is None},
+            **{name: value for name, value in self._defaults(request).items() if getattr(request, name) is None},
         )
         check_request(filled, multiple)
         unread = [name for name in READ_BY_CFG if getattr(request, name)]

@@ -120,6 +120,7 @@ class Request:
     """Everything that one image depends on beside the model. Sizes are pixels; None is the model's default.
 
     negative_prompt: None is the model's own unconditional input: zeros for SDXL, the embedding of "" otherwise.
+    eta, s_churn, s_tmin, s_tmax, s_noise: options of some samplers (`SamplerSpec.options`), as in k-diffusion.
     guidance_interval: guides where sigma/alpha is in (low, high]; high None is no limit.
     clip_skip: counts layers of the text encoders as diffusers does: 0 is the model's own layer, 1 the one before it;
         unlike there, it applies to the negative prompt too.
@@ -131,6 +132,8 @@ class Request:
     original_size, crops_coords_top_left, target_size: SDXL's micro-conditioning, each (height, width); None is the size
         of the image. Those of the negative prompt are the same unless `negative_...` say otherwise.
     timesteps, sigmas: the network's timesteps, or sigma/alpha, in place of `num_inference_steps` and `spacing`.
+    final_sigmas_type: where the steps end, "zero" or, the model's lowest level, "sigma_min"; the model's is that of its
+        own sampler.
     denoising_start, denoising_end: only the steps between these shares of the training timesteps (`clip_grid`).
     output_type: "pil", or "latent": the sample itself [C, h, w], as the U-Net scales it, in place of an image.
     latents: the sample [C, h, w] at the first noise level, in place of the seed's N(0, I).
@@ -176,7 +179,19 @@ class Request:
     spacing: str | None = _field(
         None, parse_text, "Timestep spacing: trailing, karras, ...: `ldm info` lists all.", aliases=("scheduler",)
     )  # `scheduler` is ComfyUI's name; diffusers' schedulers are samplers
-    eta: float = _field(0.0, parse_float, "Noise of DDIM's steps: 0 is the ODE, 1 as in DDPM.", low=0, high=1)
+    eta: float | None = _field(
+        None,
+        parse_float,
+        "Noise of a step: 0 is none (DDIM's own), 1 as in DDPM (ancestral ones').",
+        low=0,
+        high=1,
+    )
+    s_churn: float | None = _field(
+        None, parse_float, "Noise added before the steps of euler, heun and dpm_2.", low=0, high=1000
+    )
+    s_tmin: float | None = _field(None, parse_float, low=0, high=math.inf)
+    s_tmax: float | None = _field(None, parse_float, low=0, high=math.inf)
+    s_noise: float | None = _field(None, parse_float, "Scale of the noise that a sampler adds.", low=0, high=10)
     guidance_rescale: float = _field(0.0, parse_float, "Rescale the guided output, 0 to 1.", low=0, high=1)
     guidance_interval: tuple[float, float | None] | None = _field(
         None, parse_interval, "Guide only while sigma/alpha is in (LOW, HIGH]."
@@ -201,6 +216,7 @@ class Request:
     # of Python alone; recorded where they are not the default
     timesteps: tuple[float, ...] | None = None
     sigmas: tuple[float, ...] | None = None
+    final_sigmas_type: str | None = None
     denoising_start: float | None = None
     denoising_end: float | None = None
     negative_original_size: tuple[int, int] | None = None
@@ -281,6 +297,8 @@ def complete_record(values: Any) -> dict[str, Any]:
             raise ValueError(f"request: {name} {value!r:.60}: not of its type")
     if "prompt" not in values:
         raise ValueError("request: no prompt")
+    if "s_noise" not in values and values.get("eta") == 0:  # of a version in which 0 stood for the sampler's own
+        values = {**values, "eta": None}
     return {**Request("").to_record(), **values}
 
 
@@ -358,7 +376,7 @@ def upscale_size(size: tuple[int, int], factor: float, multiple: int) -> tuple[i
 def check_request(request: Request, multiple: int) -> None:
     """ValueError for a value out of range, in a request with all defaults filled in."""
     from ldm.diffusion.samplers import SAMPLERS
-    from ldm.diffusion.timesteps import SPACINGS
+    from ldm.diffusion.timesteps import FINAL_SIGMAS_TYPES, SPACINGS
 
     _check_edit_inputs(request)
     for name, spec in REQUEST_FIELDS.items():
@@ -374,8 +392,8 @@ def check_request(request: Request, multiple: int) -> None:
     if steps < sampler.min_steps:
         raise ValueError(f"steps {steps}: sampler {request.sampler} needs {sampler.min_steps} or more")
     choose(SPACINGS, request.spacing or "", "spacing")
-    if request.eta and request.sampler != "ddim":
-        raise ValueError(f"eta {request.eta}: must be 0 for samplers other than ddim")
+    _check_sampler_options(request)
+    choose(dict.fromkeys(FINAL_SIGMAS_TYPES), request.final_sigmas_type or "zero", "final_sigmas_type")
     for name in (*TIME_ID_FIELDS, *(f"negative_{name}" for name in TIME_ID_FIELDS)):
         pair = getattr(request, name)
         if pair is not None and (len(pair) != 2 or not all(isinstance(n, int) and 0 <= n <= 2**16 for n in pair)):
@@ -384,6 +402,16 @@ def check_request(request: Request, multiple: int) -> None:
     choose({"pil": 0, "latent": 0}, request.output_type, "output_type")
     if request.output_type == "latent" and request.upscale:
         raise ValueError("output_type 'latent': a request with upscale gives an image")
+
+
+def _check_sampler_options(request: Request) -> None:
+    """ValueError for an option that the sampler does not have; an eta of 0 is no noise, which others have anyway."""
+    from ldm.diffusion.samplers import SAMPLERS
+
+    for name in dict.fromkeys(name for spec in SAMPLERS.values() for name in spec.options):
+        value, owners = getattr(request, name), [k for k, spec in SAMPLERS.items() if name in spec.options]
+        if value is not None and request.sampler not in owners and (name != "eta" or value):
+            raise ValueError(f"{name} {value}: {request.sampler} has none; samplers that do: {', '.join(owners)}")
 
 
 def _warn_of_single_step(request: Request) -> None:

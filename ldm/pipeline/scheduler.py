@@ -22,11 +22,11 @@ from ldm.diffusion.denoiser import Denoise, Denoiser
 from ldm.diffusion.guidance import classifier_free_guidance, inpaint
 from ldm.diffusion.samplers import SAMPLERS, check_finite
 from ldm.diffusion.sde import VPSDE
-from ldm.diffusion.singlestep import ddim
 from ldm.diffusion.timesteps import (
     SPACINGS,
     TimeGrid,
     clip_grid,
+    end_at_lowest,
     grid_at_sigmas,
     grid_at_timesteps,
     truncate_grid,
@@ -73,7 +73,7 @@ class SampleGroup:
     def __init__(self, members: Sequence[RunningRequest], x: Tensor, grid: TimeGrid, noise: Noise) -> None:
         self.members = members
         request = members[0].request
-        sampler = partial(ddim, eta=request.eta) if request.eta else SAMPLERS[request.sampler or ""].function
+        sampler = SAMPLERS[request.sampler or ""].with_options(vars(request))
         self.coroutine = check_finite(sampler)(x, grid, noise)
         self.x, self.grid, self.level = x, grid, grid[0]
         self.progress = self._reported_progress = 0.0
@@ -247,11 +247,13 @@ class BatchScheduler:
 
         def group_key(member: RunningRequest) -> tuple:
             r = member.request
-            adaptive = SAMPLERS[r.sampler or ""].adaptive  # its steps would depend on the other rows
+            spec = SAMPLERS[r.sampler or ""]
             shape = r.height, r.width, self.prompt_encoder.num_chunks(r)
-            settings = r.sampler, r.spacing, r.num_inference_steps, r.eta, r.strength, r.output_type
-            grid = r.timesteps, r.sigmas, r.denoising_start, r.denoising_end
-            return *shape, *settings, *grid, member.index if adaptive else None
+            settings = r.sampler, r.spacing, r.num_inference_steps, r.strength, r.output_type
+            grid = r.timesteps, r.sigmas, r.final_sigmas_type, r.denoising_start, r.denoising_end
+            options = (getattr(r, name) for name in spec.options)
+            # the steps of an adaptive sampler would depend on the other rows
+            return *shape, *settings, *grid, *options, member.index if spec.adaptive else None
 
         return [self._start(list(members)) for _, members in groupby(arrivals, group_key)]
 
@@ -309,6 +311,8 @@ class BatchScheduler:
             grid = grid_at_sigmas(sde, request.sigmas)
         else:
             grid = make_time_grid(sde, request.spacing or "", request.num_inference_steps or 0)
+        if request.final_sigmas_type == "sigma_min":
+            grid = end_at_lowest(grid)
         if request.strength is not None:
             grid = truncate_grid(grid, request.strength)
         start, end = request.denoising_start, request.denoising_end

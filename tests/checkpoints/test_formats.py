@@ -198,7 +198,8 @@ def test_what_diffusers_saves_is_loaded(theirs, tmp_path, kind, way):
     xl = kind == "xl"
     assert model.force_zeros_for_empty_prompt == xl and model.family is None
     expected = {"num_inference_steps": 50, "guidance_scale": 5.0 if xl else 7.5, "spacing": "leading"}
-    assert model.generation_defaults == {**expected, "sampler": "euler" if xl else "dpmpp_2m"}
+    own = {"sampler": "euler"} if xl else {"sampler": "plms", "final_sigmas_type": "sigma_min"}
+    assert model.generation_defaults == {**expected, **own}
     assert [t.with_projection for t in model.text_encoders] == ([False, True] if xl else [False])
     assert {(t.layer_idx, t.final_norm) for t in model.text_encoders} == ({(-2, False)} if xl else {(-1, True)})
     assert [t.tokenizer.pad_token for t in model.text_encoders] == ["<|endoftext|>", "!</w>"][

@@ -5,6 +5,8 @@ they would draw a sample of it.
 """
 
 import functools
+import json
+import shutil
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -18,6 +20,7 @@ from diffusers_models import NEGATIVE, PROMPT, SCHEDULE, UNCHECKED, distilled, p
 from PIL import Image
 from transformers import CLIPTextModel, CLIPTokenizer
 
+from ldm import compat
 from ldm.pipeline.pipeline import Pipeline
 from ldm.pipeline.request import Request
 
@@ -125,6 +128,44 @@ def test_text_to_image(painter, theirs, case):
     pipe, folder = painter(case.prediction)
     call = dict(zip(("height", "width"), case.size, strict=True))
     same(ours(pipe, case, **call), theirs(diffusers.StableDiffusionPipeline, folder, case, **call))
+
+
+SD1 = {"set_alpha_to_one": False, "steps_offset": 1, "clip_sample": False}  # of every folder of Stable Diffusion 1.x
+SD1_SCHEDULERS = {
+    "PNDM": {"_class_name": "PNDMScheduler", "skip_prk_steps": True, **SD1},
+    "PNDM, Runge-Kutta": {"_class_name": "PNDMScheduler", "skip_prk_steps": False, **SD1},
+    "DDIM": {"_class_name": "DDIMScheduler", **SD1},
+    "Euler": {
+        "_class_name": "EulerDiscreteScheduler",
+        "final_sigmas_type": "sigma_min",
+        "timestep_spacing": "trailing",
+    },
+    "DEIS": {"_class_name": "DEISMultistepScheduler"},
+    "KDPM2": {"_class_name": "KDPM2DiscreteScheduler", "timestep_spacing": "trailing"},
+    "singlestep": {"_class_name": "DPMSolverSinglestepScheduler"},
+    "LCM": {"_class_name": "LCMScheduler"},
+    "TCD": {"_class_name": "TCDScheduler"},
+}
+
+
+@pytest.mark.parametrize("n", [10, 20])
+@pytest.mark.parametrize("name", SD1_SCHEDULERS)
+def test_a_folder_of_stable_diffusion_1_gives_diffusers_images_by_its_own_scheduler(painter, tmp_path, name, n):
+    """The three lines of diffusers' documentation, with the class imported from `ldm.compat`."""
+    _, folder = painter("epsilon")
+    own = shutil.copytree(folder, tmp_path / "model")
+    config = {**json.loads((own / "scheduler/scheduler_config.json").read_text()), **SD1_SCHEDULERS[name]}
+    (own / "scheduler/scheduler_config.json").write_text(json.dumps(config))
+    index = json.loads((own / "model_index.json").read_text())
+    index["scheduler"] = ["diffusers", config["_class_name"]]
+    (own / "model_index.json").write_text(json.dumps(index))
+    images = []
+    for kind, options in ((compat.StableDiffusionPipeline, {}), (diffusers.StableDiffusionPipeline, UNCHECKED)):
+        pipe = kind.from_pretrained(own, **options)
+        pipe.set_progress_bar_config(disable=True)
+        call = {"generator": torch.Generator().manual_seed(3), "num_inference_steps": n}
+        images.append(pixels(pipe(PROMPT, negative_prompt=NEGATIVE, height=40, width=56, **call).images))
+    same(*images)
 
 
 @pytest.mark.parametrize("model, skip", [(plain, 1), (plain, 2), (xl, 1)])
