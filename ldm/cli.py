@@ -14,6 +14,7 @@ import typer
 
 from ldm import __version__
 from ldm.commands import batch, generate, measure, models, train, verify
+from ldm.commands.foreign_options import translate_words
 from ldm.commands.options import normalize_option
 from ldm.errors import InputWarning, describe_system_error, print_message
 
@@ -67,7 +68,7 @@ def main() -> None:
     prepare_process()
     try:
         os.getcwd()  # fails where it was deleted, in which libraries end the process
-        status = app(args=sys.argv[1:] or ["--help"], standalone_mode=False)
+        status = app(args=translate_words(sys.argv[1:]) or ["--help"], standalone_mode=False)
     except (KeyboardInterrupt, typer.Abort):
         status = 130
     except BrokenPipeError:  # the reader of our output has ended, as `head` does

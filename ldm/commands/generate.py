@@ -47,7 +47,9 @@ def generate(
     context: typer.Context,
     *,
     prompts: Annotated[list[str] | None, typer.Argument(metavar="PROMPT...", show_default=False)] = None,
-    prompt: Annotated[list[str] | None, typer.Option(help="The same as PROMPT; may be repeated.")] = None,
+    prompt: Annotated[
+        list[str] | None, typer.Option("--prompt", "-p", help="The same as PROMPT; may be repeated.")
+    ] = None,
     from_file: Annotated[Path | None, typer.Option(help="Prompts of a file, as `ldm batch` reads them.")] = None,
     from_image: Annotated[
         Path | None, typer.Option("--from", metavar="IMAGE", help="Settings of an image's metadata, of any tool.")

@@ -42,7 +42,9 @@ LOAD_OPTIONS: dict[str, Any] = {
     "ema": Annotated[bool, typer.Option("--ema", help="Use the EMA weights.")],
 }
 MODEL_OPTIONS: dict[str, Any] = {
-    "model": Annotated[str, typer.Option(help="Folder, .safetensors file or hub id.", show_default="picto")],
+    "model": Annotated[
+        str, typer.Option("--model", "-m", help="Folder, .safetensors file or hub id.", show_default="picto")
+    ],
     "lora": Annotated[
         list[str] | None,
         typer.Option(metavar="[NAME=]FILE[:WEIGHT[:TEXT_WEIGHT]]", help="LoRA file or hub id; may be repeated."),
@@ -74,11 +76,36 @@ REQUEST_OPTIONS: dict[str, Any] = {
     if f.name in REQUEST_FIELDS and REQUEST_FIELDS[f.name].help
 }
 CountOption = Annotated[int, typer.Option(help=IMAGE_COUNT.help)]
-OPTION_ALIASES = {  # spellings of diffusers and of AUTOMATIC1111's web UI: ours
-    alias.replace("_", "-"): spec.option.replace("_", "-")
-    for name, spec in {**REQUEST_FIELDS, "count": IMAGE_COUNT}.items()
-    for alias in (name, *spec.aliases)
-} | {"output": "out"}
+OPTION_ALIASES = {  # spellings of diffusers, of AUTOMATIC1111's web UI and of other command lines: ours
+    **{
+        alias.replace("_", "-"): spec.option.replace("_", "-")
+        for name, spec in {**REQUEST_FIELDS, "count": IMAGE_COUNT}.items()
+        for alias in (name, *spec.aliases)
+    },
+    **dict.fromkeys(("output", "outdir", "output-dir", "output-path"), "out"),
+    **dict.fromkeys(("ckpt", "checkpoint", "model-path", "pretrained-model-name-or-path"), "model"),
+    **dict.fromkeys(("ddim-steps", "inference-steps", "sampling-steps"), "steps"),
+    **dict.fromkeys(("images-per-prompt", "n-samples", "batch-count", "num-samples"), "count"),
+    **dict.fromkeys(("init-img", "init-image", "image-path", "input-image", "image-seeds"), "image"),
+    **dict.fromkeys(("mask-path", "mask-img", "inpaint-mask"), "mask"),
+    **dict.fromkeys(("denoise", "denoising", "image-seed-strengths", "img2img-strength"), "strength"),
+    **dict.fromkeys(("hr-scale", "hires-upscale", "hires-scale", "highres-fix-scale"), "upscale"),
+    **dict.fromkeys(("hires-denoising-strength", "hr-denoising-strength", "highres-fix-strength"), "upscale-strength"),
+    **dict.fromkeys(("vae-path", "vae-model"), "vae"),
+    **dict.fromkeys(("loras", "lora-path", "network-weights"), "lora"),
+    **dict.fromkeys(("lora-model-dir", "loras-dir"), "lora-dir"),
+    **dict.fromkeys(
+        ("embeddings", "textual-inversion", "textual-inversions", "textual-inversion-embeddings"), "embedding"
+    ),
+    **dict.fromkeys(("sampling-method", "sample-method"), "sampler"),
+    **dict.fromkeys(("schedule", "schedule-type"), "spacing"),
+    **dict.fromkeys(("prompts-file", "prompt-file"), "from-file"),
+    **dict.fromkeys(("torch-dtype", "precision", "type"), "dtype"),
+    "scale": "guidance",
+    "prompts": "prompt",
+    "output-format": "format",
+    "filename-pattern": "name-pattern",
+}
 
 
 def normalize_option(name: str) -> str:

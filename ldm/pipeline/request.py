@@ -144,7 +144,7 @@ class Request:
     """
 
     prompt: str = _field(MISSING, parse_text, aliases=("prompts",))
-    negative_prompt: str | None = _field(None, parse_text, "Negative prompt.", "negative", kohya="n")
+    negative_prompt: str | None = _field(None, parse_text, "Negative prompt.", "negative", kohya="n", short="-n")
     seed: int = _field(
         0,
         parse_seeds,
@@ -201,7 +201,7 @@ class Request:
         parse_int,
         "Text encoder layer counted from the end, as in A1111: 1 is the last. (JSON, CSV: as in diffusers, from 0.)",
     )
-    image: Image.Image | None = _field(None, parse_text, "Initial image (img2img).")  # noqa: RUF009
+    image: Image.Image | None = _field(None, parse_text, "Initial image (img2img).", short="-i")  # noqa: RUF009
     mask: Image.Image | None = _field(  # noqa: RUF009
         None, parse_text, "Inpainting mask: white or transparent areas are regenerated.", aliases=("mask_image",)
     )
