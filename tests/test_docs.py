@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import shlex
-import shutil
 import subprocess
 import sys
 from importlib.util import module_from_spec, spec_from_file_location
@@ -14,6 +13,7 @@ from pathlib import Path
 import pytest
 import typer
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from ldm.cli import app
 
@@ -89,8 +89,10 @@ def test_every_command_parses(command):
 @pytest.mark.parametrize("command", [c for c in COMMANDS if not any(word in c for word in NOT_RUN)])
 def test_commands_run(command, tmp_path, monkeypatch, ldm_):
     """In an empty folder, with few steps."""
-    Image.open(ROOT / "weights/picto/easy.png").crop((0, 0, 128, 128)).save(tmp_path / "image.png")
-    shutil.copy(tmp_path / "image.png", tmp_path / "photo.png")
+    image, settings = Image.open(ROOT / "weights/picto/easy.png").crop((0, 0, 128, 128)), PngInfo()
+    settings.add_text("parameters", "a cat\nSteps: 2, Sampler: Euler a, CFG scale: 3, Seed: 1, Size: 128x128")
+    image.save(tmp_path / "image.png")
+    image.save(tmp_path / "photo.png", pnginfo=settings)
     Image.new("L", (128, 128), 255).save(tmp_path / "mask.png")
     (tmp_path / "prompts.txt").write_text("a {red|green} apple\n")
     (tmp_path / "prompts.yaml").write_text("prompt: two stars\n")

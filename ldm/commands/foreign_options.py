@@ -46,9 +46,7 @@ FOREIGN_OPTIONS: dict[str, tuple[str, ...] | WithoutEffect | str] = {  # a text 
         ("xformers", "diffusers-xformers", "sdpa", "opt-sdp-attention", "opt-split-attention", "flash-attention"),
         ATTENTION,
     ),
-    **dict.fromkeys(
-        ("medvram", "lowvram", "medvram-sdxl", "vae-tiling", "vae-slicing", "model-cpu-offload", "vae-on-cpu"), MEMORY
-    ),
+    **dict.fromkeys(("medvram", "lowvram", "medvram-sdxl", "vae-slicing", "model-cpu-offload", "vae-on-cpu"), MEMORY),
     "no-half-vae": WithoutEffect("a VAE that needs float32 is run in it"),
     "network-module": WithoutEffect("a file tells its kind", 1),
     "max-embeddings-multiples": WithoutEffect("prompts may be of any length", 1),
