@@ -82,7 +82,8 @@ seed: 1-3
 DATA = yaml.safe_load("""
 samplers: [ddpm, ddim, euler, euler_ancestral, euler_maruyama, heun, lms, dpmpp_2s, dpmpp_2m, dpmpp_3m, dpmpp_2m_sde,
   dpmpp_3m_sde, unipc_1, unipc, unipc_3, dpmpp_3m_published, lcm, tcd, rk45, predictor_corrector, langevin]
-spacings: [linspace, leading, trailing, sgm_uniform, sgm_leading, karras, log_snr, exponential, beta, uniform, lcm]
+spacings: [linspace, leading, trailing, sgm_uniform, sgm_linspace, sgm_leading, karras, log_snr, exponential, beta,
+  uniform, lcm]
 
 # Networks of full size and small, in the words of diffusers and transformers.
 vae: {block_out_channels: [128, 256, 512, 512], layers_per_block: 2,

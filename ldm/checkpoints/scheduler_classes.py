@@ -16,8 +16,8 @@ SOLVER = f"solver_order solver_type lower_order_final {SIGMAS} {THRESHOLD} {FLOW
 CONSISTENCY = f"""{GRID} {CLIP} {THRESHOLD} set_alpha_to_one original_inference_steps timestep_scaling
 rescale_betas_zero_snr"""
 PLAIN_SPACINGS = {"leading": "leading", "linspace": "linspace", "trailing": "trailing"}
-MULTISTEP_SPACINGS = {"leading": "sgm_leading", "linspace": "sgm_uniform", "trailing": "trailing"}  # n of n + 1 points
-SINGLE_SPACINGS = dict.fromkeys(PLAIN_SPACINGS, "sgm_uniform")  # of a class that has no choice
+MULTISTEP_SPACINGS = {"leading": "sgm_leading", "linspace": "sgm_linspace", "trailing": "trailing"}  # n of n + 1 points
+SINGLE_SPACINGS = dict.fromkeys(PLAIN_SPACINGS, "sgm_linspace")  # of a class that has no choice
 LCM_SPACINGS = dict.fromkeys(PLAIN_SPACINGS, "lcm")
 
 

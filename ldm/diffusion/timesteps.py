@@ -21,6 +21,10 @@ from ldm.errors import list_some
 # sigma/alpha = 148, as much noise as the linear schedule of Song et al. ends with.
 MIN_LOG_SNR = -10.0
 MAX_BETA_SIGMA = 50.0
+AYS_SIGMAS = {  # sigma/alpha of ten steps, as published
+    "ays": (14.615, 6.475, 3.861, 2.697, 1.886, 1.396, 0.963, 0.652, 0.399, 0.152, 0.029),
+    "ays_sdxl": (14.615, 6.315, 3.771, 2.181, 1.342, 0.862, 0.555, 0.380, 0.234, 0.113, 0.029),
+}
 LCM_STEPS = 50  # `original_inference_steps` of diffusers
 FINAL_SIGMAS_TYPES = "zero", "sigma_min"  # a grid ends at the clean image, or by `end_at_lowest`
 MIN_START = 0.5  # x is N(0, I) at a grid's first time
@@ -66,7 +70,7 @@ def make_spacing(times: Callable[..., Tensor]) -> Spacing:
 def linspace(sde: VPSDE, n: int) -> Tensor:
     """Timesteps equally spaced from the last to 0, fractions kept, as in diffusers' Euler, Heun and LMS.
 
-    diffusers' multistep classes (DPM-Solver, UniPC, DEIS) mean `sgm_uniform` by that name.
+    diffusers' multistep classes (DPM-Solver, UniPC, DEIS) mean `sgm_linspace` by that name.
     """
     return (torch.linspace(sde.num_train_timesteps - 1, 0, n, dtype=torch.float64) + 1) / sde.num_train_timesteps
 
@@ -80,10 +84,14 @@ def leading(sde: VPSDE, n: int, offset: int = 1) -> Tensor:
 
 @make_spacing
 def sgm_uniform(sde: VPSDE, n: int) -> Tensor:
-    """The first n of n + 1 whole timesteps equally spaced from the last to 0.
+    """The first n of n + 1 timesteps equally spaced from the last to 0, fractions kept: ComfyUI's and the web UI's."""
+    total = sde.num_train_timesteps
+    return (torch.linspace(total - 1, 0, n + 1, dtype=torch.float64)[:-1] + 1) / total
 
-    Stability's generative-models and ComfyUI call it "SGM uniform"; it is `linspace` of diffusers' multistep classes.
-    """
+
+@make_spacing
+def sgm_linspace(sde: VPSDE, n: int) -> Tensor:
+    """`sgm_uniform` in whole timesteps: `linspace` of diffusers' multistep classes."""
     total = sde.num_train_timesteps
     return torch.from_numpy(np.linspace(0, total - 1, n + 1).round()[:0:-1] + 1) / total
 
@@ -118,6 +126,39 @@ def log_snr(sde: VPSDE, n: int) -> Tensor:
     """
     start, end = log_snr_range(sde).tolist()
     return sde.time_at_log_snr(torch.linspace(start, end, n, dtype=torch.float64))
+
+
+@make_spacing
+def simple(sde: VPSDE, n: int) -> Tensor:
+    """Every (N / n)-th of the training timesteps from the last one on, rounded up: ComfyUI's "simple"."""
+    total = sde.num_train_timesteps
+    return torch.tensor([total - int(i * (total / n)) for i in range(n)]).double() / total
+
+
+@make_spacing
+def kl_optimal(sde: VPSDE, n: int) -> Tensor:
+    """The angle atan(sigma/alpha) equally spaced, t = 1 to 1/N: Sabour et al. 2024 (Align Your Steps), theorem 3.1."""
+    start, end = torch.exp(-log_snr_range(sde) / 2).atan().tolist()
+    return sde.time_at_log_snr(-2 * torch.linspace(start, end, n, dtype=torch.float64).tan().log())
+
+
+@make_spacing
+def ays(sde: VPSDE, n: int) -> Tensor:
+    """Sabour et al. 2024 (Align Your Steps): their table for Stable Diffusion 1.5 (`AYS_SIGMAS`)."""
+    return align_your_steps(sde, n, AYS_SIGMAS["ays"])
+
+
+@make_spacing
+def ays_sdxl(sde: VPSDE, n: int) -> Tensor:
+    """`ays`, with the table for Stable Diffusion XL."""
+    return align_your_steps(sde, n, AYS_SIGMAS["ays_sdxl"])
+
+
+def align_your_steps(sde: VPSDE, n: int, table: Sequence[float]) -> Tensor:
+    """The first n of n + 1 sigma/alpha on the line through log(table), as its authors interpolate ten steps."""
+    positions = np.linspace(0, len(table) - 1, n + 1)[:-1]
+    log_sigma = np.interp(positions, np.arange(len(table)), np.log(table))
+    return sde.time_at_log_snr(-2 * torch.from_numpy(log_sigma))
 
 
 @make_spacing
@@ -222,10 +263,16 @@ SPACINGS: dict[str, Spacing] = {
     "leading": leading,
     "trailing": trailing,
     "sgm_uniform": sgm_uniform,
+    "sgm_linspace": sgm_linspace,
     "sgm_leading": sgm_leading,
     "karras": karras,
     "log_snr": log_snr,
     "exponential": log_snr,
+    "polyexponential": log_snr,  # k-diffusion's, with its rho of 1
+    "kl_optimal": kl_optimal,
+    "simple": simple,
+    "ays": ays,
+    "ays_sdxl": ays_sdxl,
     "beta": beta,
     "beta_sigmas": beta_sigmas,
     "lcm": lcm_timesteps,

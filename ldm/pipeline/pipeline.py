@@ -228,6 +228,8 @@ class Pipeline(AdaptersAPI, DiffusersAPI):
                 raise ValueError("timesteps and sigmas: one of them is needed")
             count = sum(1 for value in request.timesteps or request.sigmas or () if request.timesteps or value)
             request = replace(request, num_inference_steps=count)
+        if request.spacing == "ays" and len(self.model.text_encoders) > 1:
+            request = replace(request, spacing="ays_sdxl")
         filled = replace(
             request,
             height=height if request.height is None else request.height,

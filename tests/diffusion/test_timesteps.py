@@ -15,10 +15,11 @@ from diffusers import (
     TCDScheduler,
     UniPCMultistepScheduler,
 )
+from diffusers.schedulers import AysSchedules
 
 from ldm.diffusion.samplers import SAMPLERS, sample
 from ldm.diffusion.sde import CLEAN_LEVEL, VPSDE, scaled_linear_alphas_cumprod
-from ldm.diffusion.timesteps import MIN_LOG_SNR, SPACINGS, truncate_grid
+from ldm.diffusion.timesteps import AYS_SIGMAS, MIN_LOG_SNR, SPACINGS, end_at_lowest, truncate_grid
 from ldm.errors import choose
 from tests.diffusion.gaussian import GAUSSIAN
 
@@ -62,7 +63,7 @@ def test_ddim_rounds_the_same_timesteps(name):
 @pytest.mark.parametrize("name, offset", [("linspace", 0), ("leading", 0), ("leading", 1), ("trailing", 0)])
 def test_multistep_classes_of_diffusers_take_the_sgm_grids(make, name, offset):
     """The first n of n + 1 points, save for trailing: same timesteps."""
-    ours_by_name = {"linspace": "sgm_uniform", "leading": "sgm_leading", "trailing": "trailing"}
+    ours_by_name = {"linspace": "sgm_linspace", "leading": "sgm_leading", "trailing": "trailing"}
     scheduler = make(**BETAS, timestep_spacing=name, steps_offset=offset)
     for n in (2, 7, 8, 10, 20, 30, 50, 64, 333):
         scheduler.set_timesteps(n)
@@ -71,8 +72,41 @@ def test_multistep_classes_of_diffusers_take_the_sgm_grids(make, name, offset):
         torch.testing.assert_close(ours, ours.round(), rtol=0, atol=1e-9)
 
 
-def test_exponential_is_log_snr():
-    assert SPACINGS["exponential"](SD, 25) == SPACINGS["log_snr"](SD, 25)
+def test_exponential_and_polyexponential_are_log_snr():
+    assert SPACINGS["exponential"](SD, 25) == SPACINGS["polyexponential"](SD, 25) == SPACINGS["log_snr"](SD, 25)
+
+
+def test_align_your_steps_is_the_published_table():
+    """diffusers' `AysSchedules` for ten steps; their timesteps are these sigmas' to rounding."""
+    for name, prefix in (("ays", "StableDiffusion"), ("ays_sdxl", "StableDiffusionXL")):
+        grid = SPACINGS[name](SD, 10)
+        sigmas = [point.sigma_over_alpha for point in grid]
+        assert sigmas == pytest.approx(AysSchedules[f"{prefix}Sigmas"], rel=1e-4)
+        assert timesteps(grid).tolist() == pytest.approx(AysSchedules[f"{prefix}Timesteps"], abs=1.6)
+
+
+@pytest.mark.parametrize("n", [4, 20, 33])
+def test_align_your_steps_is_interpolated_as_its_authors_do(n):
+    """Their notebook: np.interp of the reversed logarithms over [0, 1], reversed; the last sigma is replaced by 0."""
+    table = AYS_SIGMAS["ays"]
+    ends = [np.linspace(0, 1, length) for length in (len(table), n + 1)]
+    sigmas = np.exp(np.interp(ends[1], ends[0], np.log(table[::-1])))[::-1]
+    ours = [point.sigma_over_alpha for point in SPACINGS["ays"](SD, n)[:-1]]
+    assert ours == pytest.approx(sigmas[:-1].tolist(), rel=1e-4)
+
+
+@pytest.mark.parametrize("n", [1, 4, 7, 20, 30])
+def test_grids_of_comfyui(n):
+    """By its formulas: sigmas[-(1 + int(i N / n))]; linspace(999, 0, n + 1)[:-1]; tan of equally spaced angles."""
+    table = torch.tensor([SD.level_at_timestep(k).sigma_over_alpha for k in range(1000)], dtype=torch.float64)
+    picked = [table[-(1 + int(i * (1000 / n)))].item() for i in range(n)]
+    assert [point.sigma_over_alpha for point in SPACINGS["simple"](SD, n)[:-1]] == pytest.approx(picked, rel=1e-9)
+    uniform = torch.linspace(999, 0, n + 1)[:-1]
+    torch.testing.assert_close(timesteps(SPACINGS["sgm_uniform"](SD, n)), uniform, rtol=0, atol=1e-3)
+    share = torch.arange(n, dtype=torch.float64) / max(n - 1, 1)
+    angles = share * table[0].atan() + (1 - share) * table[-1].atan()
+    ours = torch.tensor([point.sigma_over_alpha for point in SPACINGS["kl_optimal"](SD, n)[:-1]], dtype=torch.float64)
+    torch.testing.assert_close(ours, angles.tan(), rtol=1e-6, atol=0)
 
 
 def test_beta_indices_are_quantiles_of_the_beta_distribution():
@@ -152,6 +186,13 @@ def test_a_grid_that_does_not_start_from_noise_is_refused(name, n, options):
         SPACINGS[name](SD, n, **options)
 
 
+def test_a_grid_that_ends_at_the_lowest_level_takes_no_step_of_no_length():
+    lowest = SD.level_at_timestep(0)
+    trailing, karras = (end_at_lowest(SPACINGS[name](SD, 20)) for name in ("trailing", "karras"))
+    assert trailing == (*SPACINGS["trailing"](SD, 20)[:-1], lowest)
+    assert karras == (*SPACINGS["karras"](SD, 20)[:-2], lowest)
+
+
 def test_cut_keeps_the_last_part_of_the_grid():
     grid = SPACINGS["leading"](SD, 50)
     assert truncate_grid(grid, 1) == grid
@@ -175,7 +216,7 @@ def test_cut_takes_the_steps_of_diffusers_image_to_image(name):
 
 
 @pytest.mark.parametrize("strength", [1.0, 0.5])
-@pytest.mark.parametrize("name", [name for name in SPACINGS if name != "lcm"])
+@pytest.mark.parametrize("name", [name for name in SPACINGS if name not in ("lcm", "exponential", "polyexponential")])
 def test_every_ode_solver_follows_the_flow_on_every_grid_and_on_what_is_cut_from_it(name, strength):
     x = torch.tensor([[0.3, -1.1], [1.4, 0.2]], dtype=torch.float64)
     for solver in SAMPLERS.values():
