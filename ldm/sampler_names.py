@@ -39,6 +39,7 @@ A1111_SPACINGS = {
     "simple": "Simple",
     "kl_optimal": "KL Optimal",
     "ays": "Align Your Steps",
+    "ays_sdxl": "Align Your Steps",
 }
 # Other tools' names, as `normalize_name` gives them: ours.
 SAMPLER_ALIASES = {

@@ -323,6 +323,16 @@ IMAGES: dict[str, ToolImage] = {
         "InvokeAI",
         loras=("<lora:detail:0.7>",),
     ),
+    "invoke on its canvas": ToolImage(
+        png(
+            invokeai_metadata=json.dumps(
+                {**INVOKE, "generation_mode": "sdxl_img2img", "strength": 0.6, "rand_device": "cuda", "loras": []}
+            )
+        ),
+        {**INVOKE_VALUES, "strength": 0.6},
+        ("initial image", "that of 'cuda'"),
+        "InvokeAI",
+    ),
     "invoke 2": ToolImage(
         png(
             sd_metadata=json.dumps(
@@ -358,15 +368,20 @@ IMAGES: dict[str, ToolImage] = {
     "fooocus a1111 scheme": ToolImage(
         png(
             parameters=infotext(
-                *("a cat", "blurry"),
+                *("cinematic still a cat . emotional, harmonious", "anime, cartoon, blurry"),
                 **{"Steps": 30, "Sampler": "DPM++ 2M SDE Karras", "Seed": 12345, "Size": "896x1152", "CFG_scale": 4},
-                **{"Clip_skip": 2, "Sharpness": 2, "Styles": "['Fooocus V2']", "Version": "Fooocus v2.5.5"},
+                **{"Sharpness": 2, "ADM_Guidance": "(1.5, 0.8, 0.3)", "Model": "jugger", "Model_hash": "abc"},
+                **{"Performance": "Speed", "Scheduler": "karras", "VAE": "Default (model)", "Raw_prompt": "a cat"},
+                **{"Raw_negative_prompt": "blurry", "Lora_hashes": "offset: abc, b: c", "Version": "Fooocus v2.5.5"},
+                Lora_weights="offset: 0.1, b: 1.0",
             ),
             fooocus_scheme="a1111",
         ),
-        FOOOCUS_VALUES,
-        ("Sharpness 2", "Styles"),
+        {name: value for name, value in FOOOCUS_VALUES.items() if name != "a1111_clip_skip"},
+        ("Sharpness 2", "ADM Guidance"),
         "Fooocus",
+        loras=("<lora:offset:0.1>", "<lora:b:1>"),
+        model="jugger",
     ),
     "fooocus jpeg": ToolImage(
         with_exif("JPEG", t9286=json.dumps(FOOOCUS), t927C="fooocus", t0131="Fooocus v2.5.5"),

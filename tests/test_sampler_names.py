@@ -54,7 +54,7 @@ def test_what_is_written_into_images_is_read_back(sampler, pipe):
         pairs = dict(pair.split(": ", 1) for pair in line.split(", "))
         again = resolve_sampler_names({"sampler": pairs["Sampler"], "spacing": pairs["Schedule type"]})
         assert again["sampler"] == sampler
-        assert again["spacing"] == (spacing if spacing != "trailing" else "sgm_uniform")
+        assert again["spacing"] == {"trailing": "sgm_uniform", "ays_sdxl": "ays"}.get(spacing, spacing)
         assert json.loads(pipe.metadata(request, "m")["ldm"])["request"]["sampler"] == sampler
 
 

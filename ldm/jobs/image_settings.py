@@ -144,7 +144,7 @@ A1111_SILENT = {
     *("Model", "Model hash", "Version", "Hashes", "Lora hashes", "TI hashes", "VAE hash", "Base model hash", "RNG"),
     *("Sampler", "Schedule type", "Scheduler", "Size", "Size-1", "Size-2", "Denoising strength", "Hires resize"),
     *("User", "Created Date", "Civitai resources", "Civitai metadata", "Performance", "Metadata scheme"),
-    *("Raw prompt", "Raw negative prompt", "Diffusion in Low Bits"),
+    *("Raw prompt", "Raw negative prompt", "Lora weights", "Diffusion in Low Bits"),
 }
 A1111_SPACING_NAMES = {"uniform": "linspace"}  # its "Uniform" is k-diffusion's, our uniform is in time
 AUTOMATIC_SPACINGS = {
@@ -163,6 +163,7 @@ def read_a1111(text: str) -> ImageSettings:
     values |= dict(zip(("width", "height"), given.get("Size", "").split("x"), strict=False))
     values |= a1111_sampler(given)
     lost = list_lost(given, [name for name in given if name not in {*A1111_FIELDS, *A1111_SILENT}])
+    lost = [text for text in lost if text != f"VAE {FOOOCUS_VAE}"]
     hires = [name for name in given if name.startswith("Hires")]
     if (strength := given.get("Denoising strength")) is not None:
         values["upscale_strength" if hires else "strength"] = strength
@@ -173,7 +174,11 @@ def read_a1111(text: str) -> ImageSettings:
     tool = "Forge" if tool == "A1111" and (version.startswith("f") or "Diffusion in Low Bits" in given) else tool
     if tool in ("A1111", "Forge") and given.get("RNG") != "CPU" and len(given) > 2:
         lost.append(f"the noise, which is that of {given.get('RNG', 'GPU')}, not of the CPU: another image")
-    return ImageSettings(tool, values, given.get("Model", ""), (), tuple(lost))
+    loras = [make_lora(*row.rsplit(": ", 1)) for row in given.get("Lora weights", "").split(", ") if ": " in row]
+    if tool == "Fooocus":  # of which the prompt is the one that styles have expanded
+        raw = (("prompt", "Raw prompt"), ("negative_prompt", "Raw negative prompt"))
+        values |= {name: given[key] for name, key in raw if key in given}
+    return ImageSettings(tool, values, given.get("Model", ""), tuple(loras), tuple(lost))
 
 
 def a1111_sampler(given: Mapping[str, str]) -> dict[str, Any]:
@@ -198,6 +203,7 @@ FOOOCUS_FIELDS = {
     "scheduler": "spacing",
     "clip_skip": "a1111_clip_skip",
 }
+FOOOCUS_VAE = "Default (model)"
 FOOOCUS_LOST = "styles", "sharpness", "adm_guidance", "refiner_model", "prompt_expansion", "freeu", "adaptive_cfg"
 
 
@@ -215,7 +221,7 @@ def read_fooocus(given: Mapping[str, Any]) -> ImageSettings:
         else []
     )
     lost = list_lost({**given, "styles": None if given.get("styles") == "[]" else given.get("styles")}, FOOOCUS_LOST)
-    if given.get("vae") not in (None, "Default (model)"):
+    if given.get("vae") not in (None, FOOOCUS_VAE):
         lost.append(f"vae {short_repr(given['vae'])}: give it by --vae")
     return ImageSettings("Fooocus", values, str(given.get("base_model", "")), tuple(loras), tuple(lost))
 
@@ -267,8 +273,11 @@ def finish_invoke(given: Mapping[str, Any], values: FieldValues, lost: list[str]
             lost += unread
     if isinstance(sampler := values.get("sampler"), str):
         values["sampler"] = INVOKE_SAMPLERS.get(sampler, sampler)
-    if image := given.get("init_image", given.get("init_image_path")):
-        values |= {"image": str(image), "strength": given.get("strength")}
+    mode = re.search(r"img2img|inpaint|outpaint", str(given.get("generation_mode", ""))[:100])
+    if (image := given.get("init_image", given.get("init_image_path"))) or mode:
+        values |= {"image": str(image or ""), "strength": given.get("strength")}
+    if given.get("rand_device") not in (None, "cpu"):
+        lost.append(f"the noise, which is that of {short_repr(given['rand_device'])}, not of the CPU: another image")
     loras = []
     for row in given.get("loras") or []:
         model = (row.get("model") or row.get("lora")) if isinstance(row, dict) else None
