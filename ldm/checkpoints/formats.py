@@ -13,7 +13,8 @@ from torch import nn
 
 from ldm.checkpoints import detect, hub
 from ldm.checkpoints.families import LoadOptions
-from ldm.checkpoints.layouts import read_component, read_directory
+from ldm.checkpoints.few_steps import few_step_defaults, list_names
+from ldm.checkpoints.layouts import read_component, read_directory, read_generation_config
 from ldm.checkpoints.networks import TEXT_ENCODERS, ModelSpec, check_model_spec, load_weights
 from ldm.checkpoints.single_file import read_single_file, replace_vae
 from ldm.conditioning import Conditioning
@@ -115,7 +116,7 @@ def load_checkpoint(
         encoders,
         schedule.sde,
         schedule.prediction,
-        {**schedule.generation_defaults, **spec.generation_defaults},
+        {**schedule.generation_defaults, **spec.generation_defaults, **distilled_defaults(spec)},
         hashes,
         spec.force_zeros_for_empty_prompt,
         family,
@@ -123,6 +124,16 @@ def load_checkpoint(
         load_options={**path, **options.to_record()},
         scheduler_config=scheduler_config,
     )
+
+
+def distilled_defaults(spec: ModelSpec) -> dict[str, Any]:
+    """The settings for a model that its name says is distilled; a folder's own scheduler and settings come first."""
+    file = spec.weight_files[0].file.path
+    if file.parent.name != "unet":
+        return few_step_defaults(list_names(file))
+    folder = file.parent.parent
+    own = {"sampler", "spacing", *read_generation_config(folder)}
+    return {name: value for name, value in few_step_defaults(list_names(folder)).items() if name not in own}
 
 
 def choose_dtypes(

@@ -15,6 +15,7 @@ from ldm.adapters.lora import Adapter, AdapterMerger, AdapterWeight
 from ldm.adapters.lora_loading import load_adapter
 from ldm.adapters.textual_inversion import has_bundled_embeddings, read_placeholder_tokens
 from ldm.checkpoints import hub
+from ldm.checkpoints.few_steps import few_step_defaults, list_names
 from ldm.checkpoints.formats import Checkpoint, is_hub_source, locate_weights
 from ldm.checkpoints.networks import TEXT_ENCODERS
 from ldm.checkpoints.tensors import open_safetensors, save_tensors
@@ -37,6 +38,7 @@ class AdaptersAPI:
     adapters: AdapterMerger
     bundled_tokens: dict[str, list[str]]  # by adapter: placeholder tokens that came in its file
     adapter_files: dict[str, Path]
+    adapter_defaults: dict[str, dict[str, Any]]  # settings that distilled ones are for
     fused_weights: dict[str, AdapterWeight | None]  # by fused adapter: its weight before, None: it is unloaded since
     disabled_weights: dict[str, AdapterWeight]
 
@@ -70,6 +72,8 @@ class AdaptersAPI:
         adapter = load_adapter(file, self.model.networks, self.model.family)
         name = name or self._choose_adapter_name(source, adapter)
         self.adapters.load(replace(adapter, name=name), weight)
+        titles = (adapter.metadata.get(key, "") for key in ("ss_output_name", "modelspec.title"))
+        self.adapter_defaults[name] = few_step_defaults([*list_names(file), *titles], "adapter")
         self.prompt_encoder.clear()
         if file.is_file() and has_bundled_embeddings(open_safetensors(file).tensor_infos):
             try:
@@ -125,7 +129,7 @@ class AdaptersAPI:
 
     def _unload_adapter(self, name: str) -> None:
         self.adapters.unload(name)
-        for table in (self.fused_weights, self.disabled_weights, self.adapter_files):
+        for table in (self.fused_weights, self.disabled_weights, self.adapter_files, self.adapter_defaults):
             table.pop(name, None)
         for token in self.bundled_tokens.pop(name, []):
             self.prompt_encoder.remove_embedding(token)

@@ -60,6 +60,7 @@ class Pipeline(AdaptersAPI, DiffusersAPI):
         self.model = model
         self.prompt_encoder = PromptEncoder(model)
         self.bundled_tokens, self.adapter_files, self.fused_weights, self.disabled_weights = {}, {}, {}, {}
+        self.adapter_defaults = {}
         self.adapters = AdapterMerger(model.networks)
         self.batch_scheduler = BatchScheduler(model, self.prompt_encoder, batch_size)
         self.denoiser = self.batch_scheduler.denoiser
@@ -210,9 +211,14 @@ class Pipeline(AdaptersAPI, DiffusersAPI):
         return {"parameters": infotext, "ldm": json.dumps(record)}
 
     def _defaults(self, request: Request) -> dict[str, Any]:
-        """The model's settings for a request; where the steps end is a matter of the model's own sampler."""
-        defaults = dict(self.model.generation_defaults)
-        if request.sampler not in (None, defaults.get("sampler")):
+        """The settings of the model and of its distilled adapters; where the steps end is a matter of its own sampler.
+
+        Classes of `ldm.compat` do as diffusers, which takes none from adapters.
+        """
+        defaults, own = dict(self.model.generation_defaults), self.model.generation_defaults.get("sampler")
+        for name in () if self.task else self.get_active_adapters():
+            defaults |= self.adapter_defaults.get(name, {})
+        if (request.sampler or defaults.get("sampler")) != own:
             defaults.pop("final_sigmas_type", None)
         return defaults
 
