@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -14,15 +14,29 @@ MIXED_PRECISION_DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": t
 BF16_CPU_FEATURES = ("amx_bf16", "avx512_bf16", "avx10_2", "bf16")  # as torch names them; the last is ARM's
 
 
+ACCELERATORS: dict[str, Callable[[], bool]] = {  # the devices of `auto`, the preferred first
+    "cuda": lambda: torch.cuda.is_available(),
+    "mps": lambda: torch.backends.mps.is_available(),  # Apple's GPUs
+    "xpu": lambda: torch.xpu.is_available(),  # Intel's
+}
+
+
 def best_device() -> torch.device:
-    """CUDA where there is one, else the CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    """The first of `ACCELERATORS` that torch has and the machine too, else the CPU."""
+    return torch.device(next((name for name, is_available in ACCELERATORS.items() if is_available()), "cpu"))
+
+
+def float64_device(device: torch.device) -> torch.device:
+    """Where float64 tensors of a device are: on itself, or on the CPU, for MPS has no float64, nor have most XPUs."""
+    return torch.device("cpu") if device.type in ("mps", "xpu") else device
 
 
 def memory_bytes(device: torch.device) -> int:
-    """All memory of a CUDA device, or of the machine, used or not."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
+    """All memory of a device, or of the machine where it is the CPU, used or not."""
+    if device.type in ("cuda", "xpu"):
+        return getattr(torch, device.type).get_device_properties(device).total_memory
+    if device.type == "mps":
+        return torch.mps.recommended_max_memory()
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
@@ -39,6 +53,8 @@ def supports_bf16(device: torch.device) -> bool:
     """Whether the hardware multiplies bfloat16."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type == "xpu":
+        return torch.xpu.is_bf16_supported()
     if device.type == "cpu":
         features: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # not in early versions of torch
         return any(features.get(name) for name in BF16_CPU_FEATURES)

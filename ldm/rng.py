@@ -72,7 +72,7 @@ class Noise:
         """
         self._check_batch_size(like)
         rows = [draw(like.shape[1:]) for draw in self.streams]
-        return torch.stack(rows).to(like, non_blocking=True)
+        return torch.stack(rows).to(like, non_blocking=like.is_cuda)
 
     def between(self, like: Tensor, sigma: float, to_sigma: float) -> Tensor:
         """The unit-variance increment of the images' Brownian paths from noise scale sigma to to_sigma.
@@ -83,7 +83,7 @@ class Noise:
         shape = like.shape[1:]
         gain = 1 / to_sigma**2 - 1 / sigma**2  # SNR at to_sigma minus SNR at sigma
         ends = [(path.value_at(sigma, shape), path.value_at(to_sigma, shape)) for path in self.brownian_paths]
-        return (torch.stack([b - a for a, b in ends]) / math.sqrt(gain)).to(like, non_blocking=True)
+        return (torch.stack([b - a for a, b in ends]) / math.sqrt(gain)).to(like, non_blocking=like.is_cuda)
 
     def _check_batch_size(self, like: Tensor) -> None:
         if len(like) != len(self.streams):

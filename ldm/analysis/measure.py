@@ -29,6 +29,7 @@ from ldm.diffusion.denoiser import Denoise, NFECounter
 from ldm.diffusion.timesteps import log_snr
 from ldm.errors import choose
 from ldm.files import atomic_write
+from ldm.hardware import float64_device
 from ldm.image_io import from_uint8, to_pil
 from ldm.nn.vae import Posterior, decode_latents, vae_scale_factor
 from ldm.pipeline.pipeline import Pipeline
@@ -51,6 +52,7 @@ def measure_likelihood(
     `method` is ode, elbo or both. The prompt and the empty prompt share the latent, probes and noise. The
     autoencoder's part is separate, under "vae". `posterior` is `pipe.encode_images([image])`.
     """
+    posterior = to_host(posterior, pipe)
     texts = {"log p(z)": ""} if prompt is None else {"log p(z | prompt)": prompt, "log p(z)": ""}
     record: dict[str, Any] = {"latent": list(posterior.mean.shape[1:])}
     if method in ("ode", "both"):
@@ -67,6 +69,12 @@ def measure_likelihood(
     return record
 
 
+def to_host(posterior: Posterior, pipe: Pipeline) -> Posterior:
+    """A posterior where its numbers can be float64."""
+    device = float64_device(pipe.device)
+    return Posterior(posterior.mean.to(device), posterior.std.to(device))
+
+
 def ode_log_likelihood(
     pipe: Pipeline, posterior: Posterior, prompt: str, steps: int, tolerance: float | None, probes: int, seed: int
 ) -> LikelihoodEstimate:
@@ -79,9 +87,15 @@ def ode_log_likelihood(
 
 
 def prompt_denoiser(pipe: Pipeline, prompt: str, z: Tensor, guidance: float = 1.0) -> Denoise:
-    """The denoiser of latents like z [1, C, h, w], conditioned on a prompt."""
+    """The denoiser of latents like z [1, C, h, w], conditioned on a prompt.
+
+    Where the pipeline's device has no float64, latents are on the host, and float32 copies of them on the device.
+    """
     height, width = (n * vae_scale_factor(pipe.model.vae) for n in z.shape[-2:])
-    return pipe.cfg_denoiser([prompt], [""], guidance, size=(height, width))
+    denoise = pipe.cfg_denoiser([prompt], [""], guidance, size=(height, width))
+    if float64_device(pipe.device) == pipe.device:
+        return denoise
+    return lambda x, levels: denoise(x.to(pipe.device, torch.float32), levels).to(x.device)
 
 
 def prompt_elbo(pipe: Pipeline, posterior: Posterior, prompt: str, steps: int, num_samples: int, seed: int) -> Elbo:
@@ -94,7 +108,8 @@ def prompt_elbo(pipe: Pipeline, posterior: Posterior, prompt: str, steps: int, n
 def vae_likelihood(pipe: Pipeline, image: Image.Image, posterior: Posterior, seed: int) -> dict[str, dict[str, float]]:
     """The autoencoder's part: the entropy of q(z | image), and log p(image | z), of pixels in [-1, 1]."""
     x = from_uint8(np.array(image)[None]).to(posterior.mean.device)
-    decoded = decode_latents(pipe.model.vae, posterior.sample(Noise([seed])(posterior.mean)))
+    z = posterior.sample(Noise([seed])(posterior.mean))
+    decoded = decode_latents(pipe.model.vae, z.to(pipe.device)).to(x.device)
     nats = LikelihoodEstimate(sigma_vae_log_prob(x, decoded)[:, None], x.numel(), 1)
     error = (x - decoded).double().square().mean().sqrt().item()
     pixels = {"nats": nats.nats.item(), "bits_per_dim": nats.bits_per_dim.item(), "sigma": error}
@@ -131,9 +146,10 @@ def invert_image(
 ) -> InversionResult:
     """An image's latent z to its noise and back by a row of `INVERSION_SCHEMES`; errors of z, and in levels of 255."""
     chosen, grid = choose(INVERSION_SCHEMES, scheme, "scheme"), log_snr(pipe.model.sde, steps)
+    z = z.to(float64_device(pipe.device))
     denoise = NFECounter(prompt_denoiser(pipe, prompt, z, guidance))
     trip = measure_round_trip(chosen, denoise, z, grid, **options)
-    through_vae, back = to_pil(decode_latents(pipe.model.vae, torch.cat([z, trip.x0.to(z)])))
+    through_vae, back = to_pil(decode_latents(pipe.model.vae, torch.cat([z, trip.x0.to(z)]).to(pipe.device)))
     noise = trip.state[0]
     metrics = {
         "latent_max_error": trip.max_error.item(),

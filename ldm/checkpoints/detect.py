@@ -228,8 +228,8 @@ def probe_network(
     timesteps = torch.full((len(x),), sde.timestep(level.t), device=x.device)
     with torch.inference_mode():
         y = network(x, timesteps, cond.map(lambda a: a.expand(len(x), *a.shape[1:])))
-    basis = torch.stack([z, x0]).flatten(1).double()
-    a, b = torch.linalg.solve(basis @ basis.T, basis @ y.flatten().double()).tolist()
+    basis = torch.stack([z, x0]).flatten(1).cpu().double()  # on the host: not every device has float64
+    a, b = torch.linalg.solve(basis @ basis.T, basis @ y.flatten().cpu().double()).tolist()
     return ProbeResult(a, b)
 
 

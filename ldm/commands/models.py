@@ -115,6 +115,7 @@ def info(
     from ldm.checkpoints.formats import PICTO_PATH
     from ldm.diffusion.samplers import SAMPLERS
     from ldm.diffusion.timesteps import SPACINGS
+    from ldm.hardware import best_device
     from ldm.nn.attention import check_attention_backends
 
     libraries = ("torch", "diffusers", "transformers", "accelerate")
@@ -123,6 +124,7 @@ def info(
     rows["cpu"] = f"{torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
     cuda = [torch.cuda.get_device_name(k) for k in range(torch.cuda.device_count())]
     rows["cuda"] = ", ".join(cuda) if cuda else "none"
+    rows["device"] = f"{best_device()} (auto)"
     for name, reason in check_attention_backends().items():
         rows[f"attention {name}"] = reason or "available"
     rows["samplers"], rows["spacings"] = ", ".join(SAMPLERS), ", ".join(SPACINGS)

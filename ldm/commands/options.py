@@ -57,7 +57,7 @@ MODEL_OPTIONS: dict[str, Any] = {
     "vae_tiling": Annotated[
         bool, typer.Option("--vae-tiling", help="Decode and encode in strips: the same image in bounded memory.")
     ],
-    "device": Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")],
+    "device": Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps, xpu, ...")],
     "dtype": Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")],
 }
 OPTION_TYPES = {"str": str, "int": int, "float": float, "tuple[float,": tuple[float, float], "Image.Image": Path}

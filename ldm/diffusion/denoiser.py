@@ -48,7 +48,7 @@ class Denoiser:
 
     def network_output(self, x: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
         """The network's own output, float32; x [B, ...], t [B] or [1] on the host."""
-        timesteps = self.sde.timestep(t).float().to(x.device, non_blocking=True)
+        timesteps = self.sde.timestep(t).float().to(x.device, non_blocking=x.is_cuda)
         return self.network(x.to(self.dtype), timesteps.expand(len(x)), cond).float()
 
     def score(self, x: Tensor, levels: NoiseLevels, cond: Conditioning) -> Tensor:

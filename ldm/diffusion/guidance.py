@@ -42,7 +42,7 @@ def classifier_free_guidance(
     @lru_cache(maxsize=4)
     def cat_cond_uncond(rows: tuple[int, ...]) -> tuple[Tensor, Conditioning]:
         with torch.inference_mode(False):  # kept for later calls, which may want gradients
-            guided_rows = torch.tensor(rows).to(cond.context.device, non_blocking=True)
+            guided_rows = torch.tensor(rows).to(cond.context.device, non_blocking=cond.context.is_cuda)
             return guided_rows, Conditioning.cat([cond, uncond[guided_rows]])
 
     def denoise(x: Tensor, levels: NoiseLevels) -> Tensor:

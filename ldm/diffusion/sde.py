@@ -50,7 +50,7 @@ def as_level_list(levels: NoiseLevels) -> Sequence[NoiseLevel]:
 def append_dims(values: Tensor | Sequence[float], like: Tensor) -> Tensor:
     """Scalars, one per image [B] or one for all [1], shaped and cast to multiply `like` [B, ...]."""
     column = torch.as_tensor(values, dtype=torch.float64).to(like.dtype)
-    return column.reshape(-1, *[1] * (like.ndim - 1)).to(like.device, non_blocking=True)
+    return column.reshape(-1, *[1] * (like.ndim - 1)).to(like.device, non_blocking=like.is_cuda)
 
 
 def clamp_levels(levels: NoiseLevels, lowest: NoiseLevel) -> NoiseLevels:

@@ -148,7 +148,7 @@ class RayEngine:
         retries: dict[str, Any] = {"max_restarts": MAX_RESTARTS, "max_task_retries": -1}
         actor = ray.remote(RayWorker).options(**resources, **retries, max_concurrency=2, scheduling_strategy="SPREAD")
         self._actors = [actor.remote() for _ in devices]
-        self._tasks = [a.run.remote(job, d and "cuda") for a, d in zip(self._actors, devices, strict=True)]
+        self._tasks = [a.run.remote(job, d and d.partition(":")[0]) for a, d in zip(self._actors, devices, strict=True)]
 
     def poll(self) -> int:
         if self._tasks:
@@ -200,13 +200,14 @@ ENGINES: dict[str, Callable[[Job, Sequence[str | None]], Engine]] = {
 
 
 def assign_devices(engine: str, workers: int | None, device: str) -> list[str | None]:
-    """A device for each worker: the CUDA devices in turn where `device` allows any, else None, the model's own.
+    """A device for each worker: the CUDA or XPU devices in turn, if `device` allows any, else None, the model's own.
 
     ValueError where the engine cannot have that number of workers.
     """
-    gpus = torch.cuda.device_count() if device in ("auto", "cuda") else 0
+    counts = {kind: getattr(torch, kind).device_count() for kind in ("cuda", "xpu") if device in ("auto", kind)}
+    kind, gpus = next(((kind, count) for kind, count in counts.items() if count), ("", 0))
     if engine == "inline":
         if workers not in (None, 1):
             raise ValueError(f"--workers {workers}: engine inline has one worker; choose local or ray")
         return [None]
-    return [f"cuda:{k % gpus}" if gpus else None for k in range(workers or gpus or 1)]
+    return [f"{kind}:{k % gpus}" if gpus else None for k in range(workers or gpus or 1)]

@@ -289,7 +289,7 @@ def format_lora_weight(weight: AdapterWeight) -> str:
 
 
 def choose_device(name: str) -> torch.device:
-    """A device by name; "auto" is CUDA if available, else the CPU."""
+    """A device by name; "auto" is CUDA, MPS or XPU where there is one, else the CPU."""
     if name == "auto":
         return best_device()
     try:
