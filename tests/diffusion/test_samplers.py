@@ -615,3 +615,43 @@ def test_seeds_that_share_their_low_32_bits_differ(name):
         noise = Noise([seed])
         ends.append(sample(FUNCTIONS[name], lambda x, point: torch.tanh(x * point.alpha), noise(like), grid, noise))
     assert (ends[0] - ends[1]).abs().mean() > 0.01
+
+
+@pytest.mark.parametrize("name", ["euler", "heun", "dpm_2"])
+def test_churn_leaves_the_law_as_it_is(name):
+    """Noise up to a level and the flow down from it keep the exact law: the error is of the solver's order."""
+    churned = partial(FUNCTIONS[name], s_churn=8.0, s_tmin=0.4, s_tmax=2.0)
+    of_mean, of_cov = weak_errors(churned, GAUSSIAN, doublings(mid_snr_grid, SD, 36, 3))
+    assert convergence_order(of_cov) == pytest.approx(SAMPLERS[name].order, abs=0.15)
+    assert of_mean.max() < 1e-12 or convergence_order(of_mean) == pytest.approx(SAMPLERS[name].order, abs=0.15)
+
+
+def test_churn_is_karras_et_al_s_algorithm_2():
+    """In x/alpha: u_hat = u (1 + gamma), x + s_noise sqrt(u_hat^2 - u^2) z, and Euler's step from u_hat."""
+    now, to = SD.level_at_timestep(500), SD.level_at_timestep(400)
+    x, z = torch.randn(2, 1, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    u, gamma = now.sigma_over_alpha, min(0.3 / 1, math.sqrt(2) - 1)
+    u_hat, seen = u * (1 + gamma), []
+
+    def denoise(x, level):
+        seen.append((x, level))
+        return torch.tanh(x)
+
+    function = partial(FUNCTIONS["euler"], s_churn=0.3, s_noise=1.1)
+    end = sample(function, denoise, x, TimeGrid(SD, (now, to)), lambda like: z)
+    ((asked, level),) = seen
+    y = x / now.alpha + 1.1 * math.sqrt(u_hat**2 - u**2) * z
+    assert level.sigma_over_alpha == pytest.approx(u_hat)
+    torch.testing.assert_close(asked / level.alpha, y, rtol=1e-6, atol=1e-6)
+    slope = (y - torch.tanh(asked)) / u_hat
+    torch.testing.assert_close(end / to.alpha, y + (to.sigma_over_alpha - u_hat) * slope, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", [name for name in FIXED if {"eta"} & SAMPLERS[name].options.keys() and name != "tcd"])
+def test_any_eta_has_the_data_s_law_in_the_limit_and_0_is_the_flow(name):
+    mean, cov = sampler_moments(partial(FUNCTIONS[name], eta=0.5), GAUSSIAN, SPACINGS["log_snr"](SD, 400))
+    torch.testing.assert_close(mean, MU, rtol=0, atol=0.02)
+    torch.testing.assert_close(cov, S, rtol=0, atol=0.02)
+    grid = SPACINGS["log_snr"](SD, 200)
+    end = sample(partial(FUNCTIONS[name], eta=0.0), GAUSSIAN.denoise, X, grid, nothing)
+    torch.testing.assert_close(end, GAUSSIAN.probability_flow(X, grid[0], CLEAN_LEVEL), rtol=0, atol=0.02)

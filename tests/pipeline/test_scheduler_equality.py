@@ -22,7 +22,17 @@ def picto():
 
 @pytest.mark.parametrize(
     "solver, spacing",
-    [("DPM++ 2M", "linspace"), ("DPM++ 3M", "leading"), ("DPM++ 3M", "trailing"), ("UniPC-3", "linspace")],
+    [
+        ("DPM++ 2M", "linspace"),
+        ("DPM++ 3M", "leading"),
+        ("DPM++ 3M", "trailing"),
+        ("UniPC-3", "linspace"),
+        ("PNDM of SD 1.x", "leading"),
+        ("PNDM", "leading"),
+        ("DDIM of SD 1.x", "leading"),
+        ("DEIS-2", "linspace"),
+        ("singlestep 2", "linspace"),
+    ],
 )
 def test_images_of_picto_are_diffusers_within_1_of_255(picto, solver, spacing):
     config = read_json(PICTO_PATH / "scheduler" / "scheduler_config.json") | {"timestep_spacing": spacing}
