@@ -70,6 +70,7 @@ def write_model(name: str, folder: Path) -> None:
             index |= {component: ["transformers", encoder_class]}
     (folder / "scheduler").mkdir()
     write_json(family.scheduler, folder / "scheduler" / "scheduler_config.json")
+    write_json({"num_inference_steps": 2}, folder / "generation_config.json")  # of samples
     write_json(index, folder / "model_index.json")
 
 

@@ -14,6 +14,7 @@ import yaml
 
 from ldm.data.shards import import_pyarrow
 from ldm.errors import parse_json
+from ldm.jobs.image_settings import check_values, read_a1111
 from ldm.jobs.schema import (
     NOTICES,
     FieldValues,
@@ -32,6 +33,8 @@ MAX_IMAGES_PER_RECORD = 10**8  # also the most combinations of a YAML file
 DELIMITERS = ",;\t|"  # of CSV, the first that gives a column of prompts
 CARRIAGE_RETURN_PATTERN = re.compile(rb"[^\r]*(?:\r+\n|\r|\Z)")  # lines of old Macs, within what ends in a newline
 COMMENT_PATTERN = re.compile(rb"\s*#(?![0-9])")  # "#1 best cat" is a prompt
+INFOTEXT_END_PATTERN = re.compile(rb"^Steps: \d+, [A-Z][\w ]*: ", re.MULTILINE)  # of the web UI's text
+INFOTEXT_HEAD_BYTES = 2**16  # in which the first of them is looked for
 UTF16_BOMS = codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE
 YAML_NULL_TAG = "tag:yaml.org,2002:null"
 YAML_PYTHON_TAG = "tag:yaml.org,2002:python/"
@@ -104,7 +107,15 @@ def decode_line(number: int, data: bytes) -> str:
 
 
 def read_text_rows(file: BinaryIO, lenient: bool = False) -> Iterator[PromptRow]:
-    """A prompt per line, with options as `parse_prompt_line` reads them; # begins a comment line."""
+    """A prompt per line, with options as `parse_prompt_line` reads them; # begins a comment line.
+
+    A file with settings of images, as the web UI saves them, is read by `read_infotext_rows`.
+    """
+    head = file.read(INFOTEXT_HEAD_BYTES)
+    file.seek(0)
+    if INFOTEXT_END_PATTERN.search(head):
+        yield from read_infotext_rows(file)
+        return
     for number, data in read_lines(file):
         if data.strip() and not COMMENT_PATTERN.match(data):
             yield parse_row(number, parse_text_line, number, data, lenient)
@@ -121,6 +132,33 @@ def parse_text_line(number: int, data: bytes, lenient: bool = False) -> FieldVal
     if "clip_skip" in values:
         values["a1111_clip_skip"] = values.pop("clip_skip")
     return {**values, NOTICES: notices} if notices else values
+
+
+def read_infotext_rows(file: BinaryIO) -> Iterator[PromptRow]:
+    """Settings of images, as the web UI saves them beside these and in params.txt; each ends with its `Steps: ...`."""
+    lines: list[str] = []
+    start = 0
+    for number, data in read_lines(file):
+        if lines or data.strip():
+            start = start if lines else number
+            lines.append(decode_line(number, data))
+        if sum(map(len, lines)) > MAX_LINE_BYTES:
+            raise ParseError(start, f"settings of an image longer than {MAX_LINE_BYTES} characters")
+        if INFOTEXT_END_PATTERN.match(data):
+            yield parse_row(start, parse_infotext, "".join(lines))
+            lines = []
+    if lines:
+        yield PromptRow(start, ValueError("settings of an image without their last line, Steps: ..."))
+
+
+def parse_infotext(text: str) -> FieldValues:
+    """The values of an image's settings, and a notice of what is not taken over; the model is the job's."""
+    settings = check_values(read_a1111(text))
+    values = {name: value for name, value in settings.values.items() if name != "strength"}  # no image is given
+    if "seed" in values:
+        values["seed"] = parse_field("seed", "Seed", str(values["seed"]))
+    notices = {NOTICES: [f"not taken over: {'; '.join(settings.lost)}"]} if settings.lost else {}
+    return {"prompt": "", **values, **notices}
 
 
 def read_jsonl_rows(file: BinaryIO) -> Iterator[PromptRow]:

@@ -418,6 +418,28 @@ def test_tables_as_people_have_them(tmp_path, name, content):
     assert all(notice.startswith("carried along into the manifest, not read: ") for notice in notices) and notices
 
 
+INFOTEXT = (
+    "a cat,\nbig eyes\nNegative prompt: blurry\n"
+    "Steps: 20, Sampler: DPM++ 2M Karras, CFG scale: 7, Seed: 5, Size: 64x32, Model: x, Tiling: True, RNG: CPU\n"
+)
+
+
+def test_settings_that_the_web_ui_saves_beside_images_are_one_image_each(tmp_path, pipe):
+    values = {"width": 64, "height": 32, "num_inference_steps": 20, "guidance_scale": 7.0, "sampler": "dpmpp_2m"}
+    first = Request("a cat,\nbig eyes", "blurry", 5, **values, spacing="karras")
+    entries, notices = read(tmp_path, f"\n{INFOTEXT}\n\na dog\nSteps: 9, Sampler: Euler a, RNG: CPU\n")
+    assert [(e.line, e.request.prompt, e.request.sampler) for e in entries] == [
+        (2, "a cat,\nbig eyes", "dpmpp_2m"),
+        (8, "a dog", "euler_ancestral"),
+    ]
+    assert entries[0].request == first and notices == {"not taken over: Tiling True": 1}
+    with pytest.raises(ValueError, match=r"p\.txt:6: settings of an image without their last line, Steps: \.\.\."):
+        read(tmp_path, f"{INFOTEXT}\na dog\n")
+    own = pipe.resolve(Request("two stars", "a dog", 3, sampler="heun", spacing="karras"))
+    entries, notices = read(tmp_path, pipe.metadata(own, "tiny")["parameters"])
+    assert entries[0].request == own and notices == {}
+
+
 def test_a_column_that_is_nearly_a_field_is_named(tmp_path):
     entries, notices = read(tmp_path, "prompt,text,step\na,b,4\nc,d,5\n", "p.csv")
     assert [(e.request.prompt, e.extra) for e in entries] == [
