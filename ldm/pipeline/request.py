@@ -189,8 +189,8 @@ class Request:
     s_churn: float | None = _field(
         None, parse_float, "Noise added before the steps of euler, heun and dpm_2.", low=0, high=1000
     )
-    s_tmin: float | None = _field(None, parse_float, low=0, high=math.inf)
-    s_tmax: float | None = _field(None, parse_float, low=0, high=math.inf)
+    s_tmin: float | None = _field(None, parse_float, "Lowest sigma/alpha of s_churn.", low=0, high=math.inf)
+    s_tmax: float | None = _field(None, parse_float, "Highest sigma/alpha of s_churn.", low=0, high=math.inf)
     s_noise: float | None = _field(None, parse_float, "Scale of the noise that a sampler adds.", low=0, high=10)
     guidance_rescale: float = _field(0.0, parse_float, "Rescale the guided output, 0 to 1.", low=0, high=1)
     guidance_interval: tuple[float, float | None] | None = _field(
