@@ -20,7 +20,6 @@ from ldm.image_io import convert_to_rgb, decode_image, read_image
 from ldm.pipeline.compat import scheduler_class
 from ldm.pipeline.pipeline import Pipeline, PipelineOutput
 
-__all__ = ["DiffusionPipeline", "PipelineOutput", "load_image", "make_image_grid"]
 TASKS = {  # of diffusers' classes
     "AutoPipelineForText2Image": "auto",
     "AutoPipelineForImage2Image": "auto",
@@ -32,6 +31,7 @@ TASKS = {  # of diffusers' classes
     "StableDiffusionXLImg2ImgPipeline": "image2image",
     "StableDiffusionXLInpaintPipeline": "inpainting",
 }
+__all__ = ["DiffusionPipeline", "PipelineOutput", "load_image", "make_image_grid", *TASKS, *DIFFUSERS_SCHEDULERS]
 OWN_FOLDER = "; write Pipeline.from_pretrained(a folder with that component)"
 MISSING = {  # classes of diffusers, and what to write instead
     **dict.fromkeys(("UNet2DConditionModel", "CLIPTextModel"), OWN_FOLDER),
@@ -96,6 +96,6 @@ def __getattr__(name: str) -> Any:
     elif name.startswith("_"):
         raise AttributeError(name)
     else:  # no AttributeError, whose text `from ldm.compat import ...` does not show
-        hint = MISSING.get(name) or suggest(name, [*TASKS, *DIFFUSERS_SCHEDULERS, *__all__])
+        hint = MISSING.get(name) or suggest(name, __all__)
         raise ImportError(f"ldm.compat has no {name!r}{hint}")
     return globals()[name]

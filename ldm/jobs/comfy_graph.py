@@ -16,6 +16,7 @@ from ldm.jobs.schema import short_repr
 MAX_HOPS = 100  # links that are followed one after the other, and texts that are joined
 MAX_PASSES = 20  # samplers one after the other
 TEXT_NAMES = "text", "text_g", "text_l", "string", "value", "prompt", "wildcard_text", "populated_text"
+SEPARATOR_NAMES = "delimiter", "separator"
 NUMBER_NAMES = "value", "seed", "noise_seed", "int", "float", "number", "width", "height"
 LATENT_NAMES = "latent_image", "samples", "latent", "optional_latent", "pixels", "image", "images"
 PART_NAMES = "guider", "noise", "sampler", "sigmas"  # links of a custom sampler, which hold what KSampler has itself
@@ -98,16 +99,23 @@ class ComfyGraph:
         return next((self.value(node, name) for node in parts for name in names if name in node.inputs), None)
 
     def text(self, node: ComfyNode, name: str) -> str:
-        """A text, through nodes that hold or join texts."""
+        """A text, through nodes that hold or join texts; a note of one that is none of these."""
         self.texts_left -= 1
+        if not isinstance(value := node.inputs.get(name), list):
+            return value if isinstance(value, str) else ""
         if self.texts_left < 0 or (source := self.link(node, name)) is None:
-            return str(node.inputs[name]) if isinstance(node.inputs.get(name), str) else ""
+            self.notes.append(f"{name} of {node}, which comes from no node")
+            return ""
         if re.search(r"concat|join", source.kind, re.IGNORECASE):
-            names = [n for n in source.inputs if re.match(r"string|text", n, re.IGNORECASE)]
+            others = [n for n, v in source.inputs.items() if isinstance(v, str | list) and n not in SEPARATOR_NAMES]
+            names = [n for n in others if re.match(r"string|text", n, re.IGNORECASE)] or others
             parts = [self.text(source, n) for n in names]
-            return str(source.inputs.get("delimiter", "")).join(filter(None, parts))
+            separator = next((source.inputs[n] for n in SEPARATOR_NAMES if n in source.inputs), "")
+            return str(separator).join(filter(None, parts))
         names = [n for n in (name, *TEXT_NAMES) if n in source.inputs]
         names += [n for n, value in source.inputs.items() if isinstance(value, str)]
+        if not names:
+            self.notes.append(f"{name} of {node}, which {source} makes")
         return self.text(source, names[0]) if names else ""
 
     def conditioning(self, node: ComfyNode, role: str) -> tuple[str | None, ComfyNode | None]:

@@ -75,6 +75,9 @@ def check_values(settings: ImageSettings) -> ImageSettings:
         try:
             field = "clip_skip" if name == "a1111_clip_skip" else name
             parsed = parse_int(value) if name == "seed" else parse_field(field, name, value)
+            spec = REQUEST_FIELDS[field]
+            if isinstance(parsed, int | float) and not spec.low <= parsed <= spec.high:  # also refuses NaN
+                raise ValueError(f"{name} {parsed:.6g}: must be from {spec.low} to {spec.high}")
             values[name] = parsed
         except ValueError as error:
             lost.append(error_text(error))

@@ -8,9 +8,11 @@ import os
 import re
 from collections.abc import Callable, Container, Iterator
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, TypeVar
 
+from ldm.errors import list_some, warn_of_input
 from ldm.files import atomic_write, check_own_entries, file_sha256, remove_path
 from ldm.jobs.leases import Leases
 from ldm.pipeline.request import complete_record
@@ -104,11 +106,12 @@ def list_manifest_files(folder: Path) -> list[Path]:
 
 
 def iter_manifest_rows(
-    file: BinaryIO, start: int = 0, strict: bool = False
+    file: BinaryIO, start: int = 0, strict: bool = False, on_malformed: Callable[[], object] = lambda: None
 ) -> Iterator[tuple[dict[str, Any], RowSpan]]:
     """The records of an open manifest from the byte `start` on; incomplete and malformed lines are left out.
 
-    With `strict`, ValueError for a whole line of an image that names a file outside `images/`.
+    `on_malformed` is called for each of the latter. With `strict`, ValueError for a whole line of an image that names a
+    file outside `images/`.
     """
     file.seek(start)
     for line in file:
@@ -118,6 +121,8 @@ def iter_manifest_rows(
             yield record, RowSpan(file, start, end)
         elif strict and line.endswith(b"\n") and has_unsafe_name(line):
             raise ValueError(f"{file.name}: byte {start}: an id that is not hexadecimal, or a file not below images/")
+        elif line.endswith(b"\n"):
+            on_malformed()
         start = end
 
 
@@ -205,7 +210,8 @@ def append_manifest_record(folder: Path, worker: str, record: dict[str, Any]) ->
 def compact_manifest(folder: Path, leases: Leases, verify_hashes: bool = False, retry: Container[str] = ()) -> int:
     """Join the files of ended workers into `manifest.jsonl`, from which a job resumes; returns how many lines it drops.
 
-    Those are lines whose image is missing or, with `verify_hashes`, has another hash. Failed items in `retry` are
+    Those are lines whose image is missing, empty or, with `verify_hashes`, has another hash. What is no line of ours is
+    dropped with a warning. Failed items in `retry` are
     forgotten, so that they are generated again. Leases and drafts that dead workers left behind are removed.
     """
     with leases.exclusive(FOLDER_LEASE), ExitStack() as stack:
@@ -215,9 +221,10 @@ def compact_manifest(folder: Path, leases: Leases, verify_hashes: bool = False, 
         existing = scan_image_files(folder, leases)
         done, failed = dict[str, tuple[int, RowSpan]](), dict[str, tuple[int, RowSpan]]()
         lost = set[str]()
-        joined = folder / MANIFEST_FILE
+        joined, malformed = folder / MANIFEST_FILE, list[Path]()
         for path in [joined, *ended] if joined.exists() else ended:
-            for record, span in iter_manifest_rows(stack.enter_context(path.open("rb"))):
+            file, on_malformed = stack.enter_context(path.open("rb")), partial(malformed.append, path)
+            for record, span in iter_manifest_rows(file, on_malformed=on_malformed):
                 name, row, image = record["id"], (record["line"], span), folder / record.get("file", "")
                 if record["status"] == "failed":
                     if name not in retry:
@@ -226,6 +233,8 @@ def compact_manifest(folder: Path, leases: Leases, verify_hashes: bool = False, 
                     done[name] = row
                 else:
                     lost.add(name)
+        if malformed:
+            warn_of_input(f"{len(malformed)} malformed lines are left out: {list_some(sorted({*map(str, malformed)}))}")
         rows = (failed | done).values()
         size = joined.stat().st_size if joined.exists() else -1
         if ended or size != sum(span.end - span.start for _, span in rows):
@@ -246,6 +255,6 @@ def scan_image_files(folder: Path, leases: Leases) -> set[str]:
         for entry in list(os.scandir(subfolder)):
             if entry.name.endswith(DRAFT_SUFFIX) and leases.is_free(entry.name[1:].partition(".")[0]):
                 remove_path(Path(entry))
-            elif entry.is_file():
+            elif entry.is_file() and entry.stat().st_size:  # a machine that lost power may leave empty ones
                 names.add(entry.name)
     return names

@@ -5,6 +5,7 @@ import json
 import pytest
 from images_of_tools import IMAGES
 
+from ldm.jobs.comfy_graph import read_comfy_settings
 from ldm.jobs.image_settings import read_image_settings, translate_compel
 from ldm.sampler_names import resolve_sampler_names
 
@@ -112,3 +113,27 @@ def test_weights_of_invokeai_are_ours(text, wanted):
 def test_names_of_samplers_in_invokeai_and_comfyui_are_known():
     for name in ("euler_a", "euler_k", "dpmpp_2m_sde_k", "unipc", "lcm", "ddim", "heun_k"):
         assert resolve_sampler_names({"sampler": name, "spacing": None})["sampler"] != name or "_k" not in name
+
+
+UNKNOWN = {"class_type": "Oracle", "inputs": {"of": ["7", 0]}}
+
+
+@pytest.mark.parametrize("source", [UNKNOWN, None], ids=["custom", "absent"])
+    "source", [{"class_type": "Oracle", "inputs": {"of": ["7", 0]}}, None], ids=["custom", "absent"]
+)
+def test_a_text_that_no_known_node_holds_is_among_what_is_lost(source):
+    inputs = {"sampler_name": "euler", "steps": 4, "cfg": 2.0, "seed": 1, "positive": ["6", 0]}
+    graph = {"3": {"class_type": "KSampler", "inputs": inputs}, "7": {"class_type": "X", "inputs": {"y": 1}}}
+    graph["6"] = {"class_type": "CLIPTextEncode", "inputs": {"text": ["9", 0]}}
+    if source:
+        graph["9"] = source
+    values, _, _, notes = read_comfy_settings(graph)
+    assert values["prompt"] == "" and any("text of CLIPTextEncode (6)" in note for note in notes)
+
+
+def test_texts_are_joined_by_any_names():
+    inputs = {"sampler_name": "euler", "steps": 4, "cfg": 2.0, "seed": 1, "positive": ["6", 0]}
+    graph = {"3": {"class_type": "KSampler", "inputs": inputs}}
+    graph["6"] = {"class_type": "CLIPTextEncode", "inputs": {"text": ["9", 0]}}
+    graph["9"] = {"class_type": "StringConcat", "inputs": {"a": "a red", "b": "apple", "delimiter": " "}}
+    assert read_comfy_settings(graph)[0]["prompt"] == "a red apple"

@@ -6,6 +6,7 @@ import os
 
 import pytest
 
+from ldm.errors import InputWarning
 from ldm.jobs.leases import Leases
 from ldm.jobs.manifest import Manifest, append_manifest_record, compact_manifest
 
@@ -115,3 +116,16 @@ def test_drafts_of_the_dead_go_and_those_of_the_living_stay(tmp_path):
         assert living.acquire("c")
         compact_manifest(tmp_path, leases)
         assert sorted(os.listdir(folder)) == [".c.png.7.part", "a.png"]
+
+
+def test_an_empty_image_is_generated_again_and_malformed_lines_are_counted(tmp_path):
+    drawn(tmp_path, "a", "b")
+    for name in "ab":
+        append_manifest_record(tmp_path, "w", {**line(name), "file": f"images/00/{name}.png"})
+    (tmp_path / "images" / "00" / "b.png").write_bytes(b"")
+    with (tmp_path / "manifest-w.jsonl").open("ab") as file:
+        file.write(b'\xff{garbage\n[]\n{"id": "torn')
+    with Leases(tmp_path / "leases") as leases:
+        with pytest.warns(InputWarning, match="2 malformed lines are left out: .*manifest-w.jsonl"):
+            assert compact_manifest(tmp_path, leases) == 1
+        assert read(tmp_path).done == {"a"}
