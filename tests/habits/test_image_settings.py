@@ -119,8 +119,6 @@ UNKNOWN = {"class_type": "Oracle", "inputs": {"of": ["7", 0]}}
 
 
 @pytest.mark.parametrize("source", [UNKNOWN, None], ids=["custom", "absent"])
-    "source", [{"class_type": "Oracle", "inputs": {"of": ["7", 0]}}, None], ids=["custom", "absent"]
-)
 def test_a_text_that_no_known_node_holds_is_among_what_is_lost(source):
     inputs = {"sampler_name": "euler", "steps": 4, "cfg": 2.0, "seed": 1, "positive": ["6", 0]}
     graph = {"3": {"class_type": "KSampler", "inputs": inputs}, "7": {"class_type": "X", "inputs": {"y": 1}}}

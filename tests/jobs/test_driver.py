@@ -140,7 +140,6 @@ def test_a_job_goes_on_and_ends_as_if_nothing_had_been(folder, pipe, undisturbed
 
 CHANGED = {
     "cut": lambda path: path.write_bytes(path.read_bytes()[:300]),
-    "empty": lambda path: path.write_bytes(b""),
     "one_bit": lambda path: path.write_bytes(path.read_bytes()[:-20] + b"\x01" + path.read_bytes()[-19:]),
     "another_picture": lambda path: Image.new("RGB", (32, 32)).save(path),
 }
@@ -153,6 +152,13 @@ def test_a_changed_image_is_found_by_check_and_generated_again(folder, pipe, und
     with pytest.raises(AssertionError):
         outcome(folder)
     assert go(job_in(folder, pipe), pipe, check=True) == 0 and outcome(folder) == undisturbed
+    assert "1 finished images are missing or changed" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("change", [Path.unlink, lambda path: path.write_bytes(b"")], ids=["missing", "empty"])
+def test_an_image_that_is_missing_or_empty_is_generated_again_by_itself(folder, pipe, undisturbed, capsys, change):
+    change(pictures(folder)[1])
+    assert go(job_in(folder, pipe), pipe) == 0 and outcome(folder) == undisturbed
     assert "1 finished images are missing or changed" in capsys.readouterr().err
 
 
