@@ -117,6 +117,7 @@ def info(
     from ldm.diffusion.timesteps import SPACINGS
     from ldm.hardware import best_device
     from ldm.nn.attention import check_attention_backends
+    from ldm.nn.packing import packing_unavailable_reason
 
     libraries = ("torch", "diffusers", "transformers", "accelerate")
     rows = {"ldm": __version__, **{name: metadata.version(name) for name in libraries}}
@@ -127,6 +128,9 @@ def info(
     rows["device"] = f"{best_device()} (auto)"
     for name, reason in check_attention_backends().items():
         rows[f"attention {name}"] = reason or "available"
+    for precision in (torch.float32, torch.bfloat16):
+        name = str(precision).removeprefix("torch.")
+        rows[f"packed weights {name}"] = packing_unavailable_reason(precision) or "on the CPU"
     rows["samplers"], rows["spacings"] = ", ".join(SAMPLERS), ", ".join(SPACINGS)
     rows["picto"] = str(PICTO_PATH) if PICTO_PATH.is_dir() else "not found"
     rows["config"] = str(find_user_config() or "none")

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm.nn.attention import AttentionFn, sdpa
+from ldm.nn.packing import Conv2d, Linear
 
 KVPair = tuple[Tensor, Tensor]
 
@@ -84,11 +85,11 @@ class ResnetBlock(nn.Module):
         super().__init__()
         self.scale_shift = scale_shift
         self.norm1 = nn.GroupNorm(groups, dim, eps)
-        self.conv1 = nn.Conv2d(dim, out, 3, padding=1)
+        self.conv1 = Conv2d(dim, out, 3, padding=1)
         self.time_emb_proj = nn.Linear(emb, 2 * out if scale_shift else out) if emb is not None else None
         self.norm2 = nn.GroupNorm(groups, out, eps)
-        self.conv2 = nn.Conv2d(out, out, 3, padding=1)
-        self.conv_shortcut = nn.Conv2d(dim, out, 1) if dim != out else nn.Identity()
+        self.conv2 = Conv2d(out, out, 3, padding=1)
+        self.conv_shortcut = Conv2d(dim, out, 1) if dim != out else nn.Identity()
 
     def forward(self, x: Tensor, emb: Tensor | None = None) -> Tensor:
         h = self.conv1(F.silu(self.norm1(x)))
@@ -108,7 +109,7 @@ class Downsample(nn.Module):
 
     def __init__(self, dim: int) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(dim, dim, 3, stride=2, padding=1)
+        self.conv = Conv2d(dim, dim, 3, stride=2, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.conv(x)
@@ -119,7 +120,7 @@ class Upsample(nn.Module):
 
     def __init__(self, dim: int) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(dim, dim, 3, padding=1)
+        self.conv = Conv2d(dim, dim, 3, padding=1)
 
     def forward(self, x: Tensor, size: Sequence[int]) -> Tensor:
         return self.conv(F.interpolate(x, size=tuple(size), mode="nearest"))
@@ -132,10 +133,10 @@ class Attention(nn.Module):
         super().__init__()
         self.heads = heads
         self.attention_fn: AttentionFn = sdpa
-        self.to_q = nn.Linear(dim, dim, bias=False)
-        self.to_k = nn.Linear(context, dim, bias=False)
-        self.to_v = nn.Linear(context, dim, bias=False)
-        self.to_out = nn.Sequential(nn.Linear(dim, dim))
+        self.to_q = Linear(dim, dim, bias=False)
+        self.to_k = Linear(context, dim, bias=False)
+        self.to_v = Linear(context, dim, bias=False)
+        self.to_out = nn.Sequential(Linear(dim, dim))
 
     def project_kv(self, context: Tensor) -> KVPair:
         return self.to_k(context), self.to_v(context)
@@ -149,7 +150,7 @@ class GEGLU(nn.Module):
 
     def __init__(self, dim: int, out: int) -> None:
         super().__init__()
-        self.proj = nn.Linear(dim, 2 * out)
+        self.proj = Linear(dim, 2 * out)
 
     def forward(self, x: Tensor) -> Tensor:
         a, b = self.proj(x).chunk(2, dim=-1)
@@ -161,7 +162,7 @@ class FeedForward(nn.Module):
 
     def __init__(self, dim: int) -> None:
         super().__init__()
-        self.net = nn.Sequential(GEGLU(dim, 4 * dim), nn.Identity(), nn.Linear(4 * dim, dim))
+        self.net = nn.Sequential(GEGLU(dim, 4 * dim), nn.Identity(), Linear(4 * dim, dim))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.net(x)
@@ -196,9 +197,9 @@ class SpatialTransformer(nn.Module):
         super().__init__()
         self.linear = linear
         self.norm = nn.GroupNorm(groups, dim, eps=1e-6)
-        self.proj_in: nn.Module = nn.Linear(dim, dim) if linear else nn.Conv2d(dim, dim, 1)
+        self.proj_in: nn.Module = Linear(dim, dim) if linear else Conv2d(dim, dim, 1)
         self.transformer_blocks = nn.ModuleList(TransformerBlock(dim, context, heads) for _ in range(depth))
-        self.proj_out: nn.Module = nn.Linear(dim, dim) if linear else nn.Conv2d(dim, dim, 1)
+        self.proj_out: nn.Module = Linear(dim, dim) if linear else Conv2d(dim, dim, 1)
 
     def forward(self, x: Tensor, kv_pairs: Iterator[KVPair]) -> Tensor:
         size = x.shape[-2:]

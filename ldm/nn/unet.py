@@ -31,6 +31,7 @@ from ldm.nn.blocks import (
     TransformerBlock,
     Upsample,
 )
+from ldm.nn.packing import Conv2d
 
 UNET_CLASS_NAME = "UNet2DConditionModel"
 
@@ -287,7 +288,7 @@ class UNet(nn.Module):
             dim = widths[i]
 
         self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, dim, config.norm_eps)
-        self.conv_out = nn.Conv2d(dim, config.out_channels, 3, padding=1)
+        self.conv_out = Conv2d(dim, config.out_channels, 3, padding=1)
         self.attention = attention
         self.gradient_checkpointing = False  # recompute activations in the backward pass
 

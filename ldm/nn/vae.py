@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ldm.errors import warn_of_input
 from ldm.nn.attention import sdpa
 from ldm.nn.blocks import ResnetBlock, Upsample
+from ldm.nn.packing import Conv2d, Linear
 from ldm.nn.tiling import TILE_BYTES, run_tiled
 
 NORM_EPS = 1e-6
@@ -117,8 +118,8 @@ class SpatialSelfAttention(nn.Module):
     def __init__(self, dim: int, groups: int) -> None:
         super().__init__()
         self.group_norm = nn.GroupNorm(groups, dim, NORM_EPS)
-        self.to_q, self.to_k, self.to_v = (nn.Linear(dim, dim) for _ in range(3))
-        self.to_out = nn.ModuleList([nn.Linear(dim, dim)])
+        self.to_q, self.to_k, self.to_v = (Linear(dim, dim) for _ in range(3))
+        self.to_out = nn.ModuleList([Linear(dim, dim)])
 
     def forward(self, x: Tensor) -> Tensor:
         tokens = self.group_norm(x.flatten(2)).transpose(1, 2)  # [B, HW, C]
@@ -147,7 +148,7 @@ class PaddedDownsample(nn.Module):
 
     def __init__(self, dim: int) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(dim, dim, 3, stride=2)
+        self.conv = Conv2d(dim, dim, 3, stride=2)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.conv(F.pad(x, (0, 1, 0, 1)))
@@ -186,7 +187,7 @@ class Encoder(nn.Module):
         )
         self.mid_block = MidBlock(widths[-1], config)
         self.conv_norm_out = nn.GroupNorm(groups, widths[-1], NORM_EPS)
-        self.conv_out = nn.Conv2d(widths[-1], 2 * config.latent_channels, 3, padding=1)
+        self.conv_out = Conv2d(widths[-1], 2 * config.latent_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv_in(x)
@@ -208,7 +209,7 @@ class Decoder(nn.Module):
         )
         self.mid_block = MidBlock(widths[0], config)
         self.conv_norm_out = nn.GroupNorm(groups, widths[-1], NORM_EPS)
-        self.conv_out = nn.Conv2d(widths[-1], config.out_channels, 3, padding=1)
+        self.conv_out = Conv2d(widths[-1], config.out_channels, 3, padding=1)
 
     def forward(self, z: Tensor) -> Tensor:
         x = self.mid_block(self.conv_in(z))

@@ -164,6 +164,7 @@ def test_help_names_every_command(ldm_):
 def test_info_lists_versions_and_back_ends(ldm_):
     status, out, _ = ldm_("info")
     assert status == 0 and "torch" in out and "attention sdpa" in out and "xformers" in out
+    assert "packed weights float32" in out
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
