@@ -203,7 +203,7 @@ def probe_checkpoint(path: Path, options: LoadOptions = LoadOptions()) -> detect
 @torch.no_grad()
 def probe_unet(unet: UNet, text_encoders: Sequence[TextEncoder], sde: VPSDE) -> detect.ProbeResult:
     """`probe_network` of a U-Net with the empty prompt, which reveals what it predicts."""
-    side, pixels, device = PROBE_LATENT_SIZE, 8 * PROBE_LATENT_SIZE, unet.conv_in.weight.device
+    side, pixels, device = PROBE_LATENT_SIZE, 8 * PROBE_LATENT_SIZE, unet.device
     context, pooled = join_text_embeddings(e.encode(tokenize_prompt(e.tokenizer, "")[0]) for e in text_encoders)
     ids = torch.tensor([[pixels, pixels, 0, 0, pixels, pixels]], device=device)
     vector = None if unet.add_embedding is None or pooled is None else unet.make_vector(pooled, ids)

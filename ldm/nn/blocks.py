@@ -3,16 +3,61 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm.nn.attention import AttentionFn, sdpa
+from ldm.nn.norms import GroupNorm
 from ldm.nn.packing import Conv2d, Linear
 
 KVPair = tuple[Tensor, Tensor]
+VECTOR_SIZE = 64  # elements, of the longest loop over vectors: two of bfloat16 with AVX512
+
+
+def independent_parts(x: Tensor) -> Sequence[Tensor]:
+    """x [B, ...] whole, or its rows where a function of all would not give each what it gives that row alone.
+
+    On a CPU the elements that fill no vector, at the end of x or of a thread's part of it, are computed by other code.
+    """
+    threads = torch.get_num_threads()
+    if len(x) == 1 or x.device.type != "cpu" or torch.compiler.is_compiling():
+        return (x,)
+    return (x,) if threads <= 2 and x[0].numel() % (threads * VECTOR_SIZE) == 0 else x.split(1)
+
+
+def silu(x: Tensor) -> Tensor:
+    """silu(x), in the memory of x where no gradient needs it: for a tensor that nobody else reads."""
+    if torch.is_grad_enabled():
+        return F.silu(x)
+    for part in independent_parts(x):
+        F.silu(part, inplace=True)
+    return x
+
+
+def gelu(x: Tensor) -> Tensor:
+    """gelu(x), in the memory of x where no gradient needs it: for a tensor that nobody else reads."""
+    if torch.is_grad_enabled():
+        return F.gelu(x)
+    for part in independent_parts(x):
+        torch.ops.aten.gelu_(part)
+    return x
+
+
+def add(x: Tensor, y: Tensor) -> Tensor:
+    """x + y, in the memory of x where no gradient needs it: for an x that nobody else reads."""
+    return x + y if torch.is_grad_enabled() or x.dtype != y.dtype else x.add_(y)
+
+
+def apply_rowwise(f: Callable[..., Tensor], *rows: Tensor | None) -> Tensor:
+    """f of each row [B, C] alone, in inference on a CPU: products of few rows sum in an order that depends on B."""
+    first = cast(Tensor, rows[0])
+    if len(first) == 1 or first.device.type != "cpu" or torch.is_grad_enabled():
+        return f(*rows)
+    return torch.cat([f(*(a if a is None else a[k : k + 1] for a in rows)) for k in range(len(first))])
 
 
 class SinusoidalEmbedding(nn.Module):
@@ -84,24 +129,26 @@ class ResnetBlock(nn.Module):
     def __init__(self, dim: int, out: int, emb: int | None, groups: int, eps: float, scale_shift: bool = False) -> None:
         super().__init__()
         self.scale_shift = scale_shift
-        self.norm1 = nn.GroupNorm(groups, dim, eps)
+        self.norm1 = GroupNorm(groups, dim, eps)
         self.conv1 = Conv2d(dim, out, 3, padding=1)
         self.time_emb_proj = nn.Linear(emb, 2 * out if scale_shift else out) if emb is not None else None
-        self.norm2 = nn.GroupNorm(groups, out, eps)
+        self.norm2 = GroupNorm(groups, out, eps)
         self.conv2 = Conv2d(out, out, 3, padding=1)
         self.conv_shortcut = Conv2d(dim, out, 1) if dim != out else nn.Identity()
 
     def forward(self, x: Tensor, emb: Tensor | None = None) -> Tensor:
-        h = self.conv1(F.silu(self.norm1(x)))
-        shift = self.time_emb_proj(emb)[..., None, None] if self.time_emb_proj is not None else None
+        h = self.conv1(silu(self.norm1(x)))
+        shift = None
+        if self.time_emb_proj is not None and emb is not None:
+            shift = apply_rowwise(self.time_emb_proj, emb)[..., None, None]
         if shift is None:
             h = self.norm2(h)
         elif self.scale_shift:
             scale, shift = shift.chunk(2, dim=1)
             h = self.norm2(h) * (1 + scale) + shift
         else:
-            h = self.norm2(h + shift)
-        return self.conv_shortcut(x) + self.conv2(F.silu(h))
+            h = self.norm2(add(h, shift))
+        return add(self.conv2(silu(h)), self.conv_shortcut(x))
 
 
 class Downsample(nn.Module):
@@ -154,7 +201,8 @@ class GEGLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         a, b = self.proj(x).chunk(2, dim=-1)
-        return a * F.gelu(b.contiguous())  # on a CPU a strided gelu and its gradient take twice as long
+        b = gelu(b.contiguous())  # on a CPU a strided gelu and its gradient take twice as long
+        return a * b if torch.is_grad_enabled() else b.mul_(a)
 
 
 class FeedForward(nn.Module):
@@ -182,9 +230,9 @@ class TransformerBlock(nn.Module):
 
     def forward(self, x: Tensor, context_kv: KVPair) -> Tensor:
         h = self.norm1(x)
-        x = x + self.attn1(h, self.attn1.project_kv(h))
-        x = x + self.attn2(self.norm2(x), context_kv)
-        return x + self.ff(self.norm3(x))
+        x = add(self.attn1(h, self.attn1.project_kv(h)), x)
+        x = add(self.attn2(self.norm2(x), context_kv), x)
+        return add(self.ff(self.norm3(x)), x)
 
 
 class SpatialTransformer(nn.Module):
@@ -196,7 +244,7 @@ class SpatialTransformer(nn.Module):
     def __init__(self, dim: int, context: int, heads: int, depth: int, groups: int, linear: bool) -> None:
         super().__init__()
         self.linear = linear
-        self.norm = nn.GroupNorm(groups, dim, eps=1e-6)
+        self.norm = GroupNorm(groups, dim, eps=1e-6)
         self.proj_in: nn.Module = Linear(dim, dim) if linear else Conv2d(dim, dim, 1)
         self.transformer_blocks = nn.ModuleList(TransformerBlock(dim, context, heads) for _ in range(depth))
         self.proj_out: nn.Module = Linear(dim, dim) if linear else Conv2d(dim, dim, 1)
@@ -208,7 +256,7 @@ class SpatialTransformer(nn.Module):
         for block in self.transformer_blocks:
             h = block(h, next(kv_pairs))
         h = to_feature_map(self.proj_out(h), size) if self.linear else self.proj_out(to_feature_map(h, size))
-        return x + h
+        return add(h, x)
 
 
 def to_tokens(x: Tensor) -> Tensor:
@@ -217,5 +265,5 @@ def to_tokens(x: Tensor) -> Tensor:
 
 
 def to_feature_map(x: Tensor, size: Sequence[int]) -> Tensor:
-    """[B, H W, C] -> [B, C, H, W], channels_last without a copy."""
-    return x.transpose(1, 2).unflatten(2, tuple(size))
+    """[B, H W, C] -> [B, C, H, W], channels_last without a copy, and to torch as well where B is 1."""
+    return x.reshape(-1, x.shape[-1]).view(len(x), *size, -1).permute(0, 3, 1, 2)

@@ -102,7 +102,7 @@ class PackableModule(nn.Module):
             return None
         if not torch.backends.mkldnn.enabled or torch.is_autocast_enabled("cpu"):
             return None
-        packed = self._packed or self._pack()
+        packed = self._packed or (self._pack() if self._is_packable(x.dtype) else None)
         return packed.data if packed is not None and packed.data.dtype == x.dtype else None
 
     def _pack(self) -> PackedWeight | None:
@@ -113,7 +113,7 @@ class PackableModule(nn.Module):
             weight = parameters["weight"]
             if type(weight) is not nn.Parameter or weight.device != CPU or weight.grad is not None or vars(weight):
                 return None
-            if not self._is_packable(weight) or packing_unavailable_reason(weight.dtype):
+            if not self._is_packable(weight.dtype) or packing_unavailable_reason(weight.dtype):
                 return None
             plain, holders, requires_grad = weight.detach(), weakref.ref(weight), weight.requires_grad
             del weight, parameters["weight"]
@@ -124,7 +124,7 @@ class PackableModule(nn.Module):
             self.__dict__["_packed"] = packed
             return packed
 
-    def _is_packable(self, weight: Tensor) -> bool:
+    def _is_packable(self, dtype: torch.dtype) -> bool:
         raise NotImplementedError
 
     def _reorder(self, weight: Tensor) -> Tensor:
@@ -145,7 +145,7 @@ class Conv2d(PackableModule, nn.Conv2d):
     def _is_pointwise(self) -> bool:
         return self.kernel_size == (1, 1) and self.stride == (1, 1) and self.padding == (0, 0)
 
-    def _is_packable(self, weight: Tensor) -> bool:
+    def _is_packable(self, dtype: torch.dtype) -> bool:
         return self.groups == 1 and self.dilation == (1, 1) and not isinstance(self.padding, str)
 
     def _reorder(self, weight: Tensor) -> Tensor:
@@ -161,8 +161,8 @@ class Linear(PackableModule, nn.Linear):
         packed = self.packed_weight(x)
         return super().forward(x) if packed is None else _run_linear(x, packed, self.bias)
 
-    def _is_packable(self, weight: Tensor) -> bool:
-        return weight.dtype != torch.float32 or weight.numel() >= MIN_LINEAR_SIZE
+    def _is_packable(self, dtype: torch.dtype) -> bool:
+        return dtype != torch.float32 or self.in_features * self.out_features >= MIN_LINEAR_SIZE
 
     def _reorder(self, weight: Tensor) -> Tensor:
         return _reorder_linear(weight)

@@ -12,7 +12,6 @@ from itertools import islice, zip_longest
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -30,7 +29,10 @@ from ldm.nn.blocks import (
     TimestepEmbedding,
     TransformerBlock,
     Upsample,
+    apply_rowwise,
+    silu,
 )
+from ldm.nn.norms import GroupNorm
 from ldm.nn.packing import Conv2d
 
 UNET_CLASS_NAME = "UNet2DConditionModel"
@@ -248,7 +250,7 @@ class UNet(nn.Module):
         self.config = config
         widths, layers = config.block_out_channels, config.per_level("layers_per_block")
         emb = TIME_EMBEDDING_TYPES[config.time_embedding_type] * widths[0]
-        self.conv_in = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
+        self.conv_in = Conv2d(config.in_channels, widths[0], 3, padding=1)
         self.time_proj = (
             GaussianFourierProjection(emb, config.flip_sin_to_cos)
             if config.time_embedding_type == "fourier"
@@ -287,7 +289,7 @@ class UNet(nn.Module):
             self.up_blocks.append(UNetBlock(config, i, inputs, depths, up=i > 0))
             dim = widths[i]
 
-        self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, dim, config.norm_eps)
+        self.conv_norm_out = GroupNorm(config.norm_num_groups, dim, config.norm_eps)
         self.conv_out = Conv2d(dim, config.out_channels, 3, padding=1)
         self.attention = attention
         self.gradient_checkpointing = False  # recompute activations in the backward pass
@@ -307,7 +309,11 @@ class UNet(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.conv_in.weight.dtype
+        return self.conv_norm_out.weight.dtype  # not a packed one, which would be unpacked
+
+    @property
+    def device(self) -> torch.device:
+        return self.conv_norm_out.weight.device
 
     def compute_kv_cache(self, cond: Conditioning) -> Conditioning:
         """The conditioning with the keys and values of every cross-attention, which no step then computes again."""
@@ -335,17 +341,22 @@ class UNet(nn.Module):
     def embed_timestep(self, t: Tensor, cond: Conditioning) -> Tensor:
         """The embedding [B, E] of the timestep, plus that of `cond.vector` if the U-Net takes it.
 
+        It is [1, E] where one timestep was expanded to all rows and nothing else is embedded.
         A distilled U-Net adds the projected embedding of 1000 (w - 1), w = `cond.guidance`, before the perceptron
         (Meng et al. 2023, arXiv:2210.03142, sec. 3; Luo et al. 2023, arXiv:2310.04378, for latents).
         """
         guidance = None
         if self.guidance_proj is not None and cond.guidance is not None:
             guidance = self.guidance_proj(1000 * (cond.guidance.to(t.device) - 1)).to(self.dtype)
-        emb = self.time_embedding(self.time_proj(t).to(self.dtype), guidance)
+        if t.stride(0) == 0 and guidance is None and cond.vector is None:
+            t = t[:1]
+        emb = apply_rowwise(self.time_embedding, self.time_proj(t).to(self.dtype), guidance)
         if (self.add_embedding is None) != (cond.vector is None):
             takes = "takes no" if self.add_embedding is None else "needs"
             raise ValueError(f"this U-Net {takes} pooled text and time ids (Conditioning.vector)")
-        return emb if self.add_embedding is None else emb + self.add_embedding(cast(Tensor, cond.vector).to(self.dtype))
+        if self.add_embedding is None:
+            return emb
+        return emb + apply_rowwise(self.add_embedding, cast(Tensor, cond.vector).to(self.dtype))
 
     def prepare_input(self, x: Tensor, cond: Conditioning) -> Tensor:
         """The input of the first convolution: x [B, C, H, W], then the channels of `cond.concat`."""
@@ -365,7 +376,7 @@ class UNet(nn.Module):
 
     def forward(self, x: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
         pairs = iter(self.compute_kv_cache(cond).kv_cache or ())
-        emb = F.silu(self.embed_timestep(t, cond))
+        emb = silu(self.embed_timestep(t, cond))
         x = self.conv_in(self.prepare_input(x, cond))
         skips = [x]
         for down in cast(Iterable[UNetBlock], self.down_blocks):
@@ -382,4 +393,4 @@ class UNet(nn.Module):
                 x = self._apply_layer(layer, torch.cat([x, skips.pop()], dim=1), emb, pairs)
             for upsample in up.upsamplers:
                 x = upsample(x, skips[-1].shape[-2:])
-        return self.conv_out(F.silu(self.conv_norm_out(x)))
+        return self.conv_out(silu(self.conv_norm_out(x)))

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from ldm.errors import warn_of_input
 from ldm.nn.attention import sdpa
-from ldm.nn.blocks import ResnetBlock, Upsample
+from ldm.nn.blocks import ResnetBlock, Upsample, add, silu
+from ldm.nn.norms import GroupNorm
 from ldm.nn.packing import Conv2d, Linear
 from ldm.nn.tiling import TILE_BYTES, run_tiled
 
@@ -117,14 +118,14 @@ class SpatialSelfAttention(nn.Module):
 
     def __init__(self, dim: int, groups: int) -> None:
         super().__init__()
-        self.group_norm = nn.GroupNorm(groups, dim, NORM_EPS)
+        self.group_norm = GroupNorm(groups, dim, NORM_EPS)
         self.to_q, self.to_k, self.to_v = (Linear(dim, dim) for _ in range(3))
         self.to_out = nn.ModuleList([Linear(dim, dim)])
 
     def forward(self, x: Tensor) -> Tensor:
         tokens = self.group_norm(x.flatten(2)).transpose(1, 2)  # [B, HW, C]
         tokens = self.to_out[0](sdpa(self.to_q(tokens), self.to_k(tokens), self.to_v(tokens), 1))
-        return x + tokens.transpose(1, 2).reshape(x.shape)
+        return add(tokens.transpose(1, 2).reshape(x.shape), x)
 
 
 class MidBlock(nn.Module):
@@ -180,20 +181,20 @@ class Encoder(nn.Module):
     def __init__(self, config: VAEConfig) -> None:
         super().__init__()
         widths, groups, depth = config.block_out_channels, config.norm_num_groups, config.layers_per_block
-        self.conv_in = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
+        self.conv_in = Conv2d(config.in_channels, widths[0], 3, padding=1)
         self.down_blocks = nn.ModuleList(
             VAEBlock(dim, out, depth, groups, down=k < len(widths) - 1)
             for k, (dim, out) in enumerate(zip([widths[0], *widths], widths, strict=False))
         )
         self.mid_block = MidBlock(widths[-1], config)
-        self.conv_norm_out = nn.GroupNorm(groups, widths[-1], NORM_EPS)
+        self.conv_norm_out = GroupNorm(groups, widths[-1], NORM_EPS)
         self.conv_out = Conv2d(widths[-1], 2 * config.latent_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv_in(x)
         for block in self.down_blocks:
             x = block(x)
-        return self.conv_out(F.silu(self.conv_norm_out(self.mid_block(x))))
+        return self.conv_out(silu(self.conv_norm_out(self.mid_block(x))))
 
 
 class Decoder(nn.Module):
@@ -202,20 +203,20 @@ class Decoder(nn.Module):
     def __init__(self, config: VAEConfig) -> None:
         super().__init__()
         widths, groups = config.block_out_channels[::-1], config.norm_num_groups
-        self.conv_in = nn.Conv2d(config.latent_channels, widths[0], 3, padding=1)
+        self.conv_in = Conv2d(config.latent_channels, widths[0], 3, padding=1)
         self.up_blocks = nn.ModuleList(
             VAEBlock(dim, out, config.layers_per_block + 1, groups, up=k < len(widths) - 1)
             for k, (dim, out) in enumerate(zip([widths[0], *widths], widths, strict=False))
         )
         self.mid_block = MidBlock(widths[0], config)
-        self.conv_norm_out = nn.GroupNorm(groups, widths[-1], NORM_EPS)
+        self.conv_norm_out = GroupNorm(groups, widths[-1], NORM_EPS)
         self.conv_out = Conv2d(widths[-1], config.out_channels, 3, padding=1)
 
     def forward(self, z: Tensor) -> Tensor:
         x = self.mid_block(self.conv_in(z))
         for block in self.up_blocks:
             x = block(x)
-        return self.conv_out(F.silu(self.conv_norm_out(x)))
+        return self.conv_out(silu(self.conv_norm_out(x)))
 
 
 class AutoencoderKL(nn.Module):
@@ -230,8 +231,8 @@ class AutoencoderKL(nn.Module):
         super().__init__()
         self.config, channels = config, config.latent_channels
         self.encoder, self.decoder = Encoder(config), Decoder(config)
-        self.quant_conv = nn.Conv2d(2 * channels, 2 * channels, 1) if config.use_quant_conv else nn.Identity()
-        self.post_quant_conv = nn.Conv2d(channels, channels, 1) if config.use_post_quant_conv else nn.Identity()
+        self.quant_conv = Conv2d(2 * channels, 2 * channels, 1) if config.use_quant_conv else nn.Identity()
+        self.post_quant_conv = Conv2d(channels, channels, 1) if config.use_post_quant_conv else nn.Identity()
 
     def encode(self, images: Tensor, return_dict: bool = True) -> Encoded:
         """As diffusers' method; a tuple and its names at once, whatever `return_dict` says."""
@@ -261,11 +262,11 @@ class AutoencoderKL(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.decoder.conv_in.weight.dtype
+        return self.decoder.conv_norm_out.weight.dtype  # not a packed one, which would be unpacked
 
     @property
     def device(self) -> torch.device:
-        return self.decoder.conv_in.weight.device
+        return self.decoder.conv_norm_out.weight.device
 
 
 def build_vae(config: Mapping[str, Any]) -> AutoencoderKL:

@@ -104,7 +104,7 @@ class Pipeline(AdaptersAPI, DiffusersAPI):
 
     @property
     def device(self) -> torch.device:
-        return self.model.unet.conv_in.weight.device
+        return self.model.unet.device
 
     def convert_clip_skip(self, a1111_clip_skip: int) -> int:
         """`Request.clip_skip` from the clip skip of the web UI and kohya, which counts layers from the last, 1."""

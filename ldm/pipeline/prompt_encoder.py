@@ -117,7 +117,7 @@ class PromptEncoder:
         embeds = getattr(request, f"{prefix}prompt_embeds")
         if embeds is None:
             return self(prompt, num_chunks, clip_skip=skip, time_ids=time_ids)
-        context = embeds[None].to(self.model.unet.conv_in.weight)
+        context = embeds[None].to(self.model.unet.device, self.model.unet.dtype)
         if missing := num_chunks - self._count_chunks(embeds):
             context = torch.cat([context, self("", missing, clip_skip=skip).context.to(context)], 1)
         cond = self.model.unet.compute_kv_cache(Conditioning(context))

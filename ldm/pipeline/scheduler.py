@@ -262,7 +262,7 @@ class BatchScheduler:
         members = [replace(m, edit_inputs=prepare_edit_inputs(m.request, vae, inpaints)) for m in members]
         grid, noise = self.time_grid(first), Noise([member.request.seed for member in members])
         shape = latent_shape(vae, first.height or 0, first.width or 0)
-        x = noise(torch.empty(len(members), *shape, device=self.model.unet.conv_in.weight.device))
+        x = noise(torch.empty(len(members), *shape, device=self.model.unet.device))
         for row, member in enumerate(members):
             if member.request.latents is not None:
                 x[row] = member.request.latents.to(x)

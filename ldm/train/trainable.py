@@ -114,7 +114,7 @@ class CachedTextEncoder:
     def _load_or_encode(self, ids: str) -> Tensor:
         """States and pooled vector of one caption in one row, float32 on the device."""
         (row,) = self.cache.get_or_compute([blake2b_hexdigest(ids)], lambda _: [self._encode(json.loads(ids))])
-        return torch.tensor(row, device=self.model.unet.conv_in.weight.device)
+        return torch.tensor(row, device=self.model.unet.device)
 
     @torch.no_grad()
     def _encode(self, ids: list[list[int]]) -> np.ndarray:
