@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 DEFAULT_PATTERN = "{number}-{prompt}-{seed}"
 FORMAT_OF_SUFFIX = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp"}
+OTHER_SUFFIXES = ".gif", ".bmp", ".tif", ".tiff", ".avif", ".jxl", ".heic", ".jp2", ".svg", ".pdf", ".mp4"
 FIELD_PATTERN = re.compile(r"\{(\w*)\}|\[(\w*)\]")  # the latter is the web UI's
 NAME_FIELDS: dict[str, Callable[[Request], object]] = {
     "prompt": lambda r: slug(r.prompt) or "image",
@@ -75,6 +76,8 @@ class ImageFiles:
         from ldm.metadata import IMAGE_FORMATS
 
         own = FORMAT_OF_SUFFIX.get(out.suffix.lower()) if not out.is_dir() else None
+        if own is None and out.suffix.lower() in OTHER_SUFFIXES and not out.is_dir():
+            raise ValueError(f"--out {out}: images are written as png, webp or jpeg, or to a folder")
         image_format = {"jpg": "jpeg"}.get(image_format or "", image_format) or own or "png"
         choose(IMAGE_FORMATS, image_format, "--format")
         if own is None:

@@ -65,6 +65,7 @@ def test_a_file_s_suffix_tells_its_format_and_its_metadata_stay(generated, tmp_p
         (["--format", "gif"], "--format 'gif': choose from png, webp, jpeg"),
         (["--out", "x.png", "--format", "jpeg"], "--format needs a folder"),
         (["--out", "x.png", "--name-pattern", "a"], "--name-pattern needs a folder"),
+        (["--out", "x.gif"], "--out x.gif: images are written as png, webp or jpeg"),
         (["--preview", "x.txt"], "--preview x.txt: must be a file that ends in .png"),
         (["--preview", "/dev/null/x.png"], "--preview /dev/null"),
         (["--lora-dir", "none"], "--lora-dir none: not a folder"),
