@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections import Counter
 from collections.abc import Sequence
 from functools import partial
@@ -121,7 +120,8 @@ def show_recipe(recipe: Recipe, foreign: ForeignCommand | None, file: Path | Non
     if on_stdout:
         print(text, end="")
     elif foreign is not None and file is None:
-        print(text, end="", file=sys.stderr)
+        for line in text.splitlines():
+            print_message("note", line)
 
 
 def prepare_push(recipe: Recipe) -> None:
@@ -140,7 +140,7 @@ def push_export(recipe: Recipe, folder: Path) -> None:
         address = upload_folder(folder, repo, recipe.hub_private_repo, None, "Upload the trained weights")
     except ValueError as error:
         raise ValueError(f"{error}; the weights are in {folder}: upload them by `hf upload {repo} {folder}`") from None
-    print(f"uploaded: {address}", file=sys.stderr)
+    print_message("note", f"uploaded: {address}")
 
 
 def load_checked_recipe(

@@ -31,6 +31,7 @@ FLOAT_FIELDS = {f.name for f in fields(Request) if str(f.type).startswith("float
 CPU_BATCH_SIZE = 8  # images, where free memory cannot be measured
 MAX_BATCH_SIZE = 64  # images: beyond it a device gains nothing
 MEMORY_FRACTION = 0.8  # of the free memory
+LATER_FIELDS = "s_churn", "s_tmin", "s_tmax", "s_noise"  # of a request, after version 0 of the ids
 INVARIANT_ROWS = 16  # of each network evaluation of a batch-invariant job: CPU_BATCH_SIZE images with guidance
 MAX_CONSECUTIVE_FAILURES = 10  # of items, before the worker itself is taken to be at fault
 QUEUE_POLL_INTERVAL = 0.1  # seconds
@@ -103,13 +104,16 @@ def canonical_json(values: Any) -> str:
 def compute_item_id(request: Request, model: Mapping[str, Any]) -> str:
     """The first 24 hex digits of SHA-256 over the canonical JSON of a resolved request and its `fingerprint_model`.
 
-    Fields that are real numbers count as floats, so that 3 and 3.0 are one.
+    Fields that are real numbers count as floats, so that 3 and 3.0 are one. `LATER_FIELDS` count where they are given,
+    so that the ids of jobs begun before are the same: an `eta` that is not given was 0.0 then.
     """
 
     def to_float(value: float | None) -> float | None:
         return None if value is None else float(value)
 
     record = {name: to_float(v) if name in FLOAT_FIELDS else v for name, v in request.to_record().items()}
+    record = {name: value for name, value in record.items() if value is not None or name not in LATER_FIELDS}
+    record["eta"] = 0.0 if request.eta is None else 0 if request.eta == 0 else record["eta"]
     record["guidance_interval"] = [to_float(v) for v in request.guidance_interval or ()]
     return hashlib.sha256(canonical_json({"request": record, "model": model}).encode()).hexdigest()[:ITEM_ID_DIGITS]
 

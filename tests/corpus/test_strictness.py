@@ -134,7 +134,7 @@ def test_what_a_training_leaves_out_stands_on_stderr_and_in_its_card(ldm_, recip
     assert status == 0
     assert "warning: 1 caption without image, 1 left out (README.txt, a.png): --strict refuses them\n" in err
     card = next((tmp_path / "run").rglob("*.md")).read_text()
-    assert "Left out, or used otherwise than it is: 2" in card and "- a.png: broken image: not an image" in card
+    assert "Left out, or used otherwise than it is: 2" in card and "- `a.png: broken image: not an image" in card
 
 
 def test_inspect_refuses_an_adapter_with_unknown_tensors_where_strict(ldm_, tmp_path):

@@ -128,4 +128,4 @@ def test_what_people_have_in_a_job_folder_is_left_alone(job):
     check_job_folder(job.parent / "latest")
     check_job_folder(job.parent / "not there")
     with Leases(job / "leases") as leases:
-        assert scan_image_files(job, leases) == {Path(IMAGE).name, copy.name, ".DS_Store"}
+        assert scan_image_files(job, leases) == {Path(IMAGE).name, copy.name}

@@ -500,7 +500,7 @@ def test_an_export_is_pushed_once_it_is_written(lost, ldm_, tuning, tmp_path, mo
     if lost:
         assert status == 2 and last.startswith("error: owner/zorb: cannot reach the hub") and str(export) in last
     else:
-        assert status == 0 and out.strip() == str(export) and last == "uploaded: https://hub/owner/zorb"
+        assert status == 0 and out.strip() == str(export) and last == "note: uploaded: https://hub/owner/zorb"
 
 
 @pytest.mark.parametrize("name", ["zorb", "a/b/c", "a b/c"])
