@@ -68,7 +68,7 @@ class TaggedAdapters:
     def __init__(self, owner: AdapterOwner, folder: Path | None) -> None:
         self.owner, self.folder = owner, folder
         self.own_weights = owner._weights()
-        self.files = {} if folder is None else find_adapter_files(folder)
+        self.files = {} if folder is None else index_adapter_files(folder)
 
     def load(self, tags: Iterable[LoraTag]) -> tuple[LoraTag, ...]:
         """Load the files of tags, with weight 0; the tags for which there is none."""
@@ -90,12 +90,15 @@ class TaggedAdapters:
             self.owner._set_weights(weights)
 
 
-def find_adapter_files(folder: Path) -> dict[str, Path]:
+def index_adapter_files(folder: Path) -> dict[str, Path]:
     """The .safetensors files below a folder, by name and by path below it, both in small letters and without suffix."""
     if not folder.is_dir():
         raise ValueError(f"--lora-dir {folder}: not a folder")
     files: dict[str, Path] = {}
-    for path in sorted(folder.rglob("*.safetensors"))[:MAX_FILES]:
+    paths = sorted(folder.rglob("*.safetensors"))
+    if len(paths) > MAX_FILES:
+        raise ValueError(f"--lora-dir {folder}: {len(paths)} files, at most {MAX_FILES} are read")
+    for path in paths:
         relative = path.relative_to(folder).with_suffix("")
         files |= {
             relative.as_posix().lower(): path,

@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
+from ldm.adapters import lora_tags
 from ldm.adapters.factors import LoRA
 from ldm.adapters.lora import Adapter, ModuleDelta
 from ldm.adapters.lora_saving import save_adapter
@@ -178,3 +179,11 @@ def test_tags_have_the_web_ui_s_weights():
     assert found == (LoraTag("a"), LoraTag("b", 0.5), LoraTag("c", 0.8, 0.5), LoraTag("d", 1.0, 0.5))
     assert "".join(map(str, found)) == "<lora:a:1><lora:b:0.5><lora:c:0.5:0.8><lora:d:0.5:1>"
     assert split_lora_tags(" a ") == (" a ", ())
+
+
+def test_a_folder_of_too_many_adapters_is_refused_and_not_cut(tmp_path, monkeypatch):
+    monkeypatch.setattr(lora_tags, "MAX_FILES", 1)
+    for name in "ab":
+        (tmp_path / f"{name}.safetensors").write_bytes(b"")
+    with pytest.raises(ValueError, match="2 files, at most 1 are read"):
+        lora_tags.index_adapter_files(tmp_path)
