@@ -41,7 +41,7 @@ A1111_SPACINGS = {
     "ays": "Align Your Steps",
     "ays_sdxl": "Align Your Steps",
 }
-# Other tools' names, as `normalize_name` gives them: ours.
+# Other tools' names, as `normalize_sampler_name` gives them: ours.
 SAMPLER_ALIASES = {
     **{name: name for name in (*A1111_SAMPLERS, "dpmpp_2s", "dpmpp_3m", "pndm")},
     "euler_a": "euler_ancestral",
@@ -90,7 +90,7 @@ SPACING_ALIASES = {
 SEPARATORS = re.compile(r"[\s_-]+")
 
 
-def normalize_name(label: str) -> str:
+def normalize_sampler_name(label: str) -> str:
     """A name as the tables of aliases spell it: "DPM++ 2M SDE" is dpmpp_2m_sde."""
     return SEPARATORS.sub("_", label.strip().lower().replace("++", "pp"))
 
@@ -108,14 +108,16 @@ def resolve_sampler_names(values: Mapping[str, Any]) -> dict[str, Any]:
         name, implied = find_sampler(sampler)
         sampler, spacing = name or sampler, implied if spacing is None else spacing
     if isinstance(spacing, str):
-        spacing = None if normalize_name(spacing) == "automatic" else find_spacing(spacing) or spacing
+        spacing = None if normalize_sampler_name(spacing) == "automatic" else find_spacing(spacing) or spacing
     names = {"sampler": sampler, "spacing": spacing}
     return {**values, **{name: value for name, value in names.items() if name in values or value is not None}}
 
 
 def find_sampler(label: str) -> tuple[str | None, str | None]:
     """Our name of a sampler, None for an unknown one, and the spacing that its name ends in."""
-    name = normalize_name(label).removesuffix("_gpu").removeprefix("k_")  # k-diffusion's, in kohya's and InvokeAI's
+    name = (
+        normalize_sampler_name(label).removesuffix("_gpu").removeprefix("k_")
+    )  # k-diffusion's, in kohya's and InvokeAI's
     if name in SAMPLER_ALIASES:
         return SAMPLER_ALIASES[name], None
     for ending, spacing in SPACING_ALIASES.items():
@@ -127,4 +129,4 @@ def find_sampler(label: str) -> tuple[str | None, str | None]:
 
 def find_spacing(label: str) -> str | None:
     """Our name of a spacing; None for an unknown one."""
-    return SPACING_ALIASES.get(normalize_name(label))
+    return SPACING_ALIASES.get(normalize_sampler_name(label))

@@ -12,7 +12,7 @@ from ldm.sampler_names import (
     A1111_SPACINGS,
     SAMPLER_ALIASES,
     SPACING_ALIASES,
-    normalize_name,
+    normalize_sampler_name,
     resolve_sampler_names,
 )
 
@@ -60,5 +60,5 @@ def test_what_is_written_into_images_is_read_back(sampler, pipe):
 
 def test_an_alias_hides_no_name_of_ours():
     for table, ours in ((SAMPLER_ALIASES, SAMPLERS), (SPACING_ALIASES, SPACINGS)):
-        assert all(normalize_name(alias) == alias for alias in table)
+        assert all(normalize_sampler_name(alias) == alias for alias in table)
         assert {name: table[name] for name in ours if name in table and table[name] != name} == {}

@@ -165,7 +165,7 @@ def from_values(table: Mapping[str, Any], known: Arguments, where: str) -> dict[
     return given
 
 
-def translate(given: Given, known: Arguments) -> Translation:
+def translate_arguments(given: Given, known: Arguments) -> Translation:
     """What is given, by the rules of a table; ValueError, with what to write instead, for what is missing here."""
     result = Translation({}, {}, [])
     for name, value in given.items():

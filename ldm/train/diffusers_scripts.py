@@ -17,7 +17,7 @@ from ldm.train.command_lines import (
     read,
     same,
     switches,
-    translate,
+    translate_arguments,
 )
 
 PRECISION = Automatic("set by mixed_precision")
@@ -155,7 +155,7 @@ def read_diffusers_command(words: Sequence[str]) -> ForeignRecipe:
     command = parse_command_line(words, SCRIPTS, ARGUMENTS)
     script = SCRIPTS[command.script]
     defaults = {**DEFAULTS, **script.defaults}
-    options, values, notes = translate({**defaults, **command.given}, ARGUMENTS)
+    options, values, notes = translate_arguments({**defaults, **command.given}, ARGUMENTS)
     if "pretrained_model_name_or_path" not in command.given:
         raise ValueError("--pretrained_model_name_or_path is needed")
     is_xl = "sdxl" in command.script
@@ -173,7 +173,7 @@ def read_diffusers_command(words: Sequence[str]) -> ForeignRecipe:
     schedule = _read_schedule(command, values, options)
     merged = {**own, **options, **data, **schedule, **_read_optimizer(script, values, options), **_read_hub(values)}
     merged["validation_prompts"] = _read_prompts(values)
-    merged = _tidy(script, merged, values, notes)
+    merged = _resolve_dependent_options(script, merged, values, notes)
     by_epochs = merged["validation_prompts"] and "validation_epochs" in values
     epochs = {"validation_steps": values["validation_epochs"]} if by_epochs else {}
     return ForeignRecipe(merged, [*notes, *command.notes], epochs)
@@ -255,7 +255,9 @@ def _read_prompts(values: dict[str, Any]) -> list[str] | None:
     return values.get("validation_prompts") or repeated or None
 
 
-def _tidy(script: Script, options: dict[str, Any], values: dict[str, Any], notes: list[str]) -> dict[str, Any]:
+def _resolve_dependent_options(
+    script: Script, options: dict[str, Any], values: dict[str, Any], notes: list[str]
+) -> dict[str, Any]:
     """The options that belong together: what one means depends on another."""
     if script.method == "textual_inversion":
         template, token = options["data.instance_prompt"], options.get("objective.placeholder_token", "")

@@ -10,7 +10,7 @@ from typing import Any
 from ldm.config import parse_resolution
 from ldm.errors import error_text
 from ldm.pipeline.compat import Automatic, Missing, Ours
-from ldm.train.command_lines import Argument, Given, Translation, arguments, from_values, read, translate
+from ldm.train.command_lines import Argument, Given, Translation, arguments, from_values, read, translate_arguments
 
 COLORS = "prepare recoloured copies of the images"
 WHOLE = "data."  # before the options that all subsets share; SUBSET: before those of one folder
@@ -129,7 +129,7 @@ def combine_subsets(subsets: Sequence[Mapping[str, Any]]) -> tuple[Translation, 
     parts = []
     for subset in subsets:
         given = {name: value for name, value in {**DEFAULTS, **subset}.items() if value is not False}
-        parts.append(translate(given, TOML_ARGUMENTS))
+        parts.append(translate_arguments(given, TOML_ARGUMENTS))
     whole = [_whole_options(part) for part in parts]
     for name in {name for options in whole for name in options}:
         values = list(dict.fromkeys(str(options.get(name)) for options in whole))

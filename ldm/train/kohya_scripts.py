@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ldm.train.command_lines import CommandLine, ForeignRecipe, from_values, parse_command_line, translate
+from ldm.train.command_lines import CommandLine, ForeignRecipe, from_values, parse_command_line, translate_arguments
 from ldm.train.kohya_arguments import KOHYA_ARGUMENTS, ONE_RATE
 from ldm.train.kohya_datasets import (
     DATASET_ARGUMENTS,
@@ -64,7 +64,7 @@ def read_kohya_command(words: Sequence[str]) -> ForeignRecipe:
         raise ValueError("--pretrained_model_name_or_path is needed")
     data = {name: value for name, value in command.given.items() if name in DATASET_ARGUMENTS}
     others = {name: value for name, value in command.given.items() if name not in data}
-    options, values, notes = translate({**DEFAULTS, **others}, KOHYA_ARGUMENTS)
+    options, values, notes = translate_arguments({**DEFAULTS, **others}, KOHYA_ARGUMENTS)
     data_options, batch, data_notes = _read_data(values, data)
     method, trains_text = SCRIPTS[command.script]
     run = Run(command, {**values, "batch_size": batch}, options, method, _trains_text(values, method, trains_text))
